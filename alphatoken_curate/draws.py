@@ -1,0 +1,25 @@
+"""Random numbers that depend on what they are drawn for and on nothing else: keyed by (seed, row, position)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def keyed_uniform(seed: int, row: ArrayLike, position: ArrayLike) -> NDArray[np.float64]:
+    """Uniform draws in [0, 1), one for each (row, position) pair; row and position broadcast."""
+    with np.errstate(over="ignore"):
+        state = _mix(np.asarray(seed, dtype=np.int64).astype(np.uint64) + _GOLDEN)
+        state = _mix(state + np.asarray(row, dtype=np.int64).astype(np.uint64) * _GOLDEN)
+        state = _mix(state + np.asarray(position, dtype=np.int64).astype(np.uint64) * _GOLDEN)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53

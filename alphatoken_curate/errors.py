@@ -1,0 +1,50 @@
+"""Every error the package raises on purpose.
+
+    CurateError                exit 1  something is wrong on our side
+    ├── UsageError             exit 2  a flag, a config key or their combination cannot be used
+    │   └── ModelError         exit 2  the model cannot be found, read safely or captured exactly
+    ├── InputError             exit 3  rows were refused
+    └── StoredDataError        exit 4  a run folder is damaged
+        └── FingerprintError   exit 4  a run folder was made with other settings or other inputs
+
+A message says where, what was found and what to do. An interrupt (exit 130) is not an error of ours:
+`cli.main` turns KeyboardInterrupt into the line that says how to go on.
+"""
+
+from __future__ import annotations
+
+
+class CurateError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UsageError(CurateError):
+    """A flag, a config key or their combination cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(UsageError):
+    """A model cannot be found, read safely or captured exactly."""
+
+
+class InputError(CurateError):
+    """Rows were refused."""
+
+    exit_code = 3
+
+
+class StoredDataError(CurateError):
+    """A stored file is damaged, missing or foreign."""
+
+    exit_code = 4
+
+
+class FingerprintError(StoredDataError):
+    """A run folder exists, made with other settings or inputs; `fields` names what differs."""
+
+    def __init__(self, message: str, fields: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.fields = fields

@@ -1,0 +1,113 @@
+"""Token losses and their gradient in the last hidden state, in chunks of positions: no T x V tensor exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alphatoken_curate.capture import ScoringModel
+from alphatoken_curate.plan import Batch
+
+Head = Callable[[Tensor], Tensor]
+"""Last hidden states (n, D) -> logits (n, V), with the model's own scaling and soft caps."""
+
+_LOGITS_PER_CHUNK = {"cpu": 6 << 20, "cuda": 1 << 28}
+"""Logits held at a time: 24 MiB of float32 on a CPU (above 32 MiB, malloc maps fresh pages each time), 1 GiB on a card."""
+
+_LOGITS_PER_SLICE = {"cpu": 1 << 18, "cuda": 1 << 28}
+"""Logits whose softmax is taken at a time: what stays in the cache of a core, or everything on a card."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Losses:
+    """For N predicted tokens: nll and entropy (N,) in nats, d sum(nll) / d hidden (N, D) where it was asked for."""
+
+    nll: Tensor
+    entropy: Tensor
+    grad: Tensor | None
+
+
+def token_losses(
+    head: Head, hidden: Tensor, targets: Tensor, *, vocabulary: int, gradient: bool, uniforms: Tensor | None = None
+) -> Losses:
+    """Losses of `targets` (N,) int64 predicted from `hidden` (N, D).
+
+    With `uniforms` (N,) float64 in [0, 1) the targets are replaced by draws from the model's own prediction.
+    """
+    device = hidden.device.type
+    kind = torch.promote_types(hidden.dtype, torch.float32)
+    rows = max(1, _LOGITS_PER_CHUNK.get(device, _LOGITS_PER_CHUNK["cpu"]) // vocabulary)
+    step = max(1, _LOGITS_PER_SLICE.get(device, _LOGITS_PER_SLICE["cpu"]) // vocabulary)
+    nll, entropy = hidden.new_empty(len(targets), dtype=kind), hidden.new_empty(len(targets), dtype=kind)
+    grad = torch.empty_like(hidden) if gradient else None
+    buffer = hidden.new_empty(min(rows, len(targets)), vocabulary, dtype=kind)
+    for first in range(0, len(targets), rows):
+        part = slice(first, min(first + rows, len(targets)))
+        x = hidden[part].detach().requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            logits = head(x)
+        error = buffer[: len(x)]
+        drawn = None if uniforms is None else uniforms[part]
+        _softmax_slices(logits.detach(), targets[part], drawn, step, error, nll[part], entropy[part])
+        if grad is not None:
+            grad[part] = torch.autograd.grad(logits, x, error.to(logits.dtype))[0]
+    return Losses(nll, entropy, grad)
+
+
+def _softmax_slices(
+    logits: Tensor, targets: Tensor, uniforms: Tensor | None, step: int, error: Tensor, nll: Tensor, entropy: Tensor
+) -> None:
+    """Fill error (n, V) with softmax - one-hot, nll and entropy (n,), `step` rows at a time."""
+    for first in range(0, len(logits), step):
+        part = slice(first, first + step)
+        raw, probabilities = logits[part].to(error.dtype), error[part]
+        torch.softmax(raw, dim=-1, out=probabilities)
+        # log-sum-exp from the largest probability: cheap, and never the log of a small number.
+        log_sum = raw.amax(dim=-1) - probabilities.amax(dim=-1).log()
+        entropy[part] = log_sum - torch.linalg.vecdot(probabilities, raw)
+        chosen = (targets[part] if uniforms is None else _draw(probabilities, uniforms[part]))[:, None]
+        nll[part] = log_sum - raw.gather(1, chosen).squeeze(1)
+        probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
+
+
+def _draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-transform sampling: the first token whose cumulative probability exceeds the draw."""
+    cumulative = probabilities.double().cumsum(-1)
+    wanted = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=probabilities.shape[-1] - 1)
+
+
+def loss_gradient(
+    scoring: ScoringModel, hidden: Tensor, batch: Batch, uniforms: Tensor | None = None
+) -> tuple[Losses, Tensor]:
+    """Losses of a batch's response tokens and d sum(nll) / d hidden, (B, T - start, D)."""
+    row = torch.from_numpy(batch.row).to(hidden.device)
+    column = torch.from_numpy(batch.position - batch.start).to(hidden.device)
+    target = torch.from_numpy(batch.target).to(hidden.device)
+    losses = token_losses(
+        scoring.head,
+        hidden.detach()[row, column],
+        target,
+        vocabulary=scoring.vocabulary,
+        gradient=True,
+        uniforms=uniforms,
+    )
+    assert losses.grad is not None
+    grad = torch.zeros_like(hidden)
+    grad[row, column] = losses.grad
+    return losses, grad
+
+
+def positions(batch: Batch, device: torch.device) -> Tensor:
+    """(N,) flat index of each predicting position in (B, T - start)."""
+    flat = batch.row * (batch.input_ids.shape[1] - batch.start) + batch.position - batch.start
+    return torch.from_numpy(flat).to(device)
+
+
+def at(x: Tensor, where: Tensor) -> Tensor:
+    """(B, T, d) at N flat positions -> (N, d)."""
+    flat = x.flatten(0, 1)
+    return flat if len(where) == len(flat) else flat.index_select(0, where)

@@ -1,0 +1,153 @@
+"""The signals of every response token: direct and causal path, in each direction (paper Eq. 8-11, DESIGN 1.2).
+
+For a direction M and a linear map with input h_s and error signal delta_s, delta_s^T M h_s is the part of
+<gradient, M> that flows through position s. Token t is predicted at position p = t - 1.
+
+* `published`: direct = delta_p^T M h_p over all maps; causal = sum over 0 < k - p <= window of
+  A[k, p] delta_k^T M h_p over the value projections, A averaged over query heads.
+* `exact`: a second backward carries only what attention sent to *other* positions, so that it yields
+  causal = sum over k > t of C[p, k] itself, and direct = C[p, t] is what remains of the total.
+
+Shapes: N response tokens of a batch, n directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alphatoken_curate.capture import Direction, ScoringModel
+from alphatoken_curate.errors import ModelError
+from alphatoken_curate.losses import at, loss_gradient, positions
+from alphatoken_curate.plan import Batch
+
+Estimator = Literal["published", "exact"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Signals:
+    """nll and entropy (N,) in nats; direct and causal (n, N) in nats per unit step, for each direction."""
+
+    nll: Tensor
+    entropy: Tensor
+    direct: Tensor
+    causal: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stack:
+    """The directions of one map side by side, on the side where the product is smaller."""
+
+    matrix: Tensor
+    on_input: bool
+    """True: (d_in, n d_out), applied to h. False: (d_out, n d_in), applied to delta."""
+
+    def contract(self, h: Tensor, deltas: list[Tensor]) -> list[Tensor]:
+        """delta^T M h for each delta: h (N, d_in), delta (N, d_out) -> (n, N)."""
+        if self.on_input:
+            product = h @ self.matrix
+            return [_row_dots(product, delta) for delta in deltas]
+        return [_row_dots(delta @ self.matrix, h) for delta in deltas]
+
+
+def _row_dots(stacked: Tensor, x: Tensor) -> Tensor:
+    """Stacked (N, n d), x (N, d) -> (n, N)."""
+    return torch.stack([torch.linalg.vecdot(part, x) for part in stacked.split(x.shape[1], dim=1)])
+
+
+class PathScorer:
+    """Scores batches along fixed directions."""
+
+    def __init__(self, scoring: ScoringModel, directions: list[Direction], estimator: Estimator, window: int) -> None:
+        self.scoring, self.estimator, self.window = scoring, estimator, window
+        self.count = len(directions)
+        self.values: dict[int, tuple[int, Tensor]] = {}
+        if estimator == "published":
+            self.values = _value_maps(scoring)
+        self.stacks = [
+            _stack([d[i] for d in directions], estimator == "exact" or i in self.values)
+            for i in range(len(scoring.maps))
+        ]
+
+    def score(self, batch: Batch) -> Signals:
+        """Signals of the N response tokens of a batch."""
+        scoring = self.scoring
+        ids = torch.from_numpy(batch.input_ids).to(scoring.device)
+        scoring.tape.window = self.window if self.estimator == "published" else 0
+        scoring.tape.keep_cross = self.estimator == "exact"
+        with scoring.graph(ids, batch.start) as hidden:
+            losses, grad = loss_gradient(scoring, hidden, batch)
+            where = positions(batch, ids.device)
+            total = grad.new_zeros(self.count, len(where))
+            causal = torch.zeros_like(total)
+            if self.estimator == "published":
+                self._published(hidden, grad, where, total, causal)
+            else:
+                self._exact(hidden, grad, where, total, causal)
+                total -= causal
+        return Signals(losses.nll, losses.entropy, total, causal)
+
+    def _published(self, hidden: Tensor, grad: Tensor, where: Tensor, total: Tensor, causal: Tensor) -> None:
+        def contract(index: int, h: Tensor, delta: Tensor) -> None:
+            chosen = at(h, where)
+            if index not in self.values:
+                total.add_(self.stacks[index].contract(chosen, [at(delta, where)])[0])
+            else:
+                block, rows = self.values[index]
+                received = torch.zeros_like(delta)
+                received[..., rows] = self._propagate(block, delta[..., rows])
+                own, passed = self.stacks[index].contract(chosen, [at(delta, where), at(received, where)])
+                total.add_(own)
+                causal.add_(passed)
+            self.scoring.release(index)
+
+        self.scoring.backward([hidden], [grad], contract)
+
+    def _propagate(self, block: int, delta: Tensor) -> Tensor:
+        """Sum over k of A[k, p] delta_k within the window (Eq. 9): delta (B, T, d) -> (B, T, d)."""
+        received = torch.zeros_like(delta)
+        for first, last, start, attention in self.scoring.tape.calls[block].band:
+            received[:, start:last] += attention.transpose(1, 2) @ delta[:, first:last]
+        return received
+
+    def _exact(self, hidden: Tensor, grad: Tensor, where: Tensor, total: Tensor, causal: Tensor) -> None:
+        totals: dict[int, Tensor] = {}
+
+        def keep(index: int, _: Tensor, delta: Tensor) -> None:
+            totals[index] = at(delta, where)
+
+        def contract(index: int, h: Tensor, delta: Tensor) -> None:
+            both = self.stacks[index].contract(at(h, where), [totals.pop(index), at(delta, where)])
+            total.add_(both[0])
+            causal.add_(both[1])
+            self.scoring.release(index)
+
+        scoring = self.scoring
+        scoring.backward([hidden], [grad], keep, again=True)
+        scoring.tape.mode = "own"
+        outputs = [x for call in scoring.tape.calls for x in (call.key, call.value)]
+        crossed = [x for call in scoring.tape.calls for x in (call.cross_key, call.cross_value) if x is not None]
+        scoring.backward(outputs, crossed, contract)
+        for index, delta in totals.items():
+            # Above the last attention nothing crosses positions: these maps have a total alone.
+            total.add_(self.stacks[index].contract(at(scoring.input(index), where), [delta])[0])
+
+
+def _stack(matrices: list[Tensor], on_input: bool) -> _Stack:
+    if on_input or matrices[0].shape[0] <= matrices[0].shape[1]:
+        return _Stack(torch.cat([m.t() for m in matrices], dim=1).contiguous(), True)
+    return _Stack(torch.cat(matrices, dim=1).contiguous(), False)
+
+
+def _value_maps(scoring: ScoringModel) -> dict[int, tuple[int, Tensor]]:
+    found = {}
+    for block, rows in enumerate(scoring.value_rows):
+        if isinstance(rows, str):
+            raise ModelError(
+                f"--estimator published needs each block's value projection: {rows}. Use --estimator exact."
+            )
+        found[rows[0]] = (block, rows[1])
+    return found

@@ -1,0 +1,39 @@
+"""The adaptation direction G: the gradient of the mean response loss over target rows (DESIGN 1.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from alphatoken_curate.capture import Direction, ScoringModel
+from alphatoken_curate.losses import at, loss_gradient, positions
+from alphatoken_curate.plan import Batch
+
+
+def target_gradient(scoring: ScoringModel, batches: Iterable[Batch], *, all_positions: bool) -> Direction:
+    """G_m (d_out, d_in) in nats per unit of weight: the mean over all response tokens of the batches.
+
+    With `all_positions` it is the true gradient (`exact`); without, delta^T h is summed over the response positions
+    alone (`published`).
+    """
+    sums, tokens = scoring.zeros(), 0
+    for planned in batches:
+        batch = replace(planned, start=0) if all_positions else planned
+        ids = torch.from_numpy(batch.input_ids).to(scoring.device)
+        where = None if all_positions else positions(batch, ids.device)
+
+        def accumulate(index: int, h: Tensor, delta: Tensor, where: Tensor | None = where) -> None:
+            chosen, signal = (
+                (at(h, where), at(delta, where)) if where is not None else (h.flatten(0, 1), delta.flatten(0, 1))
+            )
+            sums[index].addmm_(signal.t(), chosen)
+            scoring.release(index)
+
+        with scoring.graph(ids, batch.start) as hidden:
+            _, grad = loss_gradient(scoring, hidden, batch)
+            scoring.backward([hidden], [grad], accumulate)
+        tokens += len(batch.target)
+    return [s.div_(tokens) for s in sums]
