@@ -13,6 +13,8 @@ scoring blocks alone are given a config that names it.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -56,13 +58,15 @@ class Tape:
         self.mode = "total"
 
 
-def install(blocks: list[nn.Module], tape: Tape) -> None:
-    """Give every attention in `blocks` a copied config that names our function, and the tape it writes to."""
-    import copy
+def install(blocks: list[nn.Module], tape: Tape) -> Callable[[], None]:
+    """Give every attention in `blocks` a copied config that names our function, and the tape it writes to.
 
+    Returns what undoes it.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
+    replaced: list[tuple[Any, Any]] = []
     for block in blocks:
         for module in block.modules():
             config = getattr(module, "config", None)
@@ -71,6 +75,13 @@ def install(blocks: list[nn.Module], tape: Tape) -> None:
                 renamed._attn_implementation_internal = NAME
                 module.config = renamed
                 _tapes[module] = tape
+                replaced.append((module, config))
+
+    def undo() -> None:
+        for module, config in replaced:
+            module.config = config
+
+    return undo
 
 
 def attention_forward(
@@ -98,7 +109,8 @@ def attention_forward(
     )
     call = Call(module=module, key=key, value=value)
     tape.calls.append(call)
-    out: Tensor = _Attention.apply(query, key, value, attention_mask, s_aux, rule, tape, call)
+    attend: Callable[..., Tensor] = _Attention.apply
+    out = attend(query, key, value, attention_mask, s_aux, rule, tape, call)
     return out, None
 
 
@@ -117,7 +129,7 @@ def _query_blocks(query: Tensor, keys: int) -> list[tuple[int, int]]:
 
 
 def _visible(mask: Tensor | None, rule: _Rule, span: tuple[int, int], keys: int, prefix: int) -> Tensor:
-    """What queries span[0]..span[1] may see of the first `keys` keys: bool, or float to add; broadcasts to (B, H, n, keys)."""
+    """What queries span[0]..span[1] may see of the first `keys` keys, bool or float; broadcasts to (B, H, n, keys)."""
     if mask is not None:
         return mask[..., span[0] : span[1], :keys]
     rows = torch.arange(span[0] + prefix, span[1] + prefix)[:, None]
@@ -200,13 +212,14 @@ class _Attention(torch.autograd.Function):
                 .mul_(ctx.rule.scaling)
                 .view(query.shape[0], query.shape[1], span[1] - span[0], -1)
             )
-            grads.add(tape, span, keys, scores, probabilities, folded, upstream)
             if tape.window and tape.mode == "total":
                 ctx.call.band.append(_band(probabilities, span, grads.prefix, tape.window))
-        if tape.keep_cross and tape.mode == "total":
-            ctx.call.cross_key, ctx.call.cross_value = grads.key - grads.own_key, grads.value - grads.own_value
+            grads.add(tape, span, keys, scores, probabilities, folded, upstream)
         if tape.mode == "own":
             return grads.query, grads.own_key, grads.own_value, None, None, None, None, None
+        if tape.keep_cross:
+            ctx.call.cross_key, ctx.call.cross_value = grads.key, grads.value
+            return grads.query, grads.key + grads.own_key, grads.value + grads.own_value, None, None, None, None, None
         return grads.query, grads.key, grads.value, None, None, None, None, None
 
 
@@ -251,19 +264,21 @@ class _Grads:
         out: Tensor,
     ) -> None:
         """Scores and probabilities (B, K, G, n, keys); query (B, K, G n, D) and out, the gradient of the output."""
-        if tape.mode == "total":
-            self.key[:, :, self.prefix : keys] += scores[..., self.prefix :].flatten(2, 3).transpose(-1, -2) @ query
-            self.value[:, :, self.prefix : keys] += (
-                probabilities[..., self.prefix :].flatten(2, 3).transpose(-1, -2) @ out
-            )
         if tape.mode == "own" or tape.keep_cross:
             first, last = self.prefix + span[0], self.prefix + span[1]
-            self.own_key[:, :, first:last] = self._own(scores[..., first:last], query)
-            self.own_value[:, :, first:last] = self._own(probabilities[..., first:last], out)
+            for full, own, x in ((scores, self.own_key, query), (probabilities, self.own_value, out)):
+                square = full[..., first:last]
+                own[:, :, first:last] = self._own(square, x)
+                square.diagonal(dim1=-2, dim2=-1).zero_()
+        if tape.mode == "total":
+            live = slice(self.prefix, keys)
+            self.key[:, :, live] += scores[..., live].flatten(2, 3).transpose(-1, -2) @ query
+            self.value[:, :, live] += probabilities[..., live].flatten(2, 3).transpose(-1, -2) @ out
 
     def _own(self, square: Tensor, x: Tensor) -> Tensor:
         diagonal = square.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        return (diagonal * x.unflatten(2, (self.groups, -1))).sum(2)
+        summed: Tensor = (diagonal * x.unflatten(2, (self.groups, -1))).sum(2)
+        return summed
 
 
 def _band(probabilities: Tensor, span: tuple[int, int], prefix: int, window: int) -> tuple[int, int, int, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from alphatoken_curate.attention import Tape, install
 from alphatoken_curate.errors import ModelError
@@ -63,17 +64,33 @@ class ScoringModel:
             )
         self.blocks = blocks[-self.layers :]
         self.tape = Tape()
+        self._trained = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self.maps = [m for block in self.blocks for m in _linear_maps(model, block)]
-        self._first = len(_linear_maps(model, self.blocks[0]))
         self._inputs: dict[int, Tensor] = {}
         self._leaves: list[Tensor] = []
         self._on_delta: OnDelta | None = None
+        self._widened: list[tuple[RemovableHandle, torch.dtype]] = []
+        expected = probe_logits(model)
         self._widen()
-        expected = probe_logits(model, self.base)
-        install(self.blocks, self.tape)
-        check_capture(self, expected)
-        self.value_rows = find_value_rows(self)
+        self._uninstall = install(self.blocks, self.tape)
+        try:
+            check_capture(self, expected)
+            self.value_rows = find_value_rows(self)
+        except BaseException:
+            self.release_model()
+            raise
+
+    def release_model(self) -> None:
+        """Give the model back as it was: its own attention, dtypes and trainable parameters."""
+        self._uninstall()
+        for hook, kind in self._widened:
+            hook.remove()
+            for block in self.blocks:
+                block.to(kind)
+        self._widened.clear()
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
 
     @property
     def device(self) -> torch.device:
@@ -96,15 +113,16 @@ class ScoringModel:
 
     def _widen(self) -> None:
         """S computes in float32 at least: differences of error signals drown in bfloat16 (DESIGN 1.2)."""
-        kind = self.blocks[0].parameters().__next__().dtype
+        kind = next(self.blocks[0].parameters()).dtype
         if torch.finfo(kind).bits >= torch.finfo(torch.float32).bits:
             return
         for block in self.blocks:
             block.float()
-        self.blocks[0].register_forward_pre_hook(
+        hook = self.blocks[0].register_forward_pre_hook(
             lambda _, args, kwargs: (tuple(_wider(a) for a in args), {k: _wider(v) for k, v in kwargs.items()}),
             with_kwargs=True,
         )
+        self._widened.append((hook, kind))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) of last hidden states (n, D): the model's own forward with its trunk replaced by `hidden`."""
@@ -191,11 +209,21 @@ class ScoringModel:
             self._on_delta = None
 
 
+@contextmanager
+def captured(model: nn.Module, layers: int | Literal["all"]) -> Iterator[ScoringModel]:
+    """A model prepared for scoring, given back as it was afterwards."""
+    scoring = ScoringModel(model, layers)
+    try:
+        yield scoring
+    finally:
+        scoring.release_model()
+
+
 def _wider(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def _base_model(model: Any) -> nn.Module:
     base = getattr(model, "base_model", None)
     if base is None or base is model or not hasattr(model, "get_output_embeddings"):
         raise ModelError(
@@ -232,8 +260,9 @@ def _linear_maps(model: nn.Module, block: nn.Module) -> list[LinearMap]:
             if parameter.ndim > 1:
                 shape = "x".join(map(str, parameter.shape))
                 raise ModelError(
-                    f"{type(model).__name__}: {names[module]}.{name} ({shape}) is a weight of {kind.__module__}.{kind.__name__},"
-                    " which cannot be captured, and scoring the rest would be a score in part."
+                    f"{type(model).__name__}: {names[module]}.{name} ({shape}) is a weight of"
+                    f" {kind.__module__}.{kind.__name__}, which cannot be captured, and scoring the rest would be a"
+                    " score in part."
                 )
     return maps
 
@@ -241,10 +270,11 @@ def _linear_maps(model: nn.Module, block: nn.Module) -> list[LinearMap]:
 def _probe_ids(model: Any) -> Tensor:
     size = model.config.get_text_config().vocab_size
     device = next(model.parameters()).device
-    return (torch.arange(2 * 12, device=device).reshape(2, 12) * 7919 + 11) % size
+    ids: Tensor = (torch.arange(2 * 12, device=device).reshape(2, 12) * 7919 + 11) % size
+    return ids
 
 
-def probe_logits(model: Any, base: nn.Module) -> Tensor:
+def probe_logits(model: Any) -> Tensor:
     """Logits of the untouched model on a few tokens, (2, 12, V)."""
     with torch.no_grad():
         logits: Tensor = model(input_ids=_probe_ids(model), use_cache=False).logits

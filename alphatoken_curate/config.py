@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from alphatoken_curate.errors import UsageError
+
+T = TypeVar("T")
+
+_MOST_YAML_BYTES = 1 << 16
 
 
-def _option(
-    default: Any, help_text: str, *, choices: tuple[str, ...] = (), changes_values: bool = False, kind: str = "str"
-) -> Any:
-    """A field with its help. `changes_values`: part of the fingerprint of values/ as it stands (not by digest)."""
-    metadata = {"help": help_text, "choices": choices, "changes_values": changes_values, "kind": kind}
+def _option(default: Any, help_text: str, *, choices: tuple[str, ...] = (), kind: str = "str") -> Any:
+    metadata = {"help": help_text, "choices": choices, "kind": kind}
     return field(default=default, metadata=metadata)
 
 
@@ -37,7 +44,6 @@ class MaskConfig:
     stability_weight: float = _option(
         1.5,
         "Weight of stability against adaptation in the value (lambda of Eq. 12).",
-        changes_values=True,
         kind="float",
     )
     stability_scale: str = _option(
@@ -48,9 +54,12 @@ class MaskConfig:
     allow_empty_rows: bool = _option(
         False, "Leave rows that lost every token empty; else each gets its best one back.", kind="bool"
     )
-    seed: int = _option(
-        0, "Seed of every random draw; draws are keyed by (seed, row, position).", changes_values=True, kind="int"
-    )
+    seed: int = _option(0, "Seed of every random draw; draws are keyed by (seed, row, position).", kind="int")
+
+    def __post_init__(self) -> None:
+        """Check every setting, wherever it came from; raises UsageError."""
+        for item in fields(self):
+            object.__setattr__(self, item.name, _read(item, getattr(self, item.name)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,27 +75,22 @@ class ScoreConfig(MaskConfig):
     target_rows: int = _option(
         32,
         "Rows to hold out as target where --target is not given; at most a tenth of the rows.",
-        changes_values=True,
-        kind="int",
+        kind="count",
     )
-    estimator: str = _option(
-        "published", "How paths are estimated.", choices=("published", "exact"), changes_values=True
-    )
+    estimator: str = _option("published", "How paths are estimated.", choices=("published", "exact"))
     layers: int | Literal["all"] = _option(
-        3, "Last K decoder blocks whose linear maps score, or `all`.", changes_values=True, kind="layers"
+        3, "Last K decoder blocks whose linear maps score, or `all`.", kind="all_count"
     )
-    window: int = _option(32, "Reach of the published causal path, in tokens.", changes_values=True, kind="int")
+    window: int = _option(32, "Reach of the published causal path, in tokens.", kind="count")
     fisher: str = _option(
         "sampled", "Fisher diagonal of the reference: `sampled`, `empirical`, or a safetensors FILE saved earlier."
     )
-    fisher_rows: int = _option(256, "Rows the Fisher is estimated from.", changes_values=True, kind="int")
-    turns: str = _option("all", "Assistant turns that respond.", choices=("all", "last"), changes_values=True)
-    max_length: int = _option(
-        2048, "Rows are cut to this many tokens; what is cut is counted and told.", changes_values=True, kind="int"
-    )
-    rows_per_shard: int = _option(1024, "Rows read per output shard.", changes_values=True, kind="int")
+    fisher_rows: int = _option(256, "Rows the Fisher is estimated from.", kind="count")
+    turns: str = _option("all", "Assistant turns that respond.", choices=("all", "last"))
+    max_length: int = _option(2048, "Rows are cut to this many tokens; what is cut is counted and told.", kind="count")
+    rows_per_shard: int = _option(1024, "Rows read per output shard.", kind="count")
     batch_tokens: int | Literal["auto"] = _option(
-        "auto", "Padded tokens per batch; halved when memory runs out.", kind="auto_int"
+        "auto", "Padded tokens per batch; halved when memory runs out.", kind="auto_count"
     )
     dtype: str = _option(
         "auto",
@@ -100,6 +104,113 @@ class ScoreConfig(MaskConfig):
     trust_remote_code: bool = _option(False, "Run code that comes with a model. Recorded in the run.", kind="bool")
 
 
-def defaults(kind: type) -> dict[str, Any]:
-    """Name -> default of every field of a config class."""
-    return {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+def checked(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """A config from settings by name. Raises UsageError for a name it does not know (`where` it stood) or a value."""
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+            raise UsageError(f"{where}: no setting {name!r}. {hint}")
+    return kind(**settings)
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """A YAML file of settings, read strictly: a mapping of names to plain values, no tags, aliases or repeated keys."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases are not read here")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [str(key) for n, key in enumerate(keys) if key in keys[:n]]
+            if twice:
+                raise yaml.YAMLError(f"the key {twice[0]!r} stands there twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        if path.stat().st_size > _MOST_YAML_BYTES:
+            raise UsageError(f"--config {path}: larger than {_MOST_YAML_BYTES} bytes, so not a config.")
+        settings = yaml.load(path.read_bytes(), Loader=Strict)
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(f"--config {path}: not a config: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UsageError(f"--config {path}: not a mapping of settings to values.")
+    return settings
+
+
+def _read(field_: Field[Any], value: Any) -> Any:
+    """One setting, as its kind takes it; strings are read as a command line gives them."""
+    kind, choices = field_.metadata["kind"], field_.metadata["choices"]
+    if value is None and field_.default is None:
+        return None
+    try:
+        read = _KINDS[kind](value)
+    except (TypeError, ValueError):
+        read = None
+    if read is None or (choices and read not in choices):
+        takes = ", ".join(choices) if choices else _TAKES[kind]
+        raise UsageError(f"--{field_.name.replace('_', '-')} {value!r}: it takes {takes}.")
+    return read
+
+
+def _integer(value: Any, least: int) -> int | None:
+    number = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
+    return number if number is not None and number >= least else None
+
+
+def _finite(value: Any) -> float | None:
+    number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _keep(value: Any) -> float | str | None:
+    if value == "positive":
+        return "positive"
+    share = _finite(value)
+    return share if share is not None and 0 < share <= 1 else None
+
+
+def _scope(value: Any) -> str | None:
+    if value in ("global", "row"):
+        return str(value)
+    word, _, rows = str(value).partition(":")
+    return str(value) if word == "batch" and rows.isdecimal() and int(rows) > 0 else None
+
+
+def _data(value: Any) -> tuple[str, ...] | None:
+    found = (value,) if isinstance(value, str) else tuple(value)
+    return found if found and all(isinstance(name, str) and name for name in found) else None
+
+
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    "str": lambda value: value if isinstance(value, str) and value else None,
+    "bool": lambda value: value if isinstance(value, bool) else None,
+    "int": lambda value: _integer(value, 0),
+    "count": lambda value: _integer(value, 1),
+    "float": _finite,
+    "keep": _keep,
+    "scope": _scope,
+    "data": _data,
+    "all_count": lambda value: "all" if value == "all" else _integer(value, 1),
+    "auto_count": lambda value: "auto" if value == "auto" else _integer(value, 1),
+}
+
+_TAKES = {
+    "str": "a word",
+    "bool": "true or false",
+    "int": "a whole number from 0",
+    "count": "a whole number from 1",
+    "float": "a finite number",
+    "keep": "a share above 0 and up to 1, or positive",
+    "scope": "global, row, or batch:N with N rows",
+    "data": "files, folders, globs or a dataset name",
+    "all_count": "a whole number from 1, or all",
+    "auto_count": "a whole number from 1, or auto",
+}

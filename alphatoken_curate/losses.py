@@ -15,7 +15,7 @@ Head = Callable[[Tensor], Tensor]
 """Last hidden states (n, D) -> logits (n, V), with the model's own scaling and soft caps."""
 
 _LOGITS_PER_CHUNK = {"cpu": 6 << 20, "cuda": 1 << 28}
-"""Logits held at a time: 24 MiB of float32 on a CPU (above 32 MiB, malloc maps fresh pages each time), 1 GiB on a card."""
+"""Logits held at a time: 24 MiB of float32 on a CPU (past 32 MiB malloc maps new pages each time), 1 GiB on a card."""
 
 _LOGITS_PER_SLICE = {"cpu": 1 << 18, "cuda": 1 << 28}
 """Logits whose softmax is taken at a time: what stays in the cache of a core, or everything on a card."""

@@ -1,16 +1,19 @@
-"""Finding, checking, digesting and loading models and tokenizers. Nothing here runs code that came with a model
-unless it was told to, and no weight is read from anything but safetensors or GGUF.
+"""Finding, checking, digesting and loading models and tokenizers.
+
+Nothing here runs code that came with a model unless it was told to, and no weight is read from anything but
+safetensors or GGUF.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import importlib.metadata
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,24 +156,21 @@ def tokenizer_digest(source: ModelSource) -> str:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Keep transformers' and GGUF's progress bars off our own output while a model loads."""
+    """Keep transformers' and its GGUF reader's progress bars and chatter off our own output while a model loads."""
     from transformers.utils import logging
 
-    was_on, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    disabled = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
+    gguf_reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bars, level, bar = logging.is_progress_bar_enabled(), logging.get_verbosity(), gguf_reader.tqdm
+    gguf_reader.tqdm = partial(bar, disable=True)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
+        gguf_reader.tqdm = bar
         logging.set_verbosity(level)
-        if was_on:
+        if bars:
             logging.enable_progress_bar()
-        if disabled is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = disabled
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
@@ -196,7 +196,7 @@ def load_model(
     check_remote_code(source, trust_remote_code)
     try:
         with _quiet_loading(), _gguf_needed(source):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -205,8 +205,8 @@ def load_model(
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"{source.name}: transformers cannot load it: {error}") from error
-    model.requires_grad_(False)
-    return model.to(device).eval()
+    frozen: PreTrainedModel = model.requires_grad_(False).to(device).eval()
+    return frozen
 
 
 @contextmanager
@@ -216,7 +216,8 @@ def _gguf_needed(source: ModelSource) -> Iterator[None]:
     except ImportError as error:
         if source.gguf:
             raise ModelError(
-                f"{source.name}: reading a GGUF file needs the package gguf. Run: pip install 'alphatoken-curate[demo]'."
+                f"{source.name}: reading a GGUF file needs the package gguf."
+                " Run: pip install 'alphatoken-curate[demo]'."
             ) from error
         raise
 

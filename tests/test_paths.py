@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from alphatoken_curate.capture import ScoringModel
 from alphatoken_curate.paths import PathScorer
 from alphatoken_curate.plan import collate, plan_batches
+from alphatoken_curate.target import target_gradient
 from alphatoken_curate.tokens import TokenRow
 
 EXACT = 1e-10
@@ -105,3 +107,116 @@ def test_published_equals_the_paper_by_loops(family: str) -> None:
                     plain, 3, named(scoring, direction), ids_of(row), places(row), window, lambda n, _: rows_of.get(n)
                 )
                 assert_close(torch.stack([found["direct"][i][0], found["causal"][i][0]]), torch.stack([direct, causal]))
+
+
+@pytest.mark.usefixtures("all_float64")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox"])
+def test_the_two_oracles_agree(family: str) -> None:
+    """One backward per token, and the derivative in eps of y = W h + eps (M h): two routes to C[s, t]."""
+    plain = tiny_model(family)
+    scoring = ScoringModel(tiny_model(family), 3)
+    direction = named(scoring, random_direction(scoring, 1))
+    row = tiny_rows()[3]
+    one = oracles.contraction_by_backwards(plain, 3, direction, ids_of(row), places(row))
+    other = oracles.contraction_by_eps(plain, 3, direction, ids_of(row), places(row))
+    assert_close(one, other)
+
+
+@pytest.mark.usefixtures("all_float64")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_the_parts_of_a_row_sum_to_its_gradient(family: str) -> None:
+    """direct + upstream over all tokens == <sum of gradients, M>, and so does delta^T M h over all positions."""
+    plain = tiny_model(family)
+    scoring = ScoringModel(tiny_model(family), 4)
+    direction = random_direction(scoring, 5)
+    row = tiny_rows()[0]
+    t = places(row)
+    matrix = oracles.contraction_by_backwards(plain, 4, named(scoring, direction), ids_of(row), t)
+    grads = oracles.mean_loss_gradient(plain, 4, [(ids_of(row), t)])
+    whole = sum((g * d).sum() for g, d in zip(grads.values(), direction, strict=True)) * len(t)
+    assert_close(matrix.sum(), whole)
+    found = score_rows(PathScorer(scoring, [direction], "exact", 32), [row], 1000)
+    at_predictions = matrix[[p - 1 for p in t]].sum()
+    assert_close((found["direct"][0] + found["causal"][0]).sum(), at_predictions)
+
+
+@pytest.mark.parametrize("estimator", ["published", "exact"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox"])
+def test_batches_order_and_padding_do_not_change_values(family: str, estimator: Any) -> None:
+    scoring = ScoringModel(tiny_model(family, dtype=torch.float32), 3)
+    scorer = PathScorer(scoring, [random_direction(scoring, 1), random_direction(scoring, 2)], estimator, 32)
+    rows = tiny_rows()
+    alone = score_rows(scorer, rows, 1)
+    for budget, order in ((50, 1), (10_000, 1), (10_000, -1)):
+        found = score_rows(scorer, rows[::order], budget)
+        for name, per_row in found.items():
+            for mine, wanted in zip(per_row[::order], alone[name], strict=True):
+                assert_close(mine, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["published", "exact"])
+def test_signals_are_linear_in_the_direction(estimator: Any) -> None:
+    scoring = ScoringModel(tiny_model("llama"), 3)
+    one, two = random_direction(scoring, 1), random_direction(scoring, 2)
+    mixed = [3.0 * a - 0.5 * b for a, b in zip(one, two, strict=True)]
+    zero = [torch.zeros_like(m) for m in one]
+    batch = collate(tiny_rows(), range(6))
+    found = PathScorer(scoring, [one, two, mixed, zero], estimator, 4).score(batch)
+    for signal in (found.direct, found.causal):
+        assert_close(signal[2], 3.0 * signal[0] - 0.5 * signal[1])
+        assert not signal[3].any()
+
+
+@pytest.mark.parametrize("estimator", ["published", "exact"])
+def test_all_blocks_are_the_sum_of_slices_of_blocks(estimator: Any) -> None:
+    """A direction that is zero below the last K blocks of `all` scores as K does."""
+    whole, last = ScoringModel(tiny_model("llama"), "all"), ScoringModel(tiny_model("llama"), 2)
+    assert (whole.layers, last.layers) == (4, 2)
+    direction = random_direction(last, 1)
+    below = [torch.zeros_like(m.weight) for m in whole.maps[: len(whole.maps) - len(last.maps)]]
+    batch = collate(tiny_rows(), range(6))
+    one = PathScorer(whole, [[*below, *direction]], estimator, 4).score(batch)
+    two = PathScorer(last, [direction], estimator, 4).score(batch)
+    assert_close(one.direct, two.direct)
+    assert_close(one.causal, two.causal)
+
+
+def test_nll_and_entropy_are_those_of_the_plain_model() -> None:
+    plain = tiny_model("gemma2")
+    scoring = ScoringModel(tiny_model("gemma2"), 2)
+    rows = tiny_rows()
+    found = score_rows(PathScorer(scoring, [random_direction(scoring, 1)], "exact", 4), rows, 60)
+    for i, row in enumerate(rows):
+        logits = plain(input_ids=ids_of(row)[None]).logits[0]
+        logs = torch.log_softmax(logits, dim=-1)[[t - 1 for t in places(row)]]
+        assert_close(found["nll"][i], -logs.gather(1, ids_of(row)[places(row)][:, None]).squeeze(1).detach(), 1e-6)
+        assert_close(found["entropy"][i], -(logs.exp() * logs).sum(-1).detach(), 1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["published", "exact"])
+def test_a_bfloat16_trunk_keeps_most_of_float32(estimator: Any) -> None:
+    """S runs in float32 over a bfloat16 trunk: the error is that of the trunk's hidden states, not of the paths."""
+    rounded = tiny_model("llama", dtype=torch.float32).to(torch.bfloat16)
+    exact, lower = ScoringModel(copy.deepcopy(rounded).float(), 2), ScoringModel(rounded, 2)
+    assert all(m.weight.dtype is torch.float32 for m in lower.maps)
+    direction = random_direction(exact, 1)
+    batch = collate(tiny_rows(), range(6))
+    one = PathScorer(exact, [direction], estimator, 4).score(batch)
+    two = PathScorer(lower, [direction], estimator, 4).score(batch)
+    for name in ("direct", "causal"):
+        error = getattr(two, name).float() - getattr(one, name)
+        assert (error.norm() / getattr(one, name).norm()).item() < 0.1
+
+
+@pytest.mark.usefixtures("all_float64")
+def test_target_gradient_against_autograd_on_the_weights() -> None:
+    plain = tiny_model("qwen3")
+    scoring = ScoringModel(tiny_model("qwen3"), 3)
+    rows = tiny_rows()
+    batches = [collate(rows, indices) for indices in plan_batches(rows, 45)]
+    found = target_gradient(scoring, batches, all_positions=True)
+    wanted = oracles.mean_loss_gradient(plain, 3, [(ids_of(row), places(row)) for row in rows])
+    for linear, gradient in zip(scoring.maps, found, strict=True):
+        assert_close(gradient, wanted[linear.name].detach())
+    over_responses = target_gradient(scoring, batches, all_positions=False)
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(found, over_responses, strict=True))

@@ -1,0 +1,192 @@
+"""Files that appear whole or not at all: temp file in the same folder, fsync, rename, fsync of the folder.
+
+The rename is the only commit point. A temp file is named `.<name>.<random>.tmp`; who holds a run (`one_writer`) may
+sweep those that a killed writer left behind.
+
+Test hook: with ALPHATOKEN_CURATE_KILL_AT=<point>[:n] in the environment the process ends itself by SIGKILL when it
+passes that point for the n-th time (default: the first).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import re
+import secrets
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from alphatoken_curate.errors import CurateError, StoredDataError, UsageError
+
+KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
+
+_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
+_passed: Counter[str] = Counter()
+
+
+def kill_point(name: str) -> None:
+    """Test hook, see the top of this module: a place where a test may have the process killed."""
+    wanted, _, count = os.environ.get(KILL_AT, "").partition(":")
+    if wanted == name:
+        _passed[name] += 1
+        if _passed[name] == int(count or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Sink(io.RawIOBase):
+    """A file being written that counts and hashes what passes through it."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        super().__init__()
+        self._path = path
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+        """Bytes written so far."""
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the bytes written so far."""
+        return self._hash.hexdigest()
+
+    def writable(self) -> bool:
+        """True, as a file that can be written answers."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.bytes
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]
+        """Write all of `data`. Raises `CurateError` where the disk refuses."""
+        view = memoryview(data).cast("B")
+        half = len(view) // 2
+        self._write(view[:half])
+        kill_point("mid-write")
+        self._write(view[half:])
+        return len(view)
+
+    def _write(self, part: memoryview) -> None:
+        self._hash.update(part)
+        self.bytes += len(part)
+        with _refusal(self._path):
+            while part:
+                part = part[self._file.write(part) or 0 :]
+
+    def sync(self) -> None:
+        """Have the bytes on disk. Raises `CurateError` where the disk refuses."""
+        with _refusal(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; without `sync` the bytes may not be on disk yet."""
+        self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Sink]:
+    """A `Sink` whose bytes appear at `path` when the block ends, whole; on any exception nothing appears.
+
+    Missing folders are made. Replaces what lies at `path`. Raises `CurateError` where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with _refusal(path):
+        _make_folder(path.parent)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with Sink(path, descriptor) as sink:
+            kill_point("after-temp-open")
+            yield sink
+            sink.sync()
+            kill_point("after-fsync")
+        kill_point("after-close")
+        with _refusal(path):
+            os.replace(temporary, path)
+        kill_point("after-rename")
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already where it was renamed
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and sha256 (hex) of a file. Raises `StoredDataError` where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), sha256
+    except FileNotFoundError as error:
+        raise StoredDataError(f"{path}: missing; restore it, or run the command that makes it again") from error
+    except OSError as error:
+        raise StoredDataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def sweep(folder: Path) -> int:
+    """Remove temp files of writers that were killed; returns how many. Call it only while holding the run."""
+    if not folder.is_dir():
+        return 0
+    stale = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
+
+
+@contextlib.contextmanager
+def one_writer(run: Path) -> Iterator[None]:
+    """Hold a run folder against other processes while writing to it; the hold ends with the process, however it ends.
+
+    Raises `UsageError` where another process holds it. Not re-entrant. On Windows nothing is held.
+    """
+    _make_folder(run)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{run}: another process is writing to it; wait for it, or use another folder") from error
+        yield
+    finally:
+        os.close(folder)
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:  # some network file systems cannot; the rename stands all the same
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _refusal(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CurateError(
+            f"{path}: cannot be written ({error.strerror}); make room or set its permissions right, then run the same"
+            " command again: files that are finished are kept"
+        ) from error

@@ -1,0 +1,133 @@
+"""How many padded tokens run together: resolved once, written down before use, halved when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import orjson
+
+from alphatoken_curate.atomic import atomic_file
+from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError
+from alphatoken_curate.fingerprint import Json, canonical, differing
+from alphatoken_curate.manifest import Plan
+from alphatoken_curate.models import free_memory
+from alphatoken_curate.progress import Progress
+
+NAME = "run.json"
+"""In artifacts/: the run's fingerprint fields and its plan, written before anything is computed."""
+
+LEAST = 64
+"""A budget below this many tokens is not halved again."""
+
+_AUTO = {"cpu": 2048, "cuda": 16384}
+
+T = TypeVar("T")
+
+
+def auto_tokens(device: str) -> int:
+    """What `--batch-tokens auto` is on a type of device."""
+    return _AUTO.get(device, _AUTO["cpu"])
+
+
+class Budget:
+    """The token budget of a run, kept in `artifacts/run.json` beside the fields the run was begun with.
+
+    Raises FingerprintError, naming what differs, where the run was begun with other fields.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        fields: Mapping[str, Json],
+        batch_tokens: int | Literal["auto"],
+        device: str,
+        progress: Progress,
+    ) -> None:
+        self.path = run / "artifacts" / NAME
+        self.progress = progress
+        self.fields = dict(fields)
+        stored = self._read()
+        self._shards: dict[str, dict[str, int]] = stored.get("shards", {})
+        if stored:
+            _check_same(run, stored["fields"], self.fields)
+        self.tokens = auto_tokens(device) if batch_tokens == "auto" else batch_tokens
+        self.halvings = 0
+        if self._shards:
+            self._resume(self._shards[max(self._shards, key=int)])
+        if not stored:
+            self._write()
+
+    def plan(self, shard: int) -> Plan:
+        """The plan of a shard that was begun."""
+        return Plan(**self._shards[str(shard)])
+
+    def spend(self, work: Callable[[int], T], shard: int | None = None) -> T:
+        """Run `work(batch_tokens)`; when memory runs out, halve the budget and begin the work again, whole.
+
+        The plan of a shard is written before it is used, and used again when the run is resumed.
+        """
+        if str(shard) in self._shards:
+            self._resume(self._shards[str(shard)])
+        while True:
+            if shard is not None:
+                self._note(shard)
+            try:
+                return work(self.tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if self.tokens // 2 < LEAST:
+                    raise CurateError(
+                        f"Memory ran out with {self.tokens} tokens in a batch. Use fewer --layers, a shorter"
+                        " --max-length or a device with more memory; what is finished is kept."
+                    ) from error
+            self._halve()
+
+    def _halve(self) -> None:
+        free_memory()
+        self.tokens //= 2
+        self.halvings += 1
+        self.progress.note(f"Memory ran out: --batch-tokens is halved to {self.tokens} from here on.")
+
+    def _resume(self, plan: Mapping[str, int]) -> None:
+        self.tokens, self.halvings = plan["batch_tokens"], plan["halvings"]
+
+    def _note(self, shard: int) -> None:
+        plan = {"batch_tokens": self.tokens, "halvings": self.halvings}
+        if self._shards.get(str(shard)) != plan:
+            self._shards[str(shard)] = plan
+            self._write()
+
+    def _write(self) -> None:
+        with atomic_file(self.path) as sink:
+            sink.write(canonical({"fields": self.fields, "shards": self._shards}) + b"\n")
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.is_file():
+            return {}
+        try:
+            stored = orjson.loads(self.path.read_bytes())
+            plans = [(plan["batch_tokens"], plan["halvings"]) for plan in stored["shards"].values()]
+            if isinstance(stored["fields"], dict) and all(type(n) is int and n >= 0 for plan in plans for n in plan):
+                return dict(stored)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        raise StoredDataError(f"{self.path}: damaged. Delete it and run the same command again.")
+
+
+def _check_same(run: Path, stored: Mapping[str, Json], fields: Mapping[str, Json]) -> None:
+    names = differing(stored, fields)
+    if names:
+        raise FingerprintError(
+            f"{run}: it was made with other settings or inputs: {', '.join(names)}."
+            " Give the ones it was made with, or another folder with -o.",
+            names,
+        )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

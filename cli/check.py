@@ -1,0 +1,64 @@
+"""alphatoken-curate check: are these rows fit to score, and what would scoring them make?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.errors import InputError
+
+from .options import config_options, read_config
+
+_FLAGS = (
+    "model", "reference", "target", "target_rows", "turns", "max_length", "rows_per_shard", "batch_tokens", "device",
+    "seed", "bad_rows", "trust_remote_code",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("data", nargs=-1)
+@config_options(ScoreConfig, only=_FLAGS)
+@click.pass_context
+def command(ctx: click.Context, /, data: tuple[str, ...], **_: Any) -> None:
+    """Read and tokenise DATA as `score` would, and say what is in it. Loads no model, writes nothing.
+
+    Exit 3 where a row is bad, with every bad row's file, line and reason; with --bad-rows quarantine they are counted.
+    """
+    config = read_config(ctx, ScoreConfig, data)
+
+    from alphatoken_curate.check import check
+
+    found = check(config)
+    click.echo(f"rows             {found.rows_read:>12,}   {found.rows:,} to score, {found.target_rows:,} target")
+    if found.held_out:
+        click.echo(f"{'':30}   (the target rows are held out of DATA; see --target)")
+    click.echo(f"tokens           {found.tokens:>12,}   longest row {found.longest:,}")
+    click.echo(f"response tokens  {found.response_tokens:>12,}   {found.response_tokens / found.tokens:.1%} of all")
+    if found.truncated_rows:
+        click.echo(
+            f"cut off          {found.truncated_tokens:>12,}   in {found.truncated_rows:,} rows, by --max-length"
+        )
+    click.echo(
+        f"padding          {found.padding:>12.1%}   in {found.batches:,} batches of {found.batch_tokens:,} tokens"
+    )
+    stored = f"about {_size(found.value_bytes)} of values, {_size(found.train_bytes)} of train"
+    click.echo(f"shards           {found.shards:>12,}   {stored}")
+    if found.bad:
+        click.echo(f"bad rows         {len(found.bad):>12,}   set aside with --bad-rows quarantine")
+        for bad in found.bad[:20]:
+            click.echo(f"  {bad.source}:{bad.line}: {bad.reason}: {bad.message}")
+        if len(found.bad) > 20:
+            click.echo(f"  and {len(found.bad) - 20} more")
+    if not found.rows:
+        raise InputError("No row is left to score.")
+
+
+def _size(count: int) -> str:
+    amount, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 1000:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"

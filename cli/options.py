@@ -1,0 +1,74 @@
+"""Flags made from the config classes: one source of names, defaults, choices and help for flags and YAML keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=MaskConfig)
+
+_METAVARS = {
+    "keep": "SHARE|positive",
+    "scope": "global|row|batch:N",
+    "all_count": "K|all",
+    "auto_count": "N|auto",
+    "count": "N",
+    "int": "N",
+    "float": "X",
+}
+
+
+def config_options(kind: type[MaskConfig], only: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """A flag for every setting of a config class (or `only` some), and -c for a YAML file of them."""
+
+    def add(function: F) -> F:
+        # What is scored, and how, before what becomes of the values.
+        shared = [item.name for item in fields(MaskConfig)]
+        ordered = sorted(fields(kind), key=lambda item: item.name in shared)
+        for item in reversed(ordered):
+            if item.name != "data" and (not only or item.name in only):
+                function = _flag(item)(function)
+        return click.option(
+            "-c", "--config", type=click.Path(dir_okay=False, path_type=Path), help="YAML file of settings; flags win."
+        )(function)
+
+    return add
+
+
+def read_config(ctx: click.Context, kind: type[C], data: tuple[str, ...] = ()) -> C:
+    """The config of a command: defaults, then the YAML file, then the flags that were given."""
+    path = ctx.params.get("config")
+    names = {item.name for item in fields(kind)}
+    settings = {} if path is None else load_settings(path)
+    given = {name: ctx.params[name] for name in names & ctx.params.keys() - {"data"} if _is_given(ctx, name)}
+    settings |= given | ({"data": data} if data else {})
+    if issubclass(kind, ScoreConfig) and not settings.get("data"):
+        raise click.UsageError("Missing argument 'DATA...'. Name files, folders, globs or a dataset.", ctx)
+    return checked(kind, settings, f"--config {path}")
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+def _flag(item: Field[Any]) -> Callable[[F], F]:
+    name = "--" + item.name.replace("_", "-")
+    kind, choices = item.metadata["kind"], item.metadata["choices"]
+    if kind == "bool":
+        return click.option(name, is_flag=True, default=False, help=item.metadata["help"])
+    return click.option(
+        name,
+        type=click.Choice(choices) if choices else str,
+        default=None if item.default is None else str(item.default),
+        metavar=None if choices else _METAVARS.get(kind, "NAME"),
+        show_default=item.default is not None,
+        help=item.metadata["help"],
+    )

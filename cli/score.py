@@ -1,0 +1,60 @@
+"""alphatoken-curate score: values, a mask and loss weights from rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from alphatoken_curate.config import ScoreConfig
+
+from .options import config_options, read_config
+
+
+@click.command()
+@click.argument("data", nargs=-1)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder. Default: DATA's stem + .alphatoken.")
+@config_options(ScoreConfig)
+@click.pass_context
+def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_: Any) -> None:
+    """Value every response token of DATA; write values, a mask and loss weights.
+
+    DATA: JSONL (.gz, .zst) or Parquet files, folders, globs, or a Hugging Face dataset name. The same command goes on
+    where it was interrupted, and leaves a finished run alone.
+    """
+    config = read_config(ctx, ScoreConfig, data)
+
+    from alphatoken_curate.score import score
+
+    from .terminal import Listener
+
+    with Listener() as listener:
+        done = score(config, out, listener)
+    counts, mask = done.manifest.counts, done.mask
+    if not done.shards_scored and not mask.created:
+        click.echo(f"{done.run} is finished: the values and mask {mask.mask} are there already. Nothing was written.")
+    else:
+        click.echo(f"Wrote {done.run}")
+    aside = [f"{n} {word}" for word, n in _aside(counts) if n]
+    click.echo(f"  rows    {counts.scored} scored of {counts.read}" + (f" ({', '.join(aside)})" if aside else ""))
+    share = mask.kept_tokens / max(1, mask.response_tokens)
+    click.echo(f"  tokens  {mask.kept_tokens:,} of {mask.response_tokens:,} response tokens kept ({share:.1%})")
+    if mask.rows_given_back:
+        click.echo(f"          {mask.rows_given_back} rows that would have lost every token got their best one back")
+    click.echo(f"  values  {done.run}/values/generation=0/   mask {mask.mask}: {mask.path}/")
+    click.echo(
+        f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {_first(done)}"
+    )
+
+
+def _aside(counts: Any) -> list[tuple[str, int]]:
+    return [("held out as target", counts.target), ("failed", counts.failed), ("rejected", counts.rejected)]
+
+
+def _first(done: Any) -> int:
+    """A scored row to look at."""
+    from alphatoken_curate.scan import scan
+
+    rows = scan(done.run).filter(status="scored").select("row_id").head(1).collect()
+    return int(rows.item()) if len(rows) else 0
