@@ -6,8 +6,9 @@ import glob
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alphatoken_curate.errors import InputError
@@ -53,7 +54,22 @@ def find_files(data: Sequence[str]) -> list[DataFile]:
         seen.add(place)
     if not files:
         raise InputError("No data was named. Give files, folders, globs or a Hugging Face dataset name.")
-    return files
+    return _told_apart(files)
+
+
+def _told_apart(files: list[DataFile]) -> list[DataFile]:
+    """Files of one name get as much of their folders' names as it takes to tell them apart."""
+    named, depth = files, 1
+    while len({file.source for file in named}) < len(named):
+        depth += 1
+        counts = Counter(file.source for file in named)
+        named = [
+            replace(file, source="/".join(Path(os.path.realpath(file.path)).parts[-depth:]))
+            if counts[file.source] > 1
+            else file
+            for file in named
+        ]
+    return named
 
 
 def _find(item: str) -> list[DataFile]:

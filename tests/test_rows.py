@@ -524,3 +524,12 @@ def test_any_object_is_read_or_set_aside(tmp_path_factory: pytest.TempPathFactor
     path.write_bytes(json.dumps(record).encode() + b"\n")
     result = read_rows([str(path)])
     assert len(result.rows) + len(result.bad) == 1
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.jsonl").write_text('{"prompt": "q", "response": "' + folder + '"}\n')
+    (tmp_path / "c.jsonl").write_text('{"prompt": "q", "response": "c"}\n')
+    names = [str(tmp_path / name) for name in ("a/train.jsonl", "b/train.jsonl", "c.jsonl")]
+    assert [file.source for file in read_rows(names).files] == ["a/train.jsonl", "b/train.jsonl", "c.jsonl"]

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_rows
+
+from alphatoken_curate.capture import ScoringModel
+from alphatoken_curate.drift import checked_weights, drift_direction, read_direction, read_weights
+from alphatoken_curate.errors import ModelError, UsageError
+from alphatoken_curate.paths import PathScorer
+from alphatoken_curate.plan import collate
+
+
+def ones(scoring: ScoringModel) -> list[torch.Tensor]:
+    return [torch.ones_like(m.weight) for m in scoring.maps]
+
+
+def test_the_direction_is_fisher_times_drift() -> None:
+    scoring, reference = ScoringModel(tiny_model("llama"), 2), ScoringModel(tiny_model("llama", seed=9), 2)
+    fisher = [torch.rand_like(m.weight) for m in scoring.maps]
+    found = drift_direction(scoring, fisher, [m.weight for m in reference.maps])
+    for v, f, m, r in zip(found, fisher, scoring.maps, reference.maps, strict=True):
+        assert torch.equal(v, f * (m.module.weight - r.module.weight))  # type: ignore[operator]
+
+
+def test_an_unmoved_model_has_stability_exactly_zero() -> None:
+    scoring = ScoringModel(tiny_model("llama"), 2)
+    direction = drift_direction(scoring, ones(scoring), [m.weight.clone() for m in scoring.maps])
+    for estimator in ("published", "exact"):
+        found = PathScorer(scoring, [direction], estimator, 4).score(collate(tiny_rows(), range(6)))  # type: ignore[arg-type]
+        assert not found.direct.any()
+        assert not found.causal.any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_weights_are_read_from_safetensors_in_one_or_many_files(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    for folder, size in (("one", "1GB"), ("many", "10KB")):
+        model.save_pretrained(tmp_path / folder, max_shard_size=size)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    scoring = ScoringModel(model, 3)
+    for folder in ("one", "many"):
+        found = read_weights(sorted((tmp_path / folder).glob("*.safetensors")), scoring)
+        assert found is not None
+        for tensor, m in zip(found, scoring.maps, strict=True):
+            assert torch.equal(tensor, m.weight)
+
+
+def test_a_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
+    tiny_model("llama", intermediate_size=20).save_pretrained(tmp_path)
+    scoring = ScoringModel(tiny_model("llama"), 2)
+    with pytest.raises(ModelError, match=r"--reference: model\.layers\.2\.mlp\.\w+\.weight is \d+x\d+, the model's is"):
+        read_weights(sorted(tmp_path.glob("*.safetensors")), scoring)
+    with pytest.raises(ModelError, match="pre-trained model"):
+        checked_weights(scoring, [torch.ones(1, 1) for _ in scoring.maps])
+
+
+def test_a_file_of_another_model_gives_nothing(tmp_path: Path) -> None:
+    save_file({"other.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert read_weights([tmp_path / "model.safetensors"], ScoringModel(tiny_model("llama"), 2)) is None
+    assert read_weights([tmp_path / "model.gguf"], ScoringModel(tiny_model("llama"), 2)) is None
+
+
+def test_a_fisher_file_is_read_whole_or_refused(tmp_path: Path) -> None:
+    scoring = ScoringModel(tiny_model("llama"), 1)
+    path = tmp_path / "fisher.safetensors"
+    tensors = {m.parameter: torch.rand(m.weight.shape) for m in scoring.maps}
+    save_file(tensors, path)
+    found = read_direction(path, scoring, flag="--fisher")
+    assert all(torch.equal(t, tensors[m.parameter]) for t, m in zip(found, scoring.maps, strict=True))
+
+    first, *others = tensors
+    for broken, message in (
+        ({name: tensors[name] for name in others}, f"no tensor {first} .1 of 7 are missing"),
+        (tensors | {first: torch.ones(2, 3)}, f"{first} is 2x3, the model's is 16x16"),
+        (tensors | {first: tensors[first] * torch.nan}, "NaN or infinity"),
+    ):
+        save_file(broken, path)
+        with pytest.raises(UsageError, match=message):
+            read_direction(path, scoring, flag="--fisher")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UsageError, match="not a readable safetensors file"):
+        read_direction(path, scoring, flag="--fisher")
+    with pytest.raises(UsageError, match="not a readable safetensors file"):
+        read_direction(tmp_path / "missing", scoring, flag="--fisher")

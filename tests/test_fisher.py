@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from tiny import tiny_model, tiny_rows
+from torch import Tensor
+
+from alphatoken_curate.capture import ScoringModel
+from alphatoken_curate.fisher import fisher_diagonal
+from alphatoken_curate.plan import Batch, collate, plan_batches
+from alphatoken_curate.tokens import TokenRow
+
+
+def batches(rows: list[TokenRow], budget: int) -> list[Batch]:
+    return [collate(rows, indices) for indices in plan_batches(rows, budget)]
+
+
+def by_sequences(rows: list[TokenRow], labels: dict[int, list[int]] | None = None) -> dict[str, Tensor]:
+    """E[(delta^2)^T (h^2)] with plain hooks and one backward per sequence; `labels` replace the response tokens."""
+    model = oracles.eager(tiny_model("llama")).requires_grad_(True)
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    maps = oracles.linear_maps(model, 2)
+    for name, module in maps.items():
+        module.register_forward_hook(lambda _, args, out, n=name: kept.__setitem__(n, (args[0].detach()[0], out)))
+    sums = {name: torch.zeros_like(module.weight) for name, module in maps.items()}
+    for row in rows:
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        places = np.flatnonzero(row.response).tolist()
+        wanted = labels[row.row_id] if labels else [int(ids[t]) for t in places]
+        loss = sum(-torch.log_softmax(logits[t - 1], -1)[y] for t, y in zip(places, wanted, strict=True))
+        grads = torch.autograd.grad(loss, [z for _, z in kept.values()])
+        for (name, (h, _)), grad in zip(kept.items(), grads, strict=True):
+            for position in range(len(ids)):
+                sums[name] += torch.outer(grad[0, position] ** 2, h[position] ** 2)
+    return {name: total.detach() / len(rows) for name, total in sums.items()}
+
+
+@pytest.mark.usefixtures("all_float64")
+@pytest.mark.parametrize("budget", [1, 45, 1000])
+def test_empirical_against_one_backward_per_sequence(budget: int) -> None:
+    rows = tiny_rows()
+    scoring = ScoringModel(tiny_model("llama"), 2)
+    found = fisher_diagonal(scoring, rows, batches(rows, budget), sampled=False, seed=0)
+    wanted = by_sequences(rows)
+    for linear, diagonal in zip(scoring.maps, found, strict=True):
+        error = (diagonal - wanted[linear.name]).abs().max() / wanted[linear.name].abs().max()
+        assert error.item() < 1e-10
+
+
+def test_sampled_is_the_same_whatever_the_batches_and_changes_with_the_seed() -> None:
+    rows = tiny_rows()
+    scoring = ScoringModel(tiny_model("llama"), 2)
+    one, other = (fisher_diagonal(scoring, rows, batches(rows, n), sampled=True, seed=7) for n in (1, 1000))
+    for a, b in zip(one, other, strict=True):
+        assert ((a - b).abs().max() / b.abs().max()).item() < 1e-6
+    changed = fisher_diagonal(scoring, rows, batches(rows, 1000), sampled=True, seed=8)
+    assert any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(changed, other, strict=True))
+
+
+@pytest.mark.usefixtures("all_float64")
+def test_sampled_is_empirical_on_the_drawn_labels() -> None:
+    """Labels drawn by hand from the plain model with the same keyed draws give the same diagonal."""
+    from alphatoken_curate.draws import keyed_uniform
+
+    rows = tiny_rows()
+    plain = tiny_model("llama")
+    labels = {}
+    for row in rows:
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))
+        prediction = torch.softmax(plain(input_ids=ids[None]).logits[0].detach(), dim=-1)
+        drawn = []
+        for t in np.flatnonzero(row.response).tolist():
+            draw = float(keyed_uniform(7, row.row_id, t))
+            total, y = 0.0, 0
+            while (total := total + float(prediction[t - 1, y])) <= draw:
+                y += 1
+            drawn.append(y)
+        labels[row.row_id] = drawn
+    scoring = ScoringModel(tiny_model("llama"), 2)
+    found = fisher_diagonal(scoring, rows, batches(rows, 1000), sampled=True, seed=7)
+    wanted = by_sequences(rows, labels)
+    for linear, diagonal in zip(scoring.maps, found, strict=True):
+        assert ((diagonal - wanted[linear.name]).abs().max() / wanted[linear.name].abs().max()).item() < 1e-10
