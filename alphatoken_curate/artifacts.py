@@ -30,6 +30,9 @@ def reference_nll(shard: int) -> str:
     return f"reference_nll-{shard:05d}.safetensors"
 
 
+_ABOUT = "alphatoken_curate"
+"""The metadata key of an artefact: JSON of its fields and of the digest of its tensors."""
+
 _EVERY = ("schema_version", "dtype", "layers")
 _DEPENDS = {
     "target": ("model", "target", "target_rows", "estimator", "tokens", "seed"),
@@ -52,9 +55,10 @@ class Store:
         from safetensors.torch import save as to_bytes
 
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        metadata = {"fields": canonical(self._fields_of(name)).decode(), "sha256": _digest(ready)}
+        about = canonical({"fields": self._fields_of(name), "sha256": _digest(ready)}).decode()
         with atomic_file(self.folder / name) as sink:
-            sink.write(to_bytes(ready, metadata=metadata))
+            # One key alone: safetensors writes several in an order that changes from one call to the next.
+            sink.write(to_bytes(ready, metadata={_ABOUT: about}))
 
     def has(self, name: str) -> bool:
         """Whether the artefact is there, whole, and made from the same fields."""
@@ -72,14 +76,13 @@ class Store:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                about = orjson.loads((file.metadata() or {}).get(_ABOUT, "null"))
                 tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-            stored = orjson.loads(metadata.get("fields", "null"))
         except (SafetensorError, OSError, orjson.JSONDecodeError) as error:
             raise _damaged(path, str(error)) from error
-        if metadata.get("sha256") != _digest(tensors) or not isinstance(stored, dict):
-            raise _damaged(path, "its tensors are not as they were written")
-        if differing(stored, self._fields_of(name)):
+        if not isinstance(about, dict) or about.get("sha256") != _digest(tensors) or "fields" not in about:
+            raise _damaged(path, "it is not as it was written")
+        if differing(about["fields"], self._fields_of(name)):
             return None
         return {key: tensor.to(device) for key, tensor in tensors.items()}
 

@@ -198,7 +198,7 @@ class _Attention(torch.autograd.Function):
         # (B, Q, H) -> (B, K, G, Q, 1): what each probability row's gradient sums to.
         shares = (grad_out * out).sum(-1).transpose(1, 2).unflatten(1, (key.shape[1], -1)).unsqueeze(-1)
         tape: Tape = ctx.tape
-        grads = _Grads(query, key, value)
+        grads = _Grads(query, key, value, tape)
         for span, keys in _walk(query, key, ctx.mask):
             probabilities, slope = _block(ctx, query, key, span, keys)
             upstream = _fold(grad_out[:, span[0] : span[1]].transpose(1, 2), key.shape[1])
@@ -214,7 +214,7 @@ class _Attention(torch.autograd.Function):
             )
             if tape.window and tape.mode == "total":
                 ctx.call.band.append(_band(probabilities, span, grads.prefix, tape.window))
-            grads.add(tape, span, keys, scores, probabilities, folded, upstream)
+            grads.add(span, keys, scores, probabilities, folded, upstream)
         if tape.mode == "own":
             return grads.query, grads.own_key, grads.own_value, None, None, None, None, None
         if tape.keep_cross:
@@ -244,33 +244,30 @@ def _block(ctx: Any, query: Tensor, key: Tensor, span: tuple[int, int], keys: in
 
 
 class _Grads:
-    """Gradients of query, key and value; the constant prefix of keys keeps a gradient of zero."""
+    """Gradients of query, key and value; the constant prefix of keys keeps a gradient of zero.
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    Where own positions are told apart, `key` and `value` hold what came from the others, and nothing is subtracted.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, tape: Tape) -> None:
         self.prefix = key.shape[2] - query.shape[2]
         self.groups = query.shape[1] // key.shape[1]
         self.query = torch.empty_like(query)
-        self.key, self.value = torch.zeros_like(key), torch.zeros_like(value)
-        self.own_key, self.own_value = torch.zeros_like(key), torch.zeros_like(value)
+        self.all, self.apart = tape.mode == "total", tape.mode == "own" or tape.keep_cross
+        self.key, self.value = (torch.zeros_like(x) if self.all else x for x in (key, value))
+        self.own_key, self.own_value = (torch.zeros_like(x) if self.apart else x for x in (key, value))
 
     def add(
-        self,
-        tape: Tape,
-        span: tuple[int, int],
-        keys: int,
-        scores: Tensor,
-        probabilities: Tensor,
-        query: Tensor,
-        out: Tensor,
+        self, span: tuple[int, int], keys: int, scores: Tensor, probabilities: Tensor, query: Tensor, out: Tensor
     ) -> None:
-        """Scores and probabilities (B, K, G, n, keys); query (B, K, G n, D) and out, the gradient of the output."""
-        if tape.mode == "own" or tape.keep_cross:
+        """Add a block: scores and probabilities (B, K, G, n, keys), query (B, K, G n, D), out the output's gradient."""
+        if self.apart:
             first, last = self.prefix + span[0], self.prefix + span[1]
             for full, own, x in ((scores, self.own_key, query), (probabilities, self.own_value, out)):
                 square = full[..., first:last]
                 own[:, :, first:last] = self._own(square, x)
                 square.diagonal(dim1=-2, dim2=-1).zero_()
-        if tape.mode == "total":
+        if self.all:
             live = slice(self.prefix, keys)
             self.key[:, :, live] += scores[..., live].flatten(2, 3).transpose(-1, -2) @ query
             self.value[:, :, live] += probabilities[..., live].flatten(2, 3).transpose(-1, -2) @ out

@@ -11,7 +11,7 @@ import orjson
 from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError
 from alphatoken_curate.fingerprint import Json, canonical, differing
-from alphatoken_curate.manifest import Plan
+from alphatoken_curate.manifest import Plan, decode
 from alphatoken_curate.models import free_memory
 from alphatoken_curate.progress import Progress
 
@@ -22,6 +22,9 @@ LEAST = 64
 """A budget below this many tokens is not halved again."""
 
 _AUTO = {"cpu": 2048, "cuda": 16384}
+
+_DECIDE_TOKENS = frozenset({"data", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"})
+"""Fields that the field `tokens` follows from; it differs alone where a template writes today's date."""
 
 T = TypeVar("T")
 
@@ -34,7 +37,7 @@ def auto_tokens(device: str) -> int:
 class Budget:
     """The token budget of a run, kept in `artifacts/run.json` beside the fields the run was begun with.
 
-    Raises FingerprintError, naming what differs, where the run was begun with other fields.
+    Raises FingerprintError, naming what differs, where something was computed with other fields.
     """
 
     def __init__(
@@ -50,13 +53,15 @@ class Budget:
         self.fields = dict(fields)
         stored = self._read()
         self._shards: dict[str, dict[str, int]] = stored.get("shards", {})
-        if stored:
+        # Settings that failed before anything was computed (a --layers the model has not) bind nobody.
+        begun = bool(self._shards) or any(self.path.parent.glob("*.safetensors"))
+        if begun and stored:
             _check_same(run, stored["fields"], self.fields)
         self.tokens = auto_tokens(device) if batch_tokens == "auto" else batch_tokens
         self.halvings = 0
         if self._shards:
             self._resume(self._shards[max(self._shards, key=int)])
-        if not stored:
+        if not stored or differing(stored["fields"], self.fields):
             self._write()
 
     def plan(self, shard: int) -> Plan:
@@ -109,8 +114,8 @@ class Budget:
             return {}
         try:
             stored = orjson.loads(self.path.read_bytes())
-            plans = [(plan["batch_tokens"], plan["halvings"]) for plan in stored["shards"].values()]
-            if isinstance(stored["fields"], dict) and all(type(n) is int and n >= 0 for plan in plans for n in plan):
+            plans = {int(shard): decode(Plan, plan) for shard, plan in stored["shards"].items()}
+            if isinstance(stored["fields"], dict) and all(plan.batch_tokens > 0 for plan in plans.values()):
                 return dict(stored)
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
@@ -118,13 +123,23 @@ class Budget:
 
 
 def _check_same(run: Path, stored: Mapping[str, Json], fields: Mapping[str, Json]) -> None:
-    names = differing(stored, fields)
+    names = _causes(differing(stored, fields), stored, fields)
     if names:
         raise FingerprintError(
             f"{run}: it was made with other settings or inputs: {', '.join(names)}."
             " Give the ones it was made with, or another folder with -o.",
             names,
         )
+
+
+def _causes(names: tuple[str, ...], stored: Mapping[str, Json], fields: Mapping[str, Json]) -> tuple[str, ...]:
+    """What the user changed, without the fields that merely follow from it."""
+    follow = set()
+    if _DECIDE_TOKENS.intersection(names):
+        follow.add("tokens")
+    if "model" in names and all(of.get("model") == of.get("reference") for of in (stored, fields)):
+        follow.add("reference")
+    return tuple(name for name in names if name not in follow)
 
 
 def _out_of_memory(error: BaseException) -> bool:

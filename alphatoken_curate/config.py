@@ -162,7 +162,7 @@ def _read(field_: Field[Any], value: Any) -> Any:
 
 def _integer(value: Any, least: int) -> int | None:
     number = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
-    return number if number is not None and number >= least else None
+    return number if number is not None and least <= number < 1 << 63 else None
 
 
 def _finite(value: Any) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
@@ -56,11 +57,11 @@ def score_tokens(
     wanted, task = read(rows, "rows"), read(target, "target")
     anchor = None
     if reference is not None:
-        with captured(reference, layers) as scoring:
+        with _evaluating(reference), captured(reference, layers) as scoring:
             diagonal = fisher_diagonal(scoring, wanted, batches(wanted), sampled=fisher == "sampled", seed=seed)
             weights = [m.weight.detach().clone() for m in scoring.maps]
             anchor = diagonal, weights, plain_losses(scoring, wanted, batches(wanted))
-    with captured(model, layers) as scoring:
+    with _evaluating(model), captured(model, layers) as scoring:
         directions = [target_gradient(scoring, batches(task), all_positions=estimator == "exact")]
         if anchor is not None:
             directions.append(drift_direction(scoring, anchor[0], checked_weights(scoring, anchor[1])))
@@ -70,6 +71,18 @@ def score_tokens(
     frame = pl.from_arrow(values_table(records))
     assert isinstance(frame, pl.DataFrame)
     return frame
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; modules that were in training are put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _tokens(

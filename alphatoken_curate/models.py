@@ -112,16 +112,25 @@ def _checked(folder: Path) -> Path:
     raise ModelError(f"{folder}: no *.safetensors file in it.")
 
 
+def model_config(source: ModelSource) -> dict[str, Any]:
+    """What config.json says, unread by transformers. Raises ModelError where it is not a JSON object."""
+    path = source.folder / "config.json"
+    try:
+        config = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ModelError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: not a JSON object.")
+    return config
+
+
 def check_remote_code(source: ModelSource, trust_remote_code: bool) -> None:
     """Refuse a model that only its own code can load, unless the user allowed that."""
     if source.gguf or trust_remote_code:
         return
     from transformers import CONFIG_MAPPING
 
-    try:
-        config = orjson.loads((source.folder / "config.json").read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise ModelError(f"{source.folder}/config.json: not JSON ({error}).") from error
+    config = model_config(source)
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise ModelError(
             f"{source.name}: loading it runs Python code that came with it ({config['auto_map']})."
@@ -180,31 +189,49 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     check_remote_code(source, trust_remote_code)
     if not source.gguf and not any(p.name.startswith(_TOKENIZER_FILES) for p in source.folder.iterdir()):
         return None
-    with _quiet_loading(), _gguf_needed(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, **source.load_options
-        )
+    try:
+        with _quiet_loading(), _gguf_needed(source):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, **source.load_options
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{source.name}: transformers cannot load its tokenizer: {error!r}") from error
     return tokenizer
 
 
 def load_model(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The causal language model, frozen, in evaluation mode, on `device`."""
+    """The causal language model, frozen, in evaluation mode, on `device`.
+
+    Raises ModelError where it cannot be loaded, or its files lack a weight.
+    """
+    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_remote_code(source, trust_remote_code)
     try:
         with _quiet_loading(), _gguf_needed(source):
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
+                output_loading_info=True,
                 **source.load_options,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ModelError(f"{source.name}: transformers cannot load it: {error}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        # transformers would make these up at random, with a warning.
+        raise ModelError(
+            f"{source.name}: its files lack {missing[0]} ({len(missing)} weights of {type(model).__name__} in all)."
+            " Name a whole causal language model."
+        )
     frozen: PreTrainedModel = model.requires_grad_(False).to(device).eval()
     return frozen
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
 
 from alphatoken_curate.chat import Tokenizer
 from alphatoken_curate.config import ScoreConfig
@@ -20,6 +19,7 @@ from alphatoken_curate.models import (
     digest_files,
     find_model,
     load_tokenizer,
+    model_config,
     model_digest,
     tokenizer_digest,
 )
@@ -162,8 +162,8 @@ def _vocabulary(source: ModelSource, tokenizer: Tokenizer | None) -> int | None:
     """Number of tokens the model knows; None where only loading the model would tell."""
     if source.gguf:
         return None if tokenizer is None else len(tokenizer)
-    config = orjson.loads((source.folder / "config.json").read_bytes())
-    size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    config = model_config(source)
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     return size if isinstance(size, int) else None
 
 

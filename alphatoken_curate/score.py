@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 from alphatoken_curate import card, manifest, shards
 from alphatoken_curate.artifacts import Store
 from alphatoken_curate.atomic import atomic_file, one_writer, sweep
+from alphatoken_curate.budget import NAME as BUDGET
 from alphatoken_curate.budget import Budget
 from alphatoken_curate.config import MaskConfig, ScoreConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
@@ -30,7 +32,7 @@ from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.remask import MaskSummary, make_mask
 from alphatoken_curate.rows import BadRow
 from alphatoken_curate.scorer import ReferencePass, RowSignals, ScorerSpec, ShardScorer
-from alphatoken_curate.shards import Footer, ValueRow
+from alphatoken_curate.shards import Footer, Shard, ValueRow
 from alphatoken_curate.tokens import TokenRow
 
 SUFFIX = ".alphatoken"
@@ -38,6 +40,9 @@ SUFFIX = ".alphatoken"
 
 VOCABULARY = "vocab.parquet"
 """In artifacts/: the text of every token, so that a run is read without its tokenizer."""
+
+_FOLDERS = ("artifacts", "train", "values")
+"""Folders of a run; what a killed writer leaves before its first file lies in one of them."""
 
 _VERSIONED = ("alphatoken-curate", "torch", "transformers", "numpy", "pyarrow")
 
@@ -74,19 +79,30 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     dtype = resolve_dtype(config.dtype, device.type)
     reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
     about = fingerprint_fields(prepared, reference, dtype)
+    _check_ours(folder)
     with one_writer(folder):
         budget = Budget(folder, about, config.batch_tokens, device.type, listener)
         spec = _spec(prepared, reference, dtype, str(device), Store(folder=folder / "artifacts", fields=about))
         _tell(prepared, spec, listener)
         scored = _score_shards(folder, prepared, spec, budget, listener)
-        if scored or not (folder / manifest.NAME).is_file():
-            _write_beside(folder, prepared)
+        if _write_beside(folder, prepared) or scored:
             manifest.write(folder, manifest.rebuild(folder))
         mask = make_mask(folder, config)
         stored = manifest.read(folder)
         if scored or not card.is_current(folder, stored):
             card.write(folder, stored)
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored)
+
+
+def _check_ours(run: Path) -> None:
+    """Refuse a folder that holds other things: a README.md there is not ours to replace."""
+    if run.exists() and not run.is_dir():
+        raise UsageError(f"{run}: a file. Name a folder for the run with -o.")
+    if not run.exists() or (run / "artifacts" / BUDGET).is_file() or (run / manifest.NAME).is_file():
+        return
+    foreign = sorted(path.name for path in run.iterdir() if path.name not in _FOLDERS)
+    if foreign:
+        raise UsageError(f"{run}: not a run folder, and not empty (it has {foreign[0]!r}). Name another one with -o.")
 
 
 def _spec(prepared: Prepared, reference: ModelSource, dtype: str, device: str, store: Store) -> ScorerSpec:
@@ -137,6 +153,7 @@ def _score_shards(run: Path, prepared: Prepared, spec: ScorerSpec, budget: Budge
     foreign = sorted(set(done) - set(range(len(ranges))))
     if foreign:
         raise StoredDataError(f"{folder / shards.shard_name(foreign[0])}: no shard of this run. Move it away.")
+    _check_stored(run, done)
     missing = [index for index in range(len(ranges)) if index not in done]
     if not missing:
         return 0
@@ -152,6 +169,17 @@ def _score_shards(run: Path, prepared: Prepared, spec: ScorerSpec, budget: Budge
         footer = Footer(fields=spec.store.fields, facts=_facts(prepared, spec, budget, index, rows[index]).as_json())
         shards.write_values(folder / shards.shard_name(index), records, footer)
     return len(missing)
+
+
+def _check_stored(run: Path, done: Mapping[int, Shard]) -> None:
+    """Shards must be those of the manifest, where there is one: its digests see what a footer does not."""
+    if not (run / manifest.NAME).is_file():
+        return
+    for index, shard in enumerate(manifest.read(run).generations[0].shards):
+        if index in done and done[index] != shard:
+            raise StoredDataError(
+                f"{run / shard.path}: not the file that the manifest names. Delete it and run the same command again."
+            )
 
 
 def _scored(
@@ -255,23 +283,47 @@ def _inputs(prepared: Prepared) -> list[Input]:
     return [Input(source=f.source, digest=f.digest, bytes=f.bytes, rows=read.get(f.source, 0)) for f in prepared.files]
 
 
-def _write_beside(run: Path, prepared: Prepared) -> None:
-    """config.yaml, rejects.jsonl and the vocabulary: small files that are the same each time they are written."""
+def _write_beside(run: Path, prepared: Prepared) -> bool:
+    """Write config.yaml, rejects.jsonl and the vocabulary; returns whether the manifest must be written after them.
+
+    In a finished run they stay as they are, and only what was lost is written again.
+    """
+    makers: dict[str, Callable[[Prepared], bytes]] = {"config.yaml": _config_yaml}
+    if prepared.bad:
+        makers["rejects.jsonl"] = _rejects
+    if prepared.tokenizer is not None:
+        makers[f"artifacts/{VOCABULARY}"] = _vocabulary
+    unfinished = not (run / manifest.NAME).is_file()
+    wanted = [name for name in makers if unfinished or not (run / name).is_file()]
+    for name in wanted:
+        content = makers[name](prepared)
+        with atomic_file(run / name) as sink:
+            sink.write(content)
+    return unfinished or bool(wanted)
+
+
+def _config_yaml(prepared: Prepared) -> bytes:
     settings: dict[str, Any] = {f.name: getattr(prepared.config, f.name) for f in fields(ScoreConfig)}
     settings["data"] = list(prepared.config.data)
-    with atomic_file(run / "config.yaml") as sink:
-        sink.write(b"# Replay this run: alphatoken-curate score --config THIS FILE -o ANOTHER FOLDER\n")
-        sink.write(yaml.safe_dump(settings, sort_keys=True, allow_unicode=True).encode())
-    if prepared.bad:
-        with atomic_file(run / "rejects.jsonl") as sink:
-            for bad in prepared.bad:
-                line = {"file": bad.source, "line": bad.line, "row_id": bad.row_id, "reason": bad.reason}
-                sink.write(orjson.dumps(line | {"message": bad.message, "excerpt": bad.excerpt}) + b"\n")
-    if prepared.tokenizer is not None:
-        texts = prepared.tokenizer.batch_decode([[i] for i in range(len(prepared.tokenizer))])
-        table = pa.table({"token_id": pa.array(range(len(texts)), pa.int32()), "text": pa.array(texts, pa.string())})
-        with atomic_file(run / "artifacts" / VOCABULARY) as sink:
-            pq.write_table(table, pa.PythonFile(sink, mode="w"), compression="zstd")
+    head = b"# Replay this run: alphatoken-curate score --config THIS FILE -o ANOTHER FOLDER\n"
+    return head + yaml.safe_dump(settings, sort_keys=True, allow_unicode=True).encode()
+
+
+def _rejects(prepared: Prepared) -> bytes:
+    lines = []
+    for bad in prepared.bad:
+        line = {"file": bad.source, "line": bad.line, "row_id": bad.row_id, "reason": bad.reason}
+        lines.append(orjson.dumps(line | {"message": bad.message, "excerpt": bad.excerpt}) + b"\n")
+    return b"".join(lines)
+
+
+def _vocabulary(prepared: Prepared) -> bytes:
+    tokenizer: Any = prepared.tokenizer
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    table = pa.table({"token_id": pa.array(range(len(texts)), pa.int32()), "text": pa.array(texts, pa.string())})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
 
 
 def mask(run: Path | str, config: MaskConfig) -> MaskSummary:
@@ -280,6 +332,7 @@ def mask(run: Path | str, config: MaskConfig) -> MaskSummary:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
     with one_writer(folder):
+        sweep(folder)
         made = make_mask(folder, config)
         stored = manifest.read(folder)
         if not card.is_current(folder, stored):

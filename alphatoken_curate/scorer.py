@@ -103,6 +103,11 @@ class ReferencePass:
             sampled=self.spec.fisher == "sampled",
             seed=self.spec.seed,
         )
+        if not all(torch.isfinite(f).all() for f in found):
+            raise InputError(
+                "The Fisher of the reference is not finite, so stability cannot be scored: some row's loss under"
+                " --reference is not finite. Check its weights, or give a --fisher FILE."
+            )
         self.spec.store.save(artifacts.FISHER, by_name(self.scoring, found))
 
     def weights(self) -> None:

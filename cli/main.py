@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import importlib
+import io
 import os
 import signal
 import sys
+import threading
 from typing import Any, NoReturn
 
 import click
@@ -59,6 +62,11 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command line; the only place where errors become messages and exit codes."""
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _unraisable
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that knows fewer characters than our tokens shows the others escaped.
+            stream.reconfigure(errors="backslashreplace")
     try:
         result: Any = cli.main(standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
@@ -76,6 +84,16 @@ def main() -> NoReturn:
         # The reader of our output has gone, as `head` does; keep Python from complaining when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _unraisable(found: Any) -> None:
+    """Python drops an interrupt that falls into a finaliser; it is raised again a moment later."""
+    if found.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(found)
+        return
+    again = threading.Timer(0.05, _thread.interrupt_main)
+    again.daemon = True
+    again.start()
 
 
 def _terminate(number: int, _: object) -> NoReturn:

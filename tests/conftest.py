@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_files import save_models
 from torch import Tensor
 
 
@@ -36,3 +38,18 @@ def all_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "to", keep_to)
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype is torch.float64 else single(self))
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **_: softmax(x, dim=dim))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of tiny models on disk: base, tuned and broken (see `tiny_files.save_models`)."""
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are computed fastest by one thread, above all while other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

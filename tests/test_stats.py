@@ -203,7 +203,7 @@ def test_the_closed_bins_cover_98_of_100_values(numbers: list[float]) -> None:
     needed = float(sizes[int(np.ceil(0.98 * len(sizes))) - 1]) or float(sizes[-1])
     assert needed < core or not value.any()
     if needed > 1e-30:
-        assert core <= needed * (1 + 1 / 8)
+        assert core <= needed * (1 + 1 / 16)
     if not value.any():
         assert core == 1
 

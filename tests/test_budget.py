@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import torch
+from tiny_files import Notes
+
+from alphatoken_curate import CurateError, FingerprintError, StoredDataError
+from alphatoken_curate.budget import LEAST, Budget, auto_tokens
+from alphatoken_curate.progress import Silent
+
+FIELDS = {"model": "a", "reference": "b", "tokens": "t", "seed": 0, "data": [["x", "y"]]}
+
+
+def budget(run: Path, tokens: Any = 1000, fields: dict[str, Any] | None = None, notes: Any = None) -> Budget:
+    return Budget(run, FIELDS if fields is None else fields, tokens, "cpu", notes or Silent())
+
+
+def fails(times: int, error: BaseException) -> Any:
+    """Work that runs out of memory so many times and then returns the budget it was given."""
+    left = [times]
+
+    def work(tokens: int) -> int:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+        return tokens
+
+    return work
+
+
+def test_auto_is_by_type_of_device(tmp_path: Path) -> None:
+    assert budget(tmp_path, "auto").tokens == auto_tokens("cpu") == auto_tokens("mps")
+    assert auto_tokens("cuda") > auto_tokens("cpu")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["cuda", "python", "cpu"],
+)
+def test_running_out_of_memory_halves_and_says_so(error: BaseException, tmp_path: Path) -> None:
+    notes = Notes()
+    made = budget(tmp_path, notes=notes)
+    assert made.spend(fails(2, error), 0) == 250
+    assert (made.plan(0).batch_tokens, made.plan(0).halvings) == (250, 2)
+    assert [note.split("halved to ")[1].split()[0] for note in notes.notes] == ["500", "250"]
+    assert made.spend(fails(0, error), 1) == 250  # from here on
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    made = budget(tmp_path)
+    for error in (RuntimeError("shapes"), ValueError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            made.spend(fails(1, error), 0)
+    assert made.tokens == 1000
+
+
+def test_there_is_an_end_to_halving(tmp_path: Path) -> None:
+    with pytest.raises(CurateError, match=r"Memory ran out with 125 tokens.*--layers"):
+        budget(tmp_path).spend(fails(99, MemoryError()), 0)
+    assert LEAST > 125 // 2
+    assert budget(tmp_path / "small", 1).spend(fails(0, MemoryError()), 0) == 1
+
+
+def test_the_plan_is_on_disk_before_it_is_used(tmp_path: Path) -> None:
+    def work(tokens: int) -> int:
+        stored = orjson.loads((tmp_path / "artifacts" / "run.json").read_bytes())
+        assert stored["shards"]["4"]["batch_tokens"] == tokens
+        if tokens > 300:
+            raise MemoryError
+        return tokens
+
+    assert budget(tmp_path).spend(work, 4) == 250
+
+
+def test_a_resumed_run_uses_what_was_recorded(tmp_path: Path) -> None:
+    first = budget(tmp_path)
+    first.spend(fails(0, MemoryError()), 0)
+    first.spend(fails(2, MemoryError()), 1)
+    written = (tmp_path / "artifacts" / "run.json").read_bytes()
+    again = budget(tmp_path, 5000)
+    assert again.tokens == 250 and (again.plan(0).batch_tokens, again.plan(1).batch_tokens) == (1000, 250)
+    assert again.spend(fails(0, MemoryError()), 0) == 1000
+    assert again.spend(fails(0, MemoryError()), 1) == 250
+    assert (tmp_path / "artifacts" / "run.json").read_bytes() == written
+    assert again.spend(fails(0, MemoryError()), 2) == 250
+    assert budget(tmp_path).plan(2).halvings == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"seed": 1}, ("seed",)),
+        ({"data": [], "tokens": "u"}, ("data",)),
+        ({"seed": 1, "tokens": "u"}, ("seed",)),
+        ({"tokens": "u"}, ("tokens",)),
+        ({"tokens": "u", "model": "c"}, ("model", "tokens")),
+        ({"reference": "c"}, ("reference",)),
+        ({"new": 1}, ("new",)),
+    ],
+)
+def test_another_fingerprint_is_refused_by_its_causes(
+    changes: dict[str, Any], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    budget(tmp_path).spend(fails(0, MemoryError()), 0)
+    written = (tmp_path / "artifacts" / "run.json").read_bytes()
+    with pytest.raises(FingerprintError, match=", ".join(names)) as caught:
+        budget(tmp_path, fields=FIELDS | changes)
+    assert caught.value.fields == names
+    assert (tmp_path / "artifacts" / "run.json").read_bytes() == written
+
+
+def test_what_was_never_begun_binds_nobody(tmp_path: Path) -> None:
+    budget(tmp_path)
+    budget(tmp_path, fields=FIELDS | {"seed": 1})
+    (tmp_path / "artifacts" / "fisher.safetensors").write_bytes(b"")
+    with pytest.raises(FingerprintError):
+        budget(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"fields": {}}',
+        b'{"fields": [], "shards": {}}',
+        b'{"fields": {}, "shards": []}',
+        b'{"fields": {}, "shards": {"0": {}}}',
+        b'{"fields": {}, "shards": {"0": {"batch_tokens": -1, "halvings": 0}}}',
+        b'{"fields": {}, "shards": {"0": {"batch_tokens": "9", "halvings": 0}}}',
+        b'{"fields": {}, "shards": {"x": {"batch_tokens": 9, "halvings": 0}}}',
+        b'{"fields": {}, "shards": {"0": {"batch_tokens": 0, "halvings": 0}}}',
+        b'{"fields": {}, "shards": {"0": {"batch_tokens": 9, "halvings": 0, "more": 1}}}',
+        b"\xff",
+    ],
+)
+def test_a_damaged_record_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "run.json").write_bytes(content)
+    with pytest.raises(StoredDataError, match=r"run\.json: damaged.*run the same command again"):
+        budget(tmp_path)

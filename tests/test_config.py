@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import FrozenInstanceError, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alphatoken_curate import MaskConfig, ScoreConfig, UsageError
+from alphatoken_curate.cli import mask as mask_command
+from alphatoken_curate.cli import score as score_command
+from alphatoken_curate.config import checked, load_settings
+
+DESIGN_FLAGS = {
+    "model", "reference", "target", "target_rows", "estimator", "layers", "window", "stability_weight",
+    "stability_scale", "fisher", "fisher_rows", "keep", "scope", "weights", "by", "max_length", "rows_per_shard",
+    "batch_tokens", "dtype", "device", "seed", "turns", "allow_empty_rows", "trust_remote_code",
+}  # fmt: skip
+
+BAD: list[tuple[str, Any]] = [
+    *(("keep", value) for value in (0, -0.1, 1.01, "half", "nan", "inf", True, None, [0.5])),
+    *(("scope", value) for value in ("rows", "batch", "batch:", "batch:0", "batch:-1", "batch:x", 3, None)),
+    *(("weights", value) for value in ("soft", "", 1, None)),
+    *(("by", value) for value in ("", 3, None)),
+    *(("stability_weight", value) for value in ("x", "nan", math.inf, True, None, {})),
+    *(("stability_scale", value) for value in ("std", None)),
+    *(("allow_empty_rows", value) for value in ("yes", 1, 0, None)),
+    *(("seed", value) for value in (-1, 1.5, "x", True, None, 2**63, 10**30, "9" * 5000)),
+    *(("model", value) for value in ("", 3, None)),
+    *(("reference", value) for value in ("", 3)),
+    *(("target", value) for value in ("", ["a"])),
+    *(("target_rows", value) for value in (0, -1, "many", None)),
+    *(("estimator", value) for value in ("influence", "Exact", None)),
+    *(("layers", value) for value in (0, -1, 1.5, "some", True, None)),
+    *(("window", value) for value in (0, None)),
+    *(("fisher", value) for value in ("", None)),
+    *(("fisher_rows", value) for value in (0, None)),
+    *(("turns", value) for value in ("first", None)),
+    *(("max_length", value) for value in (0, 10**30)),
+    *(("rows_per_shard", value) for value in (0, "1e3")),
+    *(("batch_tokens", value) for value in (0, "automatic")),
+    *(("dtype", value) for value in ("int8", "torch.float32")),
+    *(("bad_rows", value) for value in ("drop",)),
+    *(("trust_remote_code", value) for value in ("true",)),
+    *(("data", value) for value in ((), [], "", [""], [3], 3)),
+]
+
+
+def score_config(**settings: Any) -> ScoreConfig:
+    return ScoreConfig(**{"data": "rows.jsonl"} | settings)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for item in fields(ScoreConfig):
+        text = item.metadata["help"]
+        assert re.match(r"[A-Z`]", text) and text.endswith(".") and len(text) > 15, item.name
+        assert item.metadata["kind"], item.name
+        if item.metadata["choices"]:
+            assert item.default in item.metadata["choices"], item.name
+
+
+def test_flags_yaml_keys_and_python_fields_are_the_same() -> None:
+    for kind, command in ((ScoreConfig, score_command), (MaskConfig, mask_command)):
+        names = {item.name for item in fields(kind)} - {"data"}
+        options = {p.name: p for p in command.command.params if isinstance(p, click.Option)}
+        assert set(options) - {"config", "out"} == names
+        for name in names:
+            assert options[name].opts == ["--" + name.replace("_", "-")]
+            metadata = next(item for item in fields(kind) if item.name == name).metadata
+            assert options[name].help == metadata["help"]
+    assert {item.name for item in fields(ScoreConfig)} >= DESIGN_FLAGS
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    made = score_config()
+    assert (made.estimator, made.layers, made.window, made.stability_weight) == ("published", 3, 32, 1.5)
+    assert (made.keep, made.scope, made.weights, made.by, made.stability_scale) == (
+        0.5,
+        "global",
+        "binary",
+        "value",
+        "none",
+    )
+    assert (made.target_rows, made.fisher, made.fisher_rows, made.bad_rows) == (32, "sampled", 256, "refuse")
+    assert made.trust_remote_code is False and made.allow_empty_rows is False
+    assert MaskConfig() == MaskConfig(**{item.name: item.default for item in fields(MaskConfig)})
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda x: str(x)[:20])
+def test_a_bad_value_is_refused_in_python_by_the_name_of_its_flag(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match="--" + name.replace("_", "-")) as caught:
+        score_config(**{name: value})
+    assert "it takes" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("keep", "0.25", 0.25),
+        ("keep", 1, 1.0),
+        ("keep", "positive", "positive"),
+        ("scope", "batch:8", "batch:8"),
+        ("layers", "all", "all"),
+        ("layers", "2", 2),
+        ("batch_tokens", "auto", "auto"),
+        ("batch_tokens", "512", 512),
+        ("stability_weight", "0", 0.0),
+        ("stability_weight", -1, -1.0),
+        ("seed", "7", 7),
+        ("seed", 2**63 - 1, 2**63 - 1),
+        ("data", "a.jsonl", ("a.jsonl",)),
+        ("data", ["a", "b"], ("a", "b")),
+        ("reference", None, None),
+    ],
+)
+def test_values_are_read_as_a_command_line_gives_them(name: str, value: Any, read: Any) -> None:
+    found = getattr(score_config(**{name: value}), name)
+    assert found == read and type(found) is type(read)
+
+
+def test_configs_are_frozen_and_keyword_only() -> None:
+    with pytest.raises(FrozenInstanceError):
+        score_config().seed = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        MaskConfig(0.5)  # type: ignore[misc]
+    with pytest.raises(UsageError, match="--data"):
+        ScoreConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("layer", "Did you mean layers"), ("stability-weight", "Did you mean stability_weight"), ("qqq", "Known: keep")],
+)
+def test_an_unknown_setting_gets_a_suggestion(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=rf"here: no setting '{name}'\. {hint}"):
+        checked(ScoreConfig, {name: 1}, "here")
+
+
+# --- YAML
+
+
+def settings_of(folder: Path, text: str | bytes) -> dict[str, Any]:
+    path = folder / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_settings(path)
+
+
+def test_a_plain_mapping_is_read(tmp_path: Path) -> None:
+    text = "# words\nkeep: 0.3\ndata: [a, b]\nreference: null\nseed: 4\nmodel: 'x: y'\n"
+    assert settings_of(tmp_path, text) == {
+        "keep": 0.3,
+        "data": ["a", "b"],
+        "reference": None,
+        "seed": 4,
+        "model": "x: y",
+    }
+
+
+HOSTILE = {
+    "call": "keep: !!python/object/apply:os.system ['touch owned']\n",
+    "name": "keep: !!python/name:os.system\n",
+    "module": "keep: !!python/module:os\n",
+    "own tag": "keep: !thing 3\n",
+    "alias": "data: &a [x]\nfisher: *a\n",
+    "laughs": "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghi")),
+    "merge": "base: &a {keep: 0.1}\nx:\n  <<: *a\n",
+    "twice": "keep: 0.1\nseed: 3\nkeep: 0.9\n",
+    "twice deeper": "data: {a: 1, a: 2}\n",
+    "list": "- keep\n",
+    "word": "keep\n",
+    "empty": "",
+    "number key": "1: 2\n",
+    "two documents": "keep: 0.1\n---\nkeep: 0.2\n",
+    "not closed": "data: [a\n",
+    "deep": "[" * 5000,
+    "control": b"keep: \x00\n",
+    "not text": b"keep: \xff\xfe\xfd\n",
+    "long": "# " + "x" * 70000 + "\nkeep: 0.1\n",
+    "odd date": "keep: 2020-99-99\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_yaml_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"--config .*c\.yaml"):
+        settings_of(tmp_path, HOSTILE[case])
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_a_repeated_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'keep' stands there twice"):
+        settings_of(tmp_path, HOSTILE["twice"])
+
+
+def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.yaml"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            load_settings(path)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_settings_or_a_usage_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    try:
+        found = settings_of(tmp_path_factory.getbasetemp(), content)
+    except UsageError:
+        return
+    assert isinstance(found, dict)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "keep": st.floats(0.001, 1) | st.just("positive"),
+            "layers": st.integers(1, 99) | st.just("all"),
+            "stability_weight": st.floats(allow_nan=False, allow_infinity=False),
+            "by": st.text(min_size=1).filter(str.strip),
+            "model": st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1),
+            "allow_empty_rows": st.booleans(),
+        },
+    )
+)
+def test_settings_survive_the_yaml_they_are_written_to(
+    tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]
+) -> None:
+    made = score_config(**settings)
+    stored = {item.name: getattr(made, item.name) for item in fields(ScoreConfig)} | {"data": list(made.data)}
+    text = yaml.safe_dump(stored, sort_keys=True, allow_unicode=True)
+    assert checked(ScoreConfig, settings_of(tmp_path_factory.getbasetemp(), text), "there") == made
