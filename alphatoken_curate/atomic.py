@@ -144,7 +144,8 @@ def one_writer(run: Path) -> Iterator[None]:
 
     Raises `UsageError` where another process holds it. Not re-entrant. On Windows nothing is held.
     """
-    _make_folder(run)
+    with _refusal(run):
+        _make_folder(run)
     if sys.platform == "win32":
         yield
         return

@@ -224,10 +224,23 @@ class _Attention(torch.autograd.Function):
 
 
 def _walk(query: Tensor, key: Tensor, mask: Tensor | None) -> list[tuple[tuple[int, int], int]]:
-    """Blocks of queries and how many leading keys each may need."""
+    """Blocks of queries, and how many leading keys each may see: to its last query's own, unless a mask says more."""
     keys = key.shape[2]
     prefix = keys - query.shape[2]
-    return [(span, keys if mask is not None else prefix + span[1]) for span in _query_blocks(query, keys)]
+    return [
+        (
+            span,
+            keys
+            if mask is not None and _any_seen(mask[..., span[0] : span[1], prefix + span[1] :])
+            else prefix + span[1],
+        )
+        for span in _query_blocks(query, keys)
+    ]
+
+
+def _any_seen(mask: Tensor) -> bool:
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool(seen.any())
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:

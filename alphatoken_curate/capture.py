@@ -64,20 +64,27 @@ class ScoringModel:
             )
         self.blocks = blocks[-self.layers :]
         self.tape = Tape()
+        self.maps = [m for block in self.blocks for m in _linear_maps(model, block)]
         self._trained = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        self.maps = [m for block in self.blocks for m in _linear_maps(model, block)]
         self._inputs: dict[int, Tensor] = {}
         self._leaves: list[Tensor] = []
         self._on_delta: OnDelta | None = None
         self._widened: list[tuple[RemovableHandle, torch.dtype]] = []
-        expected = probe_logits(model)
-        self._widen()
-        self._uninstall = install(self.blocks, self.tape)
+        self._uninstall: Callable[[], None] = lambda: None
         try:
+            expected = probe_logits(model)
+            self._widen()
+            self._uninstall = install(self.blocks, self.tape)
             check_capture(self, expected)
             self.value_rows = find_value_rows(self)
-        except BaseException:
+        except torch.OutOfMemoryError:
+            self.release_model()
+            raise
+        except (RuntimeError, AttributeError, TypeError) as error:
+            self.release_model()
+            raise ModelError(f"{type(model).__name__}: it does not run under capture: {error}") from error
+        except ModelError:
             self.release_model()
             raise
 
@@ -126,11 +133,17 @@ class ScoringModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) of last hidden states (n, D): the model's own forward with its trunk replaced by `hidden`."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        class Given(BaseModelOutputWithPast):
+            """Only hidden states; whatever else a family's head looks up is not there."""
+
+            def __getattr__(self, name: str) -> None:
+                return None
 
         weight = self.model.get_output_embeddings().weight
         states = hidden.to(weight.dtype).unsqueeze(0)
-        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
+        given = Given(last_hidden_state=states)
         trunk, self.base.forward = self.base.forward, lambda *_, **__: given
         try:
             logits: Tensor = self.model(inputs_embeds=states, use_cache=False).logits
@@ -288,10 +301,13 @@ def check_capture(scoring: ScoringModel, expected: Tensor) -> None:
     for start in (0, 5):
         with scoring.graph(ids, start) as hidden:
             missed = [m.name for i, m in enumerate(scoring.maps) if i not in scoring._inputs]
+            odd = [scoring.maps[i].name for i, h in scoring._inputs.items() if h.shape[:-1] != hidden.shape[:-1]]
             seen = len(scoring.tape.calls)
             unlinked = not hidden.requires_grad
         if missed or unlinked:
             raise ModelError(f"{name}: the linear map {(missed or ['?'])[0]} is not called by its block's forward.")
+        if odd:
+            raise ModelError(f"{name}: what goes into {odd[0]} is not one vector for each position.")
         if seen != len(scoring.blocks):
             raise ModelError(
                 f"{name}: {seen} of {len(scoring.blocks)} scoring blocks use transformers' attention interface;"

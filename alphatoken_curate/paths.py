@@ -45,17 +45,16 @@ class _Stack:
     on_input: bool
     """True: (d_in, n d_out), applied to h. False: (d_out, n d_in), applied to delta."""
 
-    def contract(self, h: Tensor, deltas: list[Tensor]) -> list[Tensor]:
-        """delta^T M h for each delta: h (N, d_in), delta (N, d_out) -> (n, N)."""
+    def contract(self, h: Tensor, deltas: list[Tensor]) -> Tensor:
+        """delta^T M h for each of k deltas: h (N, d_in), delta (N, d_out) -> (k, n, N)."""
         if self.on_input:
-            product = h @ self.matrix
-            return [_row_dots(product, delta) for delta in deltas]
-        return [_row_dots(delta @ self.matrix, h) for delta in deltas]
+            return _row_dots(h @ self.matrix, torch.stack(deltas, dim=1))
+        return torch.cat([_row_dots(delta @ self.matrix, h.unsqueeze(1)) for delta in deltas])
 
 
 def _row_dots(stacked: Tensor, x: Tensor) -> Tensor:
-    """Stacked (N, n d), x (N, d) -> (n, N)."""
-    return torch.stack([torch.linalg.vecdot(part, x) for part in stacked.split(x.shape[1], dim=1)])
+    """Dot products: stacked (N, n d), x (N, k, d) -> (k, n, N), as batched products that write nothing in between."""
+    return torch.bmm(x, stacked.unflatten(1, (-1, x.shape[2])).transpose(1, 2)).permute(1, 2, 0)
 
 
 class PathScorer:

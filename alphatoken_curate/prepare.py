@@ -64,7 +64,7 @@ def prepare(config: ScoreConfig) -> Prepared:
     bad = sorted([*read.bad, *unusable], key=lambda b: b.row_id)
     target, target_files, target_bad = _given_target(config, tokenizer, vocabulary)
     if target_bad or (bad and config.bad_rows == "refuse"):
-        raise refuse([*(bad if config.bad_rows == "refuse" else []), *target_bad])
+        raise refuse([*(bad if config.bad_rows == "refuse" else []), *target_bad], can_quarantine=not target_bad)
     if not rows:
         raise InputError(f"{', '.join(config.data)}: none of its {len(bad)} rows can be scored. Run check to see why.")
     held_out: list[TokenRow] = []

@@ -154,13 +154,15 @@ def _sort(raws: Iterable[RawRow], source: str, result: ReadRows) -> None:
             )
 
 
-def refuse(bad: Sequence[BadRow], limit: int = 20) -> InputError:
-    """The error that names the first `limit` bad rows and counts the others."""
+def refuse(bad: Sequence[BadRow], limit: int = 20, *, can_quarantine: bool = True) -> InputError:
+    """The error that names the first `limit` bad rows and counts the others; target rows cannot be set aside."""
     count = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
     lines = [f"  {visible(row.source)}:{row.line}: {row.reason}: {row.message}" for row in bad[:limit]]
     if len(bad) > limit:
         lines.append(f"  and {len(bad) - limit} more")
     advice = "Correct them, or set them aside with --bad-rows quarantine, which lists them in rejects.jsonl."
+    if not can_quarantine:
+        advice = "Correct them. Rows of DATA can be set aside with --bad-rows quarantine, those of --target cannot."
     return InputError("\n".join([f"{count} cannot be used:", *lines, advice]))
 
 
