@@ -62,6 +62,7 @@ class ScoringModel:
             raise ModelError(
                 f"--layers {layers}: the model has {len(blocks)} decoder blocks. Give 1 to {len(blocks)}, or all."
             )
+        self.depth = len(blocks)
         self.blocks = blocks[-self.layers :]
         self.tape = Tape()
         self.maps = [m for block in self.blocks for m in _linear_maps(model, block)]

@@ -10,6 +10,7 @@ import torch
 from tiny import FAMILIES, tiny_model, tiny_rows
 from torch import Tensor
 
+from alphatoken_curate import paths
 from alphatoken_curate.capture import ScoringModel
 from alphatoken_curate.paths import PathScorer
 from alphatoken_curate.plan import collate, plan_batches
@@ -208,3 +209,19 @@ def test_target_gradient_against_autograd_on_the_weights() -> None:
         assert_close(gradient, wanted[linear.name].detach())
     over_responses = target_gradient(scoring, batches, all_positions=False)
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(found, over_responses, strict=True))
+
+
+@pytest.mark.usefixtures("all_float64")
+@pytest.mark.parametrize("estimator", ["published", "exact"])
+def test_a_prompt_without_gradient_changes_nothing(estimator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scoring = ScoringModel(tiny_model("mistral"), 2)
+    batch = collate(tiny_rows()[:1] + tiny_rows()[4:5], range(2))
+    assert batch.start == 10
+    found = []
+    for share in (0.0, 9.0):
+        monkeypatch.setattr(paths, "PREFIX_PAYS", share)
+        scorer = PathScorer(scoring, [random_direction(scoring, 1)], estimator, 4)
+        assert scorer.splits_prompt == (share == 0)
+        found.append(scorer.score(batch))
+    assert_close(found[0].direct, found[1].direct)
+    assert_close(found[0].causal, found[1].causal)
