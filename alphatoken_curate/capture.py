@@ -120,7 +120,7 @@ class ScoringModel:
         ]
 
     def _widen(self) -> None:
-        """S computes in float32 at least: differences of error signals drown in bfloat16 (DESIGN 1.2)."""
+        """S computes in float32 at least: differences of error signals drown in bfloat16."""
         kind = next(self.blocks[0].parameters()).dtype
         if torch.finfo(kind).bits >= torch.finfo(torch.float32).bits:
             return

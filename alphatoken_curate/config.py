@@ -23,7 +23,7 @@ def _option(default: Any, help_text: str, *, choices: tuple[str, ...] = (), kind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskConfig:
-    """How stored values become masks and loss weights (DESIGN 1.3, 1.6). None of it needs a model."""
+    """How stored values become masks and loss weights (paper Eq. 12-13). None of it needs a model."""
 
     keep: float | Literal["positive"] = _option(
         0.5,

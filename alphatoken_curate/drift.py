@@ -1,4 +1,4 @@
-"""The stability direction V = F * (W - W_ref), and the reference's tensors it needs (DESIGN 1.1, 1.4)."""
+"""The stability direction V = F * (W - W_ref), and the reference's tensors it needs."""
 
 from __future__ import annotations
 

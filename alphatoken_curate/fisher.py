@@ -1,4 +1,4 @@
-"""The Fisher diagonal of the reference over the scoring set (paper Eq. 5, DESIGN 1.4)."""
+"""The Fisher diagonal of the reference over the scoring set (paper Eq. 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The signals of every response token: direct and causal path, in each direction (paper Eq. 8-11, DESIGN 1.2).
+"""The signals of every response token: direct and causal path, in each direction (paper Eq. 8-11).
 
 For a direction M and a linear map with input h_s and error signal delta_s, delta_s^T M h_s is the part of
 <gradient, M> that flows through position s. Token t is predicted at position p = t - 1.

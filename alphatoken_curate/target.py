@@ -1,4 +1,4 @@
-"""The adaptation direction G: the gradient of the mean response loss over target rows (DESIGN 1.1)."""
+"""The adaptation direction G: the gradient of the mean response loss over target rows."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from alphatoken_curate.cli import mask as mask_command
 from alphatoken_curate.cli import score as score_command
 from alphatoken_curate.config import checked, load_settings
 
-DESIGN_FLAGS = {
+METHOD_FLAGS = {
     "model", "reference", "target", "target_rows", "estimator", "layers", "window", "stability_weight",
     "stability_scale", "fisher", "fisher_rows", "keep", "scope", "weights", "by", "max_length", "rows_per_shard",
     "batch_tokens", "dtype", "device", "seed", "turns", "allow_empty_rows", "trust_remote_code",
@@ -75,7 +75,7 @@ def test_flags_yaml_keys_and_python_fields_are_the_same() -> None:
             assert options[name].opts == ["--" + name.replace("_", "-")]
             metadata = next(item for item in fields(kind) if item.name == name).metadata
             assert options[name].help == metadata["help"]
-    assert {item.name for item in fields(ScoreConfig)} >= DESIGN_FLAGS
+    assert {item.name for item in fields(ScoreConfig)} >= METHOD_FLAGS
 
 
 def test_the_defaults_are_the_published_ones() -> None:
