@@ -243,7 +243,7 @@ def _gguf_needed(source: ModelSource) -> Iterator[None]:
     except ImportError as error:
         if source.gguf:
             raise ModelError(
-                f"{source.name}: reading a GGUF file needs the package gguf."
+                f"{source.name}: reading a GGUF file needs the packages gguf and accelerate."
                 " Run: pip install 'alphatoken-curate[demo]'."
             ) from error
         raise
