@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import _thread
 import importlib
 import io
 import os
-import signal
 import sys
-import threading
 from typing import Any, NoReturn
 
 import click
 
 from alphatoken_curate.errors import CurateError
+
+from .interrupts import interruptible
 
 COMMANDS = {
     "check": "Validate rows, count tokens, plan. Loads no model.",
@@ -61,40 +60,26 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line; the only place where errors become messages and exit codes."""
-    signal.signal(signal.SIGTERM, _terminate)
-    sys.unraisablehook = _unraisable
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that knows fewer characters than our tokens shows the others escaped.
             stream.reconfigure(errors="backslashreplace")
+    with interruptible():
+        sys.exit(_run())
+
+
+def _run() -> int:
     try:
         result: Any = cli.main(standalone_mode=False)
-        sys.exit(result if isinstance(result, int) else 0)
+        return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except CurateError as error:
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
         click.echo(str(error), err=True)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. What is finished is kept; run the same command again to go on.", err=True)
-        sys.exit(130)
+        return error.exit_code
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; keep Python from complaining when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def _unraisable(found: Any) -> None:
-    """Python drops an interrupt that falls into a finaliser; it is raised again a moment later."""
-    if found.exc_type is not KeyboardInterrupt:
-        sys.__unraisablehook__(found)
-        return
-    again = threading.Timer(0.05, _thread.interrupt_main)
-    again.daemon = True
-    again.start()
-
-
-def _terminate(number: int, _: object) -> NoReturn:
-    raise KeyboardInterrupt
+        return 1

@@ -66,7 +66,7 @@ heavy = {{"torch", "transformers", "polars", "datasets", "pyarrow", "numpy", "sa
 print("HEAVY", sorted(heavy & sys.modules.keys()))
 print("SECONDS", time.perf_counter() - began)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     *text, heavy, seconds = done.stdout.splitlines()
     assert heavy == "HEAVY []"
     assert float(seconds.split()[1]) < 2  # for eight of them; 0.2 where nothing else runs
@@ -398,7 +398,11 @@ def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-c", code, "mask", str(run)], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-P", "-c", code, "mask", str(run)],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     os.close(write)
     assert done.returncode == 1 and done.stderr == ""
@@ -409,7 +413,7 @@ def test_a_signal_before_anything_is_begun_is_an_interrupt(data: str, models: di
     code = "from alphatoken_curate.cli.main import main; print('here', flush=True); main()"
     arguments = ("score", data, "--model", models["base"], "-o", str(tmp_path / "run"))
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "here\n"
     time.sleep(0.3)

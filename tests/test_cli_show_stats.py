@@ -108,7 +108,7 @@ def test_help_names_every_column_and_imports_nothing_heavy() -> None:
         "import sys; from alphatoken_curate.cli import show, stats;"
         " print([m for m in ('rich', 'numpy', 'polars', 'pyarrow', 'torch') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 

@@ -128,7 +128,7 @@ def test_the_patterns_find_what_they_look_for() -> None:
 @pytest.mark.parametrize("path", [*modules(LIBRARY), *modules(CLI)], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_modules_and_functions_are_short(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= (400 if path.parent == LIBRARY else 110)
+    assert len(lines) <= (400 if path.parent == LIBRARY else 100)
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
@@ -148,7 +148,7 @@ def test_errors_are_neither_swallowed_nor_asserted(path: Path) -> None:
 def test_every_command_is_a_file_of_its_own() -> None:
     from alphatoken_curate.cli.main import COMMANDS
 
-    helpers = {"__init__", "main", "options", "terminal"}
+    helpers = {"__init__", "interrupts", "main", "options", "terminal"}
     assert {path.stem for path in modules(CLI)} - helpers == set(COMMANDS)
 
 
@@ -171,7 +171,7 @@ def test_importing_the_package_costs_nothing() -> None:
         "import sys; before = set(sys.modules); import alphatoken_curate; from alphatoken_curate import ScoreConfig;"
         "print({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'alphatoken_curate'}"
 
 

@@ -235,7 +235,9 @@ def test_a_killed_writer_leaves_the_old_or_the_new(run: Path, point: str) -> Non
     )
     before = (run / "manifest.json").read_bytes()
     environment = {**os.environ, KILL_AT: point, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code, str(run)], env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(run)], env=environment, capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert (manifest.read(run).masks == ()) == point.startswith("after")
     assert ((run / "manifest.json").read_bytes() == before) != point.startswith("after")

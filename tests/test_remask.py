@@ -131,7 +131,9 @@ def test_a_killed_mask_is_finished_with_the_same_bytes(run: Path, tmp_path: Path
     )
     searched = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, KILL_AT: point, "PYTHONPATH": searched}
-    done = subprocess.run([sys.executable, "-c", code, str(run)], env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(run)], env=environment, capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     made = make_mask(run, RANK)
     assert made.mask == 1

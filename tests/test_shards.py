@@ -218,7 +218,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         "import sys, pathlib; from alphatoken_curate.atomic import one_writer\n"
         "with one_writer(pathlib.Path(sys.argv[1])): pass"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    command = [sys.executable, "-P", "-c", code, str(tmp_path)]
     with one_writer(tmp_path), pytest.raises(UsageError, match="another process"), one_writer(tmp_path):
         pass
     with one_writer(tmp_path):
@@ -235,7 +235,9 @@ def test_a_killed_writer_leaves_all_or_nothing(path: Path, point: str) -> None:
     )
     searched = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, KILL_AT: point + (":3" if point == "mid-write" else ""), "PYTHONPATH": searched}
-    done = subprocess.run([sys.executable, "-c", code, str(path)], env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(path)], env=environment, capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     left = [item.name for item in path.parent.iterdir()]
     assert path.exists() == (point == "after-rename")
