@@ -19,6 +19,7 @@ _received: list[int] = []
 @contextmanager
 def interruptible() -> Iterator[None]:
     """End with exit code 130 where a signal interrupts what runs inside."""
+    _received.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     sys.unraisablehook = _unraisable
