@@ -142,7 +142,8 @@ def sweep(folder: Path) -> int:
 def one_writer(run: Path) -> Iterator[None]:
     """Hold a run folder against other processes while writing to it; the hold ends with the process, however it ends.
 
-    Raises `UsageError` where another process holds it. Not re-entrant. On Windows nothing is held.
+    What ends the block by an exception leaves no temp file in the folder. Raises `UsageError` where another process
+    holds it. Not re-entrant. On Windows nothing is held.
     """
     with _refusal(run):
         _make_folder(run)
@@ -157,7 +158,12 @@ def one_writer(run: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(f"{run}: another process is writing to it; wait for it, or use another folder") from error
-        yield
+        try:
+            yield
+        except BaseException:  # an interrupt may fall between making a temp file and the `try` that removes it
+            for below, _, _ in os.walk(run):
+                sweep(Path(below))
+            raise
     finally:
         os.close(folder)
 

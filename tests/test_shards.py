@@ -226,6 +226,15 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     assert subprocess.run(command, check=False).returncode == 0
 
 
+def test_a_writer_that_is_interrupted_leaves_no_temp_file(tmp_path: Path) -> None:
+    stale = tmp_path / "artifacts" / ".run.json.0123456789abcdef.tmp"
+    stale.parent.mkdir()
+    with pytest.raises(KeyboardInterrupt), one_writer(tmp_path):
+        stale.write_bytes(b"")  # as if the interrupt came before the writer could clear up
+        raise KeyboardInterrupt
+    assert not stale.exists()
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_writer_leaves_all_or_nothing(path: Path, point: str) -> None:
     code = (
