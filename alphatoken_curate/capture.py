@@ -8,7 +8,7 @@ Shapes: B rows, T positions, D hidden size, V vocabulary; h (B, T, d_in), delta 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,6 +47,19 @@ class LinearMap:
         return weight.t() if self.conv1d else weight
 
 
+class _Trunk:
+    """What a head gets in place of its trunk's output: last hidden states, and None for whatever else it looks up."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+
 class ScoringModel:
     """A causal language model prepared for scoring on its last K blocks.
 
@@ -74,20 +87,18 @@ class ScoringModel:
         self._widened: list[tuple[RemovableHandle, torch.dtype]] = []
         self._uninstall: Callable[[], None] = lambda: None
         try:
-            expected = probe_logits(model)
-            self._widen()
-            self._uninstall = install(self.blocks, self.tape)
-            check_capture(self, expected)
-            self.value_rows = find_value_rows(self)
+            with ExitStack() as undo:
+                undo.callback(self.release_model)
+                expected = probe_logits(model)
+                self._widen()
+                self._uninstall = install(self.blocks, self.tape)
+                check_capture(self, expected)
+                self.value_rows = find_value_rows(self)
+                undo.pop_all()
         except torch.OutOfMemoryError:
-            self.release_model()
             raise
         except (RuntimeError, AttributeError, TypeError) as error:
-            self.release_model()
             raise ModelError(f"{type(model).__name__}: it does not run under capture: {error}") from error
-        except ModelError:
-            self.release_model()
-            raise
 
     def release_model(self) -> None:
         """Give the model back as it was: its own attention, dtypes and trainable parameters."""
@@ -134,17 +145,9 @@ class ScoringModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) of last hidden states (n, D): the model's own forward with its trunk replaced by `hidden`."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        class Given(BaseModelOutputWithPast):
-            """Only hidden states; whatever else a family's head looks up is not there."""
-
-            def __getattr__(self, name: str) -> None:
-                return None
-
         weight = self.model.get_output_embeddings().weight
         states = hidden.to(weight.dtype).unsqueeze(0)
-        given = Given(last_hidden_state=states)
+        given = _Trunk(states)
         trunk, self.base.forward = self.base.forward, lambda *_, **__: given
         try:
             logits: Tensor = self.model(inputs_embeds=states, use_cache=False).logits
@@ -181,8 +184,6 @@ class ScoringModel:
         if start:
             with torch.no_grad():
                 cache = self.base(input_ids=input_ids[:, :start], use_cache=True).past_key_values
-            self._inputs.clear()
-            self._leaves.clear()
             self.tape.clear()
         out = self.base(input_ids=input_ids[:, start:], past_key_values=cache, use_cache=cache is not None)
         hidden: Tensor = out.last_hidden_state

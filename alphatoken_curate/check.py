@@ -9,7 +9,7 @@ import numpy as np
 from alphatoken_curate.budget import auto_tokens
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.models import resolve_device
-from alphatoken_curate.plan import plan_batches, shard_ranges
+from alphatoken_curate.plan import by_shard, plan_batches
 from alphatoken_curate.prepare import prepare
 from alphatoken_curate.rows import BadRow
 from alphatoken_curate.schema import SIGNALS
@@ -52,9 +52,8 @@ def check(config: ScoreConfig) -> CheckSummary:
     responses = int(sum(row.response.sum() for row in rows))
     budget = auto_tokens(resolve_device(config.device).type) if config.batch_tokens == "auto" else config.batch_tokens
     batches, padded = 0, 0
-    ranges = shard_ranges(prepared.rows_read, config.rows_per_shard)
-    for first, last in ranges:
-        inside = [row for row in rows if first <= row.row_id < last]
+    dealt = by_shard(rows, prepared.rows_read, config.rows_per_shard)
+    for inside in dealt:
         planned = plan_batches(inside, budget)
         batches += len(planned)
         padded += sum(len(b) * max(len(inside[i].input_ids) for i in b) for b in planned)
@@ -74,7 +73,7 @@ def check(config: ScoreConfig) -> CheckSummary:
         batches=batches,
         batch_tokens=budget,
         padding=1 - tokens / padded,
-        shards=len(ranges),
+        shards=len(dealt),
         value_bytes=round(4 * signals * responses + _TOKEN_BYTES * tokens),
         train_bytes=round(4 * responses + (_TOKEN_BYTES + _LABEL_BYTES) * tokens),
     )

@@ -13,6 +13,9 @@ from alphatoken_curate.errors import UsageError
 
 T = TypeVar("T")
 
+FISHER_MODES = ("sampled", "empirical")
+"""Ways to estimate the Fisher; anything else is a file."""
+
 _MOST_YAML_BYTES = 1 << 16
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alphatoken_curate.rows import BadRow
 from alphatoken_curate.tokens import TokenRow
+
+R = TypeVar("R", TokenRow, BadRow)
 
 LEAST_PREFIX = 8
 """A shared prefix shorter than this is not worth a pass of its own."""
@@ -43,6 +47,14 @@ class Batch:
 def shard_ranges(rows_read: int, rows_per_shard: int) -> list[tuple[int, int]]:
     """[first, last) row ids of each output shard."""
     return [(first, min(first + rows_per_shard, rows_read)) for first in range(0, rows_read, rows_per_shard)]
+
+
+def by_shard(rows: Iterable[R], rows_read: int, rows_per_shard: int) -> list[list[R]]:
+    """Rows, or whatever has a `row_id`, dealt out to the output shards; their order is kept."""
+    dealt: list[list[R]] = [[] for _ in shard_ranges(rows_read, rows_per_shard)]
+    for row in rows:
+        dealt[row.row_id // rows_per_shard].append(row)
+    return dealt
 
 
 def prompt_length(row: TokenRow) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from alphatoken_curate.chat import Tokenizer
-from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.draws import keyed_uniform
 from alphatoken_curate.errors import InputError, UsageError
 from alphatoken_curate.fingerprint import Json
@@ -57,12 +57,17 @@ def prepare(config: ScoreConfig) -> Prepared:
     source = find_model(config.model)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     vocabulary = _vocabulary(source, tokenizer)
-    read = read_rows(config.data)
-    rows, unusable = tokenise(
-        read.rows, tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=vocabulary
-    )
-    bad = sorted([*read.bad, *unusable], key=lambda b: b.row_id)
-    target, target_files, target_bad = _given_target(config, tokenizer, vocabulary)
+
+    def read(names: Sequence[str]) -> tuple[list[TokenRow], list[BadRow], list[InputFile]]:
+        found = read_rows(names)
+        good, unusable = tokenise(
+            found.rows, tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=vocabulary
+        )
+        return good, sorted([*found.bad, *unusable], key=lambda bad: bad.row_id), found.files
+
+    rows, bad, files = read(config.data)
+    rows_read = len(rows) + len(bad)
+    target, target_bad, target_files = read([config.target]) if config.target is not None else ([], [], [])
     if target_bad or (bad and config.bad_rows == "refuse"):
         raise refuse([*(bad if config.bad_rows == "refuse" else []), *target_bad], can_quarantine=not target_bad)
     if not rows:
@@ -77,8 +82,8 @@ def prepare(config: ScoreConfig) -> Prepared:
         config=config,
         source=source,
         tokenizer=tokenizer,
-        files=read.files,
-        rows_read=len(read.rows) + len(read.bad),
+        files=files,
+        rows_read=rows_read,
         rows=rows,
         held_out=held_out,
         target=target,
@@ -111,7 +116,7 @@ def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -
     config = prepared.config
     template = getattr(prepared.tokenizer, "chat_template", None)
     fisher: Json = config.fisher
-    if config.fisher not in ("sampled", "empirical"):
+    if config.fisher not in FISHER_MODES:
         fisher = digest_files([_file(config.fisher)])
     fields: dict[str, Json] = {
         "schema_version": SCHEMA_VERSION,
@@ -127,7 +132,7 @@ def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -
         "window": config.window if config.estimator == "published" else None,
         "stability_weight": config.stability_weight,
         "fisher": fisher,
-        "fisher_rows": config.fisher_rows if config.fisher in ("sampled", "empirical") else None,
+        "fisher_rows": config.fisher_rows if config.fisher in FISHER_MODES else None,
         "turns": config.turns,
         "max_length": config.max_length,
         "rows_per_shard": config.rows_per_shard,
@@ -144,18 +149,6 @@ def _tokens_digest(rows: Sequence[TokenRow]) -> str:
     for row in rows:
         digest.update(len(row.input_ids).to_bytes(8, "little") + row.input_ids.tobytes() + row.response.tobytes())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _given_target(
-    config: ScoreConfig, tokenizer: Tokenizer | None, vocabulary: int | None
-) -> tuple[list[TokenRow], list[InputFile], list[BadRow]]:
-    if config.target is None:
-        return [], [], []
-    read = read_rows([config.target])
-    rows, unusable = tokenise(
-        read.rows, tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=vocabulary
-    )
-    return rows, read.files, sorted([*read.bad, *unusable], key=lambda b: b.row_id)
 
 
 def _vocabulary(source: ModelSource, tokenizer: Tokenizer | None) -> int | None:

@@ -18,8 +18,7 @@ from alphatoken_curate import manifest, shards
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.heat import COLUMNS
 from alphatoken_curate.manifest import Generation, Manifest
-from alphatoken_curate.scan import VOCABULARY
-from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES
+from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES, VOCABULARY
 from alphatoken_curate.shards import Shard
 
 

@@ -16,13 +16,10 @@ import pyarrow as pa
 from alphatoken_curate import manifest
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.manifest import Generation, Manifest, Mask
-from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES
+from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES, VOCABULARY
 from alphatoken_curate.shards import Shard
 
 T = TypeVar("T")
-
-VOCABULARY = "artifacts/vocab.parquet"
-"""token_id int32, text string: what `score` leaves so that tokens can be read without the tokenizer."""
 
 
 def scan(

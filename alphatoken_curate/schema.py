@@ -12,6 +12,9 @@ SCHEMA_VERSION = 1
 STATUSES = ("scored", "target", "failed", "rejected")
 """What became of a row. Rows read == scored + target + failed + rejected."""
 
+VOCABULARY = "artifacts/vocab.parquet"
+"""In a run: token_id int32, text string, so that tokens are read without the tokenizer."""
+
 COMPONENTS = ("adapt_direct", "adapt_causal", "stab_direct", "stab_causal")
 """The four components of a token's value (paper Eq. 8-11), in the order they are stored."""
 

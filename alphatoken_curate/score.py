@@ -6,7 +6,7 @@ import importlib.metadata
 import io
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,22 +24,20 @@ from alphatoken_curate.budget import NAME as BUDGET
 from alphatoken_curate.budget import Budget
 from alphatoken_curate.config import MaskConfig, ScoreConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
-from alphatoken_curate.manifest import Facts, Input, Manifest
+from alphatoken_curate.manifest import Facts, Input, Manifest, Plan
 from alphatoken_curate.models import ModelSource, find_model, resolve_device, resolve_dtype
-from alphatoken_curate.plan import shard_ranges
+from alphatoken_curate.plan import by_shard
 from alphatoken_curate.prepare import Prepared, fingerprint_fields, fisher_rows, prepare
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.remask import MaskSummary, make_mask
 from alphatoken_curate.rows import BadRow
+from alphatoken_curate.schema import VOCABULARY
 from alphatoken_curate.scorer import ReferencePass, RowSignals, ScorerSpec, ShardScorer
 from alphatoken_curate.shards import Footer, Shard, ValueRow
 from alphatoken_curate.tokens import TokenRow
 
 SUFFIX = ".alphatoken"
 """A run folder's default name is the stem of its data and this."""
-
-VOCABULARY = "vocab.parquet"
-"""In artifacts/: the text of every token, so that a run is read without its tokenizer."""
 
 _FOLDERS = ("artifacts", "train", "values")
 """Folders of a run; what a killed writer leaves before its first file lies in one of them."""
@@ -87,10 +85,7 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
         scored = _score_shards(folder, prepared, spec, budget, listener)
         if _write_beside(folder, prepared) or scored:
             manifest.write(folder, manifest.rebuild(folder))
-        mask = make_mask(folder, config)
-        stored = manifest.read(folder)
-        if scored or not card.is_current(folder, stored):
-            card.write(folder, stored)
+        mask, stored = _mask_and_card(folder, config, stale=bool(scored))
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored)
 
 
@@ -148,25 +143,34 @@ def _score_shards(run: Path, prepared: Prepared, spec: ScorerSpec, budget: Budge
     folder = shards.values_folder(run, 0)
     for touched in (run, folder, run / "artifacts"):
         sweep(touched)
-    ranges = shard_ranges(prepared.rows_read, prepared.config.rows_per_shard)
+    config = prepared.config
+    rows = by_shard(prepared.rows, prepared.rows_read, config.rows_per_shard)
+    held_out = by_shard(prepared.held_out, prepared.rows_read, config.rows_per_shard)
+    bad = by_shard(prepared.bad, prepared.rows_read, config.rows_per_shard)
     done = shards.committed(folder, spec.store.fields)
-    foreign = sorted(set(done) - set(range(len(ranges))))
+    foreign = sorted(set(done) - set(range(len(rows))))
     if foreign:
         raise StoredDataError(f"{folder / shards.shard_name(foreign[0])}: no shard of this run. Move it away.")
     _check_stored(run, done)
-    missing = [index for index in range(len(ranges)) if index not in done]
+    missing = [index for index in range(len(rows)) if index not in done]
     if not missing:
         return 0
-    rows = [[row for row in prepared.rows if first <= row.row_id < last] for first, last in ranges]
     if spec.has_drift:
         _reference_stage(prepared, spec, rows, missing, budget, progress)
     scorer = ShardScorer(spec)
     budget.spend(lambda tokens: scorer.prepare(prepared.target, tokens, progress))
+    facts = _facts(prepared, spec)
     progress.stage("scoring", sum(len(row.input_ids) for index in missing for row in rows[index]))
     for index in missing:
-        found = budget.spend(partial(_scored, scorer, index, rows[index], progress), index)
-        records = _records(prepared, ranges[index], rows[index], found)
-        footer = Footer(fields=spec.store.fields, facts=_facts(prepared, spec, budget, index, rows[index]).as_json())
+        found = budget.spend(partial(scorer, index, rows[index], progress), index)
+        records = _records(rows[index], found, held_out[index], bad[index])
+        told = replace(
+            facts,
+            plan=budget.plan(index),
+            truncated_rows=sum(row.truncated > 0 for row in rows[index]),
+            truncated_tokens=sum(row.truncated for row in rows[index]),
+        )
+        footer = Footer(fields=spec.store.fields, facts=told.as_json())
         shards.write_values(folder / shards.shard_name(index), records, footer)
     return len(missing)
 
@@ -180,12 +184,6 @@ def _check_stored(run: Path, done: Mapping[int, Shard]) -> None:
             raise StoredDataError(
                 f"{run / shard.path}: not the file that the manifest names. Delete it and run the same command again."
             )
-
-
-def _scored(
-    scorer: ShardScorer, index: int, rows: list[TokenRow], progress: Progress, batch_tokens: int
-) -> list[RowSignals | None]:
-    return scorer(index, rows, batch_tokens, progress)
 
 
 def _reference_stage(
@@ -206,26 +204,23 @@ def _reference_stage(
     reference.weights()
     progress.stage("reference losses", sum(len(row.input_ids) for index in missing for row in rows[index]))
     for index in missing:
-        budget.spend(partial(_reference_losses, reference, index, rows[index], progress))
+        budget.spend(partial(reference.losses, index, rows[index], progress))
     reference.close()
 
 
-def _reference_losses(
-    reference: ReferencePass, index: int, rows: list[TokenRow], progress: Progress, batch_tokens: int
-) -> None:
-    reference.losses(index, rows, batch_tokens, progress)
-
-
 def _records(
-    prepared: Prepared, span: tuple[int, int], rows: Sequence[TokenRow], found: Sequence[RowSignals | None]
+    rows: Sequence[TokenRow],
+    found: Sequence[RowSignals | None],
+    held_out: Sequence[TokenRow],
+    bad: Sequence[BadRow],
 ) -> list[ValueRow]:
     """One record per row read in the shard, in order of row_id, whatever became of it."""
     records = [
         record(row, "failed" if signals is None else "scored", signals or {})
         for row, signals in zip(rows, found, strict=True)
     ]
-    records += [record(row, "target", {}) for row in prepared.held_out if span[0] <= row.row_id < span[1]]
-    records += [_rejected(bad) for bad in prepared.bad if span[0] <= bad.row_id < span[1]]
+    records += [record(row, "target", {}) for row in held_out]
+    records += [_rejected(row) for row in bad]
     return sorted(records, key=lambda record: record.row_id)
 
 
@@ -255,8 +250,8 @@ def _rejected(bad: BadRow) -> ValueRow:
     )
 
 
-def _facts(prepared: Prepared, spec: ScorerSpec, budget: Budget, index: int, rows: Sequence[TokenRow]) -> Facts:
-    """What a shard tells along: nothing of time, place or path."""
+def _facts(prepared: Prepared, spec: ScorerSpec) -> Facts:
+    """What every shard tells along, before its own plan and counts: nothing of time, place or path."""
     about = spec.store.fields
     digested = ("model", "reference", "tokenizer", "template", "tokens")
     return Facts(
@@ -269,9 +264,7 @@ def _facts(prepared: Prepared, spec: ScorerSpec, budget: Budget, index: int, row
             **{name: importlib.metadata.version(name) for name in _VERSIONED},
         },
         checkpoint=Path(prepared.source.name).name,
-        plan=budget.plan(index),
-        truncated_rows=sum(row.truncated > 0 for row in rows),
-        truncated_tokens=sum(row.truncated for row in rows),
+        plan=Plan(batch_tokens=0),
     )
 
 
@@ -292,7 +285,7 @@ def _write_beside(run: Path, prepared: Prepared) -> bool:
     if prepared.bad:
         makers["rejects.jsonl"] = _rejects
     if prepared.tokenizer is not None:
-        makers[f"artifacts/{VOCABULARY}"] = _vocabulary
+        makers[VOCABULARY] = _vocabulary
     unfinished = not (run / manifest.NAME).is_file()
     wanted = [name for name in makers if unfinished or not (run / name).is_file()]
     for name in wanted:
@@ -333,8 +326,13 @@ def mask(run: Path | str, config: MaskConfig) -> MaskSummary:
         raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
     with one_writer(folder):
         sweep(folder)
-        made = make_mask(folder, config)
-        stored = manifest.read(folder)
-        if not card.is_current(folder, stored):
-            card.write(folder, stored)
-    return made
+        return _mask_and_card(folder, config, stale=False)[0]
+
+
+def _mask_and_card(run: Path, config: MaskConfig, *, stale: bool) -> tuple[MaskSummary, Manifest]:
+    """Make the mask, then the card where it is `stale` or names another mask."""
+    made = make_mask(run, config)
+    stored = manifest.read(run)
+    if stale or not card.is_current(run, stored):
+        card.write(run, stored)
+    return made, stored

@@ -19,6 +19,7 @@ from torch import Tensor
 from alphatoken_curate import artifacts, composite
 from alphatoken_curate.artifacts import Store
 from alphatoken_curate.capture import Direction, ScoringModel
+from alphatoken_curate.config import FISHER_MODES
 from alphatoken_curate.drift import checked_weights, drift_direction, read_direction, read_weights
 from alphatoken_curate.errors import InputError, ModelError
 from alphatoken_curate.fisher import fisher_diagonal
@@ -30,9 +31,6 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.schema import COMPONENTS
 from alphatoken_curate.target import target_gradient
 from alphatoken_curate.tokens import TokenRow
-
-FISHER_MODES = ("sampled", "empirical")
-"""Ways to estimate the Fisher; anything else is a file."""
 
 RowSignals = dict[str, NDArray[np.float32]]
 """Signals of one row, each (T,), NaN off the response."""
@@ -116,7 +114,7 @@ class ReferencePass:
             found = by_name(self.scoring, [m.weight for m in self.scoring.maps])
             self.spec.store.save(artifacts.REFERENCE, found)
 
-    def losses(self, shard: int, rows: Sequence[TokenRow], batch_tokens: int, progress: Progress) -> None:
+    def losses(self, shard: int, rows: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> None:
         """Keep the reference's nll of a shard's response tokens, row by row, in one tensor."""
         name = artifacts.reference_nll(shard)
         if self.spec.store.has(name):
@@ -157,7 +155,7 @@ class ShardScorer:
         self.spec.store.save(artifacts.TARGET, by_name(scoring, found))
 
     def __call__(
-        self, shard: int, rows: Sequence[TokenRow], batch_tokens: int, progress: Progress
+        self, shard: int, rows: Sequence[TokenRow], progress: Progress, batch_tokens: int
     ) -> list[RowSignals | None]:
         """Signals of each row of a shard; None where one is not finite."""
         if not rows:

@@ -22,11 +22,6 @@ from alphatoken_curate.cli.main import COMMANDS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shared")
-
-
 @pytest.fixture
 def data(folder: Path) -> str:
     return write_jsonl(folder / "rows.jsonl", token_records(8))

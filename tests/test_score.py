@@ -42,12 +42,6 @@ ROWS = 11
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tests of this module share and do not change."""
-    return tmp_path_factory.mktemp("shared")
-
-
 @pytest.fixture
 def target(folder: Path) -> str:
     return write_jsonl(folder / "target.jsonl", token_records(4, seed=9))
