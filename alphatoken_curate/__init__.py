@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from alphatoken_curate.memory import score_tokens
+    from alphatoken_curate.refresh import RefreshSummary, refresh, watch
     from alphatoken_curate.remask import MaskSummary
     from alphatoken_curate.scan import scan, scan_tokens
     from alphatoken_curate.score import ScoreSummary, mask, score
@@ -34,16 +35,19 @@ _HOME = {
     "MaskConfig": "config",
     "MaskSummary": "remask",
     "ModelError": "errors",
+    "RefreshSummary": "refresh",
     "ScoreConfig": "config",
     "ScoreSummary": "score",
     "StoredDataError": "errors",
     "UsageError": "errors",
     "mask": "score",
+    "refresh": "refresh",
     "scan": "scan",
     "scan_tokens": "scan",
     "score": "score",
     "score_tokens": "memory",
     "verify": "verify",
+    "watch": "refresh",
 }
 
 __all__ = [
@@ -53,16 +57,19 @@ __all__ = [
     "MaskConfig",
     "MaskSummary",
     "ModelError",
+    "RefreshSummary",
     "ScoreConfig",
     "ScoreSummary",
     "StoredDataError",
     "UsageError",
     "mask",
+    "refresh",
     "scan",
     "scan_tokens",
     "score",
     "score_tokens",
     "verify",
+    "watch",
 ]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,15 +17,24 @@ from alphatoken_curate.models import free_memory
 from alphatoken_curate.progress import Progress
 
 NAME = "run.json"
-"""In artifacts/: the run's fingerprint fields and its plan, written before anything is computed."""
+"""In artifacts/: the run's fingerprint fields and its plan, written before anything is computed.
+
+`run-00001.json` and so on are those of later generations."""
 
 LEAST = 64
 """A budget below this many tokens is not halved again."""
 
 _AUTO = {"cpu": 2048, "cuda": 16384}
 
-_DECIDE_TOKENS = frozenset({"data", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"})
-"""Fields that the field `tokens` follows from; it differs alone where a template writes today's date."""
+_DECIDE_TOKENS = {
+    "tokens": {"data", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"},
+    "target_tokens": {"data", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"},
+    "retention_tokens": {"retention", "tokenizer", "template", "turns", "max_length"},
+    "prompt_tokens": {"fisher", "fisher_prompts", "tokenizer", "template", "turns", "max_length"},
+    "kind": {"data"},
+    "beta": {"data"},
+}
+"""Fields that follow from others; digests of tokens differ alone where a template writes today's date."""
 
 T = TypeVar("T")
 
@@ -35,9 +45,10 @@ def auto_tokens(device: str) -> int:
 
 
 class Budget:
-    """The token budget of a run, kept in `artifacts/run.json` beside the fields the run was begun with.
+    """The token budget of a generation, kept in `artifacts/run.json` beside the fields it was begun with.
 
-    Raises FingerprintError, naming what differs, where something was computed with other fields.
+    `plans`: those of the shards of generation 0, which a later generation begins with. Raises FingerprintError, naming
+    what differs, where something was computed with other fields.
     """
 
     def __init__(
@@ -47,12 +58,18 @@ class Budget:
         batch_tokens: int | Literal["auto"],
         device: str,
         progress: Progress,
+        *,
+        generation: int = 0,
+        plans: Sequence[Plan] = (),
     ) -> None:
-        self.path = run / "artifacts" / NAME
+        self.path = run / "artifacts" / (f"run-{generation:05d}.json" if generation else NAME)
         self.progress = progress
         self.fields = dict(fields)
         stored = self._read()
-        self._shards: dict[str, dict[str, int]] = stored.get("shards", {})
+        if generation and stored and differing(stored["fields"], self.fields):
+            stored = {}  # of another checkpoint, of whose shards none was finished: the number is free
+        planned = {str(shard): asdict(plan) for shard, plan in enumerate(plans)}
+        self._shards: dict[str, dict[str, int]] = stored.get("shards", planned)
         # Settings that failed before anything was computed (a --layers the model has not) bind nobody.
         begun = bool(self._shards) or any(self.path.parent.glob("*.safetensors"))
         if begun and stored:
@@ -60,7 +77,7 @@ class Budget:
         self.tokens = auto_tokens(device) if batch_tokens == "auto" else batch_tokens
         self.halvings = 0
         if self._shards:
-            self._resume(self._shards[max(self._shards, key=int)])
+            self._resume(self._shards["0" if generation else max(self._shards, key=int)])
         if not stored or differing(stored["fields"], self.fields):
             self._write()
 
@@ -134,9 +151,7 @@ def _check_same(run: Path, stored: Mapping[str, Json], fields: Mapping[str, Json
 
 def _causes(names: tuple[str, ...], stored: Mapping[str, Json], fields: Mapping[str, Json]) -> tuple[str, ...]:
     """What the user changed, without the fields that merely follow from it."""
-    follow = set()
-    if _DECIDE_TOKENS.intersection(names):
-        follow.add("tokens")
+    follow = {name for name, causes in _DECIDE_TOKENS.items() if causes.intersection(names)}
     if "model" in names and all(of.get("model") == of.get("reference") for of in (stored, fields)):
         follow.add("reference")
     return tuple(name for name in names if name not in follow)

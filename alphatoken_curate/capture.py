@@ -155,23 +155,24 @@ class ScoringModel:
             self.base.forward = trunk
         return logits.squeeze(0)
 
-    def hidden(self, input_ids: Tensor, start: int = 0) -> Tensor:
+    def hidden(self, input_ids: Tensor, start: int = 0, *, pairs: bool = False) -> Tensor:
         """Last hidden states (B, T - start, D) of right-padded `input_ids` (B, T), without a graph."""
         with torch.no_grad():
-            out = self._forward(input_ids, start)
+            out = self._forward(input_ids, start, pairs)
         self.tape.clear()
         return out
 
     @contextmanager
-    def graph(self, input_ids: Tensor, start: int = 0) -> Iterator[Tensor]:
+    def graph(self, input_ids: Tensor, start: int = 0, *, pairs: bool = False) -> Iterator[Tensor]:
         """The same, with a graph from S on; inside the block `backward` may be called.
 
-        Columns before `start` run without a graph, as a key-value prefix: no error signal is asked for there.
+        Columns before `start` run without a graph, as a key-value prefix: no error signal is asked for there. In
+        `pairs` they are the same in rows 2i and 2i + 1, and run once for both.
         """
         hooks = [m.module.register_forward_hook(self._capture(i)) for i, m in enumerate(self.maps)]
         try:
             with torch.enable_grad():
-                yield self._forward(input_ids, start)
+                yield self._forward(input_ids, start, pairs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -179,11 +180,13 @@ class ScoringModel:
             self._leaves.clear()
             self.tape.clear()
 
-    def _forward(self, input_ids: Tensor, start: int) -> Tensor:
+    def _forward(self, input_ids: Tensor, start: int, pairs: bool) -> Tensor:
         cache = None
         if start:
             with torch.no_grad():
-                cache = self.base(input_ids=input_ids[:, :start], use_cache=True).past_key_values
+                cache = self.base(input_ids=input_ids[:: 2 if pairs else 1, :start], use_cache=True).past_key_values
+                if pairs:
+                    cache.batch_repeat_interleave(2)
             self.tape.clear()
         out = self.base(input_ids=input_ids[:, start:], past_key_values=cache, use_cache=cache is not None)
         hidden: Tensor = out.last_hidden_state
@@ -338,7 +341,7 @@ def find_value_rows(scoring: ScoringModel) -> list[tuple[int, Tensor] | str]:
     ]
     try:
         with torch.no_grad():
-            scoring._forward(_probe_ids(scoring.model), 0)
+            scoring._forward(_probe_ids(scoring.model), 0, False)
         values = {id(call.module): call.value for call in scoring.tape.calls}
     finally:
         for hook in hooks:

@@ -9,10 +9,15 @@ import orjson
 import pyarrow as pa
 
 from alphatoken_curate.atomic import atomic_file
-from alphatoken_curate.manifest import Manifest, Mask
-from alphatoken_curate.schema import TRAIN, VALUES
+from alphatoken_curate.manifest import Manifest, Mask, layout
+from alphatoken_curate.schema import Layout
 
 NAME = "README.md"
+
+_TRAIN_ROWS = {
+    "sft": "scored rows, ready for a trainer.",
+    "preference": "scored pairs; without their prefix the columns of a branch are those of SFT rows.",
+}
 
 
 def write(run: Path, manifest: Manifest) -> None:
@@ -61,14 +66,52 @@ def _body(manifest: Manifest) -> Iterator[str]:
         " and brings the model back toward its reference. The masks keep the tokens of highest value."
     )
     yield from ("", "## Rows and tokens", "", *_counts(manifest))
+    columns = layout(manifest)
+    answers = "rows" if columns.kind == "sft" else "answers"
     for mask in manifest.masks[-1:]:
-        yield from ("", f"Mask {mask.mask} (the default config, `train`): {_kept(mask)}")
+        yield from (
+            "",
+            f"Mask {mask.mask} (the default config, `train`): {_share(mask)};"
+            f" {mask.rows_given_back:,} {answers} that had lost every token got their best one back.",
+        )
+    yield from ("", "## Generations and masks", "", *_generations(manifest))
     yield from ("", "## Loading", "", *_snippets(manifest))
-    yield from ("", "## Columns", "", "Lists are aligned with `input_ids`: entry i speaks of predicting token i.")
-    yield from ("", "`train`: scored rows, ready for a trainer.", "", *_columns(TRAIN))
+    yield from ("", "## Columns", "", *_about_lists(columns))
+    yield from ("", f"`train`: {_TRAIN_ROWS[columns.kind]}", "", *_columns(columns.train))
     yield from ("", "`values`: every row read; lists of values are empty unless `status` is `scored`.", "")
-    yield from _columns(VALUES)
+    yield from _columns(columns.values)
     yield from ("", "## What was run", "", *_run(manifest))
+
+
+def _about_lists(columns: Layout) -> Iterator[str]:
+    if columns.kind == "sft":
+        yield "Lists are aligned with `input_ids`: entry i speaks of predicting token i."
+        return
+    yield (
+        "A row is a pair of answers. The columns that begin with `chosen_` are of the preferred answer, those with"
+        " `rejected_` of the other; each `input_ids` holds the prompt too, and the lists of a branch are aligned with"
+        " its `input_ids`: entry i speaks of predicting token i."
+    )
+    yield ""
+    yield (
+        "`margin` is beta times how much more the scored model prefers the chosen answer than the reference does: above"
+        " 0 where it has moved the right way. `omega` = beta sigmoid(-margin) is the weight that the preference loss"
+        " gives to the pair's gradient; it is part of every value. A step on a chosen token makes it likelier, one on a"
+        " rejected token less likely, and the values say what that does. Each branch has a mask, weights and a share of"
+        " kept tokens of its own."
+    )
+
+
+def _generations(manifest: Manifest) -> Iterator[str]:
+    """In a fence, names as JSON: so a checkpoint's name cannot become Markdown, as no line of it starts a fence."""
+    yield "A generation is one scoring of all rows, at a checkpoint. A mask is made from one or several of them."
+    yield from ("", "```text")
+    for one in manifest.generations:
+        yield f"generation {one.generation}: checkpoint {orjson.dumps(one.checkpoint).decode()}"
+    for mask in manifest.masks:
+        several = "mean of generations" if len(mask.generations) > 1 else "generation"
+        yield f"mask {mask.mask}: {several} {', '.join(map(str, mask.generations))}; {_share(mask)}"
+    yield "```"
 
 
 def _counts(manifest: Manifest) -> Iterator[str]:
@@ -83,12 +126,9 @@ def _counts(manifest: Manifest) -> Iterator[str]:
     yield f"| tokens cut off | {counts.truncated_tokens:,} |"
 
 
-def _kept(mask: Mask) -> str:
+def _share(mask: Mask) -> str:
     share = f" ({mask.kept_tokens / mask.response_tokens:.1%})" if mask.response_tokens else ""
-    return (
-        f"{mask.kept_tokens:,} of {mask.response_tokens:,} response tokens train{share};"
-        f" {mask.rows_given_back:,} rows that had lost every token got their best one back."
-    )
+    return f"{mask.kept_tokens:,} of {mask.response_tokens:,} response tokens train{share}"
 
 
 def _snippets(manifest: Manifest) -> Iterator[str]:

@@ -8,6 +8,9 @@ prefixes of the whole; a template that rewrites earlier turns is refused for the
 
 Text that spells a special token, `<|im_end|>` in a user's message, is told apart from what the template writes by a
 mark set within it while the template runs.
+
+A tokenizer without a chat template is that of a base model: there a record's `plain` text stands in for the chat where
+it has one, and is raw text; other chats are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any, NamedTuple
 
 from alphatoken_curate.containers import RowFault
 from alphatoken_curate.files import visible
-from alphatoken_curate.rows import Messages
+from alphatoken_curate.shapes import Messages, Prompt, PromptCompletion
 
 Tokenizer = Any
 """A tokenizer of transformers; not imported here, since that takes seconds."""
@@ -32,12 +35,27 @@ _MACRO = "{% macro __response() %}" + _OPEN + "{{ caller() }}" + _CLOSE + "{% en
 
 
 class RenderedText(NamedTuple):
-    """Rendered text and the character spans [start, end) that respond; `marked`: a `MARK` hides spelled specials."""
+    """Text and the character spans [start, end) that respond; `marked`: a `MARK` hides spelled specials.
+
+    `bos`: a BOS goes in front where the tokenizer adds one. `eos`: an EOS that responds goes behind.
+    """
 
     text: str
     spans: list[tuple[int, int]]
     marked: bool = False
-    raw: bool = False
+    bos: bool = False
+    eos: bool = False
+
+
+def joined(record: PromptCompletion) -> RenderedText:
+    """Prompt and completion as raw text."""
+    text = record.prompt + record.completion
+    return RenderedText(text=text, spans=[(len(record.prompt), len(text))], bos=True, eos=True)
+
+
+def unanswered(text: str) -> RenderedText:
+    """Raw text of which nothing responds."""
+    return RenderedText(text=text, spans=[], bos=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,19 +94,11 @@ class ChatTemplate:
 
     def render(self, record: Messages) -> RenderedText:
         """The chat as text with its response spans. Raises RowFault."""
-        messages, tools = record.messages, record.tools
         if not self._tokenizer.chat_template:
-            raise RowFault(
-                "no_chat_template",
-                "the tokenizer has no chat template; use a model that has one, or rows with"
-                " prompt + completion as text, or input_ids + labels",
-            )
-        texts = list(_strings(messages)) + list(_strings(tools))
-        if any(mark in text for text in texts for mark in (_OPEN, _CLOSE, MARK)):
-            raise RowFault("noncharacter", "the text has one of U+FDD0 to U+FDD2, which are no characters; remove it")
-        marked = any(self._specials.search(text) for text in texts)
-        if marked:
-            messages, tools = self._marked(messages), self._marked(tools)
+            if record.plain is None:
+                raise _no_template()
+            return joined(record.plain)
+        messages, tools, marked = self._hidden(record.messages, record.tools)
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         respond = [i for i in answers if i >= record.respond_from][-1 if self._last_only else 0 :]
         template = self._tokenizer.get_chat_template(tools=tools)
@@ -97,6 +107,24 @@ class ChatTemplate:
         else:
             text, spans = self._spans_by_prefix(messages, tools, respond)
         return RenderedText(text=text, spans=spans, marked=marked)
+
+    def render_prompt(self, record: Prompt) -> RenderedText:
+        """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
+        if not self._tokenizer.chat_template:
+            if record.plain is None:
+                raise _no_template()
+            return unanswered(record.plain)
+        messages, tools, marked = self._hidden(record.messages, record.tools)
+        return RenderedText(text=self._apply(messages, tools, prompt=True), spans=[], marked=marked)
+
+    def _hidden(self, messages: list[Any], tools: list[Any] | None) -> tuple[list[Any], list[Any] | None, bool]:
+        """Messages and tools with the special tokens hidden that they spell, and whether there is one."""
+        texts = list(_strings(messages)) + list(_strings(tools))
+        if any(mark in text for text in texts for mark in (_OPEN, _CLOSE, MARK)):
+            raise RowFault("noncharacter", "the text has one of U+FDD0 to U+FDD2, which are no characters; remove it")
+        if any(self._specials.search(text) for text in texts):
+            return self._marked(messages), self._marked(tools), True
+        return messages, tools, False
 
     def _marked(self, value: Any) -> Any:
         """`value` with `MARK` behind the first character of each special token that its texts spell."""
@@ -197,6 +225,14 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
     elif isinstance(value, dict):
         yield from (text for key, item in value.items() if key != "role" for text in _strings(item))
+
+
+def _no_template() -> RowFault:
+    return RowFault(
+        "no_chat_template",
+        "the tokenizer has no chat template; use a model that has one, or rows with prompt + completion as text,"
+        " or input_ids + labels",
+    )
 
 
 def _not_splittable(why: str) -> RowFault:

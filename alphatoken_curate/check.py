@@ -9,7 +9,7 @@ import numpy as np
 from alphatoken_curate.budget import auto_tokens
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.models import resolve_device
-from alphatoken_curate.plan import by_shard, plan_batches
+from alphatoken_curate.plan import by_shard, plan_batches, sequences
 from alphatoken_curate.prepare import prepare
 from alphatoken_curate.rows import BadRow
 from alphatoken_curate.schema import SIGNALS
@@ -17,7 +17,7 @@ from alphatoken_curate.schema import SIGNALS
 _TOKEN_BYTES, _LABEL_BYTES = 1.9, 1.25
 """Bytes on disk of a token's ids, and of its labels and masks: both shrink under zstd. Floats do not."""
 
-_ZERO_STABILITY = ("reference_nll", "stab_direct", "stab_causal")
+_FREE = ("reference_nll", "stab_direct", "stab_causal")
 """Signals that are null or 0, and cost nothing, where model and reference are the same."""
 
 
@@ -25,6 +25,8 @@ _ZERO_STABILITY = ("reference_nll", "stab_direct", "stab_causal")
 class CheckSummary:
     """What was found and what `score` would make of it. Bytes are estimates; all else is exact."""
 
+    kind: str
+    """`sft` or `preference`."""
     rows_read: int
     rows: int
     target_rows: int
@@ -48,21 +50,23 @@ def check(config: ScoreConfig) -> CheckSummary:
     """Read, check and tokenise DATA as `score` does. Raises InputError that names every bad row at once."""
     prepared = prepare(config)
     rows = prepared.rows
-    lengths = np.array([len(row.input_ids) for row in rows])
-    responses = int(sum(row.response.sum() for row in rows))
+    lengths = np.array([len(one.input_ids) for one in sequences(rows)])
+    responses = int(sum(one.response.sum() for one in sequences(rows)))
     budget = auto_tokens(resolve_device(config.device).type) if config.batch_tokens == "auto" else config.batch_tokens
     batches, padded = 0, 0
     dealt = by_shard(rows, prepared.rows_read, config.rows_per_shard)
     for inside in dealt:
         planned = plan_batches(inside, budget)
         batches += len(planned)
-        padded += sum(len(b) * max(len(inside[i].input_ids) for i in b) for b in planned)
+        flat = ([len(one.input_ids) for one in sequences([inside[i] for i in batch])] for batch in planned)
+        padded += sum(len(widths) * max(widths) for widths in flat)
     tokens = int(lengths.sum())
-    signals = len(SIGNALS) - (len(_ZERO_STABILITY) if config.reference in (None, config.model) else 0)
+    signals = len(SIGNALS) - (len(_FREE) if config.reference in (None, config.model) else 0)
     return CheckSummary(
+        kind=prepared.kind,
         rows_read=prepared.rows_read,
         rows=len(rows),
-        target_rows=len(prepared.target),
+        target_rows=len(prepared.target_rows),
         held_out=bool(prepared.held_out),
         bad=tuple(prepared.bad),
         tokens=tokens,

@@ -5,6 +5,7 @@ All arrays are aligned; NaN stands for "no value here" (off the response, or a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,33 +44,34 @@ def value(
     Four float32 arrays of one shape, in nats per unit step -> float32 of that shape, in nats per unit step (without a
     unit where scaled). Computed in float64 and rounded once. NaN wherever a component is NaN.
     """
-    adaptation, stability = _objectives(adapt_direct, adapt_causal, stab_direct, stab_causal)
+    adaptation = np.add(adapt_direct, adapt_causal, dtype=np.float64)
+    stability = np.add(stab_direct, stab_causal, dtype=np.float64)
     total = adaptation / scales.adaptation + stability_weight * (stability / scales.stability)
     return total.astype(np.float32)
 
 
-def rms(x: NDArray[np.floating[Any]]) -> float:
-    """Root of the mean square of the entries that are not NaN, in float64; 0 where there are none."""
-    present = x[~np.isnan(x)].astype(np.float64)
-    largest = float(np.abs(present).max(initial=0.0))
+def rms(*parts: NDArray[np.floating[Any]]) -> float:
+    """Root of the mean square of all entries of all arrays that are not NaN, in float64; 0 where there are none."""
+    present = [part[~np.isnan(part)].astype(np.float64) for part in parts]
+    largest = max((float(np.abs(part).max(initial=0.0)) for part in present), default=0.0)
     if largest == 0.0:
         return 0.0
-    return largest * float(np.sqrt(np.mean(np.square(present / largest))))
+    squares = sum(float(np.square(part / largest).sum()) for part in present)
+    return largest * math.sqrt(squares / sum(len(part) for part in present))
 
 
-def objective_scales(adapt_direct: Floats, adapt_causal: Floats, stab_direct: Floats, stab_causal: Floats) -> Scales:
-    """The divisors of `--stability-scale rms`: each objective's RMS over all response tokens of a generation.
+def objective_scales(*branches: Mapping[str, Floats]) -> Scales:
+    """The divisors of `--stability-scale rms`: each objective's RMS over the response tokens of all branches together.
 
-    An objective that is 0 everywhere (stability, where model and reference are the same) keeps the divisor 1.
+    Each branch: the four components by name, (N,) each. An objective that is 0 everywhere (stability, where model and
+    reference are the same) keeps the divisor 1.
     """
-    adaptation, stability = _objectives(adapt_direct, adapt_causal, stab_direct, stab_causal)
-    return Scales(adaptation=rms(adaptation) or 1.0, stability=rms(stability) or 1.0)
+    adapt_direct, adapt_causal, stab_direct, stab_causal = COMPONENTS
+    adaptation = rms(*(np.add(one[adapt_direct], one[adapt_causal], dtype=np.float64) for one in branches))
+    stability = rms(*(np.add(one[stab_direct], one[stab_causal], dtype=np.float64) for one in branches))
+    return Scales(adaptation=adaptation or 1.0, stability=stability or 1.0)
 
 
-def spreads(components: Mapping[str, Floats]) -> dict[str, float]:
+def spreads(*branches: Mapping[str, Floats]) -> dict[str, float]:
     """RMS of each of the four components, in stored order: what each contributes before it is weighed."""
-    return {name: rms(components[name]) for name in COMPONENTS}
-
-
-def _objectives(a: Floats, b: Floats, c: Floats, d: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return np.add(a, b, dtype=np.float64), np.add(c, d, dtype=np.float64)
+    return {name: rms(*(one[name] for one in branches)) for name in COMPONENTS}

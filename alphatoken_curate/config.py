@@ -13,7 +13,7 @@ from alphatoken_curate.errors import UsageError
 
 T = TypeVar("T")
 
-FISHER_MODES = ("sampled", "empirical")
+FISHER_MODES = ("sampled", "generate", "empirical")
 """Ways to estimate the Fisher; anything else is a file."""
 
 _MOST_YAML_BYTES = 1 << 16
@@ -57,6 +57,16 @@ class MaskConfig:
     allow_empty_rows: bool = _option(
         False, "Leave rows that lost every token empty; else each gets its best one back.", kind="bool"
     )
+    generation: str = _option(
+        "latest",
+        "Scorings the mask is made from: `latest`, `all`, or numbers such as 0,2.",
+        kind="generation",
+    )
+    aggregate: str = _option(
+        "mean",
+        "Of several generations: the `mean` of each token's signals, or the `last` generation alone.",
+        choices=("mean", "last"),
+    )
     seed: int = _option(0, "Seed of every random draw; draws are keyed by (seed, row, position).", kind="int")
 
     def __post_init__(self) -> None:
@@ -86,9 +96,44 @@ class ScoreConfig(MaskConfig):
     )
     window: int = _option(32, "Reach of the published causal path, in tokens.", kind="count")
     fisher: str = _option(
-        "sampled", "Fisher diagonal of the reference: `sampled`, `empirical`, or a safetensors FILE saved earlier."
+        "sampled",
+        "Fisher diagonal of the reference, from labels that are `sampled` from it, from answers it can `generate` (as"
+        " published), or `empirical`; or a safetensors FILE saved earlier.",
     )
     fisher_rows: int = _option(256, "Rows the Fisher is estimated from.", kind="count")
+    fisher_prompts: str | None = _option(
+        None, "Prompts to generate from, rows of any shape; default: those of DATA. With --fisher generate."
+    )
+    fisher_new_tokens: int = _option(128, "Tokens to generate after each prompt.", kind="count")
+    drift: str | None = _option(
+        None,
+        "What the reference is compared with: the `weights` of the model, or those after a `lookahead` step."
+        " Default: weights, and nothing where --retention is given; with both, the drift is stored beside.",
+        choices=("weights", "lookahead"),
+    )
+    lookahead_lr: float | None = _option(
+        None, "Learning rate of the lookahead step; stability scales with it.", kind="positive"
+    )
+    lookahead_rows: int = _option(256, "Rows the lookahead step is made from.", kind="count")
+    retention: str | None = _option(
+        None, "Rows of what must not be forgotten; their loss gradient takes the place of the drift in stability."
+    )
+    precondition: str = _option(
+        "none",
+        "Scale the adaptation direction by training curvature: `adam` (root of second moments), `kfac` or `ekfac`"
+        " (inverse curvature).",
+        choices=("none", "adam", "kfac", "ekfac"),
+    )
+    precondition_rows: int = _option(256, "Rows the curvature is estimated from.", kind="count")
+    precondition_eps: float = _option(1e-8, "Added to the root of second moments (adam).", kind="positive")
+    precondition_damping: float = _option(
+        0.1, "Added to the curvature, in units of its mean eigenvalue (kfac, ekfac).", kind="positive"
+    )
+    precondition_stability: bool = _option(False, "Scale the stability direction too.", kind="bool")
+    beta: float = _option(0.1, "Strength of the preference loss (beta of Eq. 14).", kind="positive")
+    reuse: str | None = _option(
+        None, "Another run folder: what it computed from the same inputs and settings is taken over."
+    )
     turns: str = _option("all", "Assistant turns that respond.", choices=("all", "last"))
     max_length: int = _option(2048, "Rows are cut to this many tokens; what is cut is counted and told.", kind="count")
     rows_per_shard: int = _option(1024, "Rows read per output shard.", kind="count")
@@ -105,6 +150,17 @@ class ScoreConfig(MaskConfig):
         "refuse", "`quarantine` sets bad rows aside in rejects.jsonl and goes on.", choices=("refuse", "quarantine")
     )
     trust_remote_code: bool = _option(False, "Run code that comes with a model. Recorded in the run.", kind="bool")
+
+    def __post_init__(self) -> None:
+        """Check every setting and which of them go together; raises UsageError."""
+        # Not super(): the class that slots=True makes is another one than the name stands for here.
+        MaskConfig.__post_init__(self)
+        if (self.drift == "lookahead") != (self.lookahead_lr is not None):
+            raise UsageError("--drift lookahead and --lookahead-lr X go together: give both, or neither.")
+        if self.fisher_prompts is not None and self.fisher != "generate":
+            raise UsageError("--fisher-prompts is read with --fisher generate only.")
+        if self.precondition_stability and self.precondition == "none":
+            raise UsageError("--precondition-stability needs --precondition adam, kfac or ekfac.")
 
 
 def checked(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
@@ -173,6 +229,22 @@ def _finite(value: Any) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
+def _positive(value: Any) -> float | None:
+    number = _finite(value)
+    return number if number is not None and number > 0 else None
+
+
+def _generation(value: Any) -> str | None:
+    """`latest`, `all`, or ascending numbers; a single one may be an integer, as YAML reads it."""
+    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    if text in ("latest", "all"):
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+        return None
+    return ",".join(str(number) for number in sorted({int(part) for part in parts}))
+
+
 def _keep(value: Any) -> float | str | None:
     if value == "positive":
         return "positive"
@@ -198,6 +270,8 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "int": lambda value: _integer(value, 0),
     "count": lambda value: _integer(value, 1),
     "float": _finite,
+    "positive": _positive,
+    "generation": _generation,
     "keep": _keep,
     "scope": _scope,
     "data": _data,
@@ -211,6 +285,8 @@ _TAKES = {
     "int": "a whole number from 0",
     "count": "a whole number from 1",
     "float": "a finite number",
+    "positive": "a finite number above 0",
+    "generation": "latest, all, or numbers separated by commas",
     "keep": "a share above 0 and up to 1, or positive",
     "scope": "global, row, or batch:N with N rows",
     "data": "files, folders, globs or a dataset name",

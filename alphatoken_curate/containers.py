@@ -55,6 +55,10 @@ class RowFault(Exception):
         self.reason = reason
         self.message = message
 
+    def within(self, name: str) -> RowFault:
+        """The same fault, said of the part `name` of the row."""
+        return RowFault(self.reason, f"{name}: {self.message}")
+
 
 class RawRow(NamedTuple):
     """One row as read: its line from 1, the object or what is wrong with it, and what an excerpt is made of."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -23,3 +28,15 @@ def keyed_uniform(seed: int, row: ArrayLike, position: ArrayLike) -> NDArray[np.
         state = _mix(state + np.asarray(row, dtype=np.int64).astype(np.uint64) * _GOLDEN)
         state = _mix(state + np.asarray(position, dtype=np.int64).astype(np.uint64) * _GOLDEN)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def inverse_transform(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (n,) int64 drawn from (n, V): the first whose cumulative probability exceeds its uniform draw (n,).
+
+    Sums in float64; probabilities need not add up to 1. A token of probability 0 is never drawn.
+    """
+    import torch
+
+    cumulative = probabilities.double().cumsum(-1)
+    wanted = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=probabilities.shape[-1] - 1)

@@ -12,12 +12,22 @@ from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.errors import ModelError, UsageError
 
 
-def drift_direction(scoring: ScoringModel, fisher: Direction, reference: Direction) -> Direction:
-    """V_m = F_m * (W_m - W_ref,m), each (d_out, d_in): the gradient of the retention loss expanded around W_ref."""
-    return [
-        f.to(m.weight.device) * (m.weight.to(f.dtype) - w.to(m.weight.device, f.dtype))
+def drift_direction(
+    scoring: ScoringModel, fisher: Direction, reference: Direction, step: Direction | None = None
+) -> Direction:
+    """V_m = F_m * (W_m - W_ref,m), each (d_out, d_in): the gradient of the retention loss expanded around W_ref.
+
+    With `step` (lr * g, g the gradient of the training loss) it is taken where W - step would be, so that a model that
+    has not moved yet has a stability signal too (`--drift lookahead`).
+    """
+    drift = [
+        m.weight.to(f.dtype) - w.to(m.weight.device, f.dtype)
         for m, f, w in zip(scoring.maps, fisher, reference, strict=True)
     ]
+    if step is not None:
+        # After the difference of the weights, whose rounding would drown a small step.
+        drift = [d - s.to(d) for d, s in zip(drift, step, strict=True)]
+    return [f.to(d.device) * d for f, d in zip(fisher, drift, strict=True)]
 
 
 def read_direction(path: Path, scoring: ScoringModel, *, flag: str) -> Direction:

@@ -21,8 +21,22 @@ def fisher_diagonal(
 ) -> Direction:
     """F_m = E[(delta^2)^T (h^2)], (d_out, d_in): summed over the positions of a sequence, mean over sequences.
 
-    The loss of a sequence is the sum of -log p over its response tokens: the data's own (`empirical`), or, `sampled`,
-    tokens drawn at the same positions from the model's prediction, keyed by (seed, row, position).
+    The loss of a sequence is the sum of -log p over its response tokens. Eq. 5 takes them from the model itself:
+    `generate` (the published way) is `rows` of `generate.sample_answers` and their own tokens, not `sampled`. With
+    `sampled` tokens are drawn from the model's prediction at the response positions of the data, keyed by (seed, row,
+    position): the expectation of Eq. 5 over tokens, but after the data's prefixes and not the model's own. The
+    data's tokens themselves make the `empirical` Fisher, which is not that of Eq. 5.
+    """
+    sums, sequences = fisher_sums(scoring, rows, batches, sampled=sampled, seed=seed)
+    return [s.div_(sequences) for s in sums]
+
+
+def fisher_sums(
+    scoring: ScoringModel, rows: Sequence[TokenRow], batches: Iterable[Batch], *, sampled: bool, seed: int
+) -> tuple[Direction, int]:
+    """F summed over sequences in place of their mean, and how many they are.
+
+    Sums and counts of parts of the rows add up to those of all, up to the rounding of sums.
     """
     sums, sequences = scoring.zeros(), 0
 
@@ -38,7 +52,7 @@ def fisher_diagonal(
             _, grad = loss_gradient(scoring, hidden, batch, uniforms)
             scoring.backward([hidden], [grad], accumulate)
         sequences += len(batch.rows)
-    return [s.div_(sequences) for s in sums]
+    return sums, sequences
 
 
 def _uniforms(rows: Sequence[TokenRow], batch: Batch, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES
+from alphatoken_curate.schema import SFT, SIGNALS
 
 LEVELS = 17
 MIDDLE = 8
@@ -117,7 +117,7 @@ class Unit:
 
 def unit_of(column: str, scale: float) -> Unit:
     """The unit in which values of this magnitude have about three digits. Columns of one unit share one exponent."""
-    field = TRAIN.field(column) if column == "loss_weight" else VALUES.field(column)
+    field = (SFT.train if column == "loss_weight" else SFT.values).field(column)
     name = field.metadata[b"units"].decode()
     if column in _UNSIGNED:
         return Unit(name=name, signed=False)

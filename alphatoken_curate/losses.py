@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from alphatoken_curate.capture import ScoringModel
+from alphatoken_curate.draws import inverse_transform
 from alphatoken_curate.plan import Batch
 
 Head = Callable[[Tensor], Tensor]
 """Last hidden states (n, D) -> logits (n, V), with the model's own scaling and soft caps."""
+
+Weigh = Callable[[Batch, Tensor], Tensor]
+"""A batch and the nll (N,) of its response tokens -> the weight (N,) of each in a loss, held constant."""
 
 _LOGITS_PER_CHUNK = {"cpu": 6 << 20, "cuda": 1 << 28}
 """Logits held at a time: 24 MiB of float32 on a CPU (past 32 MiB malloc maps new pages each time), 1 GiB on a card."""
@@ -68,22 +72,18 @@ def _softmax_slices(
         # log-sum-exp from the largest probability: cheap, and never the log of a small number.
         log_sum = raw.amax(dim=-1) - probabilities.amax(dim=-1).log()
         entropy[part] = log_sum - torch.linalg.vecdot(probabilities, raw)
-        chosen = (targets[part] if uniforms is None else _draw(probabilities, uniforms[part]))[:, None]
+        chosen = (targets[part] if uniforms is None else inverse_transform(probabilities, uniforms[part]))[:, None]
         nll[part] = log_sum - raw.gather(1, chosen).squeeze(1)
         probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
 
 
-def _draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-transform sampling: the first token whose cumulative probability exceeds the draw."""
-    cumulative = probabilities.double().cumsum(-1)
-    wanted = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True).squeeze(1).clamp_(max=probabilities.shape[-1] - 1)
-
-
 def loss_gradient(
-    scoring: ScoringModel, hidden: Tensor, batch: Batch, uniforms: Tensor | None = None
+    scoring: ScoringModel, hidden: Tensor, batch: Batch, uniforms: Tensor | None = None, weigh: Weigh | None = None
 ) -> tuple[Losses, Tensor]:
-    """Losses of a batch's response tokens and d sum(nll) / d hidden, (B, T - start, D)."""
+    """Losses of a batch's response tokens and d sum(weight * nll) / d hidden, (B, T - start, D).
+
+    The weights are those of `weigh`, held constant, or all 1. The losses themselves are never weighted.
+    """
     row = torch.from_numpy(batch.row).to(hidden.device)
     column = torch.from_numpy(batch.position - batch.start).to(hidden.device)
     target = torch.from_numpy(batch.target).to(hidden.device)
@@ -96,9 +96,16 @@ def loss_gradient(
         uniforms=uniforms,
     )
     assert losses.grad is not None
-    grad = torch.zeros_like(hidden)
-    grad[row, column] = losses.grad
+    grad, each = torch.zeros_like(hidden), losses.grad
+    if weigh is not None:
+        each = (each * weigh(batch, losses.nll)[:, None]).to(each.dtype)
+    grad[row, column] = each
     return losses, grad
+
+
+def row_means(batch: Batch, nll: Tensor) -> Tensor:
+    """A `Weigh`: 1 / (number of response tokens of the token's sequence), so that each counts by its mean loss."""
+    return torch.from_numpy(1 / batch.counts[batch.row]).to(nll)
 
 
 def positions(batch: Batch, device: torch.device) -> Tensor:

@@ -19,15 +19,9 @@ import orjson
 from alphatoken_curate import shards
 from alphatoken_curate.atomic import atomic_file, digest, kill_point
 from alphatoken_curate.errors import StoredDataError
-from alphatoken_curate.fingerprint import Json, fingerprint
-from alphatoken_curate.fingerprint import differing as diff
-from alphatoken_curate.schema import SCHEMA_VERSION, STATUSES
+from alphatoken_curate.fingerprint import Json, differing
+from alphatoken_curate.schema import LAYOUTS, SCHEMA_VERSION, STATUSES, Layout
 from alphatoken_curate.shards import Footer, Shard
-
-__all__ = [
-    "NAME", "Counts", "Facts", "File", "Generation", "Input", "Manifest", "Mask", "MaskFacts", "Plan", "Shard",
-    "decode", "diff", "encode", "file_of", "fingerprint", "mask_of", "read", "rebuild", "write",
-]  # fmt: skip
 
 NAME = "manifest.json"
 
@@ -67,7 +61,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Rows read == scored + target + failed + rejected. Tokens are those stored in values/, of every status."""
+    """Of the newest generation: rows read == scored + target + failed + rejected.
+
+    Tokens are those stored in values/, of every status and of both branches of a pair.
+    """
 
     read: int
     scored: int
@@ -93,7 +90,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mask:
-    """One mask made from `generations`; `response_tokens` are those of the scored rows."""
+    """One mask made from `generations`, which ascend; tokens are those of the rows scored in each of them."""
 
     mask: int
     generations: tuple[int, ...]
@@ -144,7 +141,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskFacts:
-    """What a train shard's footer tells along; `rows_given_back` is the whole mask's."""
+    """What a train shard's footer tells along: `generations` ascend, `rows_given_back` is the whole mask's."""
 
     generations: tuple[int, ...]
     settings: Mapping[str, Json]
@@ -188,6 +185,15 @@ def read(run: Path) -> Manifest:
     except (orjson.JSONDecodeError, _Unreadable, RecursionError) as error:
         raise StoredDataError(f"{path}: damaged ({error}); delete it and run the same command again") from error
     return manifest
+
+
+def layout(stored: Manifest) -> Layout:
+    """The columns of the run: those of its kind of rows. Raises `StoredDataError` where it is none that is known."""
+    kind = stored.settings.get("kind")
+    if not isinstance(kind, str) or kind not in LAYOUTS:
+        found = f"its settings have kind {str(kind)[:80]!r}, not {' or '.join(LAYOUTS)}"
+        raise StoredDataError(f"{NAME}: damaged ({found}); delete it and run the same command again")
+    return LAYOUTS[kind]
 
 
 class _Unreadable(ValueError):
@@ -248,21 +254,36 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         expected = [folder + shards.shard_name(i) for i in range(len(group.shards))]
         if [shard.path for shard in group.shards] != expected:
             yield f"the shards of {folder} are not part-00000.parquet and so on, one by one"
-    for generation in manifest.generations:
-        if len(generation.plan) != len(generation.shards):
-            yield f"generation {generation.generation} has {len(generation.plan)} plans"
-    for name, numbers in (
-        ("generation", [g.generation for g in manifest.generations]),
-        ("mask", [m.mask for m in manifest.masks]),
-    ):
-        if numbers != sorted(set(numbers)):
-            yield f"the {name} numbers {numbers} do not ascend"
+    yield from _wrong_numbers(manifest)
     paths = [file.path for file in manifest.files]
     if paths != sorted(set(paths)) or not all(_FILE.fullmatch(path) for path in paths):
         yield "its `files` are not those of a run, sorted, each once"
     hashes = [file.sha256 for file in manifest.files] + [shard.sha256 for group in groups for shard in group.shards]
     if not all(_HEX.fullmatch(sha256) for sha256 in hashes):
         yield "a sha256 is not 64 hex digits"
+
+
+def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
+    lengths = {generation.generation: len(generation.shards) for generation in manifest.generations}
+    for generation in manifest.generations:
+        if len(generation.plan) != len(generation.shards):
+            yield f"generation {generation.generation} has {len(generation.plan)} plans"
+    for mask in manifest.masks:
+        if not _is_whole(mask, lengths):
+            named = ", ".join(map(str, mask.generations)) or "none"
+            yield f"mask {mask.mask} has {len(mask.shards)} shards of generations {named}; the run has {lengths}"
+    for name, numbers in (
+        ("generation", [one.generation for one in manifest.generations]),
+        ("mask", [mask.mask for mask in manifest.masks]),
+    ):
+        if numbers != sorted(set(numbers)):
+            yield f"the {name} numbers {numbers} do not ascend"
+
+
+def _is_whole(mask: Mask, lengths: Mapping[int, int]) -> bool:
+    """Whether its generations ascend and each has as many shards as it; `lengths`: shards of each that there is."""
+    ascend = list(mask.generations) == sorted(set(mask.generations))
+    return ascend and {lengths.get(number) for number in mask.generations} == {len(mask.shards)}
 
 
 # ---------------------------------------------------------------------------------------------------------- rebuild
@@ -275,7 +296,7 @@ def rebuild(run: Path) -> Manifest:
     is whole, or a shard is damaged or was made with other settings than those beside it.
     """
     generations, newest = [], None
-    for number, folder in _numbered(run / "values", r"generation=(\d+)"):
+    for number, folder in _numbered(run / "values", r"generation=(0|[1-9][0-9]*)"):
         group = _group(folder)
         told = [_facts_in(Facts, folder, footer) for footer, _ in group]
         counts = _counts([footer.counts for footer, _ in group], told)
@@ -315,7 +336,7 @@ def _group(folder: Path) -> list[tuple[Footer, Shard]]:
     whole = [paths[i] for i in range(len(paths)) if i in paths]
     group = [shards.facts_of(path) for path in whole]
     for path, (footer, _) in zip(whole, group, strict=True):
-        if names := diff(group[0][0].fields, footer.fields):
+        if names := differing(group[0][0].fields, footer.fields):
             raise StoredDataError(f"{path}: made with other {', '.join(names)} than the first shard beside it")
     return group
 
@@ -354,11 +375,11 @@ def _files(run: Path) -> list[File]:
 
 
 def _masks(run: Path, lengths: Mapping[int, int]) -> Iterator[Mask]:
-    for number, folder in _numbered(run / "train", r"mask=(\d{4,})"):
+    for number, folder in _numbered(run / "train", r"mask=([0-9]{4}|[1-9][0-9]{4,})"):
         group = _group(folder)
         if group:
             mask = mask_of(number, folder, group)
-            if len(mask.shards) == lengths.get(mask.generations[-1]):
+            if _is_whole(mask, lengths):
                 yield mask
 
 

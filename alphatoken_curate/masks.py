@@ -6,13 +6,15 @@ Everything here is a pure function of flat arrays with one entry per response to
     row       (n,) int64                0-based index of the token's row among the *scored* rows, in row_id order
     position  (n,) integer              index of the token in its row's `input_ids`
 
+Of preference rows each branch is masked by itself: its tokens alone are what a call is given.
+
 Ties: of equal scores the one with the lower row goes first, then the one with the lower position. With the arrays in
 that order this is "the lower index first", which is what every sort here does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -24,14 +26,14 @@ from numpy.typing import NDArray
 from alphatoken_curate import composite
 from alphatoken_curate.draws import keyed_uniform
 from alphatoken_curate.errors import CurateError, StoredDataError, UsageError
-from alphatoken_curate.schema import COMPONENTS, SIGNALS
+from alphatoken_curate.schema import COMPONENTS, OPTIONAL, PAIR_COLUMNS, PREFERENCE, SFT, SIGNALS, Layout
 
 Scores = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
 Bools = NDArray[np.bool_]
 
 INDEX_COLUMNS = ("row_id", "position", "token_id")
-"""Columns that an expression may name besides the signals; int64, int32, int32."""
+"""Columns that an expression may name besides those of values/; int64, int32, int32."""
 
 _MAX_EXPRESSION = 10_000
 
@@ -228,19 +230,27 @@ _FORMULAS: dict[str, Callable[[Scores, Ints, int], NDArray[np.float64]]] = {
 # ------------------------------------------------------------------------------------------------ what to select on
 
 
-def columns_needed(by: str) -> tuple[str, ...]:
+def known_columns(layout: Layout) -> tuple[str, ...]:
+    """What `by` may name in a run of this layout, in stored order: ids, signals, and numbers of the pair."""
+    return (*INDEX_COLUMNS, *SIGNALS, *(name for name in PAIR_COLUMNS if name in layout.values.names))
+
+
+def columns_needed(by: str, layout: Layout = SFT) -> tuple[str, ...]:
     """Stored columns that `selection(by, ...)` reads, in stored order. Raises `UsageError` as `selection` does."""
     if by == "random":
         return ("row_id", "position")
-    named = {by} if by in _KNOWN else _names(_parse(by), by)
+    known = known_columns(layout)
+    named = _named(by, known)
     if "value" in named:
         named = (named - {"value"}) | set(COMPONENTS)
-    return tuple(name for name in _KNOWN if name in named)
+    return tuple(name for name in known if name in named)
 
 
 def depends_on_value(by: str) -> bool:
     """Whether the stability settings change what `by` selects."""
-    return by == "value" or (by not in _KNOWN and by != "random" and "value" in _names(_parse(by), by))
+    if by == "random" or by in known_columns(PREFERENCE):  # names that need not be expressions: `position` is none
+        return by == "value"
+    return "value" in _parse(by).meta.root_names()
 
 
 def selection(
@@ -248,22 +258,28 @@ def selection(
     columns: Mapping[str, NDArray[Any]],
     *,
     stability_weight: float,
-    stability_scale: str = "none",
+    scales: composite.Scales = composite.PUBLISHED,
     seed: int = 0,
+    layout: Layout = SFT,
+    branch: int = 0,
 ) -> NDArray[np.float32]:
     """The number to select on, one per response token: (n,) float32, finite.
 
-    `by` is `value` (recombined from the stored components with these stability settings), `random` (a draw in [0, 1]
-    keyed by seed, row_id and position), a stored column, or a polars SQL expression of them. `columns` holds at least
-    `columns_needed(by)`, each (n,). Raises `UsageError` for an expression that cannot be read, names an unknown column
-    or does not give one finite number per token; `StoredDataError` where a stored component is not finite.
+    `by` is `value` (recombined from the stored components with this stability weight and these scales), `random` (a
+    draw in [0, 1] keyed by seed, row_id, position and branch), a stored column, or a polars SQL expression of them.
+    `columns` holds at least `columns_needed(by, layout)`, each (n,), of the branch with that index in the layout.
+    Raises `UsageError` for an expression that cannot be read, names an unknown column or does not give one finite
+    number per token; `StoredDataError` where a stored component is not finite.
     """
     if by == "random":
-        return keyed_uniform(seed, columns["row_id"], columns["position"]).astype(np.float32)
-    named = {by} if by in _KNOWN else _names(_parse(by), by)
-    used = {name: columns[name] for name in _KNOWN if name in named and name != "value"}
+        return _drawn(seed, columns, branch)
+    known = known_columns(layout)
+    named = _named(by, known)
+    used = {name: columns[name] for name in known if name in named and name != "value"}
     if "value" in named:
-        used["value"] = _recombined(columns, stability_weight, stability_scale)
+        parts = (columns[name] for name in COMPONENTS)
+        with np.errstate(over="ignore"):
+            used["value"] = composite.value(*parts, stability_weight=stability_weight, scales=scales)
     for name, column in used.items():
         _check_column(name, column)
     result = used[by].astype(np.float32) if by in used else _evaluate(by, used)
@@ -271,7 +287,10 @@ def selection(
     return result
 
 
-_KNOWN = (*INDEX_COLUMNS, *SIGNALS)
+def _drawn(seed: int, columns: Mapping[str, NDArray[Any]], branch: int) -> NDArray[np.float32]:
+    # The branches of a pair must not be drawn alike: no position reaches 2^32.
+    place = columns["position"].astype(np.int64) + (branch << 32)
+    return keyed_uniform(seed, columns["row_id"], place).astype(np.float32)
 
 
 def _parse(by: str) -> pl.Expr:
@@ -282,40 +301,38 @@ def _parse(by: str) -> pl.Expr:
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise UsageError(
             f"by: {by!r} is not a polars SQL expression ({error}); give `value`, `random`, a column or an expression"
-            f" of these columns: {', '.join(_KNOWN)}"
+            ' of columns, such as "nll - reference_nll"'
         ) from error
 
 
-def _names(expression: pl.Expr, by: str) -> set[str]:
-    named = set(expression.meta.root_names())
-    unknown = sorted(named - set(_KNOWN))
+def _named(by: str, known: Sequence[str]) -> set[str]:
+    """Columns that `by` names, each of them known."""
+    if by in known:
+        return {by}
+    named = set(_parse(by).meta.root_names())
+    unknown = sorted(named - set(known))
     if unknown or not named:
         found = f"names no column {', '.join(map(repr, unknown))}" if unknown else "names no column at all"
-        raise UsageError(f"by: {by!r} {found}; the columns are {', '.join(_KNOWN)}")
+        raise UsageError(f"by: {by!r} {found}; the columns are {', '.join(known)}")
     return named
-
-
-def _recombined(
-    columns: Mapping[str, NDArray[Any]], stability_weight: float, stability_scale: str
-) -> NDArray[np.float32]:
-    parts = [columns[name] for name in COMPONENTS]
-    if stability_scale not in ("none", "rms"):
-        raise UsageError(f"stability-scale: found {stability_scale!r}; give `none` or `rms`")
-    scales = composite.objective_scales(*parts) if stability_scale == "rms" else composite.PUBLISHED
-    with np.errstate(over="ignore"):
-        return composite.value(*parts, stability_weight=stability_weight, scales=scales)
 
 
 def _check_column(name: str, column: NDArray[Any]) -> None:
     missing = np.isnan(column)
-    if name == "reference_nll" and len(column) and missing.all():
-        raise UsageError(
-            "by: reference_nll was not computed: model and reference are the same; score with a --reference of its own"
-        )
+    if name in OPTIONAL and len(column) and missing.all():
+        raise UsageError(f"by: {name} was not computed, or not in every generation averaged: {_NOT_COMPUTED[name]}")
     if missing.any():
         raise StoredDataError(
             f"column {name} has no value at {int(missing.sum())} of {len(column)} response tokens; run `verify`"
         )
+
+
+_BY_DRIFT = "it is the drift beside retention rows; score with --retention FILE and --drift together"
+_NOT_COMPUTED = {
+    "reference_nll": "model and reference are the same; score with a --reference of its own",
+    "drift_direct": _BY_DRIFT,
+    "drift_causal": _BY_DRIFT,
+}
 
 
 def _evaluate(by: str, used: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from alphatoken_curate.capture import captured
+from alphatoken_curate.capture import Direction, ScoringModel, captured
 from alphatoken_curate.drift import checked_weights, drift_direction
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.fisher import fisher_diagonal
+from alphatoken_curate.job import record
 from alphatoken_curate.paths import Estimator, PathScorer
-from alphatoken_curate.plan import Batch, collate, plan_batches
-from alphatoken_curate.rows import refuse, rows_of
-from alphatoken_curate.score import record
-from alphatoken_curate.scorer import plain_losses, row_signals
+from alphatoken_curate.plan import Batch, collate, plan_batches, sequences
+from alphatoken_curate.preference import Pairs, reference_sums
+from alphatoken_curate.rows import kind_of, refuse, rows_of
+from alphatoken_curate.schema import LAYOUTS
 from alphatoken_curate.shards import values_table
+from alphatoken_curate.signals import plain_losses, row_signals
 from alphatoken_curate.target import target_gradient
-from alphatoken_curate.tokens import TokenRow, tokenise
+from alphatoken_curate.tokens import AnyRow, chosen, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +42,7 @@ def score_tokens(
     window: int = 32,
     stability_weight: float = 1.5,
     fisher: Literal["sampled", "empirical"] = "sampled",
+    beta: float = 0.1,
     max_length: int = 2048,
     batch_tokens: int = 2048,
     seed: int = 0,
@@ -44,33 +50,59 @@ def score_tokens(
     """Signals and values of every response token of `rows`, a row per row, columns named as in values/.
 
     `rows` and `target` are dictionaries of any shape that `score` reads (`tokenizer` may be left out for pre-tokenised
-    ones). `reference` is a second loaded model of the same shape; without it stability is 0. The model is given back
-    as it was. Raises InputError that names every bad row, ModelError where the model cannot be captured exactly.
+    ones), SFT rows or preference rows; of preference rows as target the chosen branch is taken. `reference` is a second
+    loaded model of the same shape; without it stability is 0. The model is given back as it was. Raises InputError that
+    names every bad row, ModelError where the model cannot be captured exactly.
     """
 
-    def read(records: Sequence[Mapping[str, Any]], name: str) -> list[TokenRow]:
+    def read(records: Sequence[Mapping[str, Any]], name: str) -> tuple[str, list[AnyRow]]:
         return _tokens(records, name, tokenizer, max_length, model.config.get_text_config().vocab_size)
 
-    def batches(of: Sequence[TokenRow]) -> list[Batch]:
-        return [collate(of, indices) for indices in plan_batches(of, batch_tokens)]
-
-    wanted, task = read(rows, "rows"), read(target, "target")
+    (kind, wanted), (_, task) = read(rows, "rows"), read(target, "target")
     anchor = None
     if reference is not None:
         with _evaluating(reference), captured(reference, layers) as scoring:
-            diagonal = fisher_diagonal(scoring, wanted, batches(wanted), sampled=fisher == "sampled", seed=seed)
-            weights = [m.weight.detach().clone() for m in scoring.maps]
-            anchor = diagonal, weights, plain_losses(scoring, wanted, batches(wanted))
+            anchor = _anchor(scoring, wanted, batch_tokens, sampled=fisher == "sampled", seed=seed)
+    losses = anchor.losses if anchor is not None else None
+    pairs = Pairs(beta=beta, reference=reference_sums(losses) if losses else None) if kind == "preference" else None
     with _evaluating(model), captured(model, layers) as scoring:
-        directions = [target_gradient(scoring, batches(task), all_positions=estimator == "exact")]
+        learnt = _batches([chosen(row) for row in task], batch_tokens)
+        directions = [target_gradient(scoring, learnt, all_positions=estimator == "exact")]
         if anchor is not None:
-            directions.append(drift_direction(scoring, anchor[0], checked_weights(scoring, anchor[1])))
-        paths = PathScorer(scoring, directions, estimator, window)
-        found = row_signals(paths, wanted, batches(wanted), stability_weight, anchor[2] if anchor else None)
-    records = [record(row, "scored" if s else "failed", s or {}) for row, s in zip(wanted, found, strict=True)]
-    frame = pl.from_arrow(values_table(records))
-    assert isinstance(frame, pl.DataFrame)
-    return frame
+            directions.append(drift_direction(scoring, anchor.fisher, checked_weights(scoring, anchor.weights)))
+        found = row_signals(
+            PathScorer(scoring, directions, estimator, window),
+            wanted,
+            _batches(wanted, batch_tokens),
+            objectives=("adapt", "stab")[: len(directions)],
+            stability_weight=stability_weight,
+            reference_nll=losses,
+            pairs=pairs,
+        )
+    records = [record(row, "scored" if one else "failed", one) for row, one in zip(wanted, found, strict=True)]
+    return pl.DataFrame(pl.from_arrow(values_table(records, LAYOUTS[kind])))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Anchor:
+    """What is needed of a reference: F and W_ref over S, and its nll of each sequence's response tokens."""
+
+    fisher: Direction
+    weights: Direction
+    losses: list[NDArray[np.float32]]
+
+
+def _anchor(scoring: ScoringModel, rows: Sequence[AnyRow], batch_tokens: int, *, sampled: bool, seed: int) -> _Anchor:
+    learnt = [chosen(row) for row in rows]
+    return _Anchor(
+        fisher=fisher_diagonal(scoring, learnt, _batches(learnt, batch_tokens), sampled=sampled, seed=seed),
+        weights=[m.weight.detach().clone() for m in scoring.maps],
+        losses=plain_losses(scoring, sequences(rows), _batches(rows, batch_tokens)),
+    )
+
+
+def _batches(rows: Sequence[AnyRow], batch_tokens: int) -> list[Batch]:
+    return [collate(rows, indices) for indices in plan_batches(rows, batch_tokens)]
 
 
 @contextmanager
@@ -87,11 +119,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 def _tokens(
     records: Sequence[Mapping[str, Any]], name: str, tokenizer: Any, max_length: int, vocabulary: int
-) -> list[TokenRow]:
+) -> tuple[str, list[AnyRow]]:
     read = rows_of(records, name)
     found, unusable = tokenise(read.rows, tokenizer, max_length=max_length, turns="all", vocab_size=vocabulary)
     if read.bad or unusable:
         raise refuse(sorted([*read.bad, *unusable], key=lambda bad: bad.row_id))
     if not found:
         raise InputError(f"{name}: no rows. Give at least one.")
-    return found
+    return kind_of(read.rows), found

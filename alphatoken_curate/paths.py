@@ -81,12 +81,12 @@ class PathScorer:
     def score(self, batch: Batch) -> Signals:
         """Signals of the N response tokens of a batch."""
         scoring = self.scoring
-        if not self.splits_prompt:
+        if not (self.splits_prompt or batch.pairs):
             batch = replace(batch, start=0)
         ids = torch.from_numpy(batch.input_ids).to(scoring.device)
         scoring.tape.window = self.window if self.estimator == "published" else 0
         scoring.tape.keep_cross = self.estimator == "exact"
-        with scoring.graph(ids, batch.start) as hidden:
+        with scoring.graph(ids, batch.start, pairs=batch.pairs) as hidden:
             losses, grad = loss_gradient(scoring, hidden, batch)
             where = positions(batch, ids.device)
             total = grad.new_zeros(self.count, len(where))

@@ -1,4 +1,4 @@
-"""Masks from stored values: read a generation, decide, write train/. No model is needed.
+"""Masks from stored values: read generations (`responses`), decide, write train/. No model is needed.
 
 Runs in one process; memory grows with the response tokens of the run (about 70 bytes each), not with its rows.
 Callers hold the run (`atomic.one_writer`) and write the card afterwards (`card.write`).
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,44 +16,50 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from alphatoken_curate import composite, manifest, masks, shards
-from alphatoken_curate.atomic import digest, sweep
+from alphatoken_curate.atomic import sweep
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.fingerprint import Json, fingerprint
 from alphatoken_curate.manifest import Generation, Manifest, Mask, MaskFacts
-from alphatoken_curate.schema import COMPONENTS, SCHEMA_VERSION, SIGNALS, VALUES
-from alphatoken_curate.shards import Footer, Shard, TrainRows
+from alphatoken_curate.responses import Tokens, aligned, chosen_generations, load, table_of
+from alphatoken_curate.schema import COMPONENTS, SCHEMA_VERSION, Layout
+from alphatoken_curate.shards import Footer, Shard, TrainLists
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Tokens:
-    """The response tokens of the scored rows, in (row_id, position) order: N tokens of some shards.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchCounts:
+    """Response tokens of one branch of the rows in train/, and those of them that the mask keeps."""
 
-    `row` (N,) int64 index among the scored rows; `columns`: name -> (N,); `per_shard`: tokens of each shard, in order.
-    """
-
-    row: NDArray[np.int64]
-    columns: Mapping[str, NDArray[Any]]
-    per_shard: tuple[int, ...]
+    kept_tokens: int
+    response_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskSummary:
-    """What `make_mask` did. `created`: not there before; `newest`: what readers take who do not ask for a number."""
+    """What `make_mask` did. `created`: not there before; `newest`: what readers take who do not ask for a number.
+
+    Tokens, and rows that got their best token back, are counted over all branches; `branches`: of preference rows,
+    `chosen` and `rejected`. `rows_left_out`: scored in only some of the `generations` that the mask averages.
+    """
 
     mask: int
     path: Path
     created: bool
     newest: bool
+    generations: tuple[int, ...]
     rows: int
+    rows_left_out: int
     response_tokens: int
     kept_tokens: int
+    branches: Mapping[str, BranchCounts]
     rows_given_back: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spreads:
-    """RMS of each component over the response tokens; `decisions_changed`: kept or dropped only due to stability."""
+    """`components`: RMS of each over the response tokens of all branches.
+
+    `decisions_changed`: tokens that are kept or dropped only due to stability.
+    """
 
     components: Mapping[str, float]
     response_tokens: int
@@ -62,93 +67,78 @@ class Spreads:
 
 
 def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
-    """Mask and loss weights from the newest generation, in train/mask=NNNN and then in the manifest.
+    """Mask and loss weights from the generations that `config` names, in train/mask=NNNN and then in the manifest.
 
     Settings and values of an existing mask: that one is returned, nothing is written. A mask whose writing was cut off
     is finished with the same bytes. Other settings get a new number. Raises `UsageError` for settings that cannot be
     used, `StoredDataError` where the run has no manifest or is damaged.
     """
-    masks.parse_keep(config.keep), masks.parse_scope(config.scope), masks.columns_needed(config.by)
     stored = manifest.read(run)
-    generation = _newest(run, stored)
-    about = _fields(config, generation)
+    layout = manifest.layout(stored)
+    masks.parse_keep(config.keep), masks.parse_scope(config.scope), masks.columns_needed(config.by, layout)
+    generations = chosen_generations(run, stored, config)
+    about = _fields(config, generations)
     known = next((mask for mask in stored.masks if mask.fingerprint == fingerprint(about)), None)
     if known and all(_is_there(run, shard) for shard in known.shards):
-        return _summary(run, known, stored, created=False)
+        # One shard at a time: only the number of rows is wanted.
+        left_out = [load(run, [files], (), layout).left_out for files in aligned(run, generations) if len(files) > 1]
+        return _summary(run, known, stored, created=False, left_out=sum(left_out))
     number = known.mask if known else _free_number(run, stored, fingerprint(about))
-    mask = _write(run, number, generation, config, about)
+    mask, lost = _write(run, number, generations, layout, config, about)
     others = [other for other in stored.masks if other.mask != number]
     changed = replace(stored, masks=tuple(sorted([*others, mask], key=lambda one: one.mask)))
     manifest.write(run, changed)
-    return _summary(run, mask, changed, created=True)
+    return _summary(run, mask, changed, created=True, left_out=lost)
 
 
 def spreads(run: Path, config: MaskConfig) -> Spreads:
-    """How large each component is in the newest generation, and what stability changes in a mask by `config`.
+    """How large each component is in the generations that `config` names, and what stability changes in its mask.
 
     `decisions_changed` compares the mask with the one that stability weight 0 gives. Raises as `make_mask`.
     """
-    generation = _newest(run, manifest.read(run))
-    tokens = load(run, generation.shards, (*COMPONENTS, *masks.columns_needed(config.by)))
+    stored = manifest.read(run)
+    layout = manifest.layout(stored)
+    files = aligned(run, chosen_generations(run, stored, config))
+    branches = load(run, files, (*COMPONENTS, *masks.columns_needed(config.by, layout)), layout).branches
     with_stability, without = (
-        masks.kept(
-            _select(tokens, config, weight),
-            tokens.row,
-            tokens.columns["position"],
-            keep=config.keep,
-            scope=config.scope,
-            allow_empty_rows=config.allow_empty_rows,
-        )
+        [
+            masks.kept(
+                score,
+                tokens.row,
+                tokens.columns["position"],
+                keep=config.keep,
+                scope=config.scope,
+                allow_empty_rows=config.allow_empty_rows,
+            )
+            for tokens, score in zip(branches, _select(branches, layout, config, weight), strict=True)
+        ]
         for weight in (config.stability_weight, 0.0)
     )
     return Spreads(
-        components=composite.spreads(tokens.columns),
-        response_tokens=len(tokens.row),
-        decisions_changed=int(np.count_nonzero(with_stability != without)),
+        components=composite.spreads(*(tokens.columns for tokens in branches)),
+        response_tokens=sum(len(tokens.row) for tokens in branches),
+        decisions_changed=sum(int((a != b).sum()) for a, b in zip(with_stability, without, strict=True)),
     )
 
 
-def load(run: Path, files: Sequence[Shard], columns: Sequence[str]) -> Tokens:
-    """Row ids, positions and these columns (signals or token_id) of the scored rows' response tokens.
-
-    Signals are float32, NaN where null. Raises `StoredDataError` where a file is not the one the manifest names.
-    """
-    wanted = ["row_id", "position", *(name for name in dict.fromkeys(columns) if name not in ("row_id", "position"))]
-    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in ["row", *wanted]}
-    row, last = 0, -1
-    for shard in files:
-        table = _scored(run, shard, [name for name in wanted if name in SIGNALS])
-        part = _flat(run / shard.path, table, wanted)
-        row_ids = table["row_id"].to_numpy()
-        if len(row_ids) and (row_ids[0] <= last or np.any(np.diff(row_ids) <= 0)):
-            raise StoredDataError(f"{run / shard.path}: row ids do not ascend; run `verify`")
-        parts["row"].append(part["row"] + row)
-        for name in wanted:
-            parts[name].append(part[name])
-        row, last = row + len(row_ids), int(row_ids[-1]) if len(row_ids) else last
-    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return Tokens(row=joined.pop("row"), columns=joined, per_shard=tuple(len(part) for part in parts["row"]))
+# ------------------------------------------------------------------------------------------------------ decide, write
 
 
-def _newest(run: Path, stored: Manifest) -> Generation:
-    if not stored.generations or not stored.generations[-1].shards:
-        raise StoredDataError(f"{run / manifest.NAME}: names no generation; run the `score` command that makes one")
-    return stored.generations[-1]
-
-
-def _fields(config: MaskConfig, generation: Generation) -> dict[str, Json]:
+def _fields(config: MaskConfig, generations: Sequence[Generation]) -> dict[str, Json]:
     """What decides the mask, and nothing that this mask does not depend on."""
     share = masks.parse_keep(config.keep)
     about: dict[str, Json] = {
         "schema_version": SCHEMA_VERSION,
-        "generations": [generation.generation],
-        "values": fingerprint({"shards": [shard.sha256 for shard in generation.shards]}),
+        "generations": [one.generation for one in generations],
+        "values": fingerprint({"shards": [shard.sha256 for one in generations for shard in one.shards]}),
         "keep": str(share) if share else "positive",
         "scope": config.scope,
         "weights": config.weights,
         "by": config.by,
         "allow_empty_rows": config.allow_empty_rows,
     }
+    if len(generations) > 1:
+        about["aggregate"] = config.aggregate
     if masks.depends_on_value(config.by):
         about |= {"stability_weight": float(config.stability_weight), "stability_scale": config.stability_scale}
     return about | ({"seed": config.seed} if config.by == "random" else {})
@@ -169,21 +159,22 @@ def _free_number(run: Path, stored: Manifest, mark: str) -> int:
     return number
 
 
-def _write(run: Path, number: int, generation: Generation, config: MaskConfig, about: Mapping[str, Json]) -> Mask:
-    tokens = load(run, generation.shards, masks.columns_needed(config.by))
-    score = _select(tokens, config, config.stability_weight)
-    decided = masks.weighed(
-        score,
-        tokens.row,
-        tokens.columns["position"],
-        keep=config.keep,
-        scope=config.scope,
-        weights=config.weights,
-        allow_empty_rows=config.allow_empty_rows,
-    )
-    settings = {item.name: getattr(config, item.name) for item in fields(MaskConfig)}
+def _write(
+    run: Path,
+    number: int,
+    generations: Sequence[Generation],
+    layout: Layout,
+    config: MaskConfig,
+    about: Mapping[str, Json],
+) -> tuple[Mask, int]:
+    """The mask, its shards written, and how many rows only some of the generations scored."""
+    files = aligned(run, generations)
+    scored = load(run, files, masks.columns_needed(config.by, layout), layout)
+    decided = _decide(scored.branches, layout, config)
     facts = MaskFacts(
-        generations=(generation.generation,), settings=settings, rows_given_back=decided.given_back
+        generations=tuple(one.generation for one in generations),
+        settings={item.name: getattr(config, item.name) for item in fields(MaskConfig)},
+        rows_given_back=sum(one.given_back for one in decided),
     ).as_json()
     metadata = Footer(fields=about, facts=facts)
     folder = shards.train_folder(run, number)
@@ -191,78 +182,117 @@ def _write(run: Path, number: int, generation: Generation, config: MaskConfig, a
     sweep(run)
     done = shards.committed(folder, about)
     group = []
-    for index, (shard, part) in enumerate(zip(generation.shards, _parts(tokens.per_shard), strict=True)):
+    by_shard = zip(*map(_by_shard, scored.branches, decided), strict=True)
+    for index, (row_ids, parts) in enumerate(zip(scored.row_ids, by_shard, strict=True)):
         path = folder / shards.shard_name(index)
         if index not in done:
-            rows = _train_rows(run, shard, decided.weight[part], score[part])
-            done[index] = shards.write_train(path, rows, metadata)
+            lists = _train_lists(run, files[index][0], row_ids, layout, parts)
+            done[index] = shards.write_train(path, row_ids, lists, metadata, layout)
         group.append((shards.read_footer(path), done[index]))
-    return manifest.mask_of(number, folder, group)
+    return manifest.mask_of(number, folder, group), scored.left_out
 
 
-def _select(tokens: Tokens, config: MaskConfig, stability_weight: float) -> NDArray[np.float32]:
-    return masks.selection(
-        config.by,
-        tokens.columns,
-        stability_weight=stability_weight,
-        stability_scale=config.stability_scale,
-        seed=config.seed,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Decided:
+    """Of N response tokens of one branch: the number selected on and the loss weight, (N,) float32 each.
+
+    `given_back`: rows of the whole branch that got their best token back.
+    """
+
+    score: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    given_back: int
 
 
-def _parts(lengths: Sequence[int]) -> Iterator[slice]:
+def _decide(branches: Sequence[Tokens], layout: Layout, config: MaskConfig) -> list[_Decided]:
+    """Eq. 13 for each branch by itself."""
+    decided = []
+    for tokens, score in zip(branches, _select(branches, layout, config, config.stability_weight), strict=True):
+        found = masks.weighed(
+            score,
+            tokens.row,
+            tokens.columns["position"],
+            keep=config.keep,
+            scope=config.scope,
+            weights=config.weights,
+            allow_empty_rows=config.allow_empty_rows,
+        )
+        decided.append(_Decided(score=score, weight=found.weight, given_back=found.given_back))
+    return decided
+
+
+def _select(
+    branches: Sequence[Tokens], layout: Layout, config: MaskConfig, stability_weight: float
+) -> Iterator[NDArray[np.float32]]:
+    """What each branch is selected on. The scales are one pair for all: their values must stay comparable."""
+    scales = composite.PUBLISHED
+    if config.stability_scale == "rms" and masks.depends_on_value(config.by):
+        scales = composite.objective_scales(*(tokens.columns for tokens in branches))
+    for number, tokens in enumerate(branches):
+        yield masks.selection(
+            config.by,
+            tokens.columns,
+            stability_weight=stability_weight,
+            scales=scales,
+            seed=config.seed,
+            layout=layout,
+            branch=number,
+        )
+
+
+def _by_shard(tokens: Tokens, decided: _Decided) -> Iterator[_Decided]:
     start = 0
-    for length in lengths:
-        yield slice(start, start + length)
+    for length in tokens.per_shard:
+        part = slice(start, start + length)
+        yield replace(decided, score=decided.score[part], weight=decided.weight[part])
         start += length
 
 
-def _scored(run: Path, shard: Shard, signals: Sequence[str]) -> pa.Table:
-    path = run / shard.path
-    if digest(path) != (shard.bytes, shard.sha256):
-        raise StoredDataError(f"{path}: not the file that the manifest names; run `verify`")
-    table = shards.read(path, VALUES, ["row_id", "status", "input_ids", "response", *signals])
-    return table.filter(pc.equal(table["status"], "scored"))
+def _train_lists(
+    run: Path, shard: Shard, row_ids: NDArray[np.int64], layout: Layout, decided: Sequence[_Decided]
+) -> list[TrainLists]:
+    """The rows of a train shard, by branch; `decided`: of the response tokens of these rows."""
+    columns = [prefix + name for prefix in layout.branches for name in ("input_ids", "response")]
+    table = table_of(run, shard, layout, columns)
+    table = table.filter(pc.is_in(table["row_id"], pa.array(row_ids)))
+    lists = []
+    for prefix, one in zip(layout.branches, decided, strict=True):
+        response, lengths = shards.entries(table[prefix + "response"])
+        weight, value = np.zeros(len(response), np.float32), np.full(len(response), np.nan, np.float32)
+        weight[response], value[response] = one.weight, one.score
+        ids = shards.entries(table[prefix + "input_ids"])[0].astype(np.int32)
+        lists.append(TrainLists(lengths=lengths, input_ids=ids, weight=weight, value=value))
+    return lists
 
 
-def _flat(path: Path, table: pa.Table, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Columns of the response tokens of one shard; `row` counts from 0."""
-    response, lengths = shards.entries(table["response"])
-    rows = np.repeat(np.arange(len(lengths)), lengths)[response]
-    starts = np.cumsum(lengths) - lengths
-    made = {
-        "row": lambda: rows,
-        "row_id": lambda: table["row_id"].to_numpy()[rows],
-        "position": lambda: (np.flatnonzero(response) - starts[rows]).astype(np.int32),
-        "token_id": lambda: shards.entries(table["input_ids"])[0][response],
-    }
-    flat = {name: made[name]() for name in ("row", *names) if name in made}
-    for name in names:
-        if name not in made:
-            values, ends = shards.entries(table[name])
-            if not np.array_equal(ends, lengths):
-                raise StoredDataError(f"{path}: `{name}` is not aligned with `input_ids`; run `verify`")
-            flat[name] = values[response]
-    return flat
-
-
-def _train_rows(run: Path, shard: Shard, weight: NDArray[np.float32], score: NDArray[np.float32]) -> TrainRows:
-    table = _scored(run, shard, ())
-    response, lengths = shards.entries(table["response"])
-    spread, value = np.zeros(len(response), np.float32), np.full(len(response), np.nan, np.float32)
-    spread[response], value[response] = weight, score
-    ids = shards.entries(table["input_ids"])[0].astype(np.int32)
-    return TrainRows(row_id=table["row_id"].to_numpy(), lengths=lengths, input_ids=ids, weight=spread, value=value)
-
-
-def _summary(run: Path, mask: Mask, stored: Manifest, *, created: bool) -> MaskSummary:
+def _summary(run: Path, mask: Mask, stored: Manifest, *, created: bool, left_out: int) -> MaskSummary:
     return MaskSummary(
         mask=mask.mask,
         path=shards.train_folder(run, mask.mask),
         created=created,
         newest=mask.mask == stored.masks[-1].mask,
+        generations=mask.generations,
         rows=sum(shard.rows for shard in mask.shards),
+        rows_left_out=left_out,
         response_tokens=mask.response_tokens,
         kept_tokens=mask.kept_tokens,
+        branches=_branch_counts(run, mask, manifest.layout(stored)),
         rows_given_back=mask.rows_given_back,
     )
+
+
+def _branch_counts(run: Path, mask: Mask, layout: Layout) -> dict[str, BranchCounts]:
+    """By the branch's name; nothing where the mask's own counts say it all."""
+    if len(layout.branches) == 1:
+        return {}
+    kept, response = dict.fromkeys(layout.branches, 0), dict.fromkeys(layout.branches, 0)
+    for shard in mask.shards:
+        for prefix in layout.branches:
+            table = shards.read(run / shard.path, layout.train, [prefix + "loss_mask", prefix + "value"])
+            kept[prefix] += int(shards.entries(table[prefix + "loss_mask"])[0].sum())
+            value = pc.list_flatten(table[prefix + "value"])
+            response[prefix] += len(value) - value.null_count
+    return {
+        prefix.rstrip("_"): BranchCounts(kept_tokens=kept[prefix], response_tokens=response[prefix])
+        for prefix in layout.branches
+    }

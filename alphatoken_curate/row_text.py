@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from alphatoken_curate import heat
 from alphatoken_curate.files import visible
 from alphatoken_curate.heat import MIDDLE, PALETTE, Unit, readable
-from alphatoken_curate.row_view import RowView
+from alphatoken_curate.row_view import BranchView, RowView
 from alphatoken_curate.schema import COMPONENTS
 
 if TYPE_CHECKING:
@@ -27,12 +27,14 @@ Cell = tuple[str, str]
 SYMBOLS = "· space, ⏎ newline, ⇥ tab, ▯ part of a character"
 """The symbols of `heat.readable` that are met most."""
 
-_TABLE_ORDER = ("value", *COMPONENTS, "nll", "entropy", "reference_nll")
+_TABLE_ORDER = ("value", *COMPONENTS, "drift_direct", "drift_causal", "nll", "entropy", "reference_nll")
 _HEADS = {
     "adapt_direct": "adapt\ndirect",
     "adapt_causal": "adapt\ncausal",
     "stab_direct": "stab\ndirect",
     "stab_causal": "stab\ncausal",
+    "drift_direct": "drift\ndirect",
+    "drift_causal": "drift\ncausal",
     "reference_nll": "ref\nnll",
 }
 
@@ -46,23 +48,56 @@ def has_palette(console: Console) -> bool:
 
 
 def row_title(view: RowView) -> Text:
-    """Which row this is, what became of it, and how many of its tokens are kept."""
+    """Which row this is and what became of it; of one sequence its tokens, of a pair its margin and omega."""
     from rich.text import Text
 
     own = f" · id {visible(view.id)}" if view.id is not None else ""
     title = Text(f"row {view.row_id} · {view.status} · {visible(view.source)}:{view.line}{own}", "bold")
-    tokens, response = len(view.token_ids), int(view.response.sum())
-    about = f"\n{tokens:,} tokens, {response:,} in the response"
-    if view.weight is not None:
-        kept = int(view.kept.sum())
+    if view.checkpoint is not None:
+        title.append(f"\ngeneration {view.generation}, at {visible(view.checkpoint)}{_other_mask(view)}", "not bold")
+    if view.margin is not None and view.omega is not None:
+        title.append(f"\n{_pair_line(view.margin, view.omega)}", "not bold")
+    return title if len(view.branches) > 1 else title.append(f"\n{_counts(view, view.branches[0])}", "not bold")
+
+
+def _other_mask(view: RowView) -> str:
+    """What the mask was made from, where that is not the generation that is shown."""
+    if view.mask_generations in ((), (view.generation,)):
+        return ""
+    plural = "s" if len(view.mask_generations) > 1 else ""
+    made = f"mask {view.mask} is made from generation{plural} {', '.join(map(str, view.mask_generations))}"
+    missing = "and not each of them scored this row" if plural else "which did not score this row"
+    return f"; {made}, {missing}" if view.left_out else f"; {made}"
+
+
+def branch_title(view: RowView, branch: BranchView) -> Text:
+    """Of a pair: which of its branches this is, and how many of its tokens are kept."""
+    from rich.text import Text
+
+    return Text(branch.name, "bold").append(f" · {_counts(view, branch)}", "not bold")
+
+
+def _pair_line(margin: float, omega: float) -> str:
+    more = "more than" if margin > 0 else "less than" if margin < 0 else "exactly as much as"
+    return (
+        f"margin {margin:+.3g} nats: the model prefers chosen to rejected {more} the reference does\n"
+        f"omega {omega:.3g}: the weight of the pair in training; the smaller the margin, the larger"
+    )
+
+
+def _counts(view: RowView, branch: BranchView) -> str:
+    tokens, response = len(branch.token_ids), int(branch.response.sum())
+    about = f"{tokens:,} tokens, {response:,} in the response"
+    if branch.weight is not None:
+        kept = int(branch.kept.sum())
         about += f"; mask {view.mask} keeps {kept:,} of {response:,} ({kept / max(1, response):.1%})"
-    elif view.status == "scored":
+    elif view.status == "scored" and not view.left_out:
         about += "; no mask yet"
-    return title.append(about, "not bold")
+    return about
 
 
-def without_values(view: RowView, width: int) -> Text:
-    """A row that was not scored: why, and its text."""
+def why_without_values(view: RowView, width: int) -> Text:
+    """Why a row was not scored."""
     from rich.text import Text
 
     why = {
@@ -70,59 +105,67 @@ def without_values(view: RowView, width: int) -> Text:
         "failed": "Failed: its values could not be computed. It is not in train/.",
         "rejected": f"Refused when it was read: {visible(view.reason or 'see rejects.jsonl')}. It has no tokens.",
     }
-    text = Text(textwrap.fill(why.get(view.status, "Not scored."), width) + "\n", "yellow")
-    if len(view.texts):
-        text.append("\n")
-        cells = [(readable(t, dots=False), "" if r else "dim") for t, r in zip(view.texts, view.response, strict=True)]
-        text.append_text(_flow(_words(cells), width))
-    return text
+    return Text(textwrap.fill(why.get(view.status, "Not scored."), width) + "\n", "yellow")
 
 
-def coloured_row(view: RowView, column: str, width: int) -> Text:
-    """The row's tokens on the colours of their values, with a legend: prompt dim, kept bold, dropped struck through."""
+def without_values(branch: BranchView, width: int) -> Text:
+    """The text alone of a row that was not scored, its prompt dim."""
+    cells = [(readable(t, dots=False), "" if r else "dim") for t, r in zip(branch.texts, branch.response, strict=True)]
+    return _flow(_words(cells), width)
+
+
+def legend(view: RowView, column: str, width: int, *, palette: bool) -> Text:
+    """How to read `coloured_row` where there is a palette, else `plain_row`. All branches of a row share it."""
     from rich.text import Text
 
-    values = view.column(column)
-    scale = heat.scale_of(values)
+    scale = view.scale(column)
     unit = heat.unit_of(column, scale)
+    if not palette:
+        told = f"Each response token is text:{column}, in {unit.label}; ~text:{column}~ is dropped. {SYMBOLS}."
+        return Text(textwrap.fill(told, width) + "\n")
+    result = Text(f"{column} in {unit.label}: ").append_text(_ramp(unit, scale))
+    result.append("\n").append("kept", "bold").append(" ").append("dropped", "strike").append(" ")
+    result.append("prompt", "dim").append(f" · the ends hold the {100 - heat.SCALE_PERCENTILE}% largest\n")
+    return result.append(SYMBOLS + "\n", "dim")
+
+
+def coloured_row(view: RowView, branch: BranchView, column: str, width: int) -> Text:
+    """A branch's tokens on the colours of their values: prompt dim, kept bold, dropped struck through."""
+    values, scale = view.column(branch, column), view.scale(column)
     cells = [
         (readable(text, dots=bool(response)), _style(int(level), bool(kept)) if response else "dim")
         for text, level, response, kept in zip(
-            view.texts, heat.levels(values, scale), view.response, view.kept, strict=True
+            branch.texts, heat.levels(values, scale), branch.response, branch.kept, strict=True
         )
     ]
-    legend = Text(f"{column} in {unit.label}: ").append_text(_ramp(unit, scale))
-    legend.append("\n").append("kept", "bold").append(" ").append("dropped", "strike").append(" ")
-    legend.append("prompt", "dim").append(f" · the ends hold the {100 - heat.SCALE_PERCENTILE}% largest\n")
-    return legend.append(SYMBOLS + "\n\n", "dim").append_text(_flow(_words(cells), width))
+    return _flow(_words(cells), width)
 
 
-def plain_row(view: RowView, column: str, width: int) -> Text:
-    """The row without a palette: `text:+0.42` for each response token, `~text:-0.10~` for a dropped one.
+def plain_row(view: RowView, branch: BranchView, column: str, width: int) -> Text:
+    """A branch without a palette: `text:+0.42` for each response token, `~text:-0.10~` for a dropped one.
 
     Styles are named ones, which a terminal of 16 colours can show and others leave out.
     """
     from rich.text import Text
 
-    values = view.column(column)
-    scale = heat.scale_of(values)
+    values, scale = view.column(branch, column), view.scale(column)
     unit = heat.unit_of(column, scale)
-    legend = f"Each response token is text:{column}, in {unit.label}; ~text:{column}~ is dropped. {SYMBOLS}."
-    result = Text(textwrap.fill(legend, width) + "\n")
-    for responds, first, last in _turns(view):
-        result.append(f"\n[{'response' if responds else 'prompt'}]\n", "bold")
+    result = Text()
+    for responds, first, last in _turns(branch):
+        result.append("\n" * (first > 0) + f"[{'response' if responds else 'prompt'}]\n", "bold")
         if responds:
-            kept = view.kept[first:last]
+            kept = branch.kept[first:last]
             numbers = [unit.write(float(x)) for x in values[first:last]]
             levels = heat.levels(values[first:last], scale)
-            made = zip(view.texts[first:last], numbers, kept, levels, strict=True)
+            made = zip(branch.texts[first:last], numbers, kept, levels, strict=True)
             words = [[_plain_cell(text, number, bool(k), int(level))] for text, number, k, level in made]
             result.append_text(_flow(words, width, gap=" "))
         else:
-            cells = [(readable(text, dots=False), "dim") for text in view.texts[first:last]]
+            cells = [(readable(text, dots=False), "dim") for text in branch.texts[first:last]]
             result.append_text(_flow(_words(cells), width))
         if not result.plain.endswith("\n"):
             result.append("\n")
+    result.right_crop()
     return result
 
 
@@ -149,11 +192,11 @@ def _ramp(unit: Unit, scale: float) -> Text:
     return ramp.append(f" {unit.write(scale)}")
 
 
-def _turns(view: RowView) -> Iterator[tuple[bool, int, int]]:
+def _turns(branch: BranchView) -> Iterator[tuple[bool, int, int]]:
     """Stretches of prompt and response: (responds, first, last)."""
-    edges = np.flatnonzero(np.diff(view.response.astype(np.int8))) + 1
-    for first, last in zip([0, *edges], [*edges, len(view.response)], strict=True):
-        yield bool(view.response[first]), int(first), int(last)
+    edges = np.flatnonzero(np.diff(branch.response.astype(np.int8))) + 1
+    for first, last in zip([0, *edges], [*edges, len(branch.response)], strict=True):
+        yield bool(branch.response[first]), int(first), int(last)
 
 
 def _words(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -200,29 +243,45 @@ def _first_line(cells: Sequence[Cell]) -> int:
 # ---------------------------------------------------------------------------------------------------- a row's table
 
 
-def token_table(view: RowView, column: str, *, palette: bool, width: int) -> tuple[Table, str]:
-    """One line per response token: position, text, whether it is kept, its weight, every signal; and what they mean.
+def token_table(
+    view: RowView, branch: BranchView, column: str, *, palette: bool, width: int
+) -> tuple[Table, tuple[str, ...]]:
+    """One line per response token: position, text, whether it is kept, its weight, and every signal computed.
 
-    Text is coloured by `column` where there is a `palette`. Columns that do not fit `width` are left out, and named.
+    Text is coloured by `column` where there is a `palette`. Columns that do not fit `width` are left out, and named
+    beside the table.
     """
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
-    at = np.flatnonzero(view.response)
-    columns = [column for column in _columns(view, at) if any(column.cells)]
+    at = np.flatnonzero(branch.response)
+    columns = [column for column in _columns(view, branch, at) if any(column.cells)]
     sizes = [max(cell_len(text) for text in (*column.head.split("\n"), *column.cells)) + 1 for column in columns]
     fits = max(2, int(np.searchsorted(np.cumsum(sizes), width, side="right")))
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for one in columns[:fits]:
         table.add_column(one.head, justify="left" if one.head in ("text", "kept") else "right", no_wrap=True)
-    colours = heat.levels(view.column(column), heat.scale_of(view.column(column)))[at]
-    for line, (level, kept) in enumerate(zip(colours, view.kept[at], strict=True)):
+    colours = heat.levels(view.column(branch, column), view.scale(column))[at]
+    for line, (level, kept) in enumerate(zip(colours, branch.kept[at], strict=True)):
         texts = [Text(one.cells[line]) for one in columns[:fits]]
         if palette:
             texts[1].stylize(_style(int(level), bool(kept)))
         table.add_row(*texts, style="" if kept else "dim")
-    return table, _table_note(view, [column.head.split("\n1e")[0].replace("\n", " ") for column in columns[fits:]])
+    return table, tuple(one.head.split("\n1e")[0].replace("\n", " ") for one in columns[fits:])
+
+
+def table_note(view: RowView, left_out: Sequence[str]) -> str:
+    """What the columns of the tables mean, and which were left out as they did not fit."""
+    note = (
+        "value and its parts in nats per unit step, nll and entropy in nats; 1e-3 in a heading: these numbers are"
+        f" thousandths. {SYMBOLS}."
+    )
+    if not view.computed("reference_nll"):
+        note += " reference nll was not computed: the reference is the model itself."
+    if not left_out:
+        return note
+    return f"{note} Too narrow for {', '.join(dict.fromkeys(left_out))}: widen, or pipe to `less -S`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,30 +290,19 @@ class _Column:
     cells: tuple[str, ...]
 
 
-def _columns(view: RowView, at: NDArray[np.intp]) -> Iterator[_Column]:
+def _columns(view: RowView, branch: BranchView, at: NDArray[np.intp]) -> Iterator[_Column]:
     yield _Column("at", tuple(map(str, at)))
-    yield _Column("text", tuple(_shortened(readable(view.texts[i], alone=True)) for i in at))
-    if view.weight is not None:
-        yield _Column("kept", tuple("yes" if view.kept[i] else "no" for i in at))
-        yield _Column("weight", tuple(f"{view.weight[i]:.2f}" for i in at))
+    yield _Column("text", tuple(_shortened(readable(branch.texts[i], alone=True)) for i in at))
+    if branch.weight is not None:
+        yield _Column("kept", tuple("yes" if branch.kept[i] else "no" for i in at))
+        yield _Column("weight", tuple(f"{branch.weight[i]:.2f}" for i in at))
     for name in filter(view.computed, _TABLE_ORDER):
-        signal = view.signals[name]
-        unit = heat.unit_of(name, heat.scale_of(signal))
+        unit = heat.unit_of(name, view.scale(name))
         power = f"\n1e{unit.exponent}" if unit.exponent else ""
-        yield _Column(_HEADS.get(name, name) + power, tuple(unit.write(float(signal[i])) for i in at))
+        yield _Column(_HEADS.get(name, name) + power, tuple(unit.write(float(branch.signals[name][i])) for i in at))
 
 
 def _shortened(text: str, width: int = 24) -> str:
     from rich.cells import cell_len, set_cell_size
 
     return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
-
-
-def _table_note(view: RowView, left_out: Sequence[str]) -> str:
-    note = (
-        "value and its parts in nats per unit step, nll and entropy in nats; 1e-3 in a heading: these numbers are"
-        f" thousandths. {SYMBOLS}."
-    )
-    if not view.computed("reference_nll"):
-        note += " reference nll was not computed: the reference is the model itself."
-    return f"{note} Too narrow for {', '.join(left_out)}: widen, or pipe to `less -S`." if left_out else note

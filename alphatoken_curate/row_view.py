@@ -1,4 +1,4 @@
-"""One row of a finished run, with its values, its mask and the text of its tokens, for showing. No model is needed."""
+"""One row of a finished run, with its values, mask and the text of its tokens, for showing. No model is needed."""
 
 from __future__ import annotations
 
@@ -16,53 +16,27 @@ from numpy.typing import NDArray
 
 from alphatoken_curate import manifest, shards
 from alphatoken_curate.errors import StoredDataError, UsageError
-from alphatoken_curate.heat import COLUMNS
-from alphatoken_curate.manifest import Generation, Manifest
-from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES, VOCABULARY
-from alphatoken_curate.shards import Shard
+from alphatoken_curate.heat import COLUMNS, scale_of
+from alphatoken_curate.manifest import Generation, Manifest, Mask
+from alphatoken_curate.scan import choose_generation
+from alphatoken_curate.schema import PAIR_COLUMNS, SIGNALS, VOCABULARY, Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RowView:
-    """One row of a run: T tokens, T = 0 where it was rejected.
+class BranchView:
+    """One sequence of a row: T tokens, T = 0 where the row was rejected.
 
-    `token_ids` (T,) int32; `texts`: what each token decodes to alone, `<ID>` where that is not known; `response` (T,)
-    bool; `signals`: name -> (T,) float32, NaN off the response and where not computed, empty unless `status` is
-    `scored`; `weight` (T,) float32 of mask number `mask`, both None where there is no mask or the row was not scored.
+    `name`: empty in SFT rows, else `chosen` or `rejected`; `token_ids` (T,) int32; `texts`: what each token decodes to
+    alone, `<ID>` where that is not known; `response` (T,) bool; `signals`: name -> (T,) float32, NaN off the response
+    and where not computed, empty unless the row is scored; `weight` (T,) float32 of the row's mask, None without one.
     """
 
-    row_id: int
-    source: str
-    line: int
-    id: str | None
-    status: str
+    name: str
     token_ids: NDArray[np.int32]
     texts: tuple[str, ...]
     response: NDArray[np.bool_]
     signals: Mapping[str, NDArray[np.float32]]
     weight: NDArray[np.float32] | None
-    mask: int | None
-    reason: str | None = None
-    """Why a rejected row was refused, where rejects.jsonl says so."""
-
-    def column(self, name: str) -> NDArray[np.float32]:
-        """Numbers to colour by, (T,) float32, NaN off the response. Raises `UsageError` where there are none."""
-        if name not in COLUMNS:
-            raise UsageError(f"column: found {name!r}; give one of {', '.join(COLUMNS)}")
-        if name == "loss_weight":
-            if self.weight is None:
-                raise UsageError("column: the run has no mask yet, so no loss_weight; make one with `mask`")
-            return np.where(self.response, self.weight, np.float32(np.nan))
-        if name == "reference_nll" and not self.computed(name):
-            raise UsageError(
-                f"column: {name} was not computed: model and reference are the same;"
-                " score with a --reference of its own"
-            )
-        return self.signals[name]
-
-    def computed(self, name: str) -> bool:
-        """Whether the row has numbers of this signal."""
-        return name in self.signals and bool(np.isfinite(self.signals[name]).any())
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -70,33 +44,101 @@ class RowView:
         return self.response if self.weight is None else self.weight > 0
 
 
-def read_row(run: Path, *, row: int | None = None, id: str | None = None) -> RowView:
-    """A row by its number or by its own `id`, with the newest values and mask. Only the shards that hold it are read.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowView:
+    """One row of a run, as `generation` scored it: one branch, or chosen and rejected.
 
-    Raises `UsageError` for a row that is not there or an id that several rows have, `StoredDataError` for damage.
+    `checkpoint`: the generation's, None where the run has only one; `omega` and `margin` (nats) of scored preference
+    rows; `mask`: the number of the newest mask and `mask_generations` what it was made from, None and empty where there
+    is none or the row was not scored.
+    """
+
+    row_id: int
+    source: str
+    line: int
+    id: str | None
+    status: str
+    generation: int
+    checkpoint: str | None
+    branches: tuple[BranchView, ...]
+    mask: int | None
+    mask_generations: tuple[int, ...] = ()
+    omega: float | None = None
+    margin: float | None = None
+    reason: str | None = None
+    """Why a rejected row was refused, where rejects.jsonl says so."""
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the row was scored and is not in the mask: not each of the mask's generations scored it."""
+        return self.mask is not None and all(branch.weight is None for branch in self.branches)
+
+    def chosen_branches(self, name: str | None) -> tuple[BranchView, ...]:
+        """The branch of this name, or all. Raises `UsageError` where there is none of this name."""
+        found = tuple(branch for branch in self.branches if name in (None, branch.name))
+        if not found:
+            raise UsageError(f"branch: found {name!r}; the run holds SFT rows, which have no branches: leave it out")
+        return found
+
+    def column(self, branch: BranchView, name: str) -> NDArray[np.float32]:
+        """Numbers to colour by, (T,) float32, NaN off the response. Raises `UsageError` where there are none."""
+        if name not in COLUMNS:
+            raise UsageError(f"column: found {name!r}; give one of {', '.join(COLUMNS)}")
+        if name == "loss_weight":
+            if branch.weight is None:
+                why = f"mask {self.mask} leaves row {self.row_id} out" if self.left_out else "the run has no mask yet"
+                raise UsageError(f"column: {why}, so no loss_weight; make one with `mask`")
+            return np.where(branch.response, branch.weight, np.float32(np.nan))
+        if not self.computed(name) and name in _NOT_COMPUTED:
+            raise UsageError(f"column: {name} was not computed: {_NOT_COMPUTED[name]}")
+        return branch.signals[name]
+
+    def computed(self, name: str) -> bool:
+        """Whether the row has numbers of this signal."""
+        return any(np.isfinite(branch.signals.get(name, np.nan)).any() for branch in self.branches)
+
+    def scale(self, name: str) -> float:
+        """The magnitude of the end colours: one for all branches, so that they compare."""
+        return scale_of(np.concatenate([self.column(branch, name) for branch in self.branches]))
+
+
+_NO_DRIFT = "stability is not by retention rows with the drift beside; score with --retention FILE --drift weights"
+_NOT_COMPUTED = {
+    "reference_nll": "model and reference are the same; score with a --reference of its own",
+    **dict.fromkeys(("drift_direct", "drift_causal"), _NO_DRIFT),
+}
+"""Why an optional signal (`schema.OPTIONAL`) is not there, and what to do."""
+
+
+def read_row(run: Path, *, row: int | None = None, id: str | None = None, generation: int | None = None) -> RowView:
+    """A row by its number or its own `id`, with the newest mask, as the newest generation or the one given scored it.
+
+    Only the shards that hold it are read. Raises `UsageError` for a row or generation that is not there or an id that
+    several rows have, `StoredDataError` for damage.
     """
     stored = manifest.read(run)
     if not stored.generations:
         raise StoredDataError(f"{run / manifest.NAME}: names no generation; run the `score` command that makes one")
-    generation = stored.generations[-1]
-    number = _number(run, generation, row, id)
-    index = _shard_of(run, generation, number)
-    path = run / generation.shards[index].path
-    table = shards.read(path, VALUES)
+    layout = manifest.layout(stored)
+    scoring = choose_generation(run, stored, generation)
+    number = _number(run, scoring, layout, row, id)
+    index = _shard_of(run, scoring, number)
+    path = run / scoring.shards[index].path
+    table = shards.read(path, layout.values)
     found = table.filter(pc.equal(table["row_id"], number)).to_pylist()
     if len(found) != 1:
         raise StoredDataError(f"{path}: holds row {number} {len(found)} times; run `verify`")
-    return _view(run, stored, index, found[0])
+    return _view(run, stored, scoring, index, found[0])
 
 
-def _number(run: Path, generation: Generation, row: int | None, id: str | None) -> int:
+def _number(run: Path, generation: Generation, layout: Layout, row: int | None, id: str | None) -> int:
     if (row is None) == (id is None):
         raise UsageError("give either --row N or --id ID")
     if row is not None:
         return row
     numbers: list[int] = []
     for shard in generation.shards:
-        table = shards.read(run / shard.path, VALUES, ["row_id", "id"])
+        table = shards.read(run / shard.path, layout.values, ["row_id", "id"])
         numbers += table.filter(pc.equal(table["id"], id))["row_id"].to_pylist()
     if len(numbers) != 1:
         have = f"rows {', '.join(map(str, numbers[:20]))} have" if numbers else "no row has"
@@ -112,29 +154,50 @@ def _shard_of(run: Path, generation: Generation, number: int) -> int:
     return int(np.searchsorted(ends, number, side="right"))
 
 
-def _view(run: Path, stored: Manifest, index: int, record: Mapping[str, Any]) -> RowView:
-    scored = record["status"] == "scored"
-    mask = stored.masks[-1] if stored.masks and scored else None
-    ids = np.array(record["input_ids"], np.int32)
+def _view(run: Path, stored: Manifest, scoring: Generation, index: int, record: Mapping[str, Any]) -> RowView:
+    layout = manifest.layout(stored)
+    mask = stored.masks[-1] if stored.masks and record["status"] == "scored" else None
+    weights = _weights(run, mask, index, layout, record, scoring.generation) if mask else None
+    branches = tuple(_branch(run, prefix, record, weights[prefix] if weights else None) for prefix in layout.branches)
     return RowView(
         **{name: record[name] for name in ("row_id", "source", "line", "id", "status")},
-        token_ids=ids,
-        texts=_texts(run, ids),
-        response=np.array(record["response"], np.bool_),
-        signals={name: np.array(record[name], np.float32) for name in SIGNALS} if scored else {},
-        weight=_weight(run, mask.shards[index], record["row_id"], len(ids)) if mask else None,
+        **{name: record[name] for name in PAIR_COLUMNS if name in record},
+        generation=scoring.generation,
+        checkpoint=scoring.checkpoint if len(stored.generations) > 1 else None,
+        branches=branches,
         mask=mask.mask if mask else None,
+        mask_generations=mask.generations if mask else (),
         reason=_reason(run, record["row_id"]) if record["status"] == "rejected" else None,
     )
 
 
-def _weight(run: Path, shard: Shard, number: int, length: int) -> NDArray[np.float32]:
-    path = run / shard.path
-    table = shards.read(path, TRAIN, ["row_id", "loss_weight"])
-    found = table.filter(pc.equal(table["row_id"], number))["loss_weight"].to_pylist()
-    if len(found) != 1 or len(found[0]) != length:
+def _branch(run: Path, prefix: str, record: Mapping[str, Any], weight: NDArray[np.float32] | None) -> BranchView:
+    ids = np.array(record[f"{prefix}input_ids"], np.int32)
+    scored = record["status"] == "scored"
+    return BranchView(
+        name=prefix.rstrip("_"),
+        token_ids=ids,
+        texts=_texts(run, ids),
+        response=np.array(record[f"{prefix}response"], np.bool_),
+        signals={name: np.array(record[prefix + name], np.float32) for name in SIGNALS} if scored else {},
+        weight=weight,
+    )
+
+
+def _weights(
+    run: Path, mask: Mask, index: int, layout: Layout, record: Mapping[str, Any], generation: int
+) -> dict[str, NDArray[np.float32]] | None:
+    """Weights of each branch by its prefix; None where another generation of the mask did not score the row."""
+    number, path = record["row_id"], run / mask.shards[index].path
+    names = {prefix: f"{prefix}loss_weight" for prefix in layout.branches}
+    table = shards.read(path, layout.train, ["row_id", *names.values()])
+    found = table.filter(pc.equal(table["row_id"], number)).to_pylist()
+    if not found and mask.generations != (generation,):
+        return None
+    weights = [{prefix: np.array(row[name], np.float32) for prefix, name in names.items()} for row in found]
+    if len(weights) != 1 or any(len(weights[0][p]) != len(record[f"{p}input_ids"]) for p in names):
         raise StoredDataError(f"{path}: does not hold row {number} as values/ does; run `verify`")
-    return np.array(found[0], np.float32)
+    return weights[0]
 
 
 def _texts(run: Path, ids: NDArray[np.int32]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Only files that the manifest names are read. Both give polars LazyFrames: select
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from alphatoken_curate import manifest
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.manifest import Generation, Manifest, Mask
-from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES, VOCABULARY
+from alphatoken_curate.schema import PAIR_COLUMNS, SIGNALS, VOCABULARY, Layout
 from alphatoken_curate.shards import Shard
 
 T = TypeVar("T")
@@ -29,57 +29,58 @@ def scan(
     generation: int | None = None,
     mask: int | None = None,
 ) -> pl.LazyFrame:
-    """The examples of a run, in row_id order, with the columns of `schema.VALUES` or `schema.TRAIN`.
+    """The examples of a run, in row_id order, with the columns of its layout (`schema.Layout`): SFT or preference rows.
 
-    `values`: every row read, of the newest generation or the one given; `train`: the scored rows, of the newest mask or
-    the one given. Raises `UsageError` for a number that is not there, `StoredDataError` for a run without a manifest
+    `values`: every row read, of the newest generation or the one given; `train`: the rows of the newest mask or the
+    one given. Raises `UsageError` for a number that is not there, `StoredDataError` for a run without a manifest
     or with a file missing.
     """
     folder = Path(run)
     stored = manifest.read(folder)
+    layout = manifest.layout(stored)
     if what == "values":
-        return _frame(folder, _generation(folder, stored, generation).shards, VALUES)
+        return _frame(folder, choose_generation(folder, stored, generation).shards, layout.values)
     if what == "train":
-        return _frame(folder, _mask(folder, stored, mask).shards, TRAIN)
+        return _frame(folder, choose_mask(folder, stored, mask).shards, layout.train)
     raise UsageError(f"what: found {what!r}; give `values` or `train`")
 
 
 def scan_tokens(run: str | Path, *, generation: int | None = None, mask: int | None = None) -> pl.LazyFrame:
-    """One row per response token of the scored rows, in (row_id, position) order.
+    """One row per response token of the rows that were scored.
 
-    row_id int64; position int32, its index in `input_ids`; token_id int32; text string, null where the run has no
-    vocabulary; every signal float32 (`schema.SIGNALS`); kept bool and loss_weight float32 of the newest mask or the one
-    given, both null where there is none. Raises as `scan`.
+    row_id int64; in preference runs branch string, `chosen` or `rejected`; position int32, its index in the sequence;
+    token_id int32; text string, null where the run has no vocabulary; every signal float32 (`schema.SIGNALS`); in
+    preference runs omega and margin float32 of the row; kept bool and loss_weight float32 of the newest mask or the one
+    given, null where there is none, and in rows that another generation of the mask did not score. In order of row_id,
+    chosen before rejected, then position. Raises as `scan`.
     """
     folder = Path(run)
     stored = manifest.read(folder)
-    values = _frame(folder, _generation(folder, stored, generation).shards, VALUES)
-    rows = values.filter(pl.col("status") == "scored").select(
-        "row_id",
-        pl.int_ranges(0, pl.col("input_ids").list.len(), dtype=pl.Int32).alias("position"),
-        pl.col("input_ids").alias("token_id"),
-        "response",
-        *SIGNALS,
-    )
-    lists = ["position", "token_id", "response", *SIGNALS]
-    if mask is not None or stored.masks:
-        train = _frame(folder, _mask(folder, stored, mask).shards, TRAIN).select("row_id", "loss_weight")
-        rows = rows.join(train, on="row_id", how="left", maintain_order="left")
-        lists.append("loss_weight")
-    else:
-        rows = rows.with_columns(pl.lit(None, pl.Float32).alias("loss_weight"))
-    tokens = rows.explode(lists, empty_as_null=False).filter("response")
+    layout = manifest.layout(stored)
+    values = _frame(folder, choose_generation(folder, stored, generation).shards, layout.values)
+    pair = layout.kind == "preference"
+    of_row = PAIR_COLUMNS if pair else ()
+    rows = values.filter(pl.col("status") == "scored").select("row_id", *of_row, *_token_lists(layout))
+    lists = ["position", "token_id", "response", *SIGNALS, "loss_weight"]
+    tokens = _with_weight(folder, stored, layout, rows, mask).explode(lists, empty_as_null=False).filter("response")
+    # Both branches of a row went into one list, so that no sort is needed; the second begins where the first ends.
+    second = pl.col("position") >= pl.col("first")
+    branch = [pl.when(second).then(pl.lit("rejected")).otherwise(pl.lit("chosen")).alias("branch")] if pair else []
+    position = pl.col("position") - pl.when(second).then("first").otherwise(0) if pair else pl.col("position")
+    kept = (pl.col("loss_weight") > 0).alias("kept")
     return _with_text(folder, tokens).select(
-        "row_id", "position", "token_id", "text", *SIGNALS, (pl.col("loss_weight") > 0).alias("kept"), "loss_weight"
+        "row_id", *branch, position, "token_id", "text", *SIGNALS, *of_row, kept, "loss_weight"
     )
 
 
-def _generation(run: Path, stored: Manifest, number: int | None) -> Generation:
+def choose_generation(run: Path, stored: Manifest, number: int | None) -> Generation:
+    """The generation of this number, or the newest. Raises `UsageError` for one that is not there."""
     known = {one.generation: one for one in stored.generations}
     return _chosen(run, "generation", known, number)
 
 
-def _mask(run: Path, stored: Manifest, number: int | None) -> Mask:
+def choose_mask(run: Path, stored: Manifest, number: int | None) -> Mask:
+    """The mask of this number, or the newest. Raises `UsageError` for one that is not there."""
     known = {one.mask: one for one in stored.masks}
     return _chosen(run, "mask", known, number)
 
@@ -92,6 +93,36 @@ def _chosen(run: Path, word: str, known: dict[int, T], number: int | None) -> T:
     if not known:
         raise UsageError(f"{run}: has no {word}; run the `{'mask' if word == 'mask' else 'score'}` command to make one")
     raise UsageError(f"{run}: has no {word} {number}; it has {', '.join(map(str, known))}")
+
+
+def _token_lists(layout: Layout) -> Iterator[pl.Expr]:
+    """`position` in what is a list of the tokens of all branches, its `length`, that of the `first`, and the lists."""
+    lengths = [pl.col(f"{prefix}input_ids").list.len().cast(pl.Int32) for prefix in layout.branches]
+    length = pl.sum_horizontal(lengths).cast(pl.Int32)
+    yield lengths[0].alias("first")
+    yield length.alias("length")
+    yield pl.int_ranges(0, length, dtype=pl.Int32).alias("position")
+    yield _joined(layout, "input_ids").alias("token_id")
+    yield from (_joined(layout, name) for name in ("response", *SIGNALS))
+
+
+def _joined(layout: Layout, column: str) -> pl.Expr:
+    """The lists of a column: those of all branches, one after the other."""
+    if len(layout.branches) == 1:
+        return pl.col(column)
+    return pl.concat_list([prefix + column for prefix in layout.branches]).alias(column)
+
+
+def _with_weight(run: Path, stored: Manifest, layout: Layout, rows: pl.LazyFrame, mask: int | None) -> pl.LazyFrame:
+    """`loss_weight`: a list as long as the row's others, of nulls where the row has no weights."""
+    absent = pl.lit(None, pl.Float32).repeat_by("length")
+    if mask is None and not stored.masks:
+        return rows.with_columns(absent.alias("loss_weight"))
+    train = _frame(run, choose_mask(run, stored, mask).shards, layout.train)
+    train = train.select("row_id", _joined(layout, "loss_weight"))
+    joined = rows.join(train, on="row_id", how="left", maintain_order="left")
+    weight = pl.col("loss_weight")
+    return joined.with_columns(pl.when(weight.is_null()).then(absent).otherwise(weight).alias("loss_weight"))
 
 
 def _frame(run: Path, files: Sequence[Shard], schema: pa.Schema) -> pl.LazyFrame:

@@ -6,72 +6,85 @@ processes or an outside engine can run the same code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphatoken_curate import artifacts, composite
+from alphatoken_curate import artifacts
 from alphatoken_curate.artifacts import Store
 from alphatoken_curate.capture import Direction, ScoringModel
-from alphatoken_curate.config import FISHER_MODES
+from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.drift import checked_weights, drift_direction, read_direction, read_weights
 from alphatoken_curate.errors import InputError, ModelError
 from alphatoken_curate.fisher import fisher_diagonal
-from alphatoken_curate.losses import at, positions, token_losses
+from alphatoken_curate.generate import answer_room, pack, sample_answers, unpack
+from alphatoken_curate.losses import Weigh, row_means
 from alphatoken_curate.models import ModelSource, free_memory, load_model
-from alphatoken_curate.paths import Estimator, PathScorer, Signals
-from alphatoken_curate.plan import Batch, collate, plan_batches
+from alphatoken_curate.paths import PathScorer
+from alphatoken_curate.plan import Batch, collate, plan_batches, sequences
+from alphatoken_curate.precondition import estimate, precondition
+from alphatoken_curate.preference import Pairs, reference_sums
 from alphatoken_curate.progress import Progress
-from alphatoken_curate.schema import COMPONENTS
+from alphatoken_curate.signals import RowResult, plain_losses, row_signals
 from alphatoken_curate.target import target_gradient
-from alphatoken_curate.tokens import TokenRow
+from alphatoken_curate.tokens import AnyRow, TokenRow, branches
 
-RowSignals = dict[str, NDArray[np.float32]]
-"""Signals of one row, each (T,), NaN off the response."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerSpec:
     """All a scorer needs to know; picklable."""
 
+    config: ScoreConfig
     model: ModelSource
     reference: ModelSource
-    estimator: Estimator
-    layers: int | Literal["all"]
-    window: int
-    stability_weight: float
-    fisher: str
-    seed: int
     dtype: str
     device: str
-    trust_remote_code: bool
     store: Store
 
     @property
-    def has_drift(self) -> bool:
+    def has_reference(self) -> bool:
         """Whether the reference is another model than the one that is scored."""
         return self.store.fields["model"] != self.store.fields["reference"]
 
     @property
+    def has_drift(self) -> bool:
+        """Whether the drift from the reference is a direction of this run, and not zero."""
+        drift = self.store.fields["drift"]
+        return drift == "lookahead" or (drift == "weights" and self.has_reference)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Prefixes of the signals of each direction: adaptation, stability and, beside it, the drift."""
+        stability = ["stab"] if self.config.retention is not None else []
+        drift = [("drift" if stability else "stab")] if self.has_drift else []
+        return ("adapt", *stability, *drift)
+
+    @property
     def estimates_fisher(self) -> bool:
         """Whether the Fisher is ours to estimate, rather than a file the user brings."""
-        return self.fisher in FISHER_MODES
+        return self.config.fisher in FISHER_MODES
 
-    def load(self, source: ModelSource) -> ScoringModel:
-        """A model of the run, captured."""
-        model = load_model(
+    def load(self, source: ModelSource) -> PreTrainedModel:
+        """A model of the run."""
+        return load_model(
             source,
             dtype=getattr(torch, self.dtype),
             device=torch.device(self.device),
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.config.trust_remote_code,
         )
-        return ScoringModel(model, self.layers)
+
+    def scoring(self, source: ModelSource) -> ScoringModel:
+        """A model of the run, captured."""
+        return ScoringModel(self.load(source), self.config.layers)
 
 
 class ReferencePass:
@@ -79,27 +92,50 @@ class ReferencePass:
 
     def __init__(self, spec: ScorerSpec) -> None:
         self.spec = spec
+        self._model: PreTrainedModel | None = None
         self._scoring: ScoringModel | None = None
 
     @property
-    def scoring(self) -> ScoringModel:
+    def model(self) -> PreTrainedModel:
         """The reference, loaded when first asked for."""
+        if self._model is None:
+            self._model = self.spec.load(self.spec.reference)
+        return self._model
+
+    @property
+    def scoring(self) -> ScoringModel:
+        """The reference, captured."""
         if self._scoring is None:
-            self._scoring = self.spec.load(self.spec.reference)
+            self._scoring = ScoringModel(self.model, self.spec.config.layers)
         return self._scoring
 
-    def fisher(self, rows: Callable[[], Sequence[TokenRow]], batch_tokens: int, progress: Progress) -> None:
-        """Estimate F and keep it, unless it is there or the user brings one."""
-        if not self.spec.estimates_fisher or self.spec.store.has(artifacts.FISHER):
-            return
-        chosen = rows()
-        progress.stage("Fisher of the reference", sum(len(row.input_ids) for row in chosen))
+    def answers(self, part: int, prompts: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> list[TokenRow]:
+        """Answers the reference generates to some prompts, kept in a part of their own."""
+        store, config = self.spec.store, self.spec.config
+        if store.has(artifacts.FISHER_SAMPLES, part):
+            progress.advance(int(answer_room(prompts, new_tokens=config.fisher_new_tokens, limit=None).sum()))
+            where = store.path(artifacts.FISHER_SAMPLES, part)
+            return unpack(store.require(artifacts.FISHER_SAMPLES, part=part), prompts, where=where)
+        found = sample_answers(
+            self.model,
+            prompts,
+            new_tokens=config.fisher_new_tokens,
+            seed=config.seed,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        store.save(artifacts.FISHER_SAMPLES, pack(found), part)
+        return found
+
+    def fisher(self, rows: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> None:
+        """Estimate F from rows and keep it. Raises InputError where it is not finite."""
+        progress.stage("Fisher of the reference", sum(len(row.input_ids) for row in rows))
         found = fisher_diagonal(
             self.scoring,
-            chosen,
-            counted(chosen, batch_tokens, progress),
-            sampled=self.spec.fisher == "sampled",
-            seed=self.spec.seed,
+            rows,
+            counted(rows, batch_tokens, progress),
+            sampled=self.spec.config.fisher == "sampled",
+            seed=self.spec.config.seed,
         )
         if not all(torch.isfinite(f).all() for f in found):
             raise InputError(
@@ -109,23 +145,23 @@ class ReferencePass:
         self.spec.store.save(artifacts.FISHER, by_name(self.scoring, found))
 
     def weights(self) -> None:
-        """Keep the reference's weights of S where its files do not give them tensor by tensor (GGUF)."""
-        if self.spec.reference.gguf and not self.spec.store.has(artifacts.REFERENCE):
+        """Keep the reference's weights of S where its files do not give them tensor by tensor (GGUF, adapters)."""
+        if not self.spec.reference.tensors_on_disk and not self.spec.store.has(artifacts.REFERENCE):
             found = by_name(self.scoring, [m.weight for m in self.scoring.maps])
             self.spec.store.save(artifacts.REFERENCE, found)
 
-    def losses(self, shard: int, rows: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> None:
-        """Keep the reference's nll of a shard's response tokens, row by row, in one tensor."""
-        name = artifacts.reference_nll(shard)
-        if self.spec.store.has(name):
-            progress.advance(sum(len(row.input_ids) for row in rows))
+    def losses(self, shard: int, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int) -> None:
+        """Keep the reference's nll of a shard's response tokens, sequence by sequence, in one tensor."""
+        if self.spec.store.has(artifacts.REFERENCE_NLL, shard):
+            progress.advance(count_tokens(rows))
             return
-        found = plain_losses(self.scoring, rows, counted(rows, batch_tokens, progress))
-        self.spec.store.save(name, {"nll": torch.cat([torch.empty(0), *map(torch.from_numpy, found)])})
+        found = plain_losses(self.scoring, sequences(rows), counted(rows, batch_tokens, progress))
+        nll = torch.cat([torch.empty(0), *map(torch.from_numpy, found)])
+        self.spec.store.save(artifacts.REFERENCE_NLL, {"nll": nll}, shard)
 
     def close(self) -> None:
         """Drop the model."""
-        self._scoring = None
+        self._model = self._scoring = None
         free_memory()
 
 
@@ -141,52 +177,117 @@ class ShardScorer:
         """Pickle what it was built from, never the model."""
         return ShardScorer, (self.spec,)
 
-    def prepare(self, target: Sequence[TokenRow], batch_tokens: int, progress: Progress) -> None:
-        """Make sure G is in artifacts/. Raises InputError where the target's loss is not finite."""
-        if self.spec.store.has(artifacts.TARGET):
+    def gradient(
+        self, kind: str, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int
+    ) -> None:
+        """Make sure a mean loss gradient is in artifacts/: TARGET, RETENTION or LOOKAHEAD.
+
+        Raises InputError where the rows' loss is not finite.
+        """
+        if self.spec.store.has(kind):
             return
-        progress.stage("target gradient", sum(len(row.input_ids) for row in target))
-        scoring = self._load()
+        progress.stage(f"{kind} gradient", count_tokens(rows))
         found = target_gradient(
-            scoring, counted(target, batch_tokens, progress), all_positions=self.spec.estimator == "exact"
+            self._load(),
+            counted(rows, batch_tokens, progress),
+            # Retention and lookahead are true gradients; the published G is not.
+            all_positions=kind != artifacts.TARGET or self.spec.config.estimator == "exact",
+            weigh=pairs.weigh if pairs is not None else None,
         )
         if not all(torch.isfinite(g).all() for g in found):
-            raise InputError("The loss of the target rows has no finite gradient, so there is nothing to adapt to.")
-        self.spec.store.save(artifacts.TARGET, by_name(scoring, found))
+            raise InputError(
+                f"The loss of the {kind} rows has no finite gradient, so it gives no direction to score by."
+            )
+        self.spec.store.save(kind, by_name(self._load(), found))
+
+    def curvature(self, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int) -> None:
+        """Make sure the training curvature of --precondition is in artifacts/."""
+        if self.spec.store.has(artifacts.PRECONDITION):
+            return
+        kind = self.spec.config.precondition
+        progress.stage(f"{kind} curvature", count_tokens(rows) * (2 if kind == "ekfac" else 1))
+        weigh: Weigh = pairs.weigh if pairs is not None else row_means
+        found = estimate(kind, self._load(), lambda: counted(rows, batch_tokens, progress), weigh)
+        self.spec.store.save(artifacts.PRECONDITION, found)
 
     def __call__(
-        self, shard: int, rows: Sequence[TokenRow], progress: Progress, batch_tokens: int
-    ) -> list[RowSignals | None]:
+        self, shard: int, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int
+    ) -> list[RowResult | None]:
         """Signals of each row of a shard; None where one is not finite."""
         if not rows:
             return []
-        paths, reference = self._path_scorer(), self._reference_losses(shard, rows)
-        return row_signals(paths, rows, counted(rows, batch_tokens, progress), self.spec.stability_weight, reference)
+        reference = self.reference_losses(shard, rows)
+        return row_signals(
+            self._path_scorer(),
+            rows,
+            counted(rows, batch_tokens, progress),
+            objectives=self.spec.objectives,
+            stability_weight=self.spec.config.stability_weight,
+            reference_nll=reference,
+            pairs=self.pairs(reference) if len(branches(rows[0])) > 1 else None,
+        )
+
+    def pairs(self, reference: Sequence[NDArray[np.float32]] | None) -> Pairs:
+        """Eq. 14 for pairs of which the reference's nll is given sequence by sequence."""
+        sums = None if reference is None else reference_sums(reference)
+        return Pairs(beta=self.spec.config.beta, reference=sums)
+
+    def reference_losses(self, shard: int, rows: Sequence[AnyRow]) -> list[NDArray[np.float32]] | None:
+        """The reference's nll of each sequence's response tokens; None where it is the model itself."""
+        if not self.spec.has_reference:
+            return None
+        stored = self.spec.store.require(artifacts.REFERENCE_NLL, part=shard)["nll"]
+        return [part.numpy() for part in stored.split([int(row.response.sum()) for row in sequences(rows)])]
 
     def _load(self) -> ScoringModel:
         if self._scoring is None:
-            self._scoring = self.spec.load(self.spec.model)
+            self._scoring = self.spec.scoring(self.spec.model)
         return self._scoring
 
     def _path_scorer(self) -> PathScorer:
         if self._paths is None:
             scoring = self._load()
-            target = self.spec.store.require(artifacts.TARGET, scoring.device)
-            directions = [[target[m.parameter] for m in scoring.maps]]
-            if self.spec.has_drift:
-                directions.append(self._stability(scoring))
-            self._paths = PathScorer(scoring, directions, self.spec.estimator, self.spec.window)
+            directions = [self._direction(objective) for objective in self.spec.objectives]
+            self._paths = PathScorer(scoring, directions, self.spec.config.estimator, self.spec.config.window)  # type: ignore[arg-type]
         return self._paths
 
-    def _stability(self, scoring: ScoringModel) -> Direction:
-        if self.spec.estimates_fisher:
-            stored = self.spec.store.require(artifacts.FISHER, scoring.device)
-            fisher = [stored[m.parameter] for m in scoring.maps]
+    def _direction(self, objective: str) -> Direction:
+        if objective == "adapt":
+            found = self._stored(artifacts.TARGET)
+        elif objective == "stab" and self.spec.config.retention is not None:
+            found = self._stored(artifacts.RETENTION)
         else:
-            fisher = read_direction(Path(self.spec.fisher).expanduser(), scoring, flag="--fisher")
-        return drift_direction(scoring, fisher, self._reference_weights(scoring))
+            found = self._drift()
+        config = self.spec.config
+        if config.precondition == "none" or (objective != "adapt" and not config.precondition_stability):
+            return found
+        stored = self.spec.store.require(artifacts.PRECONDITION, self._load().device)
+        return precondition(
+            config.precondition,
+            stored,
+            self._load(),
+            found,
+            eps=config.precondition_eps,
+            damping=config.precondition_damping,
+        )
 
-    def _reference_weights(self, scoring: ScoringModel) -> Direction:
+    def _stored(self, kind: str) -> Direction:
+        stored = self.spec.store.require(kind, self._load().device)
+        return [stored[m.parameter] for m in self._load().maps]
+
+    def _drift(self) -> Direction:
+        scoring, config = self._load(), self.spec.config
+        if self.spec.estimates_fisher:
+            fisher = self._stored(artifacts.FISHER)
+        else:
+            fisher = read_direction(Path(config.fisher).expanduser(), scoring, flag="--fisher")
+        step = None
+        if config.drift == "lookahead" and config.lookahead_lr is not None:
+            step = [config.lookahead_lr * g for g in self._stored(artifacts.LOOKAHEAD)]
+        return drift_direction(scoring, fisher, self._reference_weights(), step)
+
+    def _reference_weights(self) -> Direction:
+        scoring = self._load()
         kept = self.spec.store.load(artifacts.REFERENCE, scoring.device)
         if kept is not None:
             return checked_weights(scoring, [kept[m.parameter] for m in scoring.maps])
@@ -195,74 +296,19 @@ class ShardScorer:
             raise ModelError(f"{self.spec.reference.name}: its files do not name the weights of the scoring blocks.")
         return found
 
-    def _reference_losses(self, shard: int, rows: Sequence[TokenRow]) -> list[NDArray[np.float32]] | None:
-        if not self.spec.has_drift:
-            return None
-        stored = self.spec.store.require(artifacts.reference_nll(shard))["nll"]
-        return [part.numpy() for part in stored.split([int(row.response.sum()) for row in rows])]
+
+def count_tokens(rows: Sequence[AnyRow]) -> int:
+    """Tokens of all sequences of rows: what progress is told in."""
+    return sum(len(sequence.input_ids) for sequence in sequences(rows))
 
 
-def counted(rows: Sequence[TokenRow], batch_tokens: int, progress: Progress) -> Iterator[Batch]:
+def counted(rows: Sequence[AnyRow], batch_tokens: int, progress: Progress) -> Iterator[Batch]:
     """The planned batches of rows, each reported when it is done."""
     for indices in plan_batches(rows, batch_tokens):
         yield collate(rows, indices)
-        progress.advance(sum(len(rows[i].input_ids) for i in indices))
+        progress.advance(count_tokens([rows[i] for i in indices]))
 
 
 def by_name(scoring: ScoringModel, direction: Direction) -> dict[str, Tensor]:
     """A direction under the names of its weights."""
     return {m.parameter: tensor for m, tensor in zip(scoring.maps, direction, strict=True)}
-
-
-def plain_losses(
-    scoring: ScoringModel, rows: Sequence[TokenRow], batches: Iterable[Batch]
-) -> list[NDArray[np.float32]]:
-    """-log p of each row's response tokens, in nats: one forward, no gradient."""
-    found: dict[int, NDArray[np.float32]] = {}
-    for batch in batches:
-        hidden = scoring.hidden(torch.from_numpy(batch.input_ids).to(scoring.device))
-        chosen = at(hidden, positions(replace(batch, start=0), hidden.device))
-        targets = torch.from_numpy(batch.target).to(hidden.device)
-        losses = token_losses(scoring.head, chosen, targets, vocabulary=scoring.vocabulary, gradient=False)
-        parts = losses.nll.float().cpu().split(batch.counts.tolist())
-        found |= zip(batch.rows, (part.numpy() for part in parts), strict=True)
-    return [found[i] for i in range(len(rows))]
-
-
-def row_signals(
-    paths: PathScorer,
-    rows: Sequence[TokenRow],
-    batches: Iterable[Batch],
-    stability_weight: float,
-    reference_nll: Sequence[NDArray[np.float32]] | None,
-) -> list[RowSignals | None]:
-    """The stored signals of each row; None where one is not finite."""
-    found: list[RowSignals | None] = [None] * len(rows)
-    for batch in batches:
-        columns = _columns(paths.score(batch), stability_weight)
-        for i, index in enumerate(batch.rows):
-            mine = {name: values[batch.row == i] for name, values in columns.items()}
-            if reference_nll is not None:
-                mine["reference_nll"] = reference_nll[index]
-            if all(np.isfinite(values).all() for values in mine.values()):
-                found[index] = {name: _spread(values, rows[index]) for name, values in mine.items()}
-    return found
-
-
-def _columns(signals: Signals, stability_weight: float) -> RowSignals:
-    """The stored columns of N tokens; without a drift, stability is exactly 0."""
-    columns: dict[str, Any] = {"nll": signals.nll, "entropy": signals.entropy}
-    zeros = torch.zeros_like(signals.direct[0])
-    for n, objective in enumerate(("adapt", "stab")):
-        there = n < len(signals.direct)
-        columns[f"{objective}_direct"] = signals.direct[n] if there else zeros
-        columns[f"{objective}_causal"] = signals.causal[n] if there else zeros
-    stored: RowSignals = {name: tensor.float().cpu().numpy() for name, tensor in columns.items()}
-    components = (stored[name] for name in COMPONENTS)
-    return stored | {"value": composite.value(*components, stability_weight=stability_weight)}
-
-
-def _spread(values: NDArray[np.float32], row: TokenRow) -> NDArray[np.float32]:
-    full = np.full(len(row.input_ids), np.nan, np.float32)
-    full[row.response] = values
-    return full

@@ -1,49 +1,55 @@
-"""Shards on disk: one commit point per file, footers that say what made them, and reads that check every page.
+"""Shards on disk: rows to tables and back, one commit point per file, and reads that check every page.
 
 A file appears at its name by one rename and is never changed afterwards. What lies at a final name is therefore
-whole, and its Parquet footer says with which settings it was made: to resume is to list the folder and check.
-
-Footer keys, each prefixed `alphatoken_curate.` and JSON: schema_version, fingerprint (sha256 of the fields), fields
-(everything that changes the values), facts (what the manifest repeats), counts, units, body (size and sha256 of all
-that precedes the footer) and seal (sha256 of the keys above).
+whole, and its Parquet footer (`sealed`) says with which settings it was made: to resume is to list the folder and
+check. Which columns there are is the layout's: rows of one sequence, or pairs, whose branches are stored side by side.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from alphatoken_curate.atomic import Sink, atomic_file
+from alphatoken_curate import sealed
+from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError
-from alphatoken_curate.fingerprint import Json, canonical, differing, fingerprint
-from alphatoken_curate.schema import IGNORE_INDEX, SCHEMA_VERSION, SIGNALS, STATUSES, TRAIN, VALUES
+from alphatoken_curate.fingerprint import Json, differing, fingerprint
+from alphatoken_curate.schema import IGNORE_INDEX, PAIR_COLUMNS, SCHEMA_VERSION, SIGNALS, STATUSES, Layout
 
 SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
-T = TypeVar("T")
+_ROW = ("row_id", "source", "line", "id", "status")
 
-_PREFIX = "alphatoken_curate."
-_CHUNK = 1 << 20
-_READ_ERRORS = (OSError, pa.ArrowException, ValueError, KeyError, UnicodeError)
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Branch:
+    """One sequence of a row: `input_ids` (T,) int32 and `response` (T,) bool, both empty for rejected rows.
+
+    `signals`: name -> (T,) float32, NaN off the response; empty unless the row is scored. A signal that is left out
+    is null everywhere.
+    """
+
+    input_ids: NDArray[np.int32]
+    response: NDArray[np.bool_]
+    signals: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ValueRow:
     """One row read, with its values if it was scored.
 
-    `input_ids` (T,) int32 and `response` (T,) bool; both empty for rejected rows. `signals`: name -> (T,) float32,
-    NaN off the response; empty unless `status` is `scored`. A signal that is left out is null everywhere.
+    `branches`: as many as the layout has, in its order. `omega` (ratio) and `margin` (nats), stored as float32, of
+    scored preference rows; None for all others.
     """
 
     row_id: int
@@ -51,20 +57,19 @@ class ValueRow:
     line: int
     id: str | None
     status: str
-    input_ids: NDArray[np.int32]
-    response: NDArray[np.bool_]
-    signals: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    branches: tuple[Branch, ...]
+    omega: float | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TrainRows:
-    """The scored rows of one shard, flat: R rows of N tokens in all.
+class TrainLists:
+    """One branch of the rows of a train shard, flat: R rows of N tokens in all.
 
-    `row_id` (R,) int64, `lengths` (R,) int64, `input_ids` (N,) int32, `weight` (N,) float32 >= 0,
-    `value` (N,) float32, NaN off the response.
+    `lengths` (R,) int64, `input_ids` (N,) int32, `weight` (N,) float32 >= 0, `value` (N,) float32, NaN off the
+    response.
     """
 
-    row_id: NDArray[np.int64]
     lengths: NDArray[np.int64]
     input_ids: NDArray[np.int32]
     weight: NDArray[np.float32]
@@ -118,84 +123,108 @@ def shard_name(index: int) -> str:
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def write_values(path: Path, records: Sequence[ValueRow], metadata: Footer) -> Shard:
+def write_values(path: Path, records: Sequence[ValueRow], metadata: Footer, layout: Layout) -> Shard:
     """Commit one values shard. The same records and metadata give the same bytes.
 
-    Raises `CurateError` for records that contradict themselves, or where the disk refuses.
+    Raises `CurateError` for records that contradict themselves or the layout, or where the disk refuses.
     """
-    table = values_table(records)
+    table = values_table(records, layout)
+    branches = [branch for record in records for branch in record.branches]
     counts = {status: sum(record.status == status for record in records) for status in STATUSES}
-    counts |= {"rows": len(records), "tokens": sum(len(record.input_ids) for record in records)}
-    counts |= {"response_tokens": sum(int(record.response.sum()) for record in records)}
+    counts |= {"rows": len(records), "tokens": sum(len(branch.input_ids) for branch in branches)}
+    counts |= {"response_tokens": sum(int(branch.response.sum()) for branch in branches)}
     return _commit(path, table, metadata, counts)
 
 
-def values_table(records: Sequence[ValueRow]) -> pa.Table:
-    """Records as a table of schema VALUES. Raises `CurateError` for records that contradict themselves."""
+def values_table(records: Sequence[ValueRow], layout: Layout) -> pa.Table:
+    """Records as a table of `layout.values`. Raises `CurateError` for records that contradict themselves or it."""
     for record in records:
-        _check_record(record)
-    lengths = np.array([len(record.input_ids) for record in records], np.int64)
-    response = _joined([record.response for record in records], np.bool_)
+        _check_record(record, layout)
+    schema = layout.values
+    columns = {
+        name: pa.array([getattr(record, name) for record in records], schema.field(name).type)
+        for name in (*_ROW, *PAIR_COLUMNS)
+        if name in schema.names
+    }
     scored = np.array([record.status == "scored" for record in records], np.bool_)
-    columns: dict[str, pa.Array] = {
-        "row_id": pa.array([record.row_id for record in records], pa.int64()),
-        "source": pa.array([record.source for record in records], pa.string()),
-        "line": pa.array([record.line for record in records], pa.int64()),
-        "id": pa.array([record.id for record in records], pa.string()),
-        "status": pa.array([record.status for record in records], pa.string()),
-        "input_ids": _lists(_joined([record.input_ids for record in records], np.int32), lengths, VALUES, "input_ids"),
-        "response": _lists(response, lengths, VALUES, "response"),
-    }
-    for name in SIGNALS:
-        flat = _joined([_signal(record, name) for record in records if record.status == "scored"], np.float32)
-        columns[name] = _lists(flat, np.where(scored, lengths, 0), VALUES, name, null=np.isnan(flat))
-    return pa.table(columns, schema=VALUES)
+    for number, prefix in enumerate(layout.branches):
+        branches = [record.branches[number] for record in records]
+        lengths = np.array([len(branch.input_ids) for branch in branches], np.int64)
+        for name, kind in (("input_ids", np.int32), ("response", np.bool_)):
+            flat = _joined([getattr(branch, name) for branch in branches], kind)
+            columns[prefix + name] = _lists(flat, lengths, schema, prefix + name)
+        given = [branch for branch in branches if branch.signals]
+        for name in SIGNALS:
+            flat = _joined([_signal(branch, name) for branch in given], np.float32)
+            ends = np.where(scored, lengths, 0)
+            columns[prefix + name] = _lists(flat, ends, schema, prefix + name, null=np.isnan(flat))
+    return pa.table(columns, schema=schema)
 
 
-def write_train(path: Path, rows: TrainRows, metadata: Footer) -> Shard:
-    """Commit one train shard; labels, loss_mask and attention_mask follow from the weights.
+def write_train(
+    path: Path, row_id: NDArray[np.int64], branches: Sequence[TrainLists], metadata: Footer, layout: Layout
+) -> Shard:
+    """Commit one train shard of the rows `row_id` (R,); labels, loss_mask and attention_mask follow from the weights.
 
-    The same rows and metadata give the same bytes. Raises `CurateError` where the disk refuses.
+    `branches`: as many as the layout has, in its order. The same rows and metadata give the same bytes. Raises
+    `CurateError` where the disk refuses.
     """
-    trains = rows.weight > 0
+    columns: dict[str, pa.Array] = {"row_id": pa.array(row_id, pa.int64())}
+    for prefix, lists in zip(layout.branches, branches, strict=True):
+        columns |= _train_columns(lists, layout.train, prefix)
+    counts = {"rows": len(row_id), "tokens": sum(len(lists.input_ids) for lists in branches)}
+    counts["response_tokens"] = sum(int((~np.isnan(lists.value)).sum()) for lists in branches)
+    counts["kept_tokens"] = sum(int((lists.weight > 0).sum()) for lists in branches)
+    return _commit(path, pa.table(columns, schema=layout.train), metadata, counts)
+
+
+def _train_columns(lists: TrainLists, schema: pa.Schema, prefix: str) -> dict[str, pa.Array]:
+    trains = lists.weight > 0
     flat: dict[str, NDArray[Any]] = {
-        "input_ids": rows.input_ids,
+        "input_ids": lists.input_ids,
         "attention_mask": np.ones(len(trains), np.int8),
-        "labels": np.where(trains, rows.input_ids, IGNORE_INDEX).astype(np.int64),
+        "labels": np.where(trains, lists.input_ids, IGNORE_INDEX).astype(np.int64),
         "loss_mask": trains.astype(np.int8),
-        "loss_weight": rows.weight,
+        "loss_weight": lists.weight,
     }
-    columns: dict[str, pa.Array] = {"row_id": pa.array(rows.row_id, pa.int64())}
-    columns |= {name: _lists(values, rows.lengths, TRAIN, name) for name, values in flat.items()}
-    off = np.isnan(rows.value)
-    columns["value"] = _lists(rows.value, rows.lengths, TRAIN, "value", null=off)
-    counts = {"rows": len(rows.row_id), "tokens": len(trains), "response_tokens": int((~off).sum())}
-    return _commit(path, pa.table(columns, schema=TRAIN), metadata, counts | {"kept_tokens": int(trains.sum())})
+    columns = {prefix + name: _lists(values, lists.lengths, schema, prefix + name) for name, values in flat.items()}
+    off = np.isnan(lists.value)
+    return columns | {prefix + "value": _lists(lists.value, lists.lengths, schema, prefix + "value", null=off)}
 
 
-def _check_record(record: ValueRow) -> None:
+def _check_record(record: ValueRow, layout: Layout) -> None:
     where = f"row {record.row_id} ({record.source}:{record.line})"
-    length = len(record.input_ids)
     if record.status not in STATUSES:
         raise CurateError(f"{where}: status {record.status!r} is none of {', '.join(STATUSES)}")
-    if len(record.response) != length or (length and bool(record.response[0])):
+    if len(record.branches) != len(layout.branches):
+        raise CurateError(f"{where}: {len(record.branches)} branches; {layout.kind} rows have {len(layout.branches)}")
+    for prefix, branch in zip(layout.branches, record.branches, strict=True):
+        _check_branch(branch, f"{where}: {prefix.rstrip('_')}".rstrip(": "), scored=record.status == "scored")
+    wanted = record.status == "scored" and PAIR_COLUMNS[0] in layout.values.names
+    for name in PAIR_COLUMNS:
+        number = getattr(record, name)
+        if (number is not None) != wanted or not math.isfinite(number or 0.0):
+            raise CurateError(f"{where}: {name} is {number}; scored preference rows have a finite one, others none")
+
+
+def _check_branch(branch: Branch, where: str, *, scored: bool) -> None:
+    length = len(branch.input_ids)
+    if len(branch.response) != length or (length and bool(branch.response[0])):
         raise CurateError(f"{where}: `response` must be as long as `input_ids` and false at index 0")
-    if (record.status == "scored") != bool(record.signals):
-        raise CurateError(
-            f"{where}: status {record.status!r} with {len(record.signals)} signals; only scored rows have any"
-        )
-    for name, signal in record.signals.items():
+    if scored != bool(branch.signals):
+        raise CurateError(f"{where}: {len(branch.signals)} signals; scored rows have some, others none")
+    for name, signal in branch.signals.items():
         if name not in SIGNALS or signal.shape != (length,):
             raise CurateError(
                 f"{where}: {name!r} {signal.shape} is no signal; they are {', '.join(SIGNALS)}, ({length},)"
             )
-        if not np.isfinite(signal[record.response]).all() or not np.isnan(signal[~record.response]).all():
+        if not np.isfinite(signal[branch.response]).all() or not np.isnan(signal[~branch.response]).all():
             raise CurateError(f"{where}: signal {name!r} must be finite on the response and NaN off it")
 
 
-def _signal(record: ValueRow, name: str) -> NDArray[np.float32]:
-    absent = np.full(len(record.input_ids), np.nan, np.float32)
-    return record.signals.get(name, absent)
+def _signal(branch: Branch, name: str) -> NDArray[np.float32]:
+    absent = np.full(len(branch.input_ids), np.nan, np.float32)
+    return branch.signals.get(name, absent)
 
 
 def _joined(parts: Sequence[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:
@@ -216,39 +245,24 @@ def _lists(
 
 def _commit(path: Path, table: pa.Table, metadata: Footer, counts: Mapping[str, int]) -> Shard:
     with atomic_file(path) as sink:
-        _write_parquet(sink, table, metadata, counts)
+        told: dict[str, Json] = {
+            "fields": metadata.fields,
+            "facts": metadata.facts,
+            "fingerprint": metadata.fingerprint,
+        }
+        sealed.write(sink, table, {**told, "counts": counts})
+    return _shard(path, counts, sink.bytes, sink.sha256)
+
+
+def _shard(path: Path, counts: Mapping[str, int], size: int, sha256: str) -> Shard:
     return Shard(
         path=name_in_run(path),
         rows=counts["rows"],
         tokens=counts["tokens"],
         response_tokens=counts["response_tokens"],
-        bytes=sink.bytes,
-        sha256=sink.sha256,
+        bytes=size,
+        sha256=sha256,
     )
-
-
-def _write_parquet(sink: Sink, table: pa.Table, metadata: Footer, counts: Mapping[str, int]) -> None:
-    with pq.ParquetWriter(
-        pa.PythonFile(sink, mode="w"),
-        table.schema,
-        compression="zstd",
-        use_dictionary=["source", "status"],
-        write_statistics=True,
-        write_page_checksum=True,
-    ) as writer:
-        # One row group: shards are small, and readers that stream take them shard by shard.
-        writer.write_table(table, row_group_size=max(1, table.num_rows))
-        about: dict[str, Json] = {
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": metadata.fingerprint,
-            "fields": metadata.fields,
-            "facts": metadata.facts,
-            "counts": counts,
-            "units": {column.name: column.metadata[b"units"].decode() for column in table.schema},
-            "body": {"bytes": sink.bytes, "sha256": sink.sha256},
-        }
-        about["seal"] = fingerprint(about)
-        writer.add_key_value_metadata({_PREFIX + key: canonical(item).decode() for key, item in about.items()})
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -262,38 +276,64 @@ def read(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) ->
 
     def table(file: pq.ParquetFile) -> pa.Table:
         if not file.schema_arrow.equals(schema):
-            raise StoredDataError(f"{path}: its columns are not those of schema version {SCHEMA_VERSION}")
-        about = _about(path, file.metadata)
-        _check_body(path, about["body"])
+            found = f"its columns are not those that the run's kind of rows has in schema version {SCHEMA_VERSION}"
+            raise StoredDataError(f"{path}: {found}; move it out of the run folder")
+        about = sealed.about(path, file.metadata)
+        sealed.check_body(path, about["body"])
         result = file.read(columns=None if columns is None else list(columns))
         if result.num_rows != about["counts"]["rows"]:
-            raise _damaged(path, f"{result.num_rows} rows of {about['counts']['rows']}")
+            raise sealed.damaged(path, f"{result.num_rows} rows of {about['counts']['rows']}")
         result.validate(full=True)
         return result
 
-    return _opened(path, table)
+    return sealed.opened(path, table)
+
+
+def read_records(path: Path, layout: Layout) -> list[ValueRow]:
+    """The records of a values shard: what `write_values` was given. Raises as `read`.
+
+    Signals are NaN where null; those that are null everywhere in a row are left out.
+    """
+    table = read(path, layout.values)
+    branches = [_branches(table, prefix) for prefix in layout.branches]
+    rows = table.select([name for name in (*_ROW, *PAIR_COLUMNS) if name in table.column_names]).to_pylist()
+    return [ValueRow(**row, branches=tuple(one[i] for one in branches)) for i, row in enumerate(rows)]
+
+
+def _branches(table: pa.Table, prefix: str) -> list[Branch]:
+    def rows_of(name: str, kind: type[np.generic]) -> list[NDArray[Any]]:
+        flat, lengths = entries(table[prefix + name])
+        return np.split(flat.astype(kind), np.cumsum(lengths)[:-1])
+
+    ids, response = rows_of("input_ids", np.int32), rows_of("response", np.bool_)
+    signals = {name: rows_of(name, np.float32) for name in SIGNALS}
+    return [
+        Branch(
+            input_ids=ids[i],
+            response=response[i],
+            signals={name: rows[i] for name, rows in signals.items() if not np.isnan(rows[i]).all()},
+        )
+        for i in range(table.num_rows)
+    ]
 
 
 def read_footer(path: Path) -> Footer:
     """What the shard says of itself. Raises `StoredDataError` for damage or a file of another origin."""
-    return _opened(path, lambda file: _footer(path, file.metadata))
+    return _footer(sealed.opened(path, lambda file: sealed.about(path, file.metadata)))
 
 
 def facts_of(path: Path) -> tuple[Footer, Shard]:
     """Footer and facts of a file found on disk, all of its bytes checked. Raises as `read_footer`."""
-    footer, (size, sha256) = _opened(
-        path, lambda file: (_footer(path, file.metadata), _check_body(path, _about(path, file.metadata)["body"]))
-    )
-    counts = footer.counts
-    shard = Shard(
-        path=name_in_run(path),
-        rows=counts["rows"],
-        tokens=counts["tokens"],
-        response_tokens=counts["response_tokens"],
-        bytes=size,
-        sha256=sha256,
-    )
-    return footer, shard
+
+    def checked(file: pq.ParquetFile) -> tuple[Footer, Shard]:
+        about = sealed.about(path, file.metadata)
+        return _footer(about), _shard(path, about["counts"], *sealed.check_body(path, about["body"]))
+
+    return sealed.opened(path, checked)
+
+
+def _footer(about: Mapping[str, Any]) -> Footer:
+    return Footer(fields=about["fields"], facts=about["facts"], counts=about["counts"])
 
 
 def committed(folder: Path, fields: Mapping[str, Json]) -> dict[int, Shard]:
@@ -332,56 +372,3 @@ def entries(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
 def name_in_run(path: Path) -> str:
     """`values/generation=0/part-00000.parquet` of an absolute path: a shard always lies two folders below its run."""
     return "/".join(path.parts[-3:])
-
-
-def _opened(path: Path, use: Callable[[pq.ParquetFile], T]) -> T:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return use(file)
-    except FileNotFoundError as error:
-        raise StoredDataError(f"{path}: missing; restore it, or delete the run folder and score again") from error
-    except _READ_ERRORS as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _damaged(path, first) from error
-
-
-def _damaged(path: Path, found: str) -> StoredDataError:
-    return StoredDataError(f"{path}: damaged ({found}); delete this file and run the same command again")
-
-
-def _about(path: Path, metadata: pq.FileMetaData) -> dict[str, Any]:
-    """Our part of the footer, its seal checked."""
-    prefix = _PREFIX.encode()
-    stored = {key: text for key, text in (metadata.metadata or {}).items() if key.startswith(prefix)}
-    if not stored:
-        raise StoredDataError(f"{path}: not written by alphatoken-curate; move it out of the run folder")
-    about = {key.removeprefix(prefix).decode(): orjson.loads(text) for key, text in stored.items()}
-    if about.pop("seal", None) != fingerprint(about):
-        raise _damaged(path, "its footer is not as it was written")
-    if about["schema_version"] != SCHEMA_VERSION:
-        raise StoredDataError(f"{path}: schema version {about['schema_version']}; this release reads {SCHEMA_VERSION}")
-    return about
-
-
-def _footer(path: Path, metadata: pq.FileMetaData) -> Footer:
-    about = _about(path, metadata)
-    if about["counts"]["rows"] != metadata.num_rows:
-        raise _damaged(path, "its number of rows is not as it was written")
-    return Footer(fields=about["fields"], facts=about["facts"], counts=about["counts"])
-
-
-def _check_body(path: Path, body: Mapping[str, Any]) -> tuple[int, str]:
-    """Size and sha256 of the file, whose part before the footer must be as it was written.
-
-    Page checksums alone leave out page headers, where a flipped bit can change what is read.
-    """
-    before, sha256, left, size = "", hashlib.sha256(), body["bytes"], 0
-    with path.open("rb") as file:
-        while part := file.read(min(left, _CHUNK) if left else _CHUNK):
-            sha256.update(part)
-            size += len(part)
-            left -= min(left, len(part))
-            before = before or ("" if left else sha256.hexdigest())
-    if before != body["sha256"]:
-        raise _damaged(path, "its pages are not as they were written")
-    return size, sha256.hexdigest()

@@ -1,27 +1,32 @@
 """What a run holds, in numbers: counts, a histogram of values, how large each component is, what masks keep.
 
-Read shard by shard, twice: sums and sizes first, from which the histogram's edges follow, then its counts. Both add up
-exactly whatever the shards. Last comes `remask.spreads` for what stability decides; it alone holds the run's tokens
-in memory (about 70 bytes each).
+Read shard by shard: sums and sizes first, of each generation, from which the histogram's edges follow, then its counts.
+All add up exactly whatever the shards. Last comes `remask.spreads` for what stability decides; it alone holds the run's
+tokens in memory (about 70 bytes each).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alphatoken_curate import manifest, masks, remask, shards
+from alphatoken_curate import manifest, masks, remask, responses, shards
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.errors import CurateError, StoredDataError
+from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.fingerprint import Json
-from alphatoken_curate.manifest import Manifest, Mask
-from alphatoken_curate.schema import COMPONENTS, STATUSES, TRAIN
+from alphatoken_curate.histogram import Histogram, edges_for, empty_histogram, histogram
+from alphatoken_curate.manifest import Generation, Manifest, Mask
+from alphatoken_curate.scan import choose_generation
+from alphatoken_curate.schema import PAIR_COLUMNS, STATUSES, Layout
 from alphatoken_curate.shards import Shard
 
 Floats = NDArray[np.float32]
@@ -30,48 +35,54 @@ Bools = NDArray[np.bool_]
 MEANS = ("nll", "entropy", "reference_nll")
 """Signals whose mean is told."""
 
-BINS_EACH_SIDE = 10
-"""Bins below and above 0; values beyond them are counted in two open bins."""
-
-_CORE = 0.98
-"""Share of the values that the closed bins are to cover, at least."""
+OBJECTIVES = {
+    "adaptation": ("adapt_direct", "adapt_causal"),
+    "stability": ("stab_direct", "stab_causal"),
+    "drift": ("drift_direct", "drift_causal"),
+}
+"""What is the sum of two signals; drift only where it was computed beside stability."""
 
 SCALES = ("none", "rms")
 """Choices of `--stability-scale`."""
 
+_SPREADS = (*(part for parts in OBJECTIVES.values() for part in parts), *OBJECTIVES, "value")
+_CORE = 0.98
+"""Share of the values that the closed bins are to cover, at least."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Histogram:
-    """Counts of a column: bin i is edges[i-1] <= x < edges[i], open below the first and above the last edge.
+class BranchStats:
+    """Scored response tokens of one branch, of which `kept_tokens` are kept (None without a mask)."""
 
-    `edges` (E,) in the column's unit: multiples of a step of 1, 2 or 5 times a power of ten. `count` (E + 1,): response
-    tokens; `kept` (E + 1,): those that the newest mask keeps, None where there is no mask.
+    scored_tokens: int
+    kept_tokens: int | None
+    kept_share: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairStats:
+    """The `rows` scored preference rows: mean `omega` (ratio) and `margin` (nats), and the share of margins above 0.
+
+    The last three are None where there is no row.
     """
 
-    edges: tuple[float, ...]
-    count: tuple[int, ...]
-    kept: tuple[int, ...] | None
-
-    def __add__(self, other: Histogram) -> Histogram:
-        if (self.edges, self.kept is None) != (other.edges, other.kept is None):
-            raise CurateError("histograms of other edges, or with and without a mask, cannot be added")
-        kept = None if self.kept is None or other.kept is None else _added(self.kept, other.kept)
-        return Histogram(edges=self.edges, count=_added(self.count, other.count), kept=kept)
-
-
-def _added(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a + b for a, b in zip(one, other, strict=True))
+    rows: int
+    omega: float | None
+    margin: float | None
+    margin_above_zero: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationStats:
-    """One scoring of the rows."""
+    """One scoring of the rows; `rms` as in `Stats`, `pairs` None in SFT runs."""
 
     generation: int
     checkpoint: str
     shards: int
     rows: int
     bytes: int
+    rms: Mapping[str, float]
+    pairs: PairStats | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,16 +100,23 @@ class MaskStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """A run in numbers: the newest generation and the newest mask.
+    """A run in numbers: one `generation` and the newest mask. Of preference rows, tokens are those of both branches.
 
-    `rows`: read, and by status. `tokens`, `response_tokens`: of every status; `scored_tokens`: response tokens of
-    scored rows, of which `kept_tokens` (None without a mask). `rms`: root mean square over the scored tokens of the
-    four components, of `adaptation` and `stability` (direct + causal) and of `value`; in nats per unit step, 0 where
-    there is no token. `mean`: of nll, entropy and reference_nll in nats, None where there is none.
-    `decisions_changed`: by --stability-scale, scored tokens that the newest mask's settings (the default settings where
-    there is no mask) keep or drop only due to stability. `decided_by_value`: whether these settings use the value.
+    `kind`: `sft` or `preference`. `rows`: read, and by status. `tokens`, `response_tokens`: of every status;
+    `scored_tokens`: response tokens of scored rows, of which `kept_tokens` (None without a mask); `rows_left_out`:
+    scored rows that are not in the mask, since another of its generations did not score them. `branches`: `chosen` and
+    `rejected`, empty in SFT runs; `pairs` None there. `rms`: root mean square over the scored tokens of the four
+    components, of `adaptation` and `stability` (direct + causal) and of `value`; where they were computed, of
+    `drift_direct`, `drift_causal` and `drift`; in nats per unit step, 0 where there is no token. `mean`: of nll,
+    entropy and reference_nll in nats, None where there is none.
+    `decisions_changed`: by --stability-scale, tokens that the newest mask's settings (the default settings where there
+    is no mask) keep or drop only due to stability, of `decided_tokens` in `decided_generations`: those the mask was
+    made from, or the one that was asked for. `decided_by_value`: whether these settings use the value; where they do
+    not, both numbers are 0.
     """
 
+    kind: str
+    generation: int
     rows: Mapping[str, int]
     tokens: int
     response_tokens: int
@@ -107,137 +125,197 @@ class Stats:
     scored_tokens: int
     kept_tokens: int | None
     kept_share: float | None
+    rows_left_out: int
+    branches: Mapping[str, BranchStats]
+    pairs: PairStats | None
     values: Histogram
     rms: Mapping[str, float]
     mean: Mapping[str, float | None]
     stability_is_zero: bool
     decisions_changed: Mapping[str, int]
+    decided_tokens: int
+    decided_generations: tuple[int, ...]
     decided_by_value: bool
     generations: tuple[GenerationStats, ...]
     masks: tuple[MaskStats, ...]
 
 
-def stats(run: str | Path) -> Stats:
-    """The numbers of a run. Raises `StoredDataError` where it has no manifest or is damaged."""
+def stats(run: str | Path, *, generation: int | None = None) -> Stats:
+    """The numbers of a run, of its newest generation or the one given.
+
+    Raises `UsageError` for a generation that is not there, `StoredDataError` where the run has no manifest or is
+    damaged.
+    """
     folder = Path(run)
     stored = manifest.read(folder)
     if not stored.generations:
         raise StoredDataError(f"{folder / manifest.NAME}: names no generation; run the `score` command that makes one")
-    config = _config(stored)
-    sums = _Sums()
-    for part in _parts(folder, stored, (*COMPONENTS, "value", *MEANS)):
-        sums.add(part)
-    values = empty_histogram(edges_for(sums.core()), has_mask=bool(stored.masks))
-    for part in _parts(folder, stored, ("value",)):
-        values += histogram(part.columns["value"], part.kept, values.edges)
-    rms = {name: _root_mean(parts, sums.tokens) for name, parts in sums.squares.items()}
-    counts = stored.counts
+    shown = choose_generation(folder, stored, generation)
+    all_sums = {one.generation: _Sums.of(folder, stored, one) for one in stored.generations}
+    sums = all_sums[shown.generation]
+    counted = _counted(folder, stored, shown, edges_for(sums.core()))
+    values = reduce(add, counted.branches)
+    layout, counts, total = manifest.layout(stored), stored.counts, _branch(values)
+    by_branch = zip(layout.branches, counted.branches, strict=True)
     return Stats(
-        rows={"read": counts.read, **{status: getattr(counts, status) for status in STATUSES}},
+        kind=layout.kind,
+        generation=shown.generation,
+        rows={"read": counts.read, **{status: sums.rows[status] for status in STATUSES}},
         tokens=counts.tokens,
         response_tokens=counts.response_tokens,
         truncated_rows=counts.truncated_rows,
         truncated_tokens=counts.truncated_tokens,
-        scored_tokens=sums.tokens,
-        kept_tokens=sum(values.kept) if values.kept else None,
-        kept_share=_share(sum(values.kept), sums.tokens) if values.kept else None,
+        scored_tokens=total.scored_tokens,
+        kept_tokens=total.kept_tokens,
+        kept_share=total.kept_share,
+        rows_left_out=counted.rows_left_out,
+        branches={prefix.rstrip("_"): _branch(one) for prefix, one in by_branch if prefix},
+        pairs=sums.pairs(layout),
         values=values,
-        rms=rms,
-        mean={name: _mean(sums.totals[name], sums.present[name]) for name in MEANS},
-        stability_is_zero=not (rms["stab_direct"] or rms["stab_causal"]),
-        decisions_changed={
-            scale: remask.spreads(folder, replace(config, stability_scale=scale)).decisions_changed for scale in SCALES
-        },
-        decided_by_value=masks.depends_on_value(config.by),
-        generations=_generations(stored),
+        rms=sums.rms(),
+        mean=sums.mean(),
+        stability_is_zero=not any(sums.rms()[name] for name in OBJECTIVES["stability"]),
+        **_decisions(folder, stored, generation),
+        generations=tuple(_generation(one, all_sums[one.generation], layout) for one in stored.generations),
         masks=tuple(_mask(one) for one in stored.masks),
     )
 
 
-# ------------------------------------------------------------------------------------------------------- histograms
-
-
-def histogram(values: Floats, kept: Bools | None, edges: tuple[float, ...]) -> Histogram:
-    """Counts of values (N,) between edges; `kept` (N,) bool. Of the same edges, histograms add up exactly."""
-    which = np.searchsorted(edges, values.astype(np.float64), side="right")
-    count, chosen = (
-        tuple(np.bincount(part, minlength=len(edges) + 1).tolist())
-        for part in (which, which[slice(None) if kept is None else kept])
-    )
-    return Histogram(edges=edges, count=count, kept=None if kept is None else chosen)
-
-
-def empty_histogram(edges: tuple[float, ...], *, has_mask: bool) -> Histogram:
-    """A histogram of nothing, to add to."""
-    none = (0,) * (len(edges) + 1)
-    return Histogram(edges=edges, count=none, kept=none if has_mask else None)
-
-
-def edges_for(reach: float) -> tuple[float, ...]:
-    """2 x BINS_EACH_SIDE + 1 edges round 0, in steps of 1, 2 or 5 times a power of ten, that go up to `reach` > 0."""
-    power = 10.0 ** math.floor(math.log10(reach / BINS_EACH_SIDE))
-    # 20 rather than 10 at the end: the power itself is rounded.
-    times = next(m for m in (1, 2, 5, 10, 20) if m * power * BINS_EACH_SIDE >= reach)
-    # Through text, so that an edge is the double nearest to the number that is shown.
-    step = float(f"{times * power:.1e}")
-    return tuple(float(f"{i * step:.3e}") for i in range(-BINS_EACH_SIDE, BINS_EACH_SIDE + 1))
+def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str, Any]:
+    """What stability decides in a mask of the newest one's settings."""
+    config = _config(stored)
+    if generation is not None:
+        config = replace(config, generation=str(generation))
+    elif stored.masks:
+        # Not as the mask was told: its `latest` may be a newer one by now.
+        config = replace(config, generation=",".join(map(str, stored.masks[-1].generations)), aggregate="mean")
+    by_value = masks.depends_on_value(config.by)
+    found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES] if by_value else []
+    changed = [one.decisions_changed for one in found] or [0] * len(SCALES)
+    return {
+        "decisions_changed": dict(zip(SCALES, changed, strict=True)),
+        "decided_tokens": found[0].response_tokens if found else 0,
+        "decided_generations": tuple(one.generation for one in responses.chosen_generations(run, stored, config)),
+        "decided_by_value": by_value,
+    }
 
 
 # ------------------------------------------------------------------------------------------------- shard by shard
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Part:
-    """The scored response tokens of one shard: columns (N,) float32, and which are kept (N,)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """A histogram of values for each branch, and the scored rows that the newest mask leaves out."""
 
-    columns: Mapping[str, Floats]
-    kept: Bools | None
+    branches: tuple[Histogram, ...]
+    rows_left_out: int
 
 
-def _parts(run: Path, stored: Manifest, names: tuple[str, ...]) -> Iterator[_Part]:
-    """Shard by shard, each checked against the manifest; `kept` by the newest mask."""
+def _counted(run: Path, stored: Manifest, generation: Generation, edges: tuple[float, ...]) -> _Counted:
+    layout = manifest.layout(stored)
     mask = stored.masks[-1] if stored.masks else None
-    for index, shard in enumerate(stored.generations[-1].shards):
-        tokens = remask.load(run, [shard], names)
-        yield _Part(columns=tokens.columns, kept=_kept(run, mask.shards[index], tokens) if mask else None)
+    found = [empty_histogram(edges, has_mask=mask is not None) for _ in layout.branches]
+    left_out = 0
+    for index, shard in enumerate(generation.shards):
+        scored = responses.load(run, [[shard]], ("value",), layout)
+        kept: list[Bools] | list[None] = [None] * len(found)
+        if mask:
+            in_all = mask.generations == (generation.generation,)
+            kept, lost = _kept(run, mask.shards[index], scored, layout, in_all=in_all)
+            left_out += lost
+        for number, (tokens, chosen) in enumerate(zip(scored.branches, kept, strict=True)):
+            found[number] += histogram(tokens.columns["value"], chosen, edges)
+    return _Counted(branches=tuple(found), rows_left_out=left_out)
 
 
-def _kept(run: Path, shard: Shard, tokens: remask.Tokens) -> Bools:
+def _kept(
+    run: Path, shard: Shard, scored: responses.Scored, layout: Layout, *, in_all: bool
+) -> tuple[list[Bools], int]:
+    """Which tokens of each branch the mask keeps, and how many rows are not in it: none may be missing if `in_all`."""
     path = run / shard.path
-    table = shards.read(path, TRAIN, ["row_id", "loss_mask"])
-    loss_mask, lengths = shards.entries(table["loss_mask"])
-    row, position, row_ids = tokens.row, tokens.columns["position"], table["row_id"].to_numpy()
-    fits = row.max(initial=-1) < len(row_ids) and np.array_equal(row_ids[row], tokens.columns["row_id"])
-    if not fits or np.any(position >= lengths[row]):
-        raise StoredDataError(f"{path}: does not hold the rows that values/ does; run `verify`")
-    kept: Bools = loss_mask[(np.cumsum(lengths) - lengths)[row] + position] > 0
-    return kept
+    names = [f"{prefix}loss_mask" for prefix in layout.branches]
+    table = shards.read(path, layout.train, ["row_id", *names])
+    row_ids = table["row_id"].to_numpy()
+    lost = int((~np.isin(scored.row_ids[0], row_ids)).sum())
+    kept = []
+    for name, tokens in zip(names, scored.branches, strict=True):
+        loss_mask, lengths = shards.entries(table[name])
+        wanted, position = tokens.columns["row_id"], tokens.columns["position"]
+        there = np.isin(wanted, row_ids)
+        row = np.searchsorted(row_ids, wanted[there])
+        if (in_all and lost) or np.any(position[there] >= lengths[row]):
+            raise StoredDataError(f"{path}: does not hold the rows that values/ does; run `verify`")
+        chosen = np.zeros(len(wanted), np.bool_)
+        chosen[there] = loss_mask[(np.cumsum(lengths) - lengths)[row] + position[there]] > 0
+        kept.append(chosen)
+    return kept, lost
 
 
 class _Sums:
-    """Sums over tokens, one number per shard and column, so that adding them does not depend on their order."""
+    """Sums over tokens and rows, one number per shard and column, so that their total does not depend on the order."""
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.squares: dict[str, list[float]] = {name: [] for name in (*COMPONENTS, "adaptation", "stability", "value")}
-        self.totals: dict[str, list[float]] = {name: [] for name in MEANS}
-        self.present = dict.fromkeys(MEANS, 0)
+        self.squares: dict[str, list[float]] = {name: [] for name in _SPREADS}
+        self.totals: dict[str, list[float]] = {name: [] for name in (*MEANS, *PAIR_COLUMNS)}
+        self.present: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
         self.sizes = np.zeros(1 << 12, np.int64)
 
-    def add(self, part: _Part) -> None:
-        wide = {name: part.columns[name].astype(np.float64) for name in (*COMPONENTS, "value", *MEANS)}
-        wide["adaptation"] = wide["adapt_direct"] + wide["adapt_causal"]
-        wide["stability"] = wide["stab_direct"] + wide["stab_causal"]
-        for name, parts in self.squares.items():
-            parts.append(float(np.square(wide[name]).sum()))
-        for name, parts in self.totals.items():
-            present = wide[name][~np.isnan(wide[name])]
-            parts.append(float(present.sum()))
-            self.present[name] += len(present)
+    @classmethod
+    def of(cls, run: Path, stored: Manifest, generation: Generation) -> _Sums:
+        """The sums of a generation, read shard by shard."""
+        layout, sums = manifest.layout(stored), cls()
+        names = [name for name in ("status", *PAIR_COLUMNS) if name in layout.values.names]
+        signals = (*(part for parts in OBJECTIVES.values() for part in parts), "value", *MEANS)
+        for shard in generation.shards:
+            for tokens in responses.load(run, [[shard]], signals, layout).branches:
+                sums.add(tokens.columns)
+            table = shards.read(run / shard.path, layout.values, names)
+            sums.rows.update(table["status"].to_pylist())
+            for name in names[1:]:
+                numbers = table[name].drop_null().to_numpy().astype(np.float64)
+                sums._count(name, numbers, sums.totals)
+                sums.present[f"{name} > 0"] += int((numbers > 0).sum())
+        return sums
+
+    def add(self, columns: Mapping[str, Floats]) -> None:
+        """Count the tokens of a branch of a shard."""
+        wide = {name: columns[name].astype(np.float64) for name in (*columns,) if name in (*_SPREADS, *MEANS)}
+        wide |= {name: wide[direct] + wide[causal] for name, (direct, causal) in OBJECTIVES.items()}
+        for name in _SPREADS:
+            self._count(name, np.square(wide[name]), self.squares)
+        for name in MEANS:
+            self._count(name, wide[name], self.totals)
         self.tokens += len(wide["value"])
         # The upper 12 bits of a positive float32, sign left out: 16 sizes for each power of two.
-        bits = np.abs(part.columns["value"]).view(np.uint32) >> 19
+        bits = np.abs(columns["value"]).view(np.uint32) >> 19
         self.sizes += np.bincount(bits, minlength=1 << 12)
+
+    def _count(self, name: str, numbers: NDArray[np.float64], sums: dict[str, list[float]]) -> None:
+        present = numbers[~np.isnan(numbers)]
+        sums[name].append(float(present.sum()))
+        self.present[name] += len(present)
+
+    def rms(self) -> dict[str, float]:
+        """Of each spread; of the drift only where there is one."""
+        known = {name: math.fsum(parts) / (self.present[name] or 1) for name, parts in self.squares.items()}
+        return {name: math.sqrt(x) for name, x in known.items() if self.present[name] or "drift" not in name}
+
+    def mean(self) -> dict[str, float | None]:
+        """Of each of `MEANS`."""
+        return {name: self._mean(name) for name in MEANS}
+
+    def pairs(self, layout: Layout) -> PairStats | None:
+        """Of preference rows."""
+        if layout.kind != "preference":
+            return None
+        rows = self.present["margin"]
+        above = _share(self.present["margin > 0"], rows)
+        return PairStats(rows=rows, omega=self._mean("omega"), margin=self._mean("margin"), margin_above_zero=above)
+
+    def _mean(self, name: str) -> float | None:
+        return math.fsum(self.totals[name]) / self.present[name] if self.present[name] else None
 
     def core(self) -> float:
         """A size that at least `_CORE` of |value| are below, at most 1/16 larger than need be; 1 where all are 0."""
@@ -246,14 +324,6 @@ class _Sums:
         first = int(np.argmax(within)) or int(sized[-1] if len(sized) else 0)
         upper = np.array([(first + 1) << 19], np.uint32).view(np.float32)[0]
         return min(float(upper), float(np.finfo(np.float32).max)) if first else 1.0
-
-
-def _root_mean(squares: list[float], tokens: int) -> float:
-    return math.sqrt(math.fsum(squares) / tokens) if tokens else 0.0
-
-
-def _mean(totals: list[float], present: int) -> float | None:
-    return math.fsum(totals) / present if present else None
 
 
 # ------------------------------------------------------------------------------------------------- from the manifest
@@ -270,16 +340,23 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _generations(stored: Manifest) -> tuple[GenerationStats, ...]:
-    return tuple(
-        GenerationStats(
-            generation=one.generation,
-            checkpoint=one.checkpoint,
-            shards=len(one.shards),
-            rows=sum(shard.rows for shard in one.shards),
-            bytes=sum(shard.bytes for shard in one.shards),
-        )
-        for one in stored.generations
+def _branch(values: Histogram) -> BranchStats:
+    scored = sum(values.count)
+    kept = None if values.kept is None else sum(values.kept)
+    return BranchStats(
+        scored_tokens=scored, kept_tokens=kept, kept_share=None if kept is None else _share(kept, scored)
+    )
+
+
+def _generation(one: Generation, sums: _Sums, layout: Layout) -> GenerationStats:
+    return GenerationStats(
+        generation=one.generation,
+        checkpoint=one.checkpoint,
+        shards=len(one.shards),
+        rows=sum(shard.rows for shard in one.shards),
+        bytes=sum(shard.bytes for shard in one.shards),
+        rms=sums.rms(),
+        pairs=sums.pairs(layout),
     )
 
 

@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from alphatoken_curate.files import visible
-from alphatoken_curate.stats import Histogram, Stats
+from alphatoken_curate.histogram import Histogram
+from alphatoken_curate.stats import OBJECTIVES, SCALES, BranchStats, GenerationStats, Stats
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,23 +20,42 @@ def stats_lines(found: Stats, width: int) -> Iterator[Text | Table]:
     """All of a run's statistics, in the order they are shown."""
     from rich.text import Text
 
+    several = len(found.generations) > 1
+    shown = f" of generation {found.generation}" if several else ""
     yield _counts(found)
-    yield Text(f"\nvalue, nats per unit step{'  (█ kept, ░ dropped)' if found.values.kept else ''}", "bold")
+    marks = "  (█ kept, ░ dropped)" if found.values.kept else ""
+    yield Text(f"\nvalue{shown}, nats per unit step{marks}", "bold")
     yield histogram_bars(found.values, width)
-    yield Text(f"\nspread: RMS over {found.scored_tokens:,} tokens, nats per unit step", "bold")
+    yield Text(f"\nspread{shown}: RMS over {found.scored_tokens:,} tokens, nats per unit step", "bold")
     yield _spread_table(found)
-    yield Text("\n" + "\n".join(textwrap.fill(line, width) for line in _notes(found)))
+    notes = [*_pair_notes(found), *_notes(found)]
+    yield Text("\n" + "\n".join(_filled(line, width) for line in notes))
     if found.stability_is_zero and found.scored_tokens:
-        yield Text(textwrap.fill(_NO_STABILITY, width), "yellow")
+        yield Text(_filled(_no_stability(found), width), "yellow")
     yield Text("\ngenerations and masks", "bold")
     yield _generation_table(found)
+    if several:
+        yield Text("\nspread of each generation: RMS, nats per unit step", "bold")
+        yield _growth_table(found, width)
+        yield Text()
     yield _mask_table(found)
 
 
-_NO_STABILITY = (
-    "Stability is 0 for every token, so it plays no part in values or masks: the model and its reference have the same"
-    " weights. Score with --reference set to the model that the checkpoint was tuned from."
-)
+def _filled(line: str, width: int) -> str:
+    # Never inside the name of an option.
+    return textwrap.fill(line, width, break_on_hyphens=False)
+
+
+def _no_stability(found: Stats) -> str:
+    if any(one.rms["stability"] for one in found.generations):
+        return (
+            f"Stability is 0 for every token of generation {found.generation}, so it plays no part in its values: its"
+            " checkpoint and the reference have the same weights. In other generations it is not 0."
+        )
+    return (
+        "Stability is 0 for every token, so it plays no part in values or masks: the model and its reference have the"
+        " same weights. Score with --reference set to the model that the checkpoint was tuned from."
+    )
 
 
 def _counts(found: Stats) -> Table:
@@ -48,8 +68,11 @@ def _counts(found: Stats) -> Table:
         "tokens": f"{found.tokens:,}, of them {found.response_tokens:,} in responses; {found.scored_tokens:,} scored",
     }
     if found.kept_tokens is not None and found.masks:
-        share = "" if found.kept_share is None else f" ({found.kept_share:.1%})"
-        lines["kept"] = f"{found.kept_tokens:,} of {found.scored_tokens:,}{share} by mask {found.masks[-1].mask}"
+        lines["kept"] = f"{_kept(found)} by mask {found.masks[-1].mask}"
+    lines |= {f"  {name}": _kept(branch) for name, branch in found.branches.items()}
+    if found.rows_left_out:
+        numbers = ", ".join(map(str, found.masks[-1].generations))
+        lines["left out"] = f"{found.rows_left_out:,} rows: not each of generations {numbers} of the mask scored them"
     if found.truncated_rows:
         lines["cut"] = f"{found.truncated_tokens:,} tokens of {found.truncated_rows:,} rows, by --max-length"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -58,6 +81,13 @@ def _counts(found: Stats) -> Table:
     for name, line in lines.items():
         table.add_row(Text(name), Text(line))
     return table
+
+
+def _kept(found: Stats | BranchStats) -> str:
+    if found.kept_tokens is None:
+        return f"{found.scored_tokens:,} scored"
+    share = "" if found.kept_share is None else f" ({found.kept_share:.1%})"
+    return f"{found.kept_tokens:,} of {found.scored_tokens:,}{share}"
 
 
 def histogram_bars(histogram: Histogram, width: int) -> Text:
@@ -110,9 +140,9 @@ def _spread_table(found: Stats) -> Table:
     table.add_column("")
     for head in ("direct", "causal", "sum"):
         table.add_column(head, justify="right", no_wrap=True)
-    for name, short in (("adaptation", "adapt"), ("stability", "stab")):
-        numbers = [found.rms[f"{short}_direct"], found.rms[f"{short}_causal"], found.rms[name]]
-        table.add_row(Text(name), *(Text(f"{x:.3g}") for x in numbers))
+    for name, parts in OBJECTIVES.items():
+        if name in found.rms:
+            table.add_row(Text(name), *(Text(f"{found.rms[one]:.3g}") for one in (*parts, name)))
     table.add_row(Text("value"), "", "", Text(f"{found.rms['value']:.3g}"))
     return table
 
@@ -121,14 +151,37 @@ def _notes(found: Stats) -> Iterator[str]:
     means = [f"{name} {mean:.3f}" for name, mean in found.mean.items() if mean is not None]
     if means:
         yield f"mean in nats: {', '.join(means)}"
-    whose = f"mask {found.masks[-1].mask}" if found.masks else "a mask of the default settings"
+    whose = _whose(found)
     if not found.decided_by_value:
         yield f"{whose} does not select by value, so stability decides nothing in it"
-    elif found.scored_tokens and not found.stability_is_zero:
-        none, rms = (found.decisions_changed[scale] for scale in ("none", "rms"))
+    elif found.decided_tokens and (any(found.decisions_changed.values()) or not found.stability_is_zero):
+        none, rms, of = *(found.decisions_changed[scale] for scale in SCALES), found.decided_tokens
         yield (
-            f"stability changes {none:,} of {found.scored_tokens:,} decisions of {whose}"
-            f" ({none / found.scored_tokens:.1%}); with --stability-scale rms {rms:,} ({rms / found.scored_tokens:.1%})"
+            f"stability changes {none:,} of {of:,} decisions of {whose} ({none / of:.1%});"
+            f" with --stability-scale rms {rms:,} ({rms / of:.1%})"
+        )
+
+
+def _whose(found: Stats) -> str:
+    """The mask whose decisions were looked at."""
+    numbers = ", ".join(map(str, found.decided_generations))
+    plural = "s" if len(found.decided_generations) > 1 else ""
+    made = f" from generation{plural} {numbers}" if len(found.generations) > 1 else ""
+    if not found.masks:
+        return f"a mask of the default settings{made}"
+    newest = found.masks[-1]
+    if newest.generations != found.decided_generations:
+        return f"a mask of the settings of mask {newest.mask}{made}"
+    return f"mask {newest.mask}{made}"
+
+
+def _pair_notes(found: Stats) -> Iterator[str]:
+    pairs = found.pairs
+    if pairs and pairs.omega is not None and pairs.margin is not None and pairs.margin_above_zero is not None:
+        yield (
+            f"{pairs.rows:,} pairs: mean margin {pairs.margin:+.3g} nats, above 0 in {pairs.margin_above_zero:.1%} (the"
+            " model prefers chosen to rejected more than the reference does);"
+            f" mean omega {pairs.omega:.3g} (the weight of a pair in training)"
         )
 
 
@@ -146,18 +199,44 @@ def _generation_table(found: Stats) -> Table:
     return table
 
 
+def _growth_table(found: Stats, width: int) -> Table:
+    """How large each part is from checkpoint to checkpoint; names and margins where the terminal is wide enough."""
+    from rich.table import Table
+    from rich.text import Text
+
+    names = [name for objective in ("adaptation", "stability") for name in (*OBJECTIVES[objective], objective)]
+    heads = ["adapt\ndirect", "adapt\ncausal", "adapt\nsum", "stab\ndirect", "stab\ncausal", "stab\nsum"]
+    wide = width >= 80
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for head in ("", *heads, *(["margin"] if wide and found.pairs else [])):
+        table.add_column(head, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("checkpoint", overflow="fold")
+    for one in found.generations:
+        cells = [str(one.generation), *(f"{one.rms[name]:.3g}" for name in names)]
+        cells += [*([_margin(one)] if found.pairs else []), visible(one.checkpoint)] if wide else []
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _margin(one: GenerationStats) -> str:
+    return "" if one.pairs is None or one.pairs.margin is None else f"{one.pairs.margin:+.3g}"
+
+
 def _mask_table(found: Stats) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("mask", "kept", "share"):
-        table.add_column(head, justify="right", no_wrap=True)
+    several = len(found.generations) > 1
+    for head in ("mask", "kept", "share", *(["generations"] if several else [])):
+        table.add_column(head, justify="right", no_wrap=head != "generations")
     table.add_column("settings", overflow="fold")
     for one in found.masks:
         share = "" if one.kept_share is None else f"{one.kept_share:.1%}"
         settings = visible(", ".join(f"{name} {one.settings[name]}" for name in _SETTINGS if name in one.settings))
-        table.add_row(Text(str(one.mask)), Text(f"{one.kept_tokens:,}"), Text(share), Text(settings))
+        made_from = [", ".join(map(str, one.generations))] if several else []
+        table.add_row(*map(Text, (str(one.mask), f"{one.kept_tokens:,}", share, *made_from, settings)))
     return table
 
 

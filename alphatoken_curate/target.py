@@ -1,4 +1,4 @@
-"""The adaptation direction G: the gradient of the mean response loss over target rows."""
+"""The gradient of a mean response loss: adaptation over target rows, retention and lookahead over others."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from alphatoken_curate.capture import Direction, ScoringModel
-from alphatoken_curate.losses import at, loss_gradient, positions
+from alphatoken_curate.losses import Weigh, at, loss_gradient, positions
 from alphatoken_curate.plan import Batch
 
 
-def target_gradient(scoring: ScoringModel, batches: Iterable[Batch], *, all_positions: bool) -> Direction:
+def target_gradient(
+    scoring: ScoringModel, batches: Iterable[Batch], *, all_positions: bool, weigh: Weigh | None = None
+) -> Direction:
     """G_m (d_out, d_in) in nats per unit of weight: the mean over all response tokens of the batches.
 
-    With `all_positions` it is the true gradient (`exact`); without, delta^T h is summed over the response positions
-    alone (`published`).
+    With `weigh` each token's gradient is multiplied by its weight first; the sum is still divided by their number.
+    With `all_positions` it is the true gradient (`exact`, retention and lookahead); without, delta^T h is summed over
+    the response positions alone (`published`).
     """
     sums, tokens = scoring.zeros(), 0
     for planned in batches:
@@ -32,8 +35,8 @@ def target_gradient(scoring: ScoringModel, batches: Iterable[Batch], *, all_posi
             sums[index].addmm_(signal.t(), chosen)
             scoring.release(index)
 
-        with scoring.graph(ids, batch.start) as hidden:
-            _, grad = loss_gradient(scoring, hidden, batch)
+        with scoring.graph(ids, batch.start, pairs=batch.pairs) as hidden:
+            _, grad = loss_gradient(scoring, hidden, batch, weigh=weigh)
             scoring.backward([hidden], [grad], accumulate)
         tokens += len(batch.target)
     return [s.div_(tokens) for s in sums]

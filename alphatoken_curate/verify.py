@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from alphatoken_curate import card, manifest, shards
+from alphatoken_curate import card, manifest, rules, sealed, shards
 from alphatoken_curate.atomic import TEMPORARY, digest
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.manifest import File, Generation, Manifest, Mask
-from alphatoken_curate.schema import IGNORE_INDEX, SIGNALS, STATUSES, TRAIN, VALUES
-from alphatoken_curate.shards import Shard, entries
+from alphatoken_curate.schema import LAYOUTS, SFT, STATUSES, Layout
+from alphatoken_curate.shards import Shard
 
 AGAIN = "delete it and run the command that made it again"
 _FOLDERS = ("values", "train", "artifacts")
-_MEAN = 1e-4
-"""How far the mean of float32 loss weights may be from 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +29,14 @@ class Problem:
     do: str
 
 
-@dataclass(slots=True, kw_only=True)
-class _Total:
-    """What the shards of a generation or mask hold, added up as they are read."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A run folder, what is said of it, its columns, and the files that are `broken` and not read again."""
 
-    rows: int = 0
-    tokens: int = 0
-    response: int = 0
-    kept: int = 0
-    weight: float = 0.0
+    folder: Path
+    stored: Manifest
+    layout: Layout
+    broken: set[str] = field(default_factory=set)
 
 
 def verify(run: str | Path) -> list[Problem]:
@@ -55,20 +49,22 @@ def verify(run: str | Path) -> list[Problem]:
     problems: list[Problem] = []
     try:
         stored = manifest.read(folder)
+        layout = manifest.layout(stored)
     except StoredDataError as error:
         problems.append(Problem(file=manifest.NAME, found=str(error), do="run the same command again to make it anew"))
         try:
             stored = manifest.rebuild(folder)
+            layout = manifest.layout(stored)
         except StoredDataError as also:
             return [*problems, *_each_alone(folder, also), *_strangers(folder, None)]
     problems += _digests(folder, stored)
     if not problems:
         problems += _against_footers(folder, stored)
-    broken = {problem.file for problem in problems}
+    about = _Run(folder=folder, stored=stored, layout=layout, broken={problem.file for problem in problems})
     for generation in stored.generations:
-        problems += _generation(folder, stored, generation, broken)
+        problems += _generation(about, generation)
     for mask in stored.masks:
-        problems += _mask(folder, stored, mask, broken)
+        problems += _mask(about, mask)
     return [*problems, *_card(folder, stored), *_strangers(folder, stored)]
 
 
@@ -109,12 +105,18 @@ def _against_footers(run: Path, stored: Manifest) -> Iterator[Problem]:
 def _each_alone(run: Path, reason: StoredDataError) -> Iterator[Problem]:
     """No manifest and none to be made: each shard by its own footer and checksums."""
     yield Problem(file=".", found=str(reason), do="run the same command again to make what is missing")
-    for pattern, schema in (("values/generation=*/part-*.parquet", VALUES), ("train/mask=*/part-*.parquet", TRAIN)):
-        for path in sorted(run.glob(pattern)):
+    for folder in ("values/generation=*", "train/mask=*"):
+        for path in sorted(run.glob(f"{folder}/part-*.parquet")):
             try:
-                shards.read(path, schema)
+                layout = sealed.opened(path, lambda file: _layout_of(file.schema_arrow))
+                shards.read(path, layout.values if folder.startswith("values") else layout.train)
             except StoredDataError as error:
                 yield Problem(file=path.relative_to(run).as_posix(), found=str(error), do=AGAIN)
+
+
+def _layout_of(schema: pa.Schema) -> Layout:
+    """The layout whose first branch the columns have; nothing else says it of a single file."""
+    return next((one for one in LAYOUTS.values() if f"{one.branches[0]}input_ids" in schema.names), SFT)
 
 
 def _card(run: Path, stored: Manifest) -> Iterator[Problem]:
@@ -139,37 +141,51 @@ def _strangers(run: Path, stored: Manifest | None) -> Iterator[Problem]:
 # ----------------------------------------------------------------------------------------------- what the files hold
 
 
-def _generation(run: Path, stored: Manifest, generation: Generation, broken: set[str]) -> Iterator[Problem]:
-    total, status, whole = _Total(), Counter[str](), True
-    for shard in generation.shards:
-        table, problem = _table(run, shard, VALUES, generation.fingerprint, broken)
+def _generation(run: _Run, generation: Generation) -> Iterator[Problem]:
+    total, status, whole = rules.Total(), Counter[str](), True
+    for index, shard in enumerate(generation.shards):
+        table, problem = _table(run, shard, run.layout.values, generation.fingerprint)
         if table is None:
             whole = False
             total.rows += shard.rows
             yield from problem
             continue
-        yield from (Problem(file=shard.path, found=found, do=AGAIN) for found in _values(table, shard, total))
+        beta = run.stored.settings.get("beta")
+        found = [*rules.values(table, run.layout, shard, total, beta=beta), *_other_rows(run, generation, index, table)]
+        yield from (Problem(file=shard.path, found=what, do=AGAIN) for what in found)
         status.update(table["status"].to_pylist())
-    newest = generation is stored.generations[-1]
-    if whole and newest:
-        counts = stored.counts
-        have = {"read": total.rows, **{name: status[name] for name in STATUSES}}
-        have |= {"tokens": total.tokens, "response_tokens": total.response}
-        for name, number in have.items():
-            if getattr(counts, name) != number:
-                found = f"counts {getattr(counts, name)} {name}, the shards hold {number}"
-                yield Problem(file=manifest.NAME, found=found, do="delete it and run the same command again")
-    if newest and stored.counts.read != sum(getattr(stored.counts, name) for name in STATUSES):
-        found = "rows read are not scored + target + failed + rejected"
-        yield Problem(file=manifest.NAME, found=found, do="delete it and run the same command again")
+    if generation is run.stored.generations[-1]:
+        yield from _wrong_counts(run.stored, total, status if whole else None)
 
 
-def _table(
-    run: Path, shard: Shard, schema: pa.Schema, mark: str, broken: set[str]
-) -> tuple[pa.Table | None, list[Problem]]:
-    if shard.path in broken:
+def _wrong_counts(stored: Manifest, total: rules.Total, status: Counter[str] | None) -> Iterator[Problem]:
+    """Where the manifest's counts differ from those of the newest generation, if all of it was read."""
+    counts, do = stored.counts, "delete it and run the same command again"
+    have: dict[str, int] = {}
+    if status is not None:
+        have = {"read": total.rows, "tokens": total.tokens, "response_tokens": total.response}
+        have |= {name: status[name] for name in STATUSES}
+    for name, number in have.items():
+        if getattr(counts, name) != number:
+            found = f"counts {getattr(counts, name)} {name}, the shards hold {number}"
+            yield Problem(file=manifest.NAME, found=found, do=do)
+    if counts.read != sum(getattr(counts, name) for name in STATUSES):
+        yield Problem(file=manifest.NAME, found="rows read are not scored + target + failed + rejected", do=do)
+
+
+def _other_rows(run: _Run, generation: Generation, index: int, table: pa.Table) -> Iterator[str]:
+    first = run.stored.generations[0]
+    if index >= len(first.shards):
+        yield f"the first generation has {len(first.shards)} shards, and none for these rows"
+    elif generation is not first:
+        rows, _ = _table(run, first.shards[index], run.layout.values, first.fingerprint)
+        yield from () if rows is None else rules.other_rows(table, rows, run.layout)
+
+
+def _table(run: _Run, shard: Shard, schema: pa.Schema, mark: str) -> tuple[pa.Table | None, list[Problem]]:
+    if shard.path in run.broken:
         return None, []
-    path = run / shard.path
+    path = run.folder / shard.path
     try:
         table, footer = shards.read(path, schema), shards.read_footer(path)
     except StoredDataError as error:
@@ -179,103 +195,19 @@ def _table(
     return table, []
 
 
-def _values(table: pa.Table, shard: Shard, total: _Total) -> Iterator[str]:
-    """What is wrong with a values shard, whose first row id is `total.rows`."""
-    ids = table["row_id"].to_numpy()
-    if not np.array_equal(ids, np.arange(total.rows, total.rows + len(ids))):
-        yield f"row ids do not go on one by one from {total.rows}"
-    status = np.array(table["status"].to_pylist(), dtype=object)
-    if unknown := set(status) - set(STATUSES):
-        yield f"status {sorted(unknown)[0]!r} is none of {', '.join(STATUSES)}"
-    response, lengths = entries(table["response"])
-    if not np.array_equal(entries(table["input_ids"])[1], lengths):
-        yield "`response` is not as long as `input_ids`"
-    starts = np.cumsum(lengths) - lengths
-    if response[starts[lengths > 0]].any():
-        yield "`response` is true at index 0"
-    if (len(ids), len(response), int(response.sum())) != (shard.rows, shard.tokens, shard.response_tokens):
-        yield f"{len(ids)} rows, {len(response)} tokens, {int(response.sum())} in responses: not as in the manifest"
-    scored = status == "scored"
-    off = ~response[np.repeat(scored, lengths)]
-    for name in SIGNALS:
-        yield from _signal(table, name, np.where(scored, lengths, 0), off, optional=name == "reference_nll")
-    total.rows += len(ids)
-    total.tokens += len(response)
-    total.response += int(response.sum())
-
-
-def _signal(
-    table: pa.Table, name: str, lengths: NDArray[np.int64], off: NDArray[np.bool_], *, optional: bool
-) -> Iterator[str]:
-    signal, found = entries(table[name])
-    if not np.array_equal(found, lengths):
-        yield f"`{name}` is not as long as `input_ids` for scored rows and empty for the others"
-        return
-    null = pc.is_null(pc.list_flatten(table[name])).to_numpy()
-    if not np.array_equal(null, off) and not (optional and null.all()):
-        yield f"`{name}` is not null exactly off the response"
-    elif not np.isfinite(signal[~null]).all():
-        yield f"`{name}` is not finite everywhere on the response"
-
-
-def _mask(run: Path, stored: Manifest, mask: Mask, broken: set[str]) -> Iterator[Problem]:
-    generation = {one.generation: one for one in stored.generations}.get(
-        mask.generations[-1] if mask.generations else -1
-    )
-    if generation is None or len(generation.shards) != len(mask.shards):
-        found = f"mask {mask.mask} is not made from a generation of the run"
-        yield Problem(file=manifest.NAME, found=found, do="delete it and run the same command again")
-        return
-    total, whole = _Total(), True
-    for shard, source in zip(mask.shards, generation.shards, strict=True):
-        table, problem = _table(run, shard, TRAIN, mask.fingerprint, broken)
-        values, _ = _table(run, source, VALUES, generation.fingerprint, broken)
+def _mask(run: _Run, mask: Mask) -> Iterator[Problem]:
+    sources = [one for one in run.stored.generations if one.generation in mask.generations]
+    totals, whole = [rules.Total() for _ in run.layout.branches], True
+    for index, shard in enumerate(mask.shards):
+        table, problem = _table(run, shard, run.layout.train, mask.fingerprint)
         yield from problem
-        if table is None or values is None:
+        values = [_table(run, one.shards[index], run.layout.values, one.fingerprint)[0] for one in sources]
+        scored = rules.scored_in_all(values)
+        if table is None or scored is None:
             whole = False
             continue
-        scored = values.filter(pc.equal(values["status"], "scored"))
-        yield from (Problem(file=shard.path, found=found, do=AGAIN) for found in _train(table, scored, shard, total))
-    if not whole:
-        return
-    folder = f"train/mask={mask.mask:04d}"
-    if (total.kept, total.response) != (mask.kept_tokens, mask.response_tokens):
-        found = f"{total.kept} of {total.response} tokens kept, not {mask.kept_tokens} of {mask.response_tokens}"
-        yield Problem(file=folder, found=found, do=AGAIN)
-    if total.kept and abs(total.weight / total.kept - 1) > _MEAN:
-        yield Problem(file=folder, found=f"mean loss weight {total.weight / total.kept}, not 1", do=AGAIN)
-
-
-def _train(table: pa.Table, scored: pa.Table, shard: Shard, total: _Total) -> Iterator[str]:
-    """What is wrong with a train shard, beside the scored rows of its values shard."""
-    if not table["row_id"].equals(scored["row_id"]) or not table["input_ids"].equals(scored["input_ids"]):
-        yield "its rows are not the scored rows of the values shard"
-        return
-    ids, lengths = entries(table["input_ids"])
-    columns = {name: entries(table[name]) for name in TRAIN.names if name not in ("row_id", "input_ids")}
-    for name, (_, found) in columns.items():
-        if not np.array_equal(found, lengths):
-            yield f"`{name}` is not as long as `input_ids`"
-            return
-    flat = {name: found for name, (found, _) in columns.items()}
-    response, found_lengths = entries(scored["response"])
-    if not np.array_equal(found_lengths, lengths):
-        return  # reported for the values shard
-    weight = flat["loss_weight"]
-    trains = weight > 0
-    rules = {
-        "`attention_mask` is not 1 everywhere": flat["attention_mask"] == 1,
-        "`loss_weight` is not finite and >= 0 everywhere": np.isfinite(weight) & (weight >= 0),
-        "`loss_weight` is above 0 off the response": response | ~trains,
-        "`loss_mask` is not 1 exactly where `loss_weight` > 0": flat["loss_mask"] == trains,
-        "`labels` are not the tokens where `loss_weight` > 0 and -100 elsewhere": (
-            flat["labels"] == np.where(trains, ids, IGNORE_INDEX)
-        ),
-    }
-    yield from (found for found, holds in rules.items() if not holds.all())
-    yield from _signal(table, "value", lengths, ~response, optional=False)
-    if (table.num_rows, len(ids), int(response.sum())) != (shard.rows, shard.tokens, shard.response_tokens):
-        yield f"{table.num_rows} rows, {len(ids)} tokens: not as the manifest has it"
-    total.kept += int(trains.sum())
-    total.response += int(response.sum())
-    total.weight += float(weight[trains].sum(dtype=np.float64))
+        found = rules.train(table, scored, shard, run.layout, totals)
+        yield from (Problem(file=shard.path, found=what, do=AGAIN) for what in found)
+    if whole:
+        folder = f"train/mask={mask.mask:04d}"
+        yield from (Problem(file=folder, found=what, do=AGAIN) for what in rules.sums(mask, run.layout, totals))

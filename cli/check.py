@@ -31,7 +31,10 @@ def command(ctx: click.Context, /, data: tuple[str, ...], **_: Any) -> None:
     from alphatoken_curate.check import check
 
     found = check(config)
-    click.echo(f"rows             {found.rows_read:>12,}   {found.rows:,} to score, {found.target_rows:,} target")
+    pairs = "; preference pairs" if found.kind == "preference" else ""
+    click.echo(
+        f"rows             {found.rows_read:>12,}   {found.kind}; {found.rows:,} to score, {found.target_rows:,} target"
+    )
     if found.held_out:
         click.echo(f"{'':30}   (the target rows are held out of DATA; see --target)")
     click.echo(f"tokens           {found.tokens:>12,}   longest row {found.longest:,}")

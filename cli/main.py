@@ -17,6 +17,7 @@ from .interrupts import interruptible
 COMMANDS = {
     "check": "Validate rows, count tokens, plan. Loads no model.",
     "score": "Value every response token; write values, a mask and loss weights.",
+    "refresh": "Score the same rows again at a checkpoint, as a new generation.",
     "mask": "Make masks again from stored values. Loads no model.",
     "show": "Show a row's tokens coloured by value.",
     "stats": "Show how values are distributed and what stability changed.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from .options import config_options, read_config
 @config_options(MaskConfig)
 @click.pass_context
 def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
-    """Make a mask again from the values stored in RUN: other shares, scopes, weights or columns. Loads no model.
+    """Make a mask again from the values stored in RUN: other shares, scopes, weights, columns or generations.
 
-    Each choice of settings makes a new, numbered folder below RUN/train; none is ever replaced.
+    Loads no model. Each choice of settings makes a new, numbered folder below RUN/train; none is ever replaced.
     """
     config = read_config(ctx, MaskConfig)
 
@@ -27,10 +28,28 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
 
     made = mask(run, config)
     verb = "Wrote" if made.created else "Already there:"
-    share = made.kept_tokens / max(1, made.response_tokens)
     click.echo(f"{verb} mask {made.mask} in {made.path}/")
-    click.echo(f"  tokens  {made.kept_tokens:,} of {made.response_tokens:,} response tokens kept ({share:.1%})")
-    if made.rows_given_back:
-        click.echo(f"          {made.rows_given_back} rows that would have lost every token got their best one back")
+    for line in summary(made):
+        click.echo(line)
     if not made.newest:
         click.echo("  Readers take the newest mask by default; name this one by its number.")
+
+
+def summary(made: Any) -> Iterator[str]:
+    """Lines that say what a `MaskSummary` keeps, and of what."""
+    yield f"  tokens  {_kept(made)} response tokens kept ({made.kept_tokens / max(1, made.response_tokens):.1%})"
+    if made.branches:
+        yield f"          {', '.join(f'{name} {_kept(counts)}' for name, counts in made.branches.items())} kept"
+    if made.rows_given_back:
+        what = "branches" if made.branches else "rows"
+        yield f"          {made.rows_given_back} {what} that would have lost every token got their best one back"
+    if made.generations != (0,):
+        many = len(made.generations) > 1
+        numbers = ", ".join(map(str, made.generations))
+        yield f"  values  the mean of generations {numbers}" if many else f"  values  generation {numbers}"
+    if made.rows_left_out:
+        yield f"          {made.rows_left_out} rows scored in only some of them were left out"
+
+
+def _kept(counts: Any) -> str:
+    return f"{counts.kept_tokens:,} of {counts.response_tokens:,}"

@@ -23,6 +23,8 @@ _METAVARS = {
     "count": "N",
     "int": "N",
     "float": "X",
+    "positive": "X",
+    "generation": "latest|all|N,M",
 }
 
 

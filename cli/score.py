@@ -9,6 +9,7 @@ import click
 
 from alphatoken_curate.config import ScoreConfig
 
+from .mask import summary
 from .options import config_options, read_config
 
 
@@ -38,10 +39,8 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
         click.echo(f"Wrote {done.run}")
     aside = [f"{n} {word}" for word, n in _aside(counts) if n]
     click.echo(f"  rows    {counts.scored} scored of {counts.read}" + (f" ({', '.join(aside)})" if aside else ""))
-    share = mask.kept_tokens / max(1, mask.response_tokens)
-    click.echo(f"  tokens  {mask.kept_tokens:,} of {mask.response_tokens:,} response tokens kept ({share:.1%})")
-    if mask.rows_given_back:
-        click.echo(f"          {mask.rows_given_back} rows that would have lost every token got their best one back")
+    for line in summary(mask):
+        click.echo(line)
     click.echo(f"  values  {done.run}/values/generation=0/   mask {mask.mask}: {mask.path}/")
     click.echo(
         f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {_first(done)}"

@@ -9,12 +9,13 @@ import click
 
 @click.command(name="stats")
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--generation", type=int, metavar="G", help="The scoring to show. Default: the newest.")
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers as one JSON object with sorted keys.")
-def command(run: Path, as_json: bool) -> None:
+def command(run: Path, generation: int | None, as_json: bool) -> None:
     """Show the run folder RUN in numbers: counts, a histogram of values, component spreads, generations and masks."""
     from alphatoken_curate.stats import stats
 
-    found = stats(run)
+    found = stats(run, generation=generation)
     if as_json:
         from dataclasses import asdict
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,52 +14,93 @@ from alphatoken_curate import card, composite, manifest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.manifest import Facts, Input, Plan
 from alphatoken_curate.remask import make_mask
-from alphatoken_curate.schema import COMPONENTS
-from alphatoken_curate.shards import Footer, ValueRow, shard_name, values_folder, write_values
+from alphatoken_curate.schema import COMPONENTS, LAYOUTS
+from alphatoken_curate.shards import Branch, Footer, ValueRow, shard_name, values_folder, write_values
 
 VOCABULARY = 50
+BETA = 0.1
 FIELDS = {"schema_version": 1, "seed": 3, "input": "sha256:" + "0" * 64}
 
 
-def value_row(row_id: int, length: int, status: str = "scored", *, reference: bool = True, seed: int = 0) -> ValueRow:
-    """A row of `length` tokens whose last half or so responds, in two turns where it is long enough."""
-    rng = np.random.default_rng((seed, row_id))
+def tokens(row_id: int, length: int, number: int = 0) -> Branch:
+    """A sequence of `length` tokens whose last half or so responds, in two turns where it is long enough."""
     response = np.arange(length) >= max(1, length // 2)
     if length > 6:
         response[2] = True
-    scored = status == "scored"
-    signals = {}
-    for name in ("nll", "entropy", *(["reference_nll"] if reference else []), *COMPONENTS) if scored else ():
-        signals[name] = np.where(response, rng.normal(size=length), np.nan).astype(np.float32)
-    if scored:
+    ids = np.random.default_rng((row_id, number)).integers(0, VOCABULARY, length)
+    return Branch(input_ids=ids.astype(np.int32), response=response)
+
+
+def scored(row: ValueRow, *, reference: bool = True, seed: int = 0) -> ValueRow:
+    """The row with signals drawn by the seed: another seed stands for another checkpoint."""
+    branches = []
+    for number, branch in enumerate(row.branches):
+        draws, signals = np.random.default_rng((seed, row.row_id, number)), {}
+        for name in ("nll", "entropy", *(["reference_nll"] if reference else []), *COMPONENTS):
+            drawn = draws.normal(size=len(branch.response))
+            signals[name] = np.where(branch.response, drawn, np.nan).astype(np.float32)
         signals["value"] = composite.value(*(signals[name] for name in COMPONENTS), stability_weight=1.5)
-    empty = status == "rejected"
-    return ValueRow(
+        branches.append(replace(branch, signals=signals))
+    row = replace(row, status="scored", branches=tuple(branches))
+    return row if len(branches) == 1 else paired(row)
+
+
+def paired(row: ValueRow) -> ValueRow:
+    """A scored pair with the margin and omega that its losses make (paper Eq. 14)."""
+    margin = np.float32(BETA * (log_ratio(row.branches[0]) - log_ratio(row.branches[1])))
+    omega = np.float32(BETA * np.exp(-np.logaddexp(0.0, np.float64(margin))))
+    return replace(row, margin=float(margin), omega=float(omega))
+
+
+def value_row(
+    row_id: int, length: int, status: str = "scored", *, reference: bool = True, seed: int = 0, kind: str = "sft"
+) -> ValueRow:
+    """A row of `length` tokens; of a pair, that many in the chosen branch. Only the signals depend on the seed."""
+    lengths = (length, 2 + (length * 3) % 11)[: len(LAYOUTS[kind].branches)]
+    row = ValueRow(
         row_id=row_id,
         source="rows.jsonl",
         line=row_id + 1,
         id=None if row_id % 2 else f"n{row_id}",
         status=status,
-        input_ids=np.empty(0, np.int32) if empty else rng.integers(0, VOCABULARY, length).astype(np.int32),
-        response=np.empty(0, np.bool_) if empty else response,
-        signals=signals,
+        branches=tuple(tokens(row_id, 0 if status == "rejected" else n, i) for i, n in enumerate(lengths)),
     )
+    return scored(row, reference=reference, seed=seed) if status == "scored" else row
 
 
-def value_rows(count: int = 12, *, reference: bool = True, seed: int = 0) -> list[ValueRow]:
-    """Rows of every status: the fourth is rejected, the sixth failed, the eighth held out."""
+def log_ratio(one: Branch) -> float:
+    """Log-probability of the answer under the model less that under the reference; 0 without a reference."""
+    if "reference_nll" not in one.signals:
+        return 0.0
+    return float((one.signals["reference_nll"] - one.signals["nll"])[one.response].sum(dtype=np.float64))
+
+
+def value_rows(count: int = 12, *, reference: bool = True, seed: int = 0, kind: str = "sft") -> list[ValueRow]:
+    """Rows of every status: the fourth is rejected, the sixth failed, the eighth held out.
+
+    Another seed gives other signals of the same tokens, as another checkpoint does.
+    """
     odd = {3: "rejected", 5: "failed", 7: "target"}
-    return [value_row(i, 2 + (i * 5) % 11, odd.get(i, "scored"), reference=reference, seed=seed) for i in range(count)]
+    return [
+        value_row(i, 2 + (i * 5) % 11, odd.get(i, "scored"), reference=reference, seed=seed, kind=kind)
+        for i in range(count)
+    ]
 
 
-def facts(rows: int) -> Facts:
+def kind_of(rows: list[ValueRow]) -> str:
+    """`sft` or `preference`."""
+    return "preference" if any(len(row.branches) == 2 for row in rows) else "sft"
+
+
+def facts(rows: int, kind: str = "sft", checkpoint: str = "base") -> Facts:
     """Facts of a run of one input file."""
+    settings = {"kind": kind, "estimator": "published", "stability_weight": 1.5, "data": ["rows.jsonl"]}
     return Facts(
         inputs=(Input(source="rows.jsonl", digest="sha256:" + "0" * 64, bytes=100, rows=rows),),
         digests={"model": "sha256:" + "1" * 64, "reference": None},
-        settings={"estimator": "published", "stability_weight": 1.5, "data": ["rows.jsonl"]},
+        settings=settings | ({"beta": BETA} if kind == "preference" else {}),
         versions={"alphatoken-curate": "0", "numpy": np.__version__},
-        checkpoint="base",
+        checkpoint=checkpoint,
         plan=Plan(batch_tokens=4096, halvings=1),
         truncated_rows=1,
         truncated_tokens=7,
@@ -67,11 +110,13 @@ def facts(rows: int) -> Facts:
 def write_generation(
     run: Path, rows: list[ValueRow], per_shard: int = 5, number: int = 0, read: int | None = None
 ) -> None:
-    """values/ of these rows, of `read` in the input (default: all of them)."""
-    metadata = Footer(fields={**FIELDS, "generation": number}, facts=facts(read or len(rows)).as_json())
+    """values/ of these rows (of either kind), of `read` in the input (default: all of them), at checkpoint-NUMBER."""
+    kind = kind_of(rows)
+    told = facts(read or len(rows), kind, f"checkpoint-{number}" if number else "base")
+    metadata = Footer(fields={**FIELDS, "kind": kind, "generation": number}, facts=told.as_json())
     for index, start in enumerate(range(0, len(rows), per_shard)):
         path = values_folder(run, number) / shard_name(index)
-        write_values(path, rows[start : start + per_shard], metadata)
+        write_values(path, rows[start : start + per_shard], metadata, LAYOUTS[kind])
 
 
 def write_vocabulary(run: Path) -> None:
@@ -85,10 +130,23 @@ def write_vocabulary(run: Path) -> None:
 
 
 def small_run(
-    run: Path, rows: list[ValueRow] | None = None, *, config: MaskConfig | None = None, per_shard: int = 5
+    run: Path,
+    rows: list[ValueRow] | None = None,
+    *,
+    config: MaskConfig | None = None,
+    per_shard: int = 5,
+    kind: str = "sft",
+    generations: Sequence[int] = (0,),
 ) -> Path:
-    """A whole run with one mask; returns its folder."""
-    write_generation(run, value_rows() if rows is None else rows, per_shard)
+    """A whole run with one mask of its newest generation; returns its folder.
+
+    `rows` (default: `value_rows` of `kind`) are those of the first generation; the others hold the same rows with the
+    signals of another seed, the number of the generation.
+    """
+    first = value_rows(kind=kind) if rows is None else rows
+    for place, number in enumerate(generations):
+        again = [scored(row, seed=number) if row.status == "scored" else row for row in first]
+        write_generation(run, again if place else first, per_shard, number)
     write_vocabulary(run)
     (run / "config.yaml").write_text("keep: 0.5\n")
     (run / "rejects.jsonl").write_text("{}\n")

@@ -10,19 +10,25 @@ from safetensors.torch import save_file
 from alphatoken_curate import StoredDataError, artifacts
 from alphatoken_curate.artifacts import Store
 
-FIELDS: dict[str, Any] = {
-    name: 0
-    for name in (
-        *("schema_version", "dtype", "layers", "model", "reference", "target", "target_rows", "estimator", "tokens"),
-        *("seed", "fisher", "fisher_rows", "rows_per_shard", "window", "stability_weight"),
-    )
+TRAINING = {"model", "reference", "layers", "kind", "beta", "tokens", "seed"}
+SAMPLES = {
+    *("reference", "fisher", "fisher_rows", "fisher_prompts", "fisher_new_tokens", "prompt_tokens", "tokens", "seed")
 }
-NAMES = {
-    artifacts.TARGET: {"model", "target", "target_rows", "estimator", "tokens", "seed"},
-    artifacts.FISHER: {"reference", "fisher", "fisher_rows", "tokens", "seed"},
-    artifacts.REFERENCE: {"reference"},
-    artifacts.reference_nll(3): {"reference", "tokens", "rows_per_shard"},
+DEPENDS = {
+    artifacts.TARGET: {
+        *("model", "layers", "target", "target_rows", "target_tokens", "estimator", "tokens", "seed"),
+    },
+    artifacts.RETENTION: {"model", "layers", "retention", "retention_tokens"},
+    artifacts.LOOKAHEAD: TRAINING | {"lookahead_rows"},
+    artifacts.PRECONDITION: TRAINING | {"precondition", "precondition_rows"},
+    artifacts.FISHER: SAMPLES | {"layers"},
+    artifacts.FISHER_SAMPLES: SAMPLES,
+    artifacts.REFERENCE: {"reference", "layers"},
+    artifacts.REFERENCE_NLL: {"reference", "tokens", "rows_per_shard"},
 }
+FIELDS: dict[str, Any] = dict.fromkeys(
+    {*set().union(*DEPENDS.values()), "schema_version", "dtype", "window", "stability_weight"}, 0
+)
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -41,7 +47,7 @@ def store(tmp_path: Path) -> Store:
     return Store(folder=tmp_path, fields=FIELDS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DEPENDS)
 def test_what_is_saved_is_loaded(name: str, store: Store) -> None:
     assert store.load(name) is None and not store.has(name)
     store.save(name, tensors())
@@ -56,14 +62,14 @@ def test_the_same_tensors_and_fields_give_the_same_bytes(store: Store, tmp_path:
     written = set()
     for order in [1, -1] * 10:
         store.save(artifacts.FISHER, dict(list(tensors().items())[::order]))
-        written.add((tmp_path / artifacts.FISHER).read_bytes())
+        written.add(store.path(artifacts.FISHER).read_bytes())
     assert len(written) == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DEPENDS)
 def test_an_artefact_of_other_making_is_made_again(name: str, store: Store, tmp_path: Path) -> None:
     store.save(name, tensors())
-    decisive = NAMES[name] | {"schema_version", "dtype", "layers"}
+    decisive = DEPENDS[name] | {"schema_version", "dtype"}
     for field in FIELDS:
         other = Store(folder=tmp_path, fields=FIELDS | {field: 1})
         assert other.has(name) == (field not in decisive), field
@@ -76,7 +82,7 @@ def test_an_artefact_that_should_be_there(store: Store) -> None:
 
 def test_every_flipped_bit_is_seen(store: Store, tmp_path: Path) -> None:
     store.save(artifacts.FISHER, tensors())
-    path = tmp_path / artifacts.FISHER
+    path = store.path(artifacts.FISHER)
     good = path.read_bytes()
     for place in range(len(good)):
         path.write_bytes(good[:place] + bytes([good[place] ^ (1 << place % 8)]) + good[place + 1 :])
@@ -90,7 +96,7 @@ def test_every_flipped_bit_is_seen(store: Store, tmp_path: Path) -> None:
 
 def test_cut_and_foreign_files_are_refused(store: Store, tmp_path: Path) -> None:
     store.save(artifacts.FISHER, tensors())
-    path = tmp_path / artifacts.FISHER
+    path = store.path(artifacts.FISHER)
     good = path.read_bytes()
     for length in (0, 1, 8, 100, len(good) - 1):
         path.write_bytes(good[:length])
@@ -100,3 +106,25 @@ def test_cut_and_foreign_files_are_refused(store: Store, tmp_path: Path) -> None
         save_file({"x": torch.zeros(2)}, path, metadata=metadata)
         with pytest.raises(StoredDataError, match="damaged"):
             store.load(artifacts.FISHER)
+
+
+def test_what_depends_on_the_model_is_kept_for_each_generation(store: Store, tmp_path: Path) -> None:
+    later = Store(folder=tmp_path, fields=FIELDS, generation=2)
+    for kind, depends in DEPENDS.items():
+        store.save(kind, tensors())
+        assert later.has(kind) == ("model" not in depends), kind
+    assert later.path(artifacts.TARGET).name == "target-00002.safetensors"
+    assert later.path(artifacts.REFERENCE_NLL, 3).name == "reference_nll-00003.safetensors"
+
+
+def test_what_another_run_made_is_taken_over(tmp_path: Path) -> None:
+    other = Store(folder=tmp_path / "other", fields=FIELDS, generation=4)
+    for kind in DEPENDS:
+        other.save(kind, {"x": torch.full((2,), 3.0)}, 1)
+    mine = Store(folder=tmp_path / "mine", fields=FIELDS, reuse=other.folder)
+    for kind in DEPENDS:
+        assert mine.load(kind, part=1) is None and mine.has(kind, 1)
+        assert torch.equal(mine.require(kind, part=1)["x"], torch.full((2,), 3.0))
+        assert mine.path(kind, 1).is_file()
+    strange = Store(folder=tmp_path / "strange", fields=FIELDS | {"seed": 1}, reuse=other.folder)
+    assert {kind for kind in DEPENDS if strange.has(kind, 1)} == {k for k, d in DEPENDS.items() if "seed" not in d}

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_run import small_run
+from small_run import small_run, value_rows, write_generation
 
 from alphatoken_curate import card, manifest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.remask import make_mask
-from alphatoken_curate.schema import TRAIN, VALUES
+from alphatoken_curate.schema import LAYOUTS
 
 
 @pytest.fixture
@@ -18,19 +18,22 @@ def run(tmp_path: Path) -> Path:
     return small_run(tmp_path / "a")
 
 
-def test_load_dataset_reads_the_folder_offline(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", list(LAYOUTS))
+def test_load_dataset_reads_the_folder_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
+    run, layout = small_run(tmp_path / "a", kind=kind), LAYOUTS[kind]
     made = make_mask(run, MaskConfig(keep=0.2))
     card.write(run, manifest.read(run))
     cache = str(tmp_path / "cache")
     train = datasets.load_dataset(str(run), split="train", cache_dir=cache)
-    assert train.column_names == TRAIN.names
-    assert sum(map(sum, train["loss_mask"])) == made.kept_tokens  # the newest mask alone
+    assert train.column_names == layout.train.names
+    kept = sum(sum(map(sum, train[prefix + "loss_mask"])) for prefix in layout.branches)
+    assert kept == made.kept_tokens  # the newest mask alone
     assert train.num_rows == made.rows
     values = datasets.load_dataset(str(run), "values", split="train", cache_dir=cache)
-    assert values.column_names == VALUES.names and values["row_id"][:] == list(range(12))
+    assert values.column_names == layout.values.names and values["row_id"][:] == list(range(12))
     assert datasets.get_dataset_config_names(str(run)) == ["train", "values"]
 
 
@@ -42,6 +45,24 @@ def test_the_front_matter_names_the_newest(run: Path) -> None:
         ("train", True, "train/mask=0001/part-*.parquet"),
         ("values", None, "values/generation=0/part-*.parquet"),
     ]
+
+
+def test_generations_and_masks_are_listed(tmp_path: Path) -> None:
+    run = small_run(tmp_path, generations=(0, 3), config=MaskConfig(generation="all"))
+    made = make_mask(run, MaskConfig(generation="0"))
+    text = card.render(manifest.read(run))
+    assert (
+        'generation 0: checkpoint "base"\ngeneration 3: checkpoint "checkpoint-3"\nmask 0: mean of generations 0, 3; '
+        in text
+    )
+    assert f"\nmask 1: generation 0; {made.kept_tokens} of {made.response_tokens} response tokens train (" in text
+    assert 'path: "values/generation=3/part-*.parquet"' in text
+
+
+def test_a_new_generation_makes_it_old(run: Path) -> None:
+    write_generation(run, value_rows(seed=1), number=3)
+    manifest.write(run, manifest.rebuild(run))
+    assert not card.is_current(run, manifest.read(run))
 
 
 def test_before_the_first_mask_values_are_the_default(run: Path) -> None:
@@ -62,21 +83,25 @@ def test_a_card_is_current_until_a_newer_mask(run: Path) -> None:
     assert card.is_current(run, manifest.read(run))
 
 
-def test_it_has_counts_columns_with_units_and_settings(run: Path) -> None:
-    text = (run / "README.md").read_text()
-    for schema in (TRAIN, VALUES):
+@pytest.mark.parametrize("kind", list(LAYOUTS))
+def test_it_has_counts_columns_with_units_and_settings(tmp_path: Path, kind: str) -> None:
+    text = (small_run(tmp_path, kind=kind) / "README.md").read_text()
+    for schema in (LAYOUTS[kind].train, LAYOUTS[kind].values):
         for column in schema:
             units = column.metadata[b"units"].decode()
             assert any(f"`{column.name}`" in line and f"| {units} |" in line for line in text.splitlines())
     assert "| rows read | 12 |" in text and "| rows rejected | 1 |" in text
     assert '"estimator": "published"' in text and "load_dataset" in text and "read_parquet" in text
     assert "\\|" in text  # the `scored | target | ...` of a meaning stays in its cell
+    assert ("A row is a pair of answers" in text) == ("`omega` = beta sigmoid(-margin)" in text) == (kind != "sft")
 
 
-def test_settings_cannot_become_markdown(run: Path) -> None:
+def test_names_cannot_become_markdown(run: Path) -> None:
     stored = manifest.read(run)
     nasty = "x\n```\n---\n<script>"
-    stored = replace(stored, settings={"by": nasty}, versions={nasty: "1"})
-    text = card.render(stored)
-    assert text.count("\n```\n") == card.render(manifest.read(run)).count("\n```\n")
+    generations = tuple(replace(one, checkpoint=nasty) for one in stored.generations)
+    settings = {**stored.settings, "by": nasty}
+    text = card.render(replace(stored, settings=settings, versions={nasty: "1"}, generations=generations))
+    assert text.count("\n```\n") == card.render(stored).count("\n```\n")
+    assert text.count("\n```") == card.render(stored).count("\n```")
     assert len(text.split("\n---\n")) == 2

@@ -21,9 +21,12 @@ from alphatoken_curate.cli.stats import command as stats
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.remask import make_mask
-from alphatoken_curate.row_view import read_row
+from alphatoken_curate.row_view import BranchView, read_row
 from alphatoken_curate.schema import SIGNALS
 from alphatoken_curate.stats import stats as compute
+
+COLOUR = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+BRANCHES = ("chosen", "rejected")
 
 
 @pytest.fixture
@@ -31,23 +34,95 @@ def run(tmp_path: Path) -> Path:
     return small_run(tmp_path / "run", value_rows(30))
 
 
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return small_run(tmp_path / "pairs", kind="preference", generations=(0, 2))
+
+
 def invoke(command: Any, *arguments: object, **env: str | None) -> Result:
     surroundings = {"COLUMNS": "80", "NO_COLOR": None, "FORCE_COLOR": None, "COLORTERM": None, **env}
     return CliRunner().invoke(command, list(map(str, arguments)), env=surroundings)
 
 
-COLOUR = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
-
-
 def test_show_without_a_terminal_is_plain(run: Path) -> None:
     result = invoke(show, run, "--row", 0)
     assert result.exit_code == 0
-    view = read_row(run, row=0)
     assert result.output.startswith("row 0 · scored · rows.jsonl:1 · id n0\n")
     assert "\x1b" not in result.output
-    for at in np.flatnonzero(view.response):
-        cell = f"<{view.token_ids[at]}>:{view.signals['value'][at]:+.2f}"[: len(f"<{view.token_ids[at]}>:+0")]
-        assert (cell if view.kept[at] else f"~{cell}") in result.output
+    has_values(result.output, read_row(run, row=0).branches[0])
+
+
+def has_values(output: str, branch: BranchView) -> None:
+    for at in np.flatnonzero(branch.response):
+        number = branch.token_ids[at]
+        cell = f"<{number}>:{branch.signals['value'][at]:+.2f}"[: len(f"<{number}>:+0")]
+        assert (cell if branch.kept[at] else f"~{cell}") in output
+
+
+def test_show_has_both_branches_of_a_pair_one_after_the_other(pairs: Path) -> None:
+    out = invoke(show, pairs, "--row", 1).output
+    view = read_row(pairs, row=1)
+    title, chosen, rejected = re.split(r"\n(?:chosen|rejected) · ", out)
+    flowed = " ".join(title.split())
+    assert f"margin {view.margin:+.3g} nats: the model prefers chosen to rejected" in flowed
+    assert f"omega {view.omega:.3g}: the weight of the pair" in flowed
+    for text, branch in ((chosen, view.branches[0]), (rejected, view.branches[1])):
+        assert text.startswith(f"{len(branch.token_ids)} tokens, {branch.response.sum()} in the response; mask 0 keeps")
+        has_values(text, branch)
+    assert out.count("Each response token is") == 1
+    assert "\n\n\n" not in out
+
+
+@pytest.mark.parametrize("more", [[], ["--tokens"]])
+@pytest.mark.parametrize("env", [{}, COLOUR])
+def test_show_one_branch(pairs: Path, more: list[str], env: dict[str, str]) -> None:
+    outputs = {name: invoke(show, pairs, "--row", 1, "--branch", name, *more, **env).output for name in BRANCHES}
+    plain = {name: re.sub(r"\x1b\[[0-9;]*m", "", out) for name, out in outputs.items()}
+    assert ["\nchosen ·" in out for out in plain.values()] == [True, False]
+    assert ["\nrejected ·" in out for out in plain.values()] == [False, True]
+    both = re.sub(r"\x1b\[[0-9;]*m", "", invoke(show, pairs, "--row", 1, *more, **env).output)
+    for name in BRANCHES:
+        body = plain[name][plain[name].index(f"\n{name} ·") :].split("\nvalue and its parts")[0].rstrip()
+        assert body in both
+
+
+def test_show_a_branch_of_a_row_without_any_is_refused(run: Path, pairs: Path) -> None:
+    assert isinstance(invoke(show, run, "--row", 0, "--branch", "chosen").exception, UsageError)
+    assert invoke(show, pairs, "--row", 0, "--branch", "both").exit_code == 2
+
+
+def test_show_tables_of_both_branches(pairs: Path) -> None:
+    out = invoke(show, pairs, "--row", 8, "--tokens", COLUMNS="40").output
+    for branch, part in zip(
+        read_row(pairs, row=8).branches, re.split(r"\n(?:chosen|rejected) · ", out)[1:], strict=True
+    ):
+        lines = part.split("\n\n")[1].splitlines()
+        assert len(lines) == 2 + branch.response.sum()
+        assert len(lines[-1].split()) == 4 + len(SIGNALS) - 2
+        assert lines[-1].split()[0] == str(np.flatnonzero(branch.response)[-1])
+    assert out.count("value and its parts in nats") == 1
+
+
+def test_show_and_stats_of_one_generation(pairs: Path) -> None:
+    newest, first = (invoke(show, pairs, "--row", 6, "--generation", number).output for number in (2, 0))
+    assert newest == invoke(show, pairs, "--row", 6).output
+    assert "\ngeneration 2, at checkpoint-2\n" in newest
+    assert "\ngeneration 0, at base; mask 0 is made from generation 2\n" in first
+    has_values(first, read_row(pairs, row=6, generation=0).branches[1])
+    for command, more in ((show, ["--row", 6]), (stats, [])):
+        result = invoke(command, pairs, *more, "--generation", 1)
+        assert "has no generation 1; it has 0, 2" in str(result.exception)
+    assert orjson.loads(invoke(stats, pairs, "--json", "--generation", 0).output)["generation"] == 0
+    assert "value of generation 0," in invoke(stats, pairs, "--generation", 0).output
+
+
+@pytest.mark.parametrize("row", [3, 5, 7])
+def test_show_pairs_without_values(pairs: Path, row: int) -> None:
+    out = invoke(show, pairs, "--row", row, "--tokens").output
+    view = read_row(pairs, row=row)
+    assert out.count(" in the response") == (0 if row == 3 else 2)
+    for branch in view.branches:
+        assert "".join(branch.texts) in out
 
 
 def test_show_on_a_terminal_of_256_colours(run: Path) -> None:
@@ -65,7 +140,8 @@ def test_show_without_a_palette_writes_numbers(run: Path, env: dict[str, str]) -
 
 
 def test_show_any_column_and_by_id(run: Path) -> None:
-    outputs = {name: invoke(show, run, "--id", "n6", "--column", name).output for name in (*SIGNALS, "loss_weight")}
+    columns = [*(name for name in SIGNALS if not name.startswith("drift")), "loss_weight"]
+    outputs = {name: invoke(show, run, "--id", "n6", "--column", name).output for name in columns}
     assert len(set(outputs.values())) == len(outputs)
     for name, out in outputs.items():
         assert out.startswith("row 6 ")
@@ -75,16 +151,19 @@ def test_show_any_column_and_by_id(run: Path) -> None:
 def test_show_tokens_through_a_pipe_leaves_nothing_out(run: Path) -> None:
     out = invoke(show, run, "--row", 8, "--tokens", COLUMNS="40").output
     lines = out.split("\n\n")[1].splitlines()
-    view = read_row(run, row=8)
-    assert len(lines) == 2 + view.response.sum()
-    assert len(lines[-1].split()) == 4 + len(SIGNALS)
+    (branch,) = read_row(run, row=8).branches
+    assert len(lines) == 2 + branch.response.sum()
+    # The drift was not computed beside stability.
+    assert len(lines[-1].split()) == 4 + len(SIGNALS) - 2
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("more", [[], ["--tokens"]])
-def test_show_fits_its_terminal(run: Path, width: int, more: list[str]) -> None:
-    out = invoke(show, run, "--row", 9, *more, COLUMNS=str(width), FORCE_COLOR="1", TERM="xterm", NO_COLOR="1").output
-    assert max(map(cell_len, re.sub(r"\x1b\[[0-9;]*m", "", out).splitlines())) <= width
+def test_show_fits_its_terminal(run: Path, pairs: Path, width: int, more: list[str]) -> None:
+    env = {"COLUMNS": str(width), "FORCE_COLOR": "1", "TERM": "xterm", "NO_COLOR": "1"}
+    for folder in (run, pairs):
+        out = invoke(show, folder, "--row", 9, *more, **env).output
+        assert max(map(cell_len, re.sub(r"\x1b\[[0-9;]*m", "", out).splitlines())) <= width
 
 
 @pytest.mark.parametrize(("row", "told"), [(3, "Refused"), (5, "Failed"), (7, "Held out")])
@@ -112,12 +191,13 @@ def test_help_names_every_column_and_imports_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_stats_json_is_what_the_library_computes(run: Path) -> None:
-    result = invoke(stats, run, "--json")
-    assert result.exit_code == 0
-    found = orjson.loads(result.output)
-    assert found == orjson.loads(orjson.dumps(compute(run)))
-    assert list(found) == sorted(found)
+def test_stats_json_is_what_the_library_computes(run: Path, pairs: Path) -> None:
+    for folder in (run, pairs):
+        result = invoke(stats, folder, "--json")
+        assert result.exit_code == 0
+        found = orjson.loads(result.output)
+        assert found == orjson.loads(orjson.dumps(compute(folder)))
+        assert list(found) == sorted(found)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -136,6 +216,25 @@ def test_stats_fit_and_tell_everything(run: Path, width: int) -> None:
     assert f"--stability-scale rms {rms} " in flowed
     assert "keep 0.2, scope global" in flowed
     assert "Stability is 0" not in flowed
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_stats_of_pairs_fit_and_tell_everything(pairs: Path, width: int) -> None:
+    out = invoke(stats, pairs, COLUMNS=str(width)).output
+    found = compute(pairs)
+    assert max(map(cell_len, out.splitlines())) <= width
+    flowed = " ".join(out.split())
+    for name, branch in found.branches.items():
+        assert f"{name} {branch.kept_tokens} of {branch.scored_tokens} ({branch.kept_share:.1%})" in flowed
+    assert found.pairs is not None
+    assert found.pairs.margin is not None
+    assert f"mean margin {found.pairs.margin:+.3g} nats" in flowed
+    for one in found.generations:
+        assert f" {one.rms['stability']:.3g}" in out.split("spread of each generation")[1]
+    assert (
+        f"decisions of mask 0 from generation 2 ({found.decisions_changed['none'] / found.decided_tokens:.1%})"
+        in flowed
+    )
 
 
 def test_stats_bars_count_tokens_and_show_every_kept_and_dropped_one(run: Path) -> None:

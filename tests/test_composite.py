@@ -9,12 +9,17 @@ from hypothesis import strategies as st
 
 from alphatoken_curate import composite
 from alphatoken_curate.composite import Scales
+from alphatoken_curate.schema import COMPONENTS
 
 FINITE = st.floats(-1e6, 1e6, width=32)
 
 
 def arrays(*rows: list[float]) -> list[np.ndarray]:
     return [np.array(row, np.float32) for row in rows]
+
+
+def named(parts: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(zip(COMPONENTS, parts, strict=True))
 
 
 def test_value_is_equation_12_and_float32() -> None:
@@ -45,10 +50,17 @@ def test_rms_ignores_nulls_and_has_no_overflow() -> None:
     assert composite.rms(np.array([1e300, 1e300])) == pytest.approx(1e300)
 
 
+@given(st.lists(st.lists(FINITE, max_size=8), max_size=4))
+def test_rms_of_several_arrays_is_that_of_all_entries(parts: list[list[float]]) -> None:
+    entries = [float(np.float32(x)) for part in parts for x in part]
+    want = math.sqrt(math.fsum(x * x for x in entries) / len(entries)) if entries else 0.0
+    assert composite.rms(*arrays(*parts)) == pytest.approx(want, rel=1e-9, abs=1e-150)
+
+
 def test_objective_scales_make_both_objectives_rms_1() -> None:
     rng = np.random.default_rng(0)
     parts = [rng.normal(scale=s, size=500).astype(np.float32) for s in (1, 2, 1e-6, 3e-6)]
-    scales = composite.objective_scales(*parts)
+    scales = composite.objective_scales(named(parts))
     zero = np.zeros(500, np.float32)
     adaptation = composite.value(parts[0], parts[1], zero, zero, stability_weight=1, scales=scales)
     stability = composite.value(zero, zero, parts[2], parts[3], stability_weight=1, scales=scales)
@@ -58,12 +70,23 @@ def test_objective_scales_make_both_objectives_rms_1() -> None:
 
 def test_an_objective_of_zeros_is_left_alone() -> None:
     parts = arrays([2, 2], [0, 0], [0, 0], [0, 0])
-    assert composite.objective_scales(*parts) == Scales(adaptation=2.0, stability=1.0)
+    assert composite.objective_scales(named(parts)) == Scales(adaptation=2.0, stability=1.0)
     cancelling = arrays([0, 0], [0, 0], [3, -3], [-3, 3])
-    assert composite.objective_scales(*cancelling) == Scales()
+    assert composite.objective_scales(named(cancelling)) == Scales()
+
+
+def test_scales_are_those_of_all_branches_together() -> None:
+    rng = np.random.default_rng(1)
+    whole = [rng.normal(scale=s, size=90).astype(np.float32) for s in (1, 2, 3, 4)]
+    whole = [part * np.where(np.arange(90) < 20, 1, 7).astype(np.float32) for part in whole]
+    halves = named([part[:20] for part in whole]), named([part[20:] for part in whole])
+    got, want = composite.objective_scales(*halves), composite.objective_scales(named(whole))
+    assert got.adaptation == pytest.approx(want.adaptation, rel=1e-12)
+    assert got.stability == pytest.approx(want.stability, rel=1e-12)
+    assert got != composite.objective_scales(halves[0])
+    assert composite.spreads(*halves) == pytest.approx(composite.spreads(named(whole)), rel=1e-12)
 
 
 def test_spreads_are_the_rms_of_each_component() -> None:
-    names = ("adapt_direct", "adapt_causal", "stab_direct", "stab_causal")
-    parts = dict(zip(names, arrays([1, -1], [2, 2], [0, 0], [np.nan, 5]), strict=True))
-    assert composite.spreads(parts) == {"adapt_direct": 1, "adapt_causal": 2, "stab_direct": 0, "stab_causal": 5}
+    parts = named(arrays([1, -1], [2, 2], [0, 0], [np.nan, 5]))
+    assert list(composite.spreads(parts).items()) == list(zip(COMPONENTS, (1, 2, 0, 5), strict=True))

@@ -21,7 +21,8 @@ from alphatoken_curate.config import checked, load_settings
 METHOD_FLAGS = {
     "model", "reference", "target", "target_rows", "estimator", "layers", "window", "stability_weight",
     "stability_scale", "fisher", "fisher_rows", "keep", "scope", "weights", "by", "max_length", "rows_per_shard",
-    "batch_tokens", "dtype", "device", "seed", "turns", "allow_empty_rows", "trust_remote_code",
+    "batch_tokens", "dtype", "device", "seed", "turns", "allow_empty_rows", "trust_remote_code", "drift", "retention",
+    "precondition", "beta", "generation", "aggregate",
 }  # fmt: skip
 
 BAD: list[tuple[str, Any]] = [
@@ -42,6 +43,20 @@ BAD: list[tuple[str, Any]] = [
     *(("window", value) for value in (0, None)),
     *(("fisher", value) for value in ("", None)),
     *(("fisher_rows", value) for value in (0, None)),
+    *(("fisher_new_tokens", value) for value in (0, None)),
+    *(("fisher_prompts", value) for value in ("", 3)),
+    *(("drift", value) for value in ("none", 3)),
+    *(("lookahead_lr", value) for value in (0, -1, "inf", "fast")),
+    *(("lookahead_rows", value) for value in (0, None)),
+    *(("retention", value) for value in ("", ["a"])),
+    *(("precondition", value) for value in ("shampoo", None)),
+    *(("precondition_rows", value) for value in (0, None)),
+    *(("precondition_eps", value) for value in (0, -1e-8, None)),
+    *(("precondition_damping", value) for value in (0, "x", None)),
+    *(("precondition_stability", value) for value in ("yes", None)),
+    *(("beta", value) for value in (0, -0.1, True, None)),
+    *(("generation", value) for value in ("newest", "", "1,", "-1", "1;2", -1, True, None)),
+    *(("aggregate", value) for value in ("sum", None)),
     *(("turns", value) for value in ("first", None)),
     *(("max_length", value) for value in (0, 10**30)),
     *(("rows_per_shard", value) for value in (0, "1e3")),
@@ -63,7 +78,7 @@ def test_every_setting_says_what_it_is() -> None:
         assert re.match(r"[A-Z`]", text) and text.endswith(".") and len(text) > 15, item.name
         assert item.metadata["kind"], item.name
         if item.metadata["choices"]:
-            assert item.default in item.metadata["choices"], item.name
+            assert item.default in (None, *item.metadata["choices"]), item.name
 
 
 def test_flags_yaml_keys_and_python_fields_are_the_same() -> None:
@@ -236,3 +251,22 @@ def test_settings_survive_the_yaml_they_are_written_to(
     stored = {item.name: getattr(made, item.name) for item in fields(ScoreConfig)} | {"data": list(made.data)}
     text = yaml.safe_dump(stored, sort_keys=True, allow_unicode=True)
     assert checked(ScoreConfig, settings_of(tmp_path_factory.getbasetemp(), text), "there") == made
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"drift": "lookahead"}, "--lookahead-lr"),
+        ({"lookahead_lr": 1e-4}, "--drift lookahead"),
+        ({"fisher_prompts": "p.jsonl"}, "--fisher generate"),
+        ({"precondition_stability": True}, "--precondition adam"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        score_config(**settings)
+
+
+def test_generations_are_numbers_in_order_each_once() -> None:
+    assert MaskConfig(generation="3, 1,3").generation == "1,3"
+    assert MaskConfig(generation=2).generation == "2"  # type: ignore[arg-type]

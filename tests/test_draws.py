@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from alphatoken_curate.draws import _mix, keyed_uniform
+from alphatoken_curate.draws import _mix, inverse_transform, keyed_uniform
 
 
 def test_the_draws_are_what_they_have_always_been() -> None:
@@ -69,3 +70,21 @@ def test_streams_of_other_seeds_and_keys_are_unrelated() -> None:
     for shift in (1, 2, 3):  # a seed is no offset of the rows, nor a row of the positions
         assert np.abs(keyed_uniform(0, index + shift, 0) - keyed_uniform(shift, index, 0)).min() > 0
         assert not np.intersect1d(keyed_uniform(0, index, shift), keyed_uniform(0, index, 0)).size
+
+
+def test_a_token_is_the_first_whose_cumulative_probability_exceeds_the_draw() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.25, 0.0], dtype=torch.float64)
+    uniforms = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 1 - 2.0**-53], dtype=torch.float64)
+    wanted = [1, 1, 2, 2, 4, 4]
+    found = inverse_transform(probabilities.expand(6, 6), uniforms)
+    assert found.tolist() == wanted and found.dtype is torch.int64
+    scaled = inverse_transform(probabilities.expand(6, 6) * 3, uniforms)
+    assert scaled.tolist() == wanted, "they need not add up to 1"
+    assert inverse_transform(probabilities.float().expand(6, 6), uniforms).tolist() == wanted
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20), st.floats(0, 1, exclude_max=True))
+def test_a_token_that_cannot_be_is_never_drawn(weights: list[float], uniform: float) -> None:
+    assume(sum(weights))
+    drawn = inverse_transform(torch.tensor([weights]), torch.tensor([uniform], dtype=torch.float64)).item()
+    assert weights[int(drawn)] > 0

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import oracles
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,6 +14,7 @@ from alphatoken_curate.drift import checked_weights, drift_direction, read_direc
 from alphatoken_curate.errors import ModelError, UsageError
 from alphatoken_curate.paths import PathScorer
 from alphatoken_curate.plan import collate
+from alphatoken_curate.target import target_gradient
 
 
 def ones(scoring: ScoringModel) -> list[torch.Tensor]:
@@ -33,6 +36,38 @@ def test_an_unmoved_model_has_stability_exactly_zero() -> None:
         found = PathScorer(scoring, [direction], estimator, 4).score(collate(tiny_rows(), range(6)))  # type: ignore[arg-type]
         assert not found.direct.any()
         assert not found.causal.any()
+
+
+@pytest.mark.usefixtures("all_float64")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_lookahead_is_the_drift_after_a_step_of_gradient_descent(family: str, moved: bool) -> None:
+    """The step is really taken, on a copy, by autograd and an optimizer."""
+    lr, layers, rows = 0.05, 3, tiny_rows()
+    scoring = ScoringModel(tiny_model(family), layers)
+    reference = [m.weight.clone() for m in ScoringModel(tiny_model(family, seed=9 if moved else 0), layers).maps]
+    fisher = [torch.rand_like(m.weight) for m in scoring.maps]
+    gradient = target_gradient(scoring, [collate(rows, [0, 1, 2]), collate(rows, [3, 4, 5])], all_positions=True)
+    found = drift_direction(scoring, fisher, reference, [lr * g for g in gradient])
+
+    stepped = oracles.eager(tiny_model(family))
+    maps = oracles.linear_maps(stepped, layers)
+    per_row = [
+        oracles.losses(stepped, torch.from_numpy(row.input_ids.astype(np.int64)), np.flatnonzero(row.response).tolist())
+        for row in rows
+    ]
+    torch.cat(per_row).mean().backward()
+    torch.optim.SGD([module.weight for module in maps.values()], lr=lr).step()
+    for v, f, m, w in zip(found, fisher, scoring.maps, reference, strict=True):
+        wanted = f * (oracles.weight_of(maps[m.name]).detach() - w)
+        assert ((v - wanted).abs().max() / wanted.abs().max()).item() < 1e-10
+
+
+def test_a_small_step_from_the_reference_is_not_lost_to_rounding() -> None:
+    scoring = ScoringModel(tiny_model("llama", dtype=torch.float32), 1)
+    step = [torch.full_like(m.weight, 1e-12) for m in scoring.maps]
+    for v in drift_direction(scoring, ones(scoring), [m.weight.clone() for m in scoring.maps], step):
+        assert torch.equal(v, torch.full_like(v, -1e-12))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])

@@ -4,12 +4,15 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows
+from tiny import make_row, tiny_model, tiny_rows
 from torch import Tensor
 
 from alphatoken_curate.capture import ScoringModel
-from alphatoken_curate.fisher import fisher_diagonal
+from alphatoken_curate.draws import keyed_uniform
+from alphatoken_curate.fisher import fisher_diagonal, fisher_sums
+from alphatoken_curate.generate import prompt_tokens, sample_answers
 from alphatoken_curate.plan import Batch, collate, plan_batches
+from alphatoken_curate.progress import Silent
 from alphatoken_curate.tokens import TokenRow
 
 
@@ -63,8 +66,6 @@ def test_sampled_is_the_same_whatever_the_batches_and_changes_with_the_seed() ->
 @pytest.mark.usefixtures("all_float64")
 def test_sampled_is_empirical_on_the_drawn_labels() -> None:
     """Labels drawn by hand from the plain model with the same keyed draws give the same diagonal."""
-    from alphatoken_curate.draws import keyed_uniform
-
     rows = tiny_rows()
     plain = tiny_model("llama")
     labels = {}
@@ -84,3 +85,36 @@ def test_sampled_is_empirical_on_the_drawn_labels() -> None:
     wanted = by_sequences(rows, labels)
     for linear, diagonal in zip(scoring.maps, found, strict=True):
         assert ((diagonal - wanted[linear.name]).abs().max() / wanted[linear.name].abs().max()).item() < 1e-10
+
+
+@pytest.mark.usefixtures("all_float64")
+def test_generated_is_empirical_on_what_the_model_answers() -> None:
+    """Answers sampled by hand after the prompts, a full forward each, give the same diagonal."""
+    plain = tiny_model("llama", eos_token_id=None)
+    by_hand, answers = [], sample_answers(plain, tiny_rows(), new_tokens=5, seed=7, batch_tokens=60, progress=Silent())
+    for row in tiny_rows():
+        ids = row.input_ids[: prompt_tokens(row)].tolist()
+        for _ in range(5):
+            prediction = torch.softmax(plain(input_ids=torch.tensor([ids])).logits[0, -1].detach(), dim=-1)
+            ids.append(int((prediction.cumsum(0) <= float(keyed_uniform(7, row.row_id, len(ids)))).sum()))
+        by_hand.append(make_row(row.row_id, ids, [(len(ids) - 5, len(ids))]))
+    scoring = ScoringModel(tiny_model("llama"), 2)
+    found = fisher_diagonal(scoring, answers, batches(answers, 60), sampled=False, seed=0)
+    wanted = by_sequences(by_hand)
+    for linear, diagonal in zip(scoring.maps, found, strict=True):
+        assert ((diagonal - wanted[linear.name]).abs().max() / wanted[linear.name].abs().max()).item() < 1e-10
+
+
+@pytest.mark.usefixtures("all_float64")
+@pytest.mark.parametrize("sampled", [False, True])
+def test_sums_of_parts_add_up(sampled: bool) -> None:
+    rows = tiny_rows()
+    scoring = ScoringModel(tiny_model("llama"), 2)
+    whole = fisher_diagonal(scoring, rows, batches(rows, 1000), sampled=sampled, seed=3)
+    parts = [
+        fisher_sums(scoring, part, batches(part, 45), sampled=sampled, seed=3)
+        for part in (rows[:1], rows[1:4], rows[4:])
+    ]
+    assert [count for _, count in parts] == [1, 3, 2]
+    for wanted, *sums in zip(whole, *(sums for sums, _ in parts), strict=True):
+        assert ((sum(sums) / 6 - wanted).abs().max() / wanted.abs().max()).item() < 1e-12

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.heat import (
+    COLUMNS,
     LEVELS,
     MIDDLE,
     NO_LEVEL,
@@ -20,6 +21,7 @@ from alphatoken_curate.heat import (
     scale_of,
     unit_of,
 )
+from alphatoken_curate.schema import SIGNALS
 
 NAN = float("nan")
 
@@ -114,6 +116,13 @@ def test_numbers_are_written_in_a_unit_that_gives_three_digits() -> None:
     assert unit_of("value", 4.2).label == "nats per unit step"
     assert unit_of("nll", 0.0042) == Unit(name="nats", signed=False)
     assert unit_of("loss_weight", 1.0).label == "multiples of the mean"
+
+
+def test_every_column_has_a_unit() -> None:
+    assert set(SIGNALS) < set(COLUMNS)
+    for column in COLUMNS:
+        assert unit_of(column, 1.0).label in ("nats", "nats per unit step", "multiples of the mean")
+        assert unit_of(column, 1.0).signed == (unit_of(column, 1.0).label == "nats per unit step")
 
 
 def test_zero_and_missing_numbers() -> None:

@@ -20,11 +20,12 @@ CLI = ROOT / "cli"
 
 ORDER = """
     errors config fingerprint draws schema atomic progress
-    | files containers rows chat tokens plan
-    | attention capture models
-    | losses target fisher drift paths composite
-    | masks | shards manifest card | artifacts budget prepare scorer remask score memory check
-    | scan verify stats heat row_view row_text stats_text
+    | files containers shapes pairs rows chat speller tokens plan
+    | attention capture folders adapters models checkpoints
+    | losses target fisher generate precondition drift paths composite preference signals
+    | masks | sealed shards manifest card responses remask
+    | artifacts budget prepare scorer job beside score refresh memory check
+    | scan rules verify histogram stats heat row_view row_text stats_text
 """
 """Each module imports only from those before it."""
 
@@ -184,11 +185,17 @@ def test_every_source_module_has_its_tests() -> None:
         "scorer": "test_score",
         "check": "test_cli",
         "files": "test_rows",
+        "folders": "test_models",
         "containers": "test_rows",
         "chat": "test_tokens",
         "fingerprint": "test_manifest",
         "atomic": "test_shards",
-        "target": "test_paths",
+        "beside": "test_refresh",
+        "job": "test_score",
+        "pairs": "test_rows",
+        "shapes": "test_rows",
+        "signals": "test_preference",
+        "speller": "test_tokens",
         "capture": "test_models",
     }
     for name in RANK:

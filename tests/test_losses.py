@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tiny_model, tiny_rows
 from torch import Tensor
 
 from alphatoken_curate import losses
-from alphatoken_curate.losses import token_losses
+from alphatoken_curate.capture import ScoringModel
+from alphatoken_curate.losses import loss_gradient, row_means, token_losses
+from alphatoken_curate.plan import Batch, collate
 
 N, D, V = 23, 7, 31
 
@@ -66,3 +69,32 @@ def test_a_draw_is_the_first_token_past_it() -> None:
     ).nll
     halves = torch.tensor([2.0, 2, 4, 4, 4, 4], dtype=torch.float64).log()
     assert torch.allclose(found, halves)
+
+
+def heavier_where_unlikely(batch: Batch, nll: Tensor) -> Tensor:
+    return torch.from_numpy(batch.row - 2.0) * nll
+
+
+@pytest.mark.usefixtures("all_float64")
+@pytest.mark.parametrize("weigh", [None, row_means, heavier_where_unlikely])
+def test_the_gradient_is_that_of_the_weighted_losses_with_weights_held_constant(weigh: losses.Weigh | None) -> None:
+    scoring, batch = ScoringModel(tiny_model("gemma2"), 1), collate(tiny_rows(), range(6))
+    hidden = scoring.hidden(torch.from_numpy(batch.input_ids))
+    found, gradient = loss_gradient(scoring, hidden, batch, weigh=weigh)
+    x = hidden.clone().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for i, (row, position, target) in enumerate(zip(batch.row, batch.position, batch.target, strict=True)):
+        nll = -torch.log_softmax(scoring.head(x[row, position][None])[0], dim=-1)[target]
+        assert torch.allclose(found.nll[i], nll)
+        alone = {None: 1.0, row_means: 1 / (batch.row == row).sum()}.get(weigh, (row - 2) * nll.detach())
+        total = total + alone * nll
+    wanted = torch.autograd.grad(total, x)[0]
+    assert (gradient - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
+def test_row_means_make_every_sequence_count_the_same() -> None:
+    batch = collate(tiny_rows(), range(6))
+    weight = row_means(batch, torch.zeros(len(batch.row)))
+    assert weight.dtype is torch.float32
+    assert torch.equal(weight[:6], torch.full((6,), 1 / 6))
+    assert torch.allclose(torch.bincount(torch.from_numpy(batch.row), weight), torch.ones(6))

@@ -19,7 +19,9 @@ from alphatoken_curate import manifest, shards
 from alphatoken_curate.atomic import KILL_AT, digest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError
+from alphatoken_curate.fingerprint import differing, fingerprint
 from alphatoken_curate.remask import make_mask
+from alphatoken_curate.schema import LAYOUTS, PREFERENCE, SFT
 
 
 @pytest.fixture
@@ -32,10 +34,13 @@ def document(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_it_says_what_the_run_holds(run: Path) -> None:
+@pytest.mark.parametrize("kind", list(LAYOUTS))
+def test_it_says_what_the_run_holds(tmp_path: Path, kind: str) -> None:
+    run = small_run(tmp_path / "a", kind=kind)
     stored = manifest.read(run)
-    rows = value_rows()
-    scored = [row for row in rows if row.status == "scored"]
+    rows = value_rows(kind=kind)
+    branches = [branch for row in rows for branch in row.branches]
+    scored = [branch for row in rows for branch in row.branches if row.status == "scored"]
     counts = dataclasses.asdict(stored.counts)
     assert counts == {
         "read": 12,
@@ -43,8 +48,8 @@ def test_it_says_what_the_run_holds(run: Path) -> None:
         "target": 1,
         "failed": 1,
         "rejected": 1,
-        "tokens": sum(len(row.input_ids) for row in rows),
-        "response_tokens": sum(int(row.response.sum()) for row in rows),
+        "tokens": sum(len(branch.input_ids) for branch in branches),
+        "response_tokens": sum(int(branch.response.sum()) for branch in branches),
         "truncated_rows": 3,
         "truncated_tokens": 21,
     }
@@ -52,7 +57,7 @@ def test_it_says_what_the_run_holds(run: Path) -> None:
     for file in (*stored.files, *stored.generations[0].shards, *stored.masks[0].shards):
         assert (file.bytes, file.sha256) == digest(run / file.path)
     mask = stored.masks[0]
-    assert mask.response_tokens == sum(int(row.response.sum()) for row in scored)
+    assert mask.response_tokens == sum(int(branch.response.sum()) for branch in scored)
     assert mask.kept_tokens >= -(-mask.response_tokens // 2)
     assert mask.settings["keep"] == 0.5 and mask.generations == (0,)
 
@@ -71,12 +76,49 @@ def test_what_is_written_is_read(run: Path) -> None:
     assert manifest.read(run) == stored
 
 
-def test_it_is_rebuilt_from_the_shards(run: Path) -> None:
+def test_it_knows_the_kind_of_its_rows(run: Path) -> None:
+    assert manifest.layout(manifest.read(run)) is SFT
+    assert manifest.layout(manifest.read(small_run(run.parent / "b", kind="preference"))) is PREFERENCE
+    for settings_ in ({}, {"kind": "dpo"}, {"kind": ["sft"]}, {"kind": None}):
+        with pytest.raises(StoredDataError, match=r"manifest\.json: damaged .* not sft or preference"):
+            manifest.layout(dataclasses.replace(manifest.read(run), settings=settings_))
+
+
+@pytest.mark.parametrize("kind", list(LAYOUTS))
+def test_it_is_rebuilt_from_the_shards(tmp_path: Path, kind: str) -> None:
+    run = small_run(tmp_path, kind=kind)
     make_mask(run, MaskConfig(keep=0.3, weights="rank"))
     before = (run / "manifest.json").read_bytes()
     (run / "manifest.json").unlink()
     manifest.write(run, manifest.rebuild(run))
     assert (run / "manifest.json").read_bytes() == before
+
+
+def test_generations_with_gaps_and_masks_of_several_are_rebuilt(tmp_path: Path) -> None:
+    run = small_run(tmp_path, generations=(0, 3, 12), config=MaskConfig(generation="all"))
+    make_mask(run, MaskConfig(generation="0,12"))
+    make_mask(run, MaskConfig(generation="3"))
+    stored = manifest.read(run)
+    assert [one.generation for one in stored.generations] == [0, 3, 12]
+    assert [one.checkpoint for one in stored.generations] == ["base", "checkpoint-3", "checkpoint-12"]
+    assert [one.generations for one in stored.masks] == [(0, 3, 12), (0, 12), (3,)]
+    assert manifest.rebuild(run) == stored
+
+
+def test_a_mask_goes_with_any_of_its_generations(tmp_path: Path) -> None:
+    run = small_run(tmp_path, generations=(0, 3), config=MaskConfig(generation="all"))
+    make_mask(run, MaskConfig(generation="3"))
+    (run / "values/generation=0/part-00002.parquet").unlink()
+    found = manifest.rebuild(run)
+    assert [one.generation for one in found.generations] == [3]
+    assert [(one.mask, one.generations) for one in found.masks] == [(1, (3,))]
+
+
+def test_the_newest_generation_speaks_for_the_counts(tmp_path: Path) -> None:
+    rows = value_rows()
+    write_generation(tmp_path, rows)
+    write_generation(tmp_path, [*rows[:8], dataclasses.replace(rows[5], row_id=8, line=9), *rows[9:]], number=2)
+    assert [getattr(manifest.rebuild(tmp_path).counts, name) for name in ("scored", "failed")] == [8, 2]
 
 
 def test_what_is_unfinished_is_left_out_of_it(run: Path) -> None:
@@ -92,7 +134,8 @@ def test_what_is_unfinished_is_left_out_of_it(run: Path) -> None:
 def test_shards_of_other_makings_are_not_mixed(run: Path) -> None:
     path = run / "values/generation=0/part-00001.parquet"
     footer = shards.read_footer(path)
-    shards.write_values(path, value_rows()[5:10], dataclasses.replace(footer, fields={**footer.fields, "seed": 9}))
+    other = dataclasses.replace(footer, fields={**footer.fields, "seed": 9})
+    shards.write_values(path, value_rows()[5:10], other, SFT)
     with pytest.raises(StoredDataError, match="made with other seed"):
         manifest.rebuild(run)
 
@@ -162,6 +205,11 @@ def test_a_missing_one_says_what_to_run(tmp_path: Path) -> None:
         (("files", 0, "path"), "/etc/passwd"),
         (("files", 0, "path"), "rejects.jsonl"),
         (("masks", 0, "generations"), ["0"]),
+        (("masks", 0, "generations"), []),
+        (("masks", 0, "generations"), [7]),
+        (("masks", 0, "generations"), [0, 7]),
+        (("masks", 0, "generations"), [0, 0]),
+        (("masks", 0, "shards"), []),
         (("masks", 0, "settings"), []),
         (("surprise",), 1),
         (("counts", "surprise"), 1),
@@ -174,6 +222,19 @@ def test_one_wrong_entry_is_refused(run: Path, place: tuple[str | int, ...], val
         part = part[key]
     part[place[-1]] = value
     refused(run, orjson.dumps(whole, option=orjson.OPT_PASSTHROUGH_DATETIME))
+
+
+def test_generations_of_a_mask_ascend(tmp_path: Path) -> None:
+    whole = document(small_run(tmp_path, generations=(0, 3), config=MaskConfig(generation="all")))
+    assert whole["masks"][0]["generations"] == [0, 3]
+    whole["masks"][0]["generations"] = [3, 0]
+    assert "mask 0 has 3 shards of generations 3, 0" in refused(tmp_path, orjson.dumps(whole))
+
+
+def test_generations_ascend(tmp_path: Path) -> None:
+    whole = document(small_run(tmp_path, generations=(0, 3)))
+    whole["generations"].reverse()
+    assert "generation numbers [3, 0] do not ascend" in refused(tmp_path, orjson.dumps(whole))
 
 
 def test_a_key_that_is_missing_is_refused(run: Path) -> None:
@@ -222,9 +283,9 @@ def test_a_flipped_bit_is_read_or_refused(tmp_path_factory: pytest.TempPathFacto
 
 
 def test_fingerprints_see_meaning_and_nothing_else() -> None:
-    assert manifest.fingerprint({"a": 1, "b": [2]}) == manifest.fingerprint({"b": [2], "a": 1})
-    assert manifest.fingerprint({"a": 1}) != manifest.fingerprint({"a": "1"})
-    assert manifest.diff({"a": 1, "b": 2, "c": None}, {"a": 1, "b": 3}) == ("b", "c")
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": "1"})
+    assert differing({"a": 1, "b": 2, "c": None}, {"a": 1, "b": 3}) == ("b", "c")
 
 
 @pytest.mark.parametrize("point", ["before-manifest", "mid-write", "after-rename", "after-manifest"])

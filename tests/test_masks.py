@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphatoken_curate import masks
+from alphatoken_curate import composite, masks
 from alphatoken_curate.errors import CurateError, StoredDataError, UsageError
-from alphatoken_curate.schema import COMPONENTS
+from alphatoken_curate.schema import COMPONENTS, PREFERENCE
 
 Token = tuple[float, int, int]
 """score, row, position."""
@@ -217,7 +217,7 @@ def test_value_is_recombined() -> None:
     adaptation, stability = c["adapt_direct"] + c["adapt_causal"], c["stab_direct"] + c["stab_causal"]
     np.testing.assert_allclose(selected("value", stability_weight=0.7), adaptation + 0.7 * stability, rtol=1e-5)
     scaled = adaptation / np.sqrt(np.mean(adaptation**2)) + 2 * stability / np.sqrt(np.mean(stability**2))
-    got = selected("value", stability_weight=2, stability_scale="rms")
+    got = selected("value", stability_weight=2, scales=composite.objective_scales(stored()))
     np.testing.assert_allclose(got, scaled, rtol=1e-4, atol=1e-6)
 
 
@@ -296,6 +296,34 @@ def test_a_missing_component_is_damage() -> None:
         selected("value", found)
 
 
-def test_an_unknown_stability_scale_is_refused() -> None:
-    with pytest.raises(UsageError, match="stability-scale"):
-        selected("value", stability_scale="std")
+def test_numbers_of_the_pair_are_columns_of_preference_runs_alone() -> None:
+    found = stored() | {"margin": np.repeat(np.arange(5, dtype=np.float32), 10)}
+    np.testing.assert_array_equal(selected("margin", found, layout=PREFERENCE), found["margin"])
+    np.testing.assert_allclose(
+        selected("nll * (1 - margin)", found, layout=PREFERENCE), found["nll"] * (1 - found["margin"]), rtol=1e-6
+    )
+    assert masks.columns_needed("value - margin", PREFERENCE) == (*COMPONENTS, "margin")
+    assert masks.known_columns(PREFERENCE)[-2:] == ("omega", "margin")
+    for by in ("margin", "omega + nll"):
+        with pytest.raises(UsageError, match="names no column"):
+            selected(by, found)
+        with pytest.raises(UsageError, match="names no column"):
+            masks.columns_needed(by)
+        assert not masks.depends_on_value(by)
+
+
+def test_whatever_can_be_named_is_said_to_depend_on_the_value_or_not() -> None:
+    assert [name for name in masks.known_columns(PREFERENCE) if masks.depends_on_value(name)] == ["value"]
+
+
+def test_the_branches_of_a_pair_are_drawn_apart() -> None:
+    found = stored(1000)
+    chosen, rejected = (selected("random", found, seed=5, branch=branch) for branch in (0, 1))
+    np.testing.assert_array_equal(chosen, selected("random", found, seed=5))
+    assert abs(np.corrcoef(chosen, rejected)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("name", ["drift_direct", "drift_causal"])
+def test_a_drift_beside_retention_that_was_not_computed_is_explained(name: str) -> None:
+    with pytest.raises(UsageError, match="--retention FILE and --drift"):
+        selected(name, stored() | {name: np.full(50, np.nan, np.float32)})

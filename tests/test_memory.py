@@ -12,7 +12,7 @@ from tiny import tiny_model
 from tiny_files import perturbed, token_records
 
 from alphatoken_curate import InputError, ModelError, ScoreConfig, score_tokens
-from alphatoken_curate.schema import COMPONENTS, SIGNALS, VALUES
+from alphatoken_curate.schema import COMPONENTS, OPTIONAL, PREFERENCE, SFT, SIGNALS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TARGET = token_records(3, seed=5)
@@ -35,12 +35,12 @@ def flat(frame: pl.DataFrame, name: str) -> np.ndarray[Any, Any]:
 def test_a_row_per_row_with_the_columns_of_values(base: Any) -> None:
     records = token_records(6)
     found = score_tokens(base, records, target=TARGET)
-    assert found.columns == VALUES.names
+    assert found.columns == SFT.values.names
     assert found["status"].to_list() == ["scored"] * 6 and found["row_id"].to_list() == list(range(6))
     assert found["input_ids"].to_list() == [record["input_ids"] for record in records]
     for name in SIGNALS:
         there = [[x is not None for x in row] for row in found[name].to_list()]
-        assert there == (found["response"].to_list() if name != "reference_nll" else [[False] * len(r) for r in there])
+        assert there == (found["response"].to_list() if name not in OPTIONAL else [[False] * len(r) for r in there])
 
 
 def test_losses_are_those_of_the_model(base: Any) -> None:
@@ -141,3 +141,20 @@ def test_its_settings_are_named_as_those_of_score() -> None:
             assert name in config
             if name != "batch_tokens":
                 assert parameter.default == config[name], name
+
+
+def test_preference_rows_have_both_branches(base: Any, tuned: Any) -> None:
+    draw = np.random.default_rng(5)
+    prompt, answers = draw.integers(3, 40, 9).tolist(), draw.integers(3, 40, (2, 4)).tolist()
+    record = {}
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        record |= {f"{name}_input_ids": prompt + answer, f"{name}_labels": [-100] * 9 + answer}
+    found = score_tokens(tuned, [record], target=[record], reference=base, beta=0.5)
+    assert found.columns == PREFERENCE.values.names
+    alone = score_tokens(
+        tuned, [{"input_ids": prompt + a, "labels": [-100] * 9 + a} for a in answers], target=TARGET, reference=base
+    )
+    gain = [sum(flat(alone[i : i + 1], "reference_nll")[9:] - flat(alone[i : i + 1], "nll")[9:]) for i in (0, 1)]
+    assert found["margin"].item() == pytest.approx(0.5 * (gain[0] - gain[1]), rel=1e-4)
+    assert found["omega"].item() == pytest.approx(0.5 / (1 + np.exp(found["margin"].item())), rel=1e-6)
+    np.testing.assert_allclose(flat(found, "rejected_nll"), flat(alone[1:], "nll"), rtol=1e-5)

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_model, tiny_rows
+from tiny_adapters import logits, save_adapter
 from tiny_files import perturbed, plain_llama, quiet, save_gguf, token_records, write_jsonl
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from alphatoken_curate import ModelError, ScoreConfig, UsageError, models, scan, score
 from alphatoken_curate.capture import ScoringModel, captured
@@ -119,6 +121,115 @@ def test_pickled_weights_beside_safetensors_are_not_read(model: Path) -> None:
     assert load(find_model(str(model))) is not None
     (model / "pytorch_model.bin").unlink()
     assert model_digest(find_model(str(model))) == digest
+
+
+# --- finding the base of an adapter
+
+
+@pytest.fixture
+def adapter(model: Path, tmp_path: Path) -> Path:
+    """The folder of an adapter of `model`."""
+    pytest.importorskip("peft")
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def _record(adapter: Path, base: str | Path, **changes: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)} | changes))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_an_adapter_is_found_on_the_base_it_names(model: Path, adapter: Path) -> None:
+    source = find_model(str(adapter))
+    assert (source.name, source.folder, source.gguf, source.adapter) == (str(adapter), model, None, adapter)
+    assert source == find_model(str(adapter), base=find_model(str(model)))
+    assert find_model(str(model)).tensors_on_disk and not source.tensors_on_disk
+    with pytest.raises(ModelError, match="in no file until it is merged"):
+        source.weight_files()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_base_is_taken_for_what_the_record_names(model: Path, adapter: Path, tmp_path: Path) -> None:
+    """Its folder by another path, a copy, one that was moved, a local copy of the Hub's: nothing is downloaded."""
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    (tmp_path / "link").symlink_to(model)
+    for name in (copy, tmp_path / "link"):
+        base = find_model(str(name))
+        assert find_model(str(adapter), base=base) == models.ModelSource(
+            name=str(adapter), folder=name, adapter=adapter
+        )
+    for record in ("/elsewhere/Model", "owner/model", "D:\\data\\model\\", "../other/model/"):
+        _record(adapter, record)
+        assert find_model(str(adapter), base=find_model(str(model))).folder == model, record
+        with pytest.raises(ModelError, match=r"not of .*copy.*write .*copy into base_model_name_or_path"):
+            find_model(str(adapter), base=find_model(str(copy)))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_another_base_is_refused(model: Path, adapter: Path, models: dict[str, str], tmp_path: Path) -> None:
+    for other in (models["tuned"], str(shutil.copytree(models["tuned"], tmp_path / "elsewhere" / "model"))):
+        with pytest.raises(ModelError, match=f"an adapter of {model}, not of {other}"):
+            find_model(str(adapter), base=find_model(other))
+
+
+def test_a_base_that_was_an_adapter_itself_gives_its_own_base(model: Path, adapter: Path, tmp_path: Path) -> None:
+    save_adapter(model, tmp_path / "later", seed=5)
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    for folder in (model, copy):
+        first = models.ModelSource(name="first", folder=folder, adapter=adapter)
+        found = find_model(str(tmp_path / "later"), base=first)
+        assert (found.folder, found.adapter) == (folder, tmp_path / "later")
+
+
+def test_a_base_that_cannot_be_had(model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _nothing_to_be_had(monkeypatch)
+    for record in ("/nowhere/at/all", "owner/name"):
+        _record(adapter, record)
+        with pytest.raises(ModelError, match=f"{record}, cannot be had: .*write its folder into"):
+            find_model(str(adapter))
+    shutil.copytree(adapter, tmp_path / "first")
+    _record(tmp_path / "first", model)
+    _record(adapter, tmp_path / "first")
+    with pytest.raises(ModelError, match="it is an adapter itself"):
+        find_model(str(adapter))
+
+
+def test_the_revision_of_a_base_of_the_hub(model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def give(hub_id: str, **options: Any) -> str:
+        asked.append((hub_id, options["revision"], options["local_files_only"]))
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", give)
+    _record(adapter, "owner/name", revision="v2")
+    assert find_model(str(adapter)).folder == model
+    monkeypatch.delattr(models, "digest_files")  # it is known to be the same without reading it
+    assert find_model(str(adapter), base=find_model(str(model))).folder == model
+    assert asked == [("owner/name", "v2", False), ("owner/name", "v2", True)]
+
+
+def test_the_digest_of_an_adapter(model: Path, adapter: Path) -> None:
+    digests = [model_digest(find_model(str(path))) for path in (model, adapter)]
+    parts = [model / "config.json", model / "model.safetensors"]
+    for part in [*parts, *(adapter / f"adapter_{path.name}" for path in parts)]:
+        part.write_bytes(part.read_bytes().replace(b"{", b"{ ", 1))
+        digests.append(model_digest(find_model(str(adapter))))
+    assert len(set(digests)) == 6
+
+
+def test_the_tokenizer_of_an_adapter(model: Path, adapter: Path) -> None:
+    """That of its base, unless training saved one with it."""
+    source = find_model(str(adapter))
+    assert load_tokenizer(source) is None
+    for home in (model, adapter):
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        saved = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=str(home))
+        saved.save_pretrained(home)
+        found = load_tokenizer(source)
+        assert found is not None and found.chat_template == str(home)
+        assert tokenizer_digest(source) == tokenizer_digest(models.ModelSource(name="", folder=home))
 
 
 # --- digests
@@ -262,6 +373,33 @@ def test_a_run_with_gguf_models_is_the_run_with_their_folders(gguf_models: dict[
     assert frames[0].equals(frames[1])
     assert np.nanmax(np.abs(frames[0]["stab_direct"].explode().drop_nulls().to_numpy())) > 0
     assert (tmp_path / "run.gguf" / "artifacts" / "reference.safetensors").is_file()
+
+
+def test_an_adapter_of_a_gguf_model(gguf_models: dict[str, str], tmp_path: Path) -> None:
+    """transformers knows a model that it read from a GGUF file by the folder of that file."""
+    pytest.importorskip("peft")
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        shutil.copy(gguf_models[name], tmp_path / name / "model.gguf")
+    wanted = save_adapter(tmp_path / "base", tmp_path / "adapter", gguf_file="model.gguf")
+    base, other = (find_model(str(tmp_path / name / "model.gguf")) for name in ("base", "tuned"))
+    source = find_model(str(tmp_path / "adapter"))
+    assert source == find_model(str(tmp_path / "adapter"), base=base) and source.gguf == "model.gguf"
+    _record(Path(shutil.copytree(tmp_path / "adapter", tmp_path / "named")), tmp_path / "base" / "model.gguf")
+    assert find_model(str(tmp_path / "named"), base=base).gguf == find_model(str(tmp_path / "named")).gguf
+    assert not source.tensors_on_disk and not base.tensors_on_disk
+    assert (logits(load(source)) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    with pytest.raises(ModelError, match=r"not of .*tuned"):
+        find_model(str(tmp_path / "adapter"), base=other)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "moved", tmp_path / "elsewhere" / "base")
+    moved = find_model(str(tmp_path / "elsewhere" / "base" / "model.gguf"))
+    assert find_model(str(tmp_path / "adapter"), base=moved).folder == moved.folder
+    shutil.copytree(tmp_path / "elsewhere" / "base", tmp_path / "base")
+    shutil.copy(gguf_models["tuned"], tmp_path / "base" / "tuned.gguf")
+    with pytest.raises(ModelError, match=r"2 \.gguf files"):
+        find_model(str(tmp_path / "adapter"))
 
 
 # --- devices

@@ -12,7 +12,7 @@ from tiny_files import token_records, write_jsonl
 
 from alphatoken_curate import InputError, ScoreConfig, UsageError
 from alphatoken_curate.models import find_model
-from alphatoken_curate.prepare import fingerprint_fields, fisher_rows, hold_out, prepare
+from alphatoken_curate.prepare import FISHER_DRAW, drawn, fingerprint_fields, hold_out, prepare
 
 ROWS = [make_row(i, [5, 6, 7], [(1, 3)]) for i in range(200)]
 
@@ -43,9 +43,9 @@ def test_held_out_rows_are_drawn_by_the_seed_and_kept_in_order() -> None:
 
 
 def test_fisher_rows_are_other_draws_than_the_target() -> None:
-    chosen = ids(fisher_rows(ROWS, 20, 0))
+    chosen = ids(drawn(ROWS, 20, 0, FISHER_DRAW))
     assert len(chosen) == 20 and chosen == sorted(chosen) and chosen != ids(hold_out(ROWS, 20, 0))
-    assert ids(fisher_rows(ROWS, 999, 0)) == list(range(200))
+    assert ids(drawn(ROWS, 999, 0, FISHER_DRAW)) == list(range(200))
 
 
 def test_one_row_cannot_be_both() -> None:
@@ -55,17 +55,17 @@ def test_one_row_cannot_be_both() -> None:
 
 def test_rows_and_target_are_apart(settings: dict[str, Any]) -> None:
     prepared = prepare(ScoreConfig(**settings))
-    assert prepared.rows_read == 30 and len(prepared.held_out) == 3 and prepared.target is prepared.held_out
+    assert prepared.rows_read == 30 and len(prepared.held_out) == 3 and prepared.target_rows == prepared.held_out
     assert sorted(ids(prepared.rows) + ids(prepared.held_out)) == list(range(30))
     assert ids(prepared.rows) == sorted(ids(prepared.rows))
-    assert prepared.tokenizer is None and prepared.target_files == []
+    assert prepared.tokenizer is None and prepared.target.files == []
 
 
 def test_a_given_target_leaves_all_rows_to_be_scored(settings: dict[str, Any], tmp_path: Path) -> None:
     target = write_jsonl(tmp_path / "task.jsonl", token_records(5, seed=1))
     prepared = prepare(ScoreConfig(**settings | {"target": target}))
-    assert len(prepared.rows) == 30 and prepared.held_out == [] and len(prepared.target) == 5
-    assert [file.source for file in prepared.target_files] == ["task.jsonl"]
+    assert len(prepared.rows) == 30 and prepared.held_out == [] and len(prepared.target_rows) == 5
+    assert [file.source for file in prepared.target.files] == ["task.jsonl"]
 
 
 def test_quarantine_sets_bad_rows_aside_but_never_target_rows(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_quarantine_sets_bad_rows_aside_but_never_target_rows(settings: dict[str
 
 
 def test_a_fisher_that_is_neither_mode_nor_file(settings: dict[str, Any]) -> None:
-    prepared = prepare(ScoreConfig(**settings | {"fisher": "generate"}))
-    with pytest.raises(UsageError, match="--fisher generate: neither"):
+    prepared = prepare(ScoreConfig(**settings | {"fisher": "generated"}))
+    with pytest.raises(UsageError, match="--fisher generated: none of sampled, generate, empirical nor a file"):
         fingerprint_fields(prepared, prepared.source, "float32")
 
 
@@ -101,12 +101,16 @@ def test_the_fingerprint_holds_what_changes_results_and_nothing_else(
     assert set(plain) == {
         *("schema_version", "data", "model", "reference", "tokenizer", "template", "tokens", "target", "target_rows"),
         *("estimator", "layers", "window", "stability_weight", "fisher", "fisher_rows", "turns", "max_length"),
-        *("rows_per_shard", "dtype", "seed"),
+        *("rows_per_shard", "dtype", "seed", "kind", "beta", "target_tokens", "fisher_prompts", "fisher_new_tokens"),
+        *("prompt_tokens", "drift", "lookahead_lr", "lookahead_rows", "retention", "retention_tokens", "precondition"),
+        *("precondition_rows", "precondition_eps", "precondition_damping", "precondition_stability"),
     }
     json.dumps(plain)
     for changes in (
         *({"batch_tokens": 7}, {"device": "cpu"}, {"keep": 0.1}, {"scope": "row"}, {"weights": "rank"}, {"by": "nll"}),
-        *({"stability_scale": "rms"}, {"allow_empty_rows": True}, {"bad_rows": "quarantine"}),
+        *({"stability_scale": "rms"}, {"allow_empty_rows": True}, {"bad_rows": "quarantine"}, {"reuse": "x"}),
+        *({"generation": "all"}, {"aggregate": "last"}, {"beta": 0.3}, {"fisher_new_tokens": 3}),
+        *({"lookahead_rows": 3}, {"precondition_rows": 3}, {"precondition_eps": 0.1}, {"precondition_damping": 0.2}),
         *({"trust_remote_code": True}, {"dtype": "float64"}),  # the dtype that was resolved is what counts
     ):
         assert fields_of(settings | changes) == plain, changes

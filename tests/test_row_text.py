@@ -7,11 +7,24 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from alphatoken_curate.heat import PALETTE
-from alphatoken_curate.row_text import coloured_row, has_palette, plain_row, row_title, token_table, without_values
-from alphatoken_curate.row_view import RowView
-from alphatoken_curate.schema import SIGNALS
+from alphatoken_curate.row_text import (
+    branch_title,
+    coloured_row,
+    has_palette,
+    legend,
+    plain_row,
+    row_title,
+    table_note,
+    token_table,
+    why_without_values,
+    without_values,
+)
+from alphatoken_curate.row_view import BranchView, RowView
+from alphatoken_curate.schema import OPTIONAL, SIGNALS
 
 EVIL = (
     "\x1b]52;c;aGk=\x07",
@@ -26,26 +39,59 @@ EVIL = (
 )
 
 
-def view_of(texts: list[str], values: list[float | None], kept: list[bool], **changes: Any) -> RowView:
-    """A scored row: None is a prompt token."""
+def branch_of(texts: list[str], values: list[float | None], kept: list[bool], name: str = "") -> BranchView:
+    """A scored branch: None is a prompt token."""
     value = np.array([np.nan if x is None else x for x in values], np.float32)
+    return BranchView(
+        name=name,
+        token_ids=np.arange(len(texts), dtype=np.int32),
+        texts=tuple(texts),
+        response=~np.isnan(value),
+        signals=dict.fromkeys(SIGNALS, value),
+        weight=np.array(kept, np.float32) * 2,
+    )
+
+
+def view_of(*branches: BranchView, **changes: Any) -> RowView:
+    """A scored row of these branches."""
     view = RowView(
         row_id=4,
         source="a.jsonl",
         line=5,
         id="x",
         status="scored",
-        token_ids=np.arange(len(texts), dtype=np.int32),
-        texts=tuple(texts),
-        response=~np.isnan(value),
-        signals=dict.fromkeys(SIGNALS, value),
-        weight=np.array(kept, np.float32) * 2,
+        generation=0,
+        checkpoint=None,
+        branches=branches,
         mask=0,
+        mask_generations=(0,),
     )
     return replace(view, **changes)
 
 
-SMALL = view_of(
+def row_of(texts: list[str], values: list[float | None], kept: list[bool], **changes: Any) -> RowView:
+    """A scored row of one branch."""
+    return view_of(branch_of(texts, values, kept), **changes)
+
+
+def only(view: RowView, **changes: Any) -> RowView:
+    """The row of one branch with that branch changed."""
+    return replace(view, branches=(replace(view.branches[0], **changes),))
+
+
+def plain(view: RowView, column: str = "value", width: int = 80) -> Text:
+    return plain_row(view, view.branches[0], column, width)
+
+
+def coloured(view: RowView, column: str = "value", width: int = 80) -> Text:
+    return coloured_row(view, view.branches[0], column, width)
+
+
+def table_of(view: RowView, *, palette: bool, width: int) -> tuple[Table, tuple[str, ...]]:
+    return token_table(view, view.branches[0], "value", palette=palette, width=width)
+
+
+SMALL = row_of(
     ["Hi", " there", "\n", "No", " way", ".\n", "Bye", "<end>"],
     [None, None, None, 1.0, -0.5, 0.25, 0.0, None],
     [False, False, False, True, False, True, False, False],
@@ -60,12 +106,15 @@ def printed(what: object, width: int = 80, **settings: Any) -> str:
 
 
 def test_plain_text_has_values_and_marks_what_is_dropped() -> None:
-    body = plain_row(SMALL, "value", 80).plain.split("\n\n", 1)[1]
-    assert body == ("[prompt]\nHi there⏎\n\n[response]\nNo:+1.00 ~·way:-0.50~ .⏎:+0.25\n~Bye:0~\n\n[prompt]\n<end>\n")
+    assert plain(SMALL).plain == (
+        "[prompt]\nHi there⏎\n\n[response]\nNo:+1.00 ~·way:-0.50~ .⏎:+0.25\n~Bye:0~\n\n[prompt]\n<end>"
+    )
+    told = legend(SMALL, "value", 200, palette=False).plain
+    assert told.startswith("Each response token is text:value, in nats per unit step; ~text:value~ is dropped.")
 
 
 def test_plain_text_is_the_same_without_colours_and_with_sixteen() -> None:
-    text = plain_row(SMALL, "value", 80)
+    text = plain(SMALL)
     bare = printed(text, color_system=None)
     assert "\x1b" not in bare
     sixteen = printed(text, force_terminal=True, color_system="standard")
@@ -74,15 +123,30 @@ def test_plain_text_is_the_same_without_colours_and_with_sixteen() -> None:
 
 
 def test_colours_follow_the_value_and_dropped_tokens_are_struck_through() -> None:
-    text = coloured_row(SMALL, "value", 80)
+    text = coloured(SMALL)
     spans = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
     assert spans["No"] == f"bold {PALETTE[16].text} on {PALETTE[16].background}"
     assert spans["·way"] == f"not bold strike {PALETTE[4].faded} on {PALETTE[4].background}"
     assert spans[".⏎\n"] == f"bold {PALETTE[10].text} on {PALETTE[10].background}"
     assert spans["Bye"] == "not bold strike bright_black"
     assert spans[" there"] == "dim"
-    assert "value in nats per unit step: -1.00 " in text.plain
-    assert text.plain.endswith("Hi there⏎\nNo·way.⏎\nBye<end>")
+    assert text.plain == "Hi there⏎\nNo·way.⏎\nBye<end>"
+    told = legend(SMALL, "value", 80, palette=True)
+    assert told.plain.startswith("value in nats per unit step: -1.00 ")
+    assert sum(" on #" in str(span.style) for span in told.spans) == len(PALETTE)
+
+
+def test_both_branches_of_a_pair_are_coloured_on_one_scale() -> None:
+    one = branch_of(["a", "b"], [None, 1.0], [False, True], "chosen")
+    other = branch_of(["a", "c"], [None, -0.5], [False, True], "rejected")
+    view = view_of(one, other)
+    styles = [{str(span.style) for span in coloured_row(view, branch, "value", 80).spans} for branch in (one, other)]
+    assert f"bold {PALETTE[16].text} on {PALETTE[16].background}" in styles[0]
+    assert f"bold {PALETTE[4].text} on {PALETTE[4].background}" in styles[1]
+    assert plain_row(view, other, "value", 80).plain == "[prompt]\na\n\n[response]\nc:-0.50"
+    small = replace(other, signals=dict.fromkeys(SIGNALS, one.signals["value"] / 1000))
+    table, _ = token_table(view_of(one, small), small, "value", palette=False, width=200)
+    assert "+0.00" in printed(table, 200, color_system=None)
 
 
 @pytest.mark.parametrize("system", ["256", "truecolor"])
@@ -95,64 +159,93 @@ def test_a_palette_needs_256_colours(system: Any) -> None:
 
 @pytest.mark.parametrize("settings", [{"color_system": None}, {"force_terminal": True, "color_system": "truecolor"}])
 def test_hostile_text_commands_nothing(settings: dict[str, Any]) -> None:
-    response = view_of(list(EVIL), [1.0] * len(EVIL), [True] * len(EVIL), id=EVIL[0], source="\x1b[2J.jsonl")
-    prompt = view_of(list(EVIL), [None] * len(EVIL), [False] * len(EVIL))
+    response = row_of(list(EVIL), [1.0] * len(EVIL), [True] * len(EVIL), id=EVIL[0], source="\x1b[2J.jsonl")
+    prompt = row_of(list(EVIL), [None] * len(EVIL), [False] * len(EVIL), checkpoint="\x1b[2J\x07")
     rejected = replace(prompt, status="rejected", reason="\x1b]0;x\x07")
     for view in (response, prompt, rejected):
-        made: list[object] = [row_title(view), without_values(view, 80), plain_row(view, "value", 80)]
-        made += [coloured_row(view, "value", 80), token_table(view, "value", palette=True, width=200)[0]]
+        made: list[object] = [row_title(view), why_without_values(view, 80), without_values(view.branches[0], 80)]
+        made += [plain(view), coloured(view), table_of(view, palette=True, width=200)[0]]
         for out in (printed(part, 200, **settings) for part in made):
             assert not set("\x07\x9b\u202e\r\t") & set(out)
             # Only rich's own colours: escape, bracket, numbers, m.
             assert all(
                 part[0] == "[" and part[1:].split("m")[0].replace(";", "").isdigit() for part in out.split("\x1b")[1:]
             )
-    shown = plain_row(response, "value", 80).plain
+    shown = plain(response).plain
     assert "[bold red]x[/]:+1.00" in shown
-    assert ":smile:" in printed(plain_row(response, "value", 80), color_system=None)
+    assert ":smile:" in printed(plain(response), color_system=None)
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 120])
 def test_lines_break_between_words_and_fit(width: int) -> None:
     words = [" word", "s", " of", " 日本", "語", " x" * 3, "=" * 30, "\n", "  indent"] * 12
     values: list[float | None] = [0.5 - i % 2 for i in range(len(words))]
-    scored = view_of(words, values, [i % 3 > 0 for i in range(len(words))])
-    prompt = view_of(words, [None] * len(words), [False] * len(words))
-    for text in (coloured_row(scored, "value", width), plain_row(scored, "value", width)):
+    scored = row_of(words, values, [i % 3 > 0 for i in range(len(words))])
+    prompt = row_of(words, [None] * len(words), [False] * len(words))
+    for text in (coloured(scored, width=width), plain(scored, width=width)):
         lines = printed(text, width, color_system=None).splitlines()
         assert max(map(cell_len, lines)) <= width
-    body = coloured_row(scored, "value", width).plain.split("\n\n", 1)[1]
+    body = coloured(scored, width=width).plain
     assert body.replace("\n", "") == ("·words·of·日本語·x x x" + "=" * 30 + "⏎··indent") * 12
     assert not any(line.startswith("s·") for line in body.splitlines())
-    indents = [line for line in plain_row(prompt, "value", width).plain.splitlines() if line.startswith("  indent")]
+    indents = [line for line in plain(prompt, width=width).plain.splitlines() if line.startswith("  indent")]
     assert len(indents) == 12
 
 
 def test_split_characters_stay_together_as_pieces() -> None:
-    view = view_of([" a", " \ufffd", "\ufffd", "b"], [1.0, 1.0, 1.0, 1.0], [True] * 4)
-    assert coloured_row(view, "value", 5).plain.endswith("\n\n·a\n·▯▯b")
+    view = row_of([" a", " \ufffd", "\ufffd", "b"], [1.0, 1.0, 1.0, 1.0], [True] * 4)
+    assert coloured(view, width=5).plain == "·a\n·▯▯b"
 
 
 def test_the_title_tells_what_is_kept() -> None:
     assert row_title(SMALL).plain == (
         "row 4 · scored · a.jsonl:5 · id x\n8 tokens, 4 in the response; mask 0 keeps 2 of 4 (50.0%)"
     )
-    assert row_title(replace(SMALL, weight=None, id=None)).plain.endswith(
-        "a.jsonl:5\n8 tokens, 4 in the response; no mask yet"
-    )
+    bare = row_title(replace(only(SMALL, weight=None), id=None, mask=None, mask_generations=())).plain
+    assert bare.endswith("a.jsonl:5\n8 tokens, 4 in the response; no mask yet")
+
+
+@pytest.mark.parametrize(
+    ("made_from", "weighed", "told"),
+    [
+        ((3,), True, "generation 3, at step-9\n8 tokens, 4 in the response; mask 0 keeps"),
+        ((1,), True, "generation 3, at step-9; mask 0 is made from generation 1\n8 tokens"),
+        ((1, 3), True, "step-9; mask 0 is made from generations 1, 3\n8 tokens"),
+        ((1, 3), False, "mask 0 is made from generations 1, 3, and not each of them scored this row\n8 tokens, 4 in"),
+        ((1,), False, "mask 0 is made from generation 1, which did not score this row\n8 tokens, 4 in the response"),
+    ],
+)
+def test_the_title_tells_the_generation_and_that_of_the_mask(
+    made_from: tuple[int, ...], weighed: bool, told: str
+) -> None:
+    view = SMALL if weighed else only(SMALL, weight=None)
+    title = row_title(replace(view, generation=3, checkpoint="step-9", mask_generations=made_from)).plain
+    assert told in title
+    assert "no mask yet" not in title
+
+
+@pytest.mark.parametrize(("margin", "told"), [(0.25, "more than"), (-0.25, "less than"), (0.0, "exactly as much as")])
+def test_the_titles_of_a_pair_tell_margin_omega_and_each_branch(margin: float, told: str) -> None:
+    one, other = (replace(SMALL.branches[0], name=name) for name in ("chosen", "rejected"))
+    view = view_of(one, other, margin=margin, omega=0.05)
+    lines = row_title(view).plain.split("\n")
+    assert lines[1] == f"margin {margin:+.3g} nats: the model prefers chosen to rejected {told} the reference does"
+    assert lines[2].startswith("omega 0.05: the weight of the pair")
+    assert len(lines) == 3
+    assert branch_title(view, other).plain == ("rejected · 8 tokens, 4 in the response; mask 0 keeps 2 of 4 (50.0%)")
 
 
 @pytest.mark.parametrize(
     ("status", "told"), [("target", "Held out"), ("failed", "could not be computed"), ("rejected", "see rejects.jsonl")]
 )
 def test_rows_without_values_say_why(status: str, told: str) -> None:
-    shown = without_values(replace(SMALL, status=status, signals={}, weight=None), 80).plain
-    assert told in shown
-    assert shown.endswith("Hi there⏎\nNo way.⏎\nBye<end>")
+    view = replace(only(SMALL, signals={}, weight=None), status=status)
+    assert told in why_without_values(view, 80).plain
+    assert without_values(view.branches[0], 80).plain == "Hi there⏎\nNo way.⏎\nBye<end>"
 
 
 def test_the_table_has_a_line_per_response_token_and_every_signal() -> None:
-    table, note = token_table(SMALL, "value", palette=False, width=200)
+    table, left_out = table_of(SMALL, palette=False, width=200)
     lines = printed(table, 200, color_system=None).splitlines()
     assert len(lines) == 2 + 4
     assert [line.split()[:5] for line in lines[2:]] == [
@@ -162,27 +255,38 @@ def test_the_table_has_a_line_per_response_token_and_every_signal() -> None:
         ["6", "Bye", "no", "0.00", "0"],
     ]
     assert all(len(line.split()) == 4 + len(SIGNALS) for line in lines[2:])
-    assert "Too narrow" not in note
+    assert left_out == ()
+    assert "Too narrow" not in table_note(SMALL, left_out)
 
 
-@pytest.mark.parametrize("width", [30, 60, 80])
+@pytest.mark.parametrize("width", [30, 60, 100])
 def test_columns_that_do_not_fit_are_named(width: int) -> None:
-    table, note = token_table(SMALL, "value", palette=True, width=width)
+    table, left_out = table_of(SMALL, palette=True, width=width)
     lines = printed(table, width, color_system=None).splitlines()
     assert len(lines) == (1 if width == 30 else 2) + 4
     assert not any("…" in line for line in lines)
-    assert ("Too narrow for" in note) == (width < 80)
-    if width < 80:
-        assert "ref nll" in note
+    assert bool(left_out) == (width < 100)
+    if left_out:
+        assert "Too narrow for" in table_note(SMALL, left_out)
+        assert table_note(SMALL, [*left_out, *left_out]) == table_note(SMALL, left_out)
+        assert "ref nll" in left_out
 
 
 def test_powers_of_ten_are_in_the_heading() -> None:
-    tiny = np.where(SMALL.response, np.float32(0.00123), np.nan).astype(np.float32)
-    view = replace(SMALL, signals={**SMALL.signals, "stab_direct": tiny, "reference_nll": tiny * np.nan})
-    table, note = token_table(view, "value", palette=False, width=200)
-    heads = [str(column.header) for column in table.columns]
-    assert "stab\ndirect\n1e-3" in heads
-    assert "ref\nnll" not in heads
-    assert "reference nll was not computed" in note
+    (branch,) = SMALL.branches
+    tiny = np.where(branch.response, np.float32(0.00123), np.nan).astype(np.float32)
+    view = only(SMALL, signals={**branch.signals, "stab_direct": tiny})
+    table, _ = table_of(view, palette=False, width=200)
+    assert "stab\ndirect\n1e-3" in [str(column.header) for column in table.columns]
     assert "+1.23" in printed(table, 200, color_system=None)
-    assert "1e-3 nats per unit step" in plain_row(view, "stab_direct", 200).plain
+    assert "1e-3 nats per unit step" in legend(view, "stab_direct", 200, palette=False).plain
+
+
+def test_signals_that_were_not_computed_have_no_column() -> None:
+    (branch,) = SMALL.branches
+    nothing = np.full(len(branch.texts), np.nan, np.float32)
+    view = only(SMALL, signals={**branch.signals, **dict.fromkeys(OPTIONAL, nothing)})
+    heads = [[str(one.header) for one in table_of(row, palette=False, width=200)[0].columns] for row in (SMALL, view)]
+    assert [head for head in heads[0] if head not in heads[1]] == ["drift\ndirect", "drift\ncausal", "ref\nnll"]
+    assert "reference nll was not computed" in table_note(view, ())
+    assert "reference nll was not computed" not in table_note(SMALL, ())

@@ -21,7 +21,9 @@ from pyarrow import parquet
 from alphatoken_curate import containers
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.files import find_files
-from alphatoken_curate.rows import BadRow, Messages, PromptCompletion, ReadRows, Tokens, read_rows, refuse
+from alphatoken_curate.pairs import BRANCHES
+from alphatoken_curate.rows import BadRow, ReadRows, kind_of, read_rows, refuse, rows_of
+from alphatoken_curate.shapes import Messages, Pair, Passage, Prompt, PromptCompletion, Tokens
 
 GOOD = {"prompt": "1 + 1 =", "completion": " 2"}
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -402,8 +404,6 @@ def test_tokens_are_aligned_and_the_first_never_responds(tmp_path: Path) -> None
 
 
 BAD_RECORDS = {
-    "preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference_row"),
-    "preference tokens": ({"chosen_input_ids": [1], "rejected_input_ids": [1]}, "preference_row"),
     "two shapes": ({"messages": [USER, ANSWER], "prompt": "a", "completion": "b"}, "ambiguous_shape"),
     "unknown": ({"text": "a"}, "unknown_shape"),
     "no keys": ({}, "unknown_shape"),
@@ -454,6 +454,279 @@ def test_an_unknown_shape_says_what_was_found_and_what_is_read(tmp_path: Path) -
     message = one(tmp_path, {"question": "a", "answer": "b"}).message
     assert "question, answer" in message
     assert "instruction + output" in message
+
+
+# --- preference rows ---
+
+OTHER, SYSTEM = {"role": "assistant", "content": "c"}, {"role": "system", "content": "s"}
+DIALOGUE = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+
+
+def pair_of_chats(prompt: list[Any], chosen: list[Any], rejected: list[Any], **options: Any) -> Pair:
+    parts = {"chosen": chosen, "rejected": rejected}
+    return Pair(
+        **{key: Messages(messages=prompt + part, respond_from=len(prompt), **options) for key, part in parts.items()}
+    )
+
+
+def pair_of_texts(prompt: str, chosen: str, rejected: str) -> Pair:
+    parts = {"chosen": chosen, "rejected": rejected}
+    return Pair(**{key: PromptCompletion(prompt=prompt, completion=part) for key, part in parts.items()})
+
+
+def test_preference_texts_are_chats_that_may_be_plain_text(tmp_path: Path) -> None:
+    record = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 8.5, "images": None, "id": 7}
+    row = read(tmp_path, line(record)).rows[0]
+    assert (row.shape, row.id) == ("preference", "7")
+    assert row.record == Pair(
+        chosen=Messages(messages=[USER, ANSWER], plain=PromptCompletion(prompt="a", completion="b")),
+        rejected=Messages(messages=[USER, OTHER], plain=PromptCompletion(prompt="a", completion="c")),
+    )
+    with_system = one(tmp_path, {**record, "system": "s", "tools": [{"name": "f"}]})
+    assert with_system.chosen == Messages(messages=[SYSTEM, USER, ANSWER], tools=[{"name": "f"}])
+
+
+def test_preference_messages(tmp_path: Path) -> None:
+    expected = pair_of_chats([USER], [ANSWER], [OTHER])
+    prompt, chosen, rejected = [USER], [ANSWER], [OTHER]
+    for record in (
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected},
+        {"prompt": prompt, "chosen": "b", "rejected": rejected},
+        {"prompt": prompt, "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": chosen, "rejected": rejected},
+        # branches that repeat the prompt
+        {"prompt": prompt, "chosen": prompt + chosen, "rejected": prompt + rejected},
+        {"prompt": "a", "chosen": prompt + chosen, "rejected": prompt + rejected},
+        # the chosen chat once more, as some data sets have it
+        {"chosen": prompt + chosen, "rejected": prompt + rejected, "messages": prompt + chosen},
+        {"chosen": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "rejected": [USER, OTHER]},
+    ):
+        assert one(tmp_path, record) == expected, record
+    assert read(tmp_path, line({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]})).rows[0].shape == "preference"
+    ambiguous = one(tmp_path, {"chosen": prompt + chosen, "rejected": prompt + rejected, "messages": prompt + rejected})
+    assert ambiguous.reason == "ambiguous_shape"
+    with_system = one(tmp_path, {"prompt": prompt, "chosen": chosen, "rejected": rejected, "system": "s"})
+    assert with_system == pair_of_chats([SYSTEM, USER], [ANSWER], [OTHER])
+    repeated = one(tmp_path, {"prompt": "a", "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, OTHER]})
+    assert repeated == with_system
+
+
+def test_the_common_beginning_of_chats_is_the_prompt(tmp_path: Path) -> None:
+    more = {"role": "user", "content": "more"}
+    chosen, rejected = [USER, ANSWER, more, ANSWER], [USER, ANSWER, more, OTHER, USER, ANSWER]
+    tools = [{"name": "f"}]
+    record = one(tmp_path, {"chosen": chosen, "rejected": rejected, "tools": tools})
+    assert record == pair_of_chats(chosen[:3], chosen[3:], rejected[3:], tools=tools)
+    record = one(tmp_path, {"chosen": [USER, ANSWER], "rejected": [USER, OTHER], "system": "s"})
+    assert record == pair_of_chats([SYSTEM, USER], [ANSWER], [OTHER])
+
+
+COMMON = {
+    "dialogue": (DIALOGUE + " Yes.", DIALOGUE + " Yet", (DIALOGUE, " Yes.", " Yet")),
+    "one continues the other": (DIALOGUE + " Yes", DIALOGUE + " Yes, it is", (DIALOGUE, " Yes", " Yes, it is")),
+    "space": ("Q: 1 + 1\nA: 2", "Q: 1 + 1\nA: 3", ("Q: 1 + 1\nA:", " 2", " 3")),
+    "within a word": ("the sky is blue", "the sky is black", ("the sky is", " blue", " black")),
+    "within a number": ("it costs 3.50", "it costs 3.75", ("it costs", " 3.50", " 3.75")),
+    "a longer word": ("he has a cat", "he has a cats", ("he has a", " cat", " cats")),
+    "last word": ("Is it? Yes!", "Is it? Yes! It is", ("Is it?", " Yes!", " Yes! It is")),
+    "line end": ("Sum:\n2", "Sum:\n3", ("Sum:\n", "2", "3")),
+    "no spaces": ("答えは：はい", "答えは：いいえ", ("答えは：", "はい", "いいえ")),
+    "combining mark": ("so: e\u0301", "so: e\u0300", ("so:", " e\u0301", " e\u0300")),
+}
+
+
+@pytest.mark.parametrize("case", COMMON)
+def test_the_common_beginning_of_texts_is_the_prompt(tmp_path: Path, case: str) -> None:
+    chosen, rejected, parts = COMMON[case]
+    assert one(tmp_path, {"chosen": chosen, "rejected": rejected}) == pair_of_texts(*parts)
+    swapped = one(tmp_path, {"chosen": rejected, "rejected": chosen})
+    assert swapped == pair_of_texts(parts[0], parts[2], parts[1])
+
+
+TOKEN_PAIR = {
+    "chosen_input_ids": [5, 6, 7],
+    "chosen_labels": [-100, -100, 7],
+    "rejected_input_ids": [5, 8],
+    "rejected_labels": [5, 8],
+}
+
+
+def test_preference_tokens(tmp_path: Path) -> None:
+    row = read(tmp_path, line(TOKEN_PAIR)).rows[0]
+    assert row.shape == "preference_tokens"
+    assert row.record == Pair(
+        chosen=Tokens(input_ids=[5, 6, 7], labels=[-100, -100, 7]), rejected=Tokens(input_ids=[5, 8], labels=[-100, 8])
+    )
+    assert read_rows([str(_parquet(tmp_path, [TOKEN_PAIR]))]).rows[0].record == row.record
+
+
+def test_preference_columns(tmp_path: Path) -> None:
+    chats = {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}
+    extra = {"score_chosen": 1.0, "images": ["x"], "margin": 2}
+    result = read_rows([str(_parquet(tmp_path, [{**chats, **extra, "messages": chats["chosen"]}] * 2))])
+    assert [row.record for row in result.rows] == [pair_of_chats([USER], [ANSWER], [OTHER])] * 2
+    guessed = read_rows([str(_parquet(tmp_path, [{"question": "q", "chosen": "It is 1", "rejected": "It is 2"}]))])
+    assert guessed.bad[0].reason == "no_prompt"
+
+
+SAME = [USER, ANSWER]
+BAD_PAIRS = {
+    "same texts": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "same_branches", "neither"),
+    "same messages": ({"prompt": [USER], "chosen": "b", "rejected": [ANSWER]}, "same_branches", "neither"),
+    "same chats": ({"chosen": SAME, "rejected": SAME}, "same_branches", "neither"),
+    "same whole texts": ({"chosen": "a b", "rejected": "a b"}, "same_branches", "neither"),
+    "same tokens": (
+        {**TOKEN_PAIR, "rejected_input_ids": [5, 6, 7], "rejected_labels": [-100, -100, 7]},
+        "same_branches",
+        "neither",
+    ),
+    "chat that begins the other": ({"chosen": [*SAME, USER, OTHER], "rejected": SAME}, "no_response", "rejected is"),
+    "chats of different prompts": (
+        {"chosen": SAME, "rejected": [{"role": "user", "content": "z"}, ANSWER]},
+        "no_prompt",
+        "different messages",
+    ),
+    "chats that share a system message alone": (
+        {"chosen": [SYSTEM, *SAME], "rejected": [SYSTEM, {"role": "user", "content": "z"}, ANSWER]},
+        "no_prompt",
+        "different messages",
+    ),
+    "answers alone": ({"chosen": [ANSWER], "rejected": [OTHER]}, "no_prompt", "give the prompt"),
+    "unanswered chat": ({"chosen": SAME, "rejected": [USER, USER]}, "no_response", "rejected: no message"),
+    "empty answer": (
+        {"chosen": [USER, {"role": "assistant", "content": " "}], "rejected": SAME},
+        "no_response",
+        "chosen: a message",
+    ),
+    "texts of nothing shared": ({"chosen": "Yes.", "rejected": "Yet"}, "no_prompt", "the same words"),
+    "no marker to begin at": ({"chosen": "a", "rejected": "a b"}, "no_prompt", "the same words"),
+    "guess beside a question": (
+        {"question": "q", "chosen": "It is 1", "rejected": "It is 2"},
+        "no_prompt",
+        "question beside",
+    ),
+    "guess beside a system text": ({"system": "q", "chosen": "It is 1", "rejected": "It is 2"}, "no_prompt", "system"),
+    "dialogue without an answer": ({"chosen": DIALOGUE, "rejected": DIALOGUE + " b"}, "no_response", "chosen is"),
+    "dialogue that goes on": (
+        {"chosen": DIALOGUE + " b", "rejected": DIALOGUE + " c\n\nHuman: d\n\nAssistant: e"},
+        "several_turns",
+        "rejected goes on",
+    ),
+    "empty prompt": ({"prompt": " ", "chosen": "b", "rejected": "c"}, "no_prompt", "prompt is empty"),
+    "null prompt": ({"prompt": None, "chosen": "It is 1", "rejected": "It is 2"}, "null_field", "prompt is null"),
+    "empty chosen": ({"prompt": "a", "chosen": "", "rejected": "c"}, "no_response", "chosen is empty"),
+    "empty rejected": ({"prompt": [USER], "chosen": "b", "rejected": "\n"}, "no_response", "rejected is empty"),
+    "empty list": ({"prompt": [USER], "chosen": [], "rejected": "c"}, "no_response", "chosen is an empty list"),
+    "null rejected": ({"prompt": "a", "chosen": "b", "rejected": None}, "null_field", "rejected is null"),
+    "no rejected": ({"prompt": "a", "chosen": "b"}, "unknown_shape", "chosen + rejected"),
+    "another prompt": (
+        {"prompt": "z", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        "prompt_mismatch",
+        "chosen begins",
+    ),
+    "text and chat": ({"chosen": "a b", "rejected": [USER, ANSWER]}, "wrong_type", "rejected is a list"),
+    "number": ({"prompt": "a", "chosen": 3, "rejected": "b"}, "wrong_type", "chosen is an integer"),
+    "prompt that is a number": ({"prompt": 3, "chosen": "a", "rejected": "b"}, "wrong_type", "prompt is an integer"),
+    "message that is text": ({"prompt": "a", "chosen": ["b"], "rejected": "c"}, "wrong_type", "chosen[0] is text"),
+    "unknown role": (
+        {"prompt": "a", "chosen": "b", "rejected": [{"role": "bot", "content": "c"}]},
+        "unknown_role",
+        "rejected[0].role",
+    ),
+    "answer too": ({"prompt": "a", "response": "b", "chosen": "b", "rejected": "c"}, "ambiguous_shape", "at once"),
+    "tools": ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": "f"}, "wrong_type", "tools"),
+    "token lengths": ({**TOKEN_PAIR, "rejected_labels": [5]}, "length_mismatch", "1 rejected_labels"),
+    "token labels": ({**TOKEN_PAIR, "chosen_labels": [-100, 7, 7]}, "label_mismatch", "chosen_labels[1] is 7"),
+    "token range": ({**TOKEN_PAIR, "chosen_input_ids": [5, -6, 7]}, "token_out_of_range", "chosen_input_ids[1]"),
+    "no token labels": ({**TOKEN_PAIR, "rejected_labels": [5, -100]}, "no_response", "all rejected_labels"),
+    "token type": ({**TOKEN_PAIR, "rejected_input_ids": [5, True]}, "wrong_type", "rejected_input_ids[1]"),
+    "tokens without labels": ({"chosen_input_ids": [1], "rejected_input_ids": [1]}, "unknown_shape", "chosen_labels"),
+    "null labels": ({**TOKEN_PAIR, "chosen_labels": None}, "null_field", "chosen_labels is null"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_bad_pairs(tmp_path: Path, case: str) -> None:
+    record, reason, words = BAD_PAIRS[case]
+    good = line({"prompt": "a", "chosen": "b", "rejected": "c"})
+    result = read(tmp_path, good + line(record) + good)
+    assert [(bad.row_id, bad.line, bad.reason) for bad in result.bad] == [(1, 2, reason)]
+    assert [row.row_id for row in result.rows] == [0, 2]
+    assert words in result.bad[0].message
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_touches_no_pair(tmp_path: Path, case: str) -> None:
+    good = line({"prompt": "a", "chosen": "b", "rejected": "c"})
+    bad_line = BAD_LINES[case][0].replace(b'"completion"', b'"rejected": "x", "chosen"').replace(b"compl", b"chose")
+    result = read(tmp_path, good + bad_line + b"\n" + good)
+    assert ([row.line for row in result.rows], [bad.line for bad in result.bad]) == ([1, 3], [2])
+    assert result.bad[0].reason == ("no_prompt" if case == "missing prompt" else BAD_LINES[case][1])
+
+
+def test_a_run_holds_rows_of_one_kind(tmp_path: Path) -> None:
+    answered, preferred = line(GOOD), line({"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert kind_of(read(tmp_path, answered * 2).rows) == "sft"
+    assert kind_of(read(tmp_path, preferred * 2).rows) == "preference"
+    assert kind_of([]) == "sft"
+    for data, places in {
+        answered * 2 + preferred * 2: (1, 3),
+        preferred * 2 + b"{\n" + answered: (4, 1),
+    }.items():
+        with pytest.raises(InputError) as caught:
+            kind_of(read(tmp_path, data).rows)
+        sft, preference = places
+        assert f"data.jsonl:{sft} is an SFT row, data.jsonl:{preference} is a preference row" in str(caught.value)
+        assert "split the data" in str(caught.value)
+
+
+# --- rows that are read where they are asked for ---
+
+
+def also(folder: Path, record: Any, *names: Any) -> Any:
+    (folder / "also.jsonl").write_bytes(line(record))
+    result = read_rows([str(folder / "also.jsonl")], also=names)
+    return result.rows[0].record if result.rows else result.bad[0]
+
+
+def test_passages_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    assert also(tmp_path, {"text": " a b"}, "text") == Passage(text=" a b")
+    assert also(tmp_path, {"text": "a", **GOOD}, "text") == also(tmp_path, GOOD)
+    assert also(tmp_path, {"text": " \n"}, "text").reason == "no_response"
+    assert also(tmp_path, {"text": 3}, "text").reason == "wrong_type"
+    assert also(tmp_path, {"text": None}, "text").reason == "null_field"
+    path = _parquet(tmp_path, [{"text": "a", "other": 1}])
+    assert read_rows([str(path)], also=("text",)).rows[0].record == Passage(text="a")
+    unknown, asked = also(tmp_path, {"title": "a"}), also(tmp_path, {"title": "a"}, "text")
+    assert unknown.message + "; text" == asked.message
+
+
+def test_prompts_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    assert also(tmp_path, {"prompt": "a"}, "prompt") == Prompt(messages=[USER], plain="a")
+    assert also(tmp_path, {"prompt": "a", "completion": None}, "prompt") == Prompt(messages=[USER], plain="a")
+    assert also(tmp_path, {"prompt": "a", "system": "s"}, "prompt") == Prompt(messages=[SYSTEM, USER])
+    waiting = [USER, ANSWER, USER]
+    tools = [{"name": "f"}]
+    for record in ({"prompt": waiting}, {"messages": waiting}, {"conversations": waiting}):
+        assert also(tmp_path, {**record, "tools": tools}, "prompt") == Prompt(messages=waiting, tools=tools)
+    assert also(tmp_path, {"prompt": [USER], "system": "s"}, "prompt") == Prompt(messages=[SYSTEM, USER])
+    assert also(tmp_path, {"prompt": [USER, ANSWER]}, "prompt").reason == "no_prompt"
+    assert also(tmp_path, {"prompt": " "}, "prompt").reason == "no_prompt"
+    assert also(tmp_path, {"prompt": 3}, "prompt").reason == "wrong_type"
+    # rows with an answer are what they are without
+    for record in (
+        GOOD,
+        {"messages": SAME},
+        {"conversations": SAME, "system": "s"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"input_ids": [1, 2], "labels": [1, 2]},
+    ):
+        assert also(tmp_path, record, "prompt") == also(tmp_path, record)
+    # and a chat that waits for an answer is one where prompts are not asked for
+    assert also(tmp_path, {"messages": waiting}) == Messages(messages=waiting)
+    assert also(tmp_path, {"prompt": "a"}).reason == "unknown_shape"
+    assert also(tmp_path, {"prompt": "a", "text": "b"}, "prompt", "text").reason == "ambiguous_shape"
+    assert rows_of([{"prompt": "a"}], "memory", also=("prompt",)).rows[0].shape == "prompt"
 
 
 def test_refuse_names_the_first_and_counts_the_others() -> None:
@@ -512,9 +785,52 @@ _json = st.recursive(
     ),
     max_leaves=8,
 )
+
+
+@settings(max_examples=100, deadline=None)
+@given(_texts, _texts, _texts, st.booleans())
+def test_any_preference_texts_are_read(prompt: str, chosen: str, rejected: str, implicit: bool) -> None:
+    texts = {"chosen": chosen, "rejected": rejected}
+    record = {key: prompt + text for key, text in texts.items()} if implicit else {"prompt": prompt, **texts}
+    result = rows_of([record], "memory")
+    if chosen == rejected:
+        assert result.bad[0].reason == "same_branches"
+    elif not implicit:
+        for name, text in texts.items():
+            branch = getattr(result.rows[0].record, name)
+            assert branch.plain == PromptCompletion(prompt=prompt, completion=text)
+            assert [message["content"] for message in branch.messages] == [prompt, text]
+    elif result.rows:
+        found = [getattr(result.rows[0].record, name) for name in BRANCHES]
+        assert [part.prompt + part.completion for part in found] == [prompt + chosen, prompt + rejected]
+        assert found[0].prompt == found[1].prompt and found[0].prompt.strip()
+        assert found[0].completion.strip() and found[1].completion.strip()
+    else:
+        assert result.bad[0].reason in ("no_prompt", "no_response", "several_turns")
+
+
+_turns = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.sampled_from("ab")), min_size=1, max_size=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_turns, _turns, _turns)
+def test_any_whole_chats_are_read_or_set_aside(prompt: Any, chosen: Any, rejected: Any) -> None:
+    chats = [[{"role": role, "content": text} for role, text in prompt + part] for part in (chosen, rejected)]
+    result = rows_of([dict(zip(BRANCHES, chats, strict=True))], "memory")
+    shared = 0
+    while shared < min(map(len, chats)) and chats[0][shared] == chats[1][shared]:
+        shared += 1
+    answers = [[message for message in chat[shared:] if message["role"] == "assistant"] for chat in chats]
+    if all(answers):
+        expected = pair_of_chats(chats[0][:shared], chats[0][shared:], chats[1][shared:])
+        assert result.rows[0].record == expected
+    else:
+        assert result.bad[0].reason == ("same_branches" if chats[0] == chats[1] else "no_response")
+
+
 _keys = st.sampled_from(
     ["messages", "conversations", "prompt", "completion", "response", "instruction", "input", "output"]
-) | st.sampled_from(["input_ids", "labels", "id", "tools", "system", "chosen", "rejected"])
+) | st.sampled_from(["input_ids", "labels", "id", "tools", "system", "chosen", "rejected", "text", "question"])
 
 
 @settings(max_examples=300, deadline=None)
@@ -522,8 +838,9 @@ _keys = st.sampled_from(
 def test_any_object_is_read_or_set_aside(tmp_path_factory: pytest.TempPathFactory, record: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "objects.jsonl"
     path.write_bytes(json.dumps(record).encode() + b"\n")
-    result = read_rows([str(path)])
-    assert len(result.rows) + len(result.bad) == 1
+    for names in ((), ("text", "prompt")):
+        result = read_rows([str(path)], also=names)
+        assert len(result.rows) + len(result.bad) == 1
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,71 +10,96 @@ import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
-from small_run import small_run, value_rows, write_generation
+from small_run import scored, small_run, value_rows, write_generation
 
 from alphatoken_curate import manifest, shards
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.scan import scan, scan_tokens
-from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES
+from alphatoken_curate.schema import PAIR_COLUMNS, SIGNALS
+from alphatoken_curate.shards import Branch, ValueRow
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return small_run(tmp_path / "a [1]*")  # a name that would be a pattern
+@pytest.fixture(params=["sft", "preference"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return small_run(tmp_path / "a [1]*", kind=request.param)  # a name that would be a pattern
 
 
-def weights(run: Path, mask: int) -> dict[int, list[float]]:
-    found: dict[int, list[float]] = {}
+def weights(run: Path, mask: int) -> dict[tuple[int, str], list[float]]:
+    """Loss weights by row and prefix of the branch."""
+    layout = manifest.layout(manifest.read(run))
+    found: dict[tuple[int, str], list[float]] = {}
     for path in shards.listed(shards.train_folder(run, mask)).values():
-        table = shards.read(path, TRAIN)
-        found |= dict(zip(table["row_id"].to_pylist(), table["loss_weight"].to_pylist(), strict=True))
+        for row in shards.read(path, layout.train).to_pylist():
+            found |= {(row["row_id"], prefix): row[f"{prefix}loss_weight"] for prefix in layout.branches}
     return found
 
 
-def plain_tokens(run: Path, mask: int) -> list[dict[str, Any]]:
+def plain_tokens(run: Path, mask: int, rows: list[ValueRow]) -> list[dict[str, Any]]:
     """The same table by loops over the rows that were written."""
     stored = weights(run, mask)
-    found = []
-    for row in value_rows():
-        for i in np.flatnonzero(row.response) if row.status == "scored" else ():
-            token = {"row_id": row.row_id, "position": int(i), "token_id": int(row.input_ids[i])}
-            token |= {"text": f"<{row.input_ids[i]}>", **{name: float(row.signals[name][i]) for name in SIGNALS}}
-            weight = stored[row.row_id][i]
-            found.append({**token, "kept": weight > 0, "loss_weight": weight})
-    return found
+    return [
+        token
+        for row in rows
+        if row.status == "scored"
+        for prefix, branch in zip(manifest.layout(manifest.read(run)).branches, row.branches, strict=True)
+        for token in plain_branch(row, prefix, branch, stored.get((row.row_id, prefix)))
+    ]
+
+
+def plain_branch(row: ValueRow, prefix: str, branch: Branch, weight: list[float] | None) -> Iterator[dict[str, Any]]:
+    of_row = {"omega": row.omega, "margin": row.margin} if prefix else {}
+    for i in np.flatnonzero(branch.response):
+        token: dict[str, Any] = {
+            "row_id": row.row_id,
+            **({"branch": prefix[:-1]} if prefix else {}),
+            "position": int(i),
+        }
+        token |= {"token_id": int(branch.input_ids[i]), "text": f"<{branch.input_ids[i]}>"}
+        token |= {name: float(branch.signals[name][i]) if name in branch.signals else None for name in SIGNALS}
+        token |= of_row
+        yield token | {"kept": weight and weight[i] > 0, "loss_weight": weight and weight[i]}
 
 
 def test_scan_gives_the_shards_in_order(run: Path) -> None:
+    layout = manifest.layout(manifest.read(run))
     values = scan(run).collect()
     assert values["row_id"].to_list() == list(range(12))
-    assert values.columns == VALUES.names
+    assert values.columns == layout.values.names
     train = scan(str(run), "train").collect()
-    assert train.columns == TRAIN.names
-    assert dict(zip(train["row_id"], train["loss_weight"].to_list(), strict=True)) == weights(run, 0)
+    assert train.columns == layout.train.names
+    found = {(row["row_id"], p): row[f"{p}loss_weight"] for row in train.to_dicts() for p in layout.branches}
+    assert found == weights(run, 0)
 
 
 def test_scan_tokens_is_what_loops_give(run: Path) -> None:
     make_mask(run, MaskConfig(keep=0.3, weights="rank"))
+    layout = manifest.layout(manifest.read(run))
     for mask, newest in ((0, False), (1, True)):
         frame = scan_tokens(run, mask=None if newest else mask)
-        want = plain_tokens(run, mask)
+        want = plain_tokens(run, mask, value_rows(kind=layout.kind))
         for engine in ("streaming", "in-memory"):
             assert frame.collect(engine=engine).to_dicts() == want  # type: ignore[call-overload]
-    assert frame.collect_schema() == {
-        "row_id": pl.Int64, "position": pl.Int32, "token_id": pl.Int32, "text": pl.String,
-        **dict.fromkeys(SIGNALS, pl.Float32), "kept": pl.Boolean, "loss_weight": pl.Float32,
-    }  # fmt: skip
+    pair = layout.kind == "preference"
+    assert list(frame.collect_schema().items()) == [
+        ("row_id", pl.Int64), *([("branch", pl.String)] if pair else []), ("position", pl.Int32),
+        ("token_id", pl.Int32), ("text", pl.String), *((name, pl.Float32) for name in SIGNALS),
+        *(((name, pl.Float32) for name in PAIR_COLUMNS) if pair else ()),
+        ("kept", pl.Boolean), ("loss_weight", pl.Float32),
+    ]  # fmt: skip
 
 
-def test_without_mask_vocabulary_or_reference_the_columns_stay(tmp_path: Path) -> None:
-    run = tmp_path / "a"
-    write_generation(run, value_rows(reference=False))
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_without_mask_vocabulary_or_reference_the_columns_stay(tmp_path: Path, kind: str) -> None:
+    run, rows = tmp_path / "a", value_rows(reference=False, kind=kind)
+    write_generation(run, rows)
     manifest.write(run, manifest.rebuild(run))
     frame = scan_tokens(run).collect()
-    assert frame.schema == scan_tokens(small_run(tmp_path / "b")).collect_schema()
-    assert frame.height == sum(int(row.response.sum()) for row in value_rows() if row.status == "scored")
+    assert frame.schema == scan_tokens(small_run(tmp_path / "b", kind=kind)).collect_schema()
+    assert frame.height == sum(
+        int(one.response.sum()) for row in rows if row.status == "scored" for one in row.branches
+    )
     for name in ("text", "kept", "loss_weight", "reference_nll"):
         assert frame[name].null_count() == frame.height
 
@@ -110,7 +137,43 @@ def test_a_run_before_its_first_mask_has_no_train(tmp_path: Path) -> None:
         scan(tmp_path, "train")
 
 
+def test_rows_that_a_mask_of_several_generations_leaves_out_have_no_weight(tmp_path: Path) -> None:
+    for kind in ("sft", "preference"):
+        run, first = tmp_path / kind, value_rows(kind=kind)
+        again = [scored(row, seed=4) if row.status == "scored" else row for row in first]
+        again[4] = failed(again[4])
+        small_run(run, first)
+        write_generation(run, again, number=3)
+        manifest.write(run, manifest.rebuild(run))
+        make_mask(run, MaskConfig(generation="all"))
+        left_out = scan_tokens(run, generation=0).filter(pl.col("row_id") == 4).collect()
+        assert left_out.height > 1
+        assert left_out["kept"].null_count() == left_out["loss_weight"].null_count() == left_out.height
+        for number, rows in ((0, first), (3, again)):
+            want = plain_tokens(run, 1, rows)
+            assert scan_tokens(run, generation=number).collect(engine="streaming").to_dicts() == want
+        assert scan(run, "train").collect()["row_id"].to_list() == [0, 1, 2, 6, 8, 9, 10, 11]
+
+
+def failed(row: ValueRow) -> ValueRow:
+    """The row as a scoring leaves it that could not compute its values."""
+    return replace(
+        row, status="failed", branches=tuple(replace(one, signals={}) for one in row.branches), omega=None, margin=None
+    )
+
+
+def test_nothing_is_read_before_it_is_asked_for(run: Path) -> None:
+    path = run / "values/generation=0/part-00001.parquet"
+    path.write_bytes(b"x" * path.stat().st_size)
+    frame = scan_tokens(run)
+    with pytest.raises(pl.exceptions.PolarsError):
+        frame.collect()
+
+
 def test_generations_are_told_apart(run: Path) -> None:
-    write_generation(run, value_rows(seed=1), number=1)
+    kind = manifest.layout(manifest.read(run)).kind
+    write_generation(run, value_rows(seed=1, kind=kind), number=1)
     manifest.write(run, manifest.rebuild(run))
-    assert not scan(run).select("nll").collect().equals(scan(run, generation=0).select("nll").collect())
+    for number, seed in ((None, 1), (1, 1), (0, 0)):
+        found = scan_tokens(run, generation=number).collect().to_dicts()
+        assert found == plain_tokens(run, 0, value_rows(seed=seed, kind=kind))

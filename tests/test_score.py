@@ -33,7 +33,7 @@ from alphatoken_curate import (
 from alphatoken_curate.atomic import TEMPORARY
 from alphatoken_curate.paths import PathScorer
 from alphatoken_curate.plan import Batch
-from alphatoken_curate.schema import COMPONENTS, SIGNALS, VALUES
+from alphatoken_curate.schema import COMPONENTS, SFT, SIGNALS
 from alphatoken_curate.score import default_run
 
 PARITY = Path(__file__).parents[2] / "shared" / "fixtures" / "release_parity"
@@ -143,7 +143,7 @@ def test_the_run_folder_is_laid_out_as_promised(settings: dict[str, Any], tmp_pa
     part = [f"part-{i:05d}.parquet" for i in range(4)]
     assert names == {
         *("config.yaml", "manifest.json", "README.md"),
-        *("artifacts/run.json", "artifacts/target.safetensors", "artifacts/fisher.safetensors"),
+        *("artifacts/run.json", "artifacts/target-00000.safetensors", "artifacts/fisher.safetensors"),
         *(f"artifacts/reference_nll-{i:05d}.safetensors" for i in range(4)),
         *(f"values/generation=0/{name}" for name in part),
         *(f"train/mask=0000/{name}" for name in part),
@@ -316,7 +316,7 @@ def test_polars_and_datasets_read_the_folder(
     assert train["row_id"][:] == plain["row_id"].to_list()
     assert train["labels"][:] == plain["labels"].to_list()
     values = datasets.load_dataset(str(tmp_path / "run"), "values", split="train", cache_dir=str(tmp_path / "cache"))
-    assert values.column_names == VALUES.names and values.num_rows == ROWS
+    assert values.column_names == SFT.values.names and values.num_rows == ROWS
 
 
 def test_the_mask_keeps_the_share_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -396,7 +396,11 @@ def test_a_finished_run_is_left_alone(settings: dict[str, Any], run: Path) -> No
         ["rejects.jsonl"],
         ["values/generation=0/part-00001.parquet"],
         ["values/generation=0/part-00001.parquet", "artifacts/reference_nll-00001.safetensors"],
-        ["values/generation=0/part-00003.parquet", "artifacts/target.safetensors", "artifacts/fisher.safetensors"],
+        [
+            "values/generation=0/part-00003.parquet",
+            "artifacts/target-00000.safetensors",
+            "artifacts/fisher.safetensors",
+        ],
         ["manifest.json"],
         ["manifest.json", "config.yaml", "README.md"],
         ["config.yaml"],
@@ -666,11 +670,11 @@ def test_a_halving_in_the_reference_pass(
 
     plain, calls = ScoringModel.hidden, []
 
-    def limited(self: ScoringModel, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+    def limited(self: ScoringModel, ids: torch.Tensor, start: int = 0, *, pairs: bool = False) -> torch.Tensor:
         calls.append(ids.numel())
         if len(calls) == 2:
             raise MemoryError
-        return plain(self, ids, start)
+        return plain(self, ids, start, pairs=pairs)
 
     score(ScoreConfig(**settings | {"batch_tokens": 200}), tmp_path / "plain")
     monkeypatch.setattr(ScoringModel, "hidden", limited)

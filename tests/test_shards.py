@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_run import FIELDS, value_row, value_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_run import FIELDS, kind_of, tokens, value_row, value_rows
 
 from alphatoken_curate import shards
 from alphatoken_curate.atomic import KILL_AT, atomic_file, digest, one_writer, sweep
 from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError, UsageError
 from alphatoken_curate.fingerprint import fingerprint
-from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES
-from alphatoken_curate.shards import Footer, TrainRows
+from alphatoken_curate.schema import LAYOUTS, PREFERENCE, SFT, SIGNALS, STATUSES, Layout
+from alphatoken_curate.shards import Branch, Footer, Shard, TrainLists, ValueRow
 
 METADATA = Footer(fields=FIELDS, facts={"note": "x"})
 POINTS = ("after-temp-open", "mid-write", "after-fsync", "after-close", "after-rename")
@@ -30,79 +32,168 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "values" / "generation=0" / "part-00000.parquet"
 
 
-def test_rows_come_back_as_they_were_written(path: Path) -> None:
-    rows = value_rows(reference=False)
-    shard = shards.write_values(path, rows, METADATA)
-    found = shards.read(path, VALUES).to_pylist()
+both_kinds = pytest.mark.parametrize("layout", [SFT, PREFERENCE], ids=lambda layout: layout.kind)
+
+
+def write(path: Path, rows: list[ValueRow]) -> Shard:
+    return shards.write_values(path, rows, METADATA, LAYOUTS[kind_of(rows)])
+
+
+@both_kinds
+def test_columns_hold_what_the_rows_do(path: Path, layout: Layout) -> None:
+    rows = value_rows(reference=False, kind=layout.kind)
+    shard = write(path, rows)
+    found = shards.read(path, layout.values).to_pylist()
     for row, stored in zip(rows, found, strict=True):
-        assert [stored[name] for name in ("row_id", "source", "line", "id", "status")] == [
-            row.row_id, row.source, row.line, row.id, row.status,
-        ]  # fmt: skip
-        assert stored["input_ids"] == row.input_ids.tolist() and stored["response"] == row.response.tolist()
-        for name in SIGNALS:
-            signal = row.signals.get(name, np.full(len(row.input_ids) if row.signals else 0, np.nan))
-            assert stored[name] == [None if np.isnan(x) else float(x) for x in signal]
+        for name in ("row_id", "source", "line", "id", "status"):
+            assert stored[name] == getattr(row, name)
+        for prefix, branch in zip(layout.branches, row.branches, strict=True):
+            assert stored[prefix + "input_ids"] == branch.input_ids.tolist()
+            assert stored[prefix + "response"] == branch.response.tolist()
+            for name in SIGNALS:
+                signal = branch.signals.get(name, np.full(len(branch.response) if branch.signals else 0, np.nan))
+                assert stored[prefix + name] == [None if np.isnan(x) else float(x) for x in signal]
+        if layout is PREFERENCE:
+            assert (stored["omega"], stored["margin"]) == (row.omega, row.margin)
+            assert (row.omega is None) == (row.status != "scored")
+    branches = [branch for row in rows for branch in row.branches]
     assert (shard.path, shard.rows) == ("values/generation=0/part-00000.parquet", len(rows))
-    assert shard.tokens == sum(len(row.input_ids) for row in rows)
-    assert shard.response_tokens == sum(int(row.response.sum()) for row in rows)
+    assert shard.tokens == sum(len(branch.input_ids) for branch in branches)
+    assert shard.response_tokens == sum(int(branch.response.sum()) for branch in branches)
     assert (shard.bytes, shard.sha256) == digest(path)
 
 
-def test_the_schema_on_disk_is_explicit_with_units_zstd_and_checksums(path: Path) -> None:
-    shards.write_values(path, [value_row(0, 2, "rejected")], METADATA)  # nothing to infer types from
-    assert pq.read_schema(path).equals(VALUES, check_metadata=False)
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def drawn_branch(draw: st.DrawFn, status: str) -> Branch:
+    length = 0 if status == "rejected" else draw(st.integers(2, 6))
+    branch = tokens(draw(st.integers(0, 99)), length)
+    names = draw(st.sets(st.sampled_from(SIGNALS), min_size=1)) if status == "scored" else set()
+    signals = {}
+    for name in names:
+        drawn = draw(st.lists(FLOATS, min_size=length, max_size=length))
+        signals[name] = np.where(branch.response, np.array(drawn, np.float32), np.float32(np.nan))
+    return replace(branch, signals=signals)
+
+
+@st.composite
+def drawn_row(draw: st.DrawFn, layout: Layout) -> ValueRow:
+    status = draw(st.sampled_from(STATUSES))
+    pair = layout is PREFERENCE and status == "scored"
+    return ValueRow(
+        row_id=draw(st.integers(0, 1 << 40)),
+        source=draw(st.text(st.characters(codec="utf-8"), max_size=5)),
+        line=draw(st.integers(1, 1 << 40)),
+        id=draw(st.none() | st.text(st.characters(codec="utf-8"), max_size=5)),
+        status=status,
+        branches=tuple(draw(drawn_branch(status)) for _ in layout.branches),
+        omega=draw(FLOATS) if pair else None,
+        margin=draw(FLOATS) if pair else None,
+    )
+
+
+def plain(row: ValueRow) -> tuple[object, ...]:
+    """All of a row as values that can be compared, types and bits of arrays included."""
+    branches = [
+        [array.dtype.str + array.tobytes().hex() for array in (one.input_ids, one.response)]
+        + [f"{name} {signal.dtype.str}{signal.tobytes().hex()}" for name, signal in sorted(one.signals.items())]
+        for one in row.branches
+    ]
+    return row.row_id, row.source, row.line, row.id, row.status, branches, row.omega, row.margin
+
+
+@both_kinds
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_rows_come_back_as_they_were_written(
+    tmp_path_factory: pytest.TempPathFactory, layout: Layout, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "values" / "generation=0" / f"part-{layout.kind}.parquet"
+    rows = data.draw(st.lists(drawn_row(layout), max_size=4))
+    shards.write_values(path, rows, METADATA, layout)
+    assert [plain(row) for row in shards.read_records(path, layout)] == [plain(row) for row in rows]
+
+
+@both_kinds
+def test_the_schema_on_disk_is_explicit_with_units_zstd_and_checksums(path: Path, layout: Layout) -> None:
+    write(path, [value_row(0, 2, "rejected", kind=layout.kind)])  # nothing to infer types from
+    assert pq.read_schema(path).equals(layout.values, check_metadata=False)
     metadata = pq.read_metadata(path)
     assert metadata.row_group(0).column(0).compression == "ZSTD"
     assert metadata.row_group(0).column(0).is_stats_set
     stored = metadata.metadata
     assert stored[b"alphatoken_curate.schema_version"] == b"1"
     assert stored[b"alphatoken_curate.fingerprint"].decode() == f'"{fingerprint(FIELDS)}"'
-    assert b'"nll":"nats"' in stored[b"alphatoken_curate.units"]
+    assert f'"{layout.branches[-1]}nll":"nats"'.encode() in stored[b"alphatoken_curate.units"]
 
 
-def test_no_rows_are_a_shard_too(path: Path) -> None:
-    assert shards.write_values(path, [], METADATA).rows == 0
-    assert shards.read(path, VALUES).num_rows == 0
-    nothing = {"row_id": np.empty(0, np.int64), "lengths": np.empty(0, np.int64), "input_ids": np.empty(0, np.int32)}
-    rows = TrainRows(**nothing, weight=np.empty(0, np.float32), value=np.empty(0, np.float32))
-    shards.write_train(path, rows, METADATA)
-    assert shards.read(path, TRAIN).num_rows == 0
+@both_kinds
+def test_no_rows_are_a_shard_too(path: Path, layout: Layout) -> None:
+    assert shards.write_values(path, [], METADATA, layout).rows == 0
+    assert shards.read(path, layout.values).num_rows == 0
+    assert shards.read_records(path, layout) == []
+    nothing = TrainLists(
+        lengths=np.empty(0, np.int64),
+        input_ids=np.empty(0, np.int32),
+        weight=np.empty(0, np.float32),
+        value=np.empty(0, np.float32),
+    )
+    shards.write_train(path, np.empty(0, np.int64), [nothing for _ in layout.branches], METADATA, layout)
+    assert shards.read(path, layout.train).num_rows == 0
+
+
+LISTS = TrainLists(
+    lengths=np.array([3, 2]),
+    input_ids=np.array([5, 6, 7, 8, 9], np.int32),
+    weight=np.array([0, 2, 0, 0, 0.5], np.float32),
+    value=np.array([np.nan, 3, 1, np.nan, 2], np.float32),
+)
+COLUMNS = {
+    "input_ids": [[5, 6, 7], [8, 9]],
+    "attention_mask": [[1, 1, 1], [1, 1]],
+    "labels": [[-100, 6, -100], [-100, 9]],
+    "loss_mask": [[0, 1, 0], [0, 1]],
+    "loss_weight": [[0, 2, 0], [0, 0.5]],
+    "value": [[None, 3, 1], [None, 2]],
+}
 
 
 def test_train_columns_follow_from_the_weights(path: Path) -> None:
-    rows = TrainRows(
-        row_id=np.array([4, 9]),
-        lengths=np.array([3, 2]),
-        input_ids=np.array([5, 6, 7, 8, 9], np.int32),
-        weight=np.array([0, 2, 0, 0, 0.5], np.float32),
-        value=np.array([np.nan, 3, 1, np.nan, 2], np.float32),
-    )
-    shard = shards.write_train(path, rows, METADATA)
-    assert shards.read(path, TRAIN).to_pydict() == {
-        "row_id": [4, 9],
-        "input_ids": [[5, 6, 7], [8, 9]],
-        "attention_mask": [[1, 1, 1], [1, 1]],
-        "labels": [[-100, 6, -100], [-100, 9]],
-        "loss_mask": [[0, 1, 0], [0, 1]],
-        "loss_weight": [[0, 2, 0], [0, 0.5]],
-        "value": [[None, 3, 1], [None, 2]],
-    }
-    assert shard.response_tokens == 3
+    shard = shards.write_train(path, np.array([4, 9]), [LISTS], METADATA, SFT)
+    assert shards.read(path, SFT.train).to_pydict() == {"row_id": [4, 9], **COLUMNS}
+    assert (shard.rows, shard.tokens, shard.response_tokens) == (2, 5, 3)
     assert shards.read_footer(path).counts["kept_tokens"] == 2
 
 
-def test_the_same_rows_give_the_same_bytes(path: Path) -> None:
-    first = shards.write_values(path, value_rows(), METADATA)
+def test_train_columns_of_pairs_stand_side_by_side(path: Path) -> None:
+    other = TrainLists(
+        lengths=np.array([1, 2]),
+        input_ids=np.array([1, 2, 3], np.int32),
+        weight=np.array([0, 0, 1], np.float32),
+        value=np.array([np.nan, np.nan, 4], np.float32),
+    )
+    shard = shards.write_train(path, np.array([4, 9]), [LISTS, other], METADATA, PREFERENCE)
+    found = shards.read(path, PREFERENCE.train).to_pydict()
+    assert {name: found[f"chosen_{name}"] for name in COLUMNS} == COLUMNS
+    assert found["rejected_input_ids"] == [[1], [2, 3]] and found["rejected_labels"] == [[-100], [-100, 3]]
+    assert found["rejected_value"] == [[None], [None, 4]]
+    assert (shard.rows, shard.tokens, shard.response_tokens) == (2, 8, 4)
+    assert shards.read_footer(path).counts["kept_tokens"] == 3
+
+
+@both_kinds
+def test_the_same_rows_give_the_same_bytes(path: Path, layout: Layout) -> None:
+    first = write(path, value_rows(kind=layout.kind))
     path.unlink()
-    assert shards.write_values(path, value_rows(), METADATA) == first
-    assert shards.write_values(path, value_rows(seed=1), METADATA).sha256 != first.sha256
+    assert write(path, value_rows(kind=layout.kind)) == first
+    assert write(path, value_rows(seed=1, kind=layout.kind)).sha256 != first.sha256
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"status": "done"},
-        {"status": "failed"},
         {"signals": {}},
         {"response": np.ones(8, np.bool_)},
         {"response": np.zeros(7, np.bool_)},
@@ -112,16 +203,46 @@ def test_the_same_rows_give_the_same_bytes(path: Path) -> None:
         {"signals": {"nll": np.zeros(7, np.float32)}},
     ],
 )
-def test_rows_that_contradict_themselves_are_not_written(path: Path, change: dict[str, object]) -> None:
-    with pytest.raises(CurateError, match=r"row 3 \(rows\.jsonl:4\)"):
-        shards.write_values(path, [replace(value_row(3, 8), **change)], METADATA)
+@both_kinds
+def test_branches_that_contradict_themselves_are_not_written(
+    path: Path, layout: Layout, change: dict[str, object]
+) -> None:
+    good = value_row(3, 8, kind=layout.kind)
+    last = replace(value_row(3, 8).branches[0], **change)
+    which = "" if layout is SFT else " rejected:"
+    with pytest.raises(CurateError, match=rf"row 3 \(rows\.jsonl:4\):{which}"):
+        write(path, [replace(good, branches=(*good.branches[:-1], last))])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("sft", {"status": "done"}, "'done' is none of"),
+        ("sft", {"status": "failed"}, "signals"),
+        ("sft", {"branches": ()}, "0 branches; sft rows have 1"),
+        ("sft", {"omega": 0.1}, "omega is 0.1"),
+        ("preference", {"status": "target"}, "signals"),
+        ("preference", {"omega": None}, "omega is None"),
+        ("preference", {"margin": None}, "margin is None"),
+        ("preference", {"margin": float("nan")}, "margin is nan"),
+        ("preference", {"omega": float("inf")}, "omega is inf"),
+        ("preference", {"branches": value_row(3, 8).branches}, "1 branches; preference rows have 2"),
+    ],
+)
+def test_rows_that_contradict_themselves_are_not_written(
+    path: Path, kind: str, change: dict[str, object], message: str
+) -> None:
+    row = replace(value_row(3, 8, kind=kind), **change)
+    with pytest.raises(CurateError, match=rf"row 3 \(rows\.jsonl:4\).*{message}"):
+        shards.write_values(path, [row], METADATA, LAYOUTS[kind])
     assert not path.exists()
 
 
 def test_committed_lists_what_is_whole_and_names_what_differs(path: Path) -> None:
     assert shards.committed(path.parent, FIELDS) == {}
     second = path.with_name("part-00001.parquet")
-    made = {1: shards.write_values(second, value_rows(), METADATA), 0: shards.write_values(path, [], METADATA)}
+    made = {1: write(second, value_rows()), 0: write(path, [])}
     (path.parent / ".part-00002.parquet.0123456789abcdef.tmp").write_bytes(b"PAR1")
     assert shards.committed(path.parent, FIELDS) == made
     with pytest.raises(FingerprintError) as caught:
@@ -135,33 +256,36 @@ def test_foreign_files_are_named(path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), path)
     with pytest.raises(StoredDataError, match=r"part-00000\.parquet: not written by alphatoken-curate"):
         shards.committed(path.parent, FIELDS)
-    shards.write_values(path, [], METADATA)
+    write(path, [])
     with pytest.raises(StoredDataError, match="its columns are not those"):
-        shards.read(path, TRAIN)
+        shards.read(path, SFT.train)
+    with pytest.raises(StoredDataError, match="its columns are not those"):
+        shards.read_records(path, PREFERENCE)
     with pytest.raises(StoredDataError, match="missing"):
-        shards.read(path.with_name("part-00007.parquet"), VALUES)
+        shards.read(path.with_name("part-00007.parquet"), SFT.values)
 
 
-def test_no_flipped_bit_is_read_in_silence(path: Path) -> None:
-    shards.write_values(path, value_rows(4), METADATA)
-    good, footer, data = shards.read(path, VALUES), shards.read_footer(path), path.read_bytes()
+@both_kinds
+def test_no_flipped_bit_is_read_in_silence(path: Path, layout: Layout) -> None:
+    write(path, value_rows(4, kind=layout.kind))
+    good, footer, data = shards.read(path, layout.values), shards.read_footer(path), path.read_bytes()
     refused = 0
-    for bit in random.Random(0).sample(range(len(data) * 8), 600):
+    for bit in random.Random(0).sample(range(len(data) * 8), 500):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         try:
-            same = shards.read(path, VALUES).equals(good) and shards.read_footer(path) == footer
+            same = shards.read(path, layout.values).equals(good) and shards.read_footer(path) == footer
             assert same, f"bit {bit} changed what was read"
         except StoredDataError as error:
             refused += 1
             assert str(path) in str(error)
-    assert refused > 200  # the rest lies in statistics and the like, which reading does not use
+    assert refused > 150  # the rest lies in statistics and the like, which reading does not use
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
 def test_truncated_files_are_refused(path: Path, share: float) -> None:
-    shards.write_values(path, value_rows(), METADATA)
+    write(path, value_rows())
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(StoredDataError, match=r"part-00000\.parquet: damaged"):
@@ -196,7 +320,7 @@ def test_a_full_disk_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest
         os, "open", lambda p, f, m=0o777: real("/dev/full", os.O_WRONLY) if f & os.O_CREAT else real(p, f)
     )
     with pytest.raises(CurateError, match=r"No space left.*same\s+command again"):
-        shards.write_values(tmp_path / "part-00000.parquet", value_rows(), METADATA)
+        write(tmp_path / "part-00000.parquet", value_rows())
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
@@ -238,9 +362,8 @@ def test_a_writer_that_is_interrupted_leaves_no_temp_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_writer_leaves_all_or_nothing(path: Path, point: str) -> None:
     code = (
-        "import sys, pathlib; from small_run import value_rows; from test_shards import METADATA\n"
-        "from alphatoken_curate import shards\n"
-        "shards.write_values(pathlib.Path(sys.argv[1]), value_rows(), METADATA)"
+        "import sys, pathlib; from small_run import value_rows; from test_shards import write\n"
+        "write(pathlib.Path(sys.argv[1]), value_rows())"
     )
     searched = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, KILL_AT: point + (":3" if point == "mid-write" else ""), "PYTHONPATH": searched}
@@ -254,5 +377,5 @@ def test_a_killed_writer_leaves_all_or_nothing(path: Path, point: str) -> None:
     whole = shards.committed(path.parent, FIELDS)
     assert sweep(path.parent) == (0 if whole else 1)
     again = path.with_name("part-00001.parquet")
-    want = shards.write_values(again, value_rows(), METADATA)
+    want = write(again, value_rows())
     assert [replace(shard, path=want.path) for shard in whole.values()] in ([], [want])

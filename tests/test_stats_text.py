@@ -1,7 +1,17 @@
 from __future__ import annotations
 
-from alphatoken_curate.stats import Histogram
-from alphatoken_curate.stats_text import histogram_bars
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from alphatoken_curate.histogram import Histogram
+from alphatoken_curate.schema import COMPONENTS
+from alphatoken_curate.stats import BranchStats, GenerationStats, MaskStats, PairStats, Stats
+from alphatoken_curate.stats_text import histogram_bars, stats_lines
 
 
 def bars(count: tuple[int, ...], kept: tuple[int, ...] | None, width: int = 40) -> list[str]:
@@ -32,3 +42,168 @@ def test_without_a_mask_bars_are_whole() -> None:
 
 def test_nothing_to_count() -> None:
     assert bars((0, 0, 0, 0), (0, 0, 0, 0)) == ["no scored tokens"]
+
+
+PAIRS = PairStats(rows=40, omega=0.0478, margin=0.0912, margin_above_zero=0.625)
+
+
+def spread(stability: float) -> Mapping[str, float]:
+    return {**dict.fromkeys((*COMPONENTS, "adaptation", "value"), 0.5), "stability": stability}
+
+
+def generation(number: int, stability: float, **changes: Any) -> GenerationStats:
+    one = GenerationStats(
+        generation=number,
+        checkpoint=f"out/checkpoint-{number}",
+        shards=1,
+        rows=40,
+        bytes=1000,
+        rms=spread(stability),
+        pairs=None,
+    )
+    return replace(one, **changes)
+
+
+def mask(*generations: int) -> MaskStats:
+    return MaskStats(
+        mask=6,
+        generations=generations,
+        settings={"keep": 0.5},
+        kept_tokens=50,
+        response_tokens=100,
+        kept_share=0.5,
+        rows_given_back=0,
+    )
+
+
+BASE = Stats(
+    kind="sft",
+    generation=0,
+    rows={"read": 40, "scored": 40},
+    tokens=200,
+    response_tokens=100,
+    truncated_rows=0,
+    truncated_tokens=0,
+    scored_tokens=100,
+    kept_tokens=50,
+    kept_share=0.5,
+    rows_left_out=0,
+    branches={},
+    pairs=None,
+    values=Histogram(edges=(0.0,), count=(50, 50), kept=(0, 50)),
+    rms=spread(0.25),
+    mean={"nll": 1.0},
+    stability_is_zero=False,
+    decisions_changed={"none": 12, "rms": 34},
+    decided_tokens=100,
+    decided_generations=(0,),
+    decided_by_value=True,
+    generations=(generation(0, 0.25),),
+    masks=(mask(0),),
+)
+SEVERAL = replace(BASE, generation=8, generations=(generation(0, 0.0), generation(8, 0.0625), generation(16, 0.25)))
+
+
+def shown(found: Stats, width: int = 100) -> str:
+    console = Console(width=width, markup=False, highlight=False, emoji=False, color_system=None)
+    with console.capture() as captured:
+        for part in stats_lines(found, width):
+            console.print(part)
+    text = captured.get()
+    assert max(map(cell_len, text.splitlines())) <= width
+    return text
+
+
+def flowed(found: Stats, width: int = 100) -> str:
+    return " ".join(shown(found, width).split())
+
+
+def test_one_generation_says_nothing_of_generations_but_its_line() -> None:
+    text = shown(BASE)
+    assert text.count("generation") == 2
+    assert "stability changes 12 of 100 decisions of mask 6 (12.0%); with --stability-scale rms 34 (34.0%)" in text
+    assert "chosen" not in text
+    assert "margin" not in text
+    assert "drift" not in text
+    assert "left out" not in text
+
+
+def test_the_drift_has_a_line_where_it_was_computed() -> None:
+    text = shown(replace(BASE, rms={**BASE.rms, "drift_direct": 0.125, "drift_causal": 2.0, "drift": 3.0}))
+    assert ["drift", "0.125", "2", "3"] in [line.split() for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_stability_is_seen_to_grow_over_generations(width: int) -> None:
+    tiny = spread(1.23e-05) | dict.fromkeys(COMPONENTS, 1.23e-05)
+    found = replace(SEVERAL, generations=(*SEVERAL.generations, generation(123, 0, rms=tiny)))
+    text = shown(found, width)
+    lines = [line.split() for line in text.split("spread of each generation")[1].splitlines()]
+    for one, stability in zip(found.generations, ("0", "0.0625", "0.25", "1.23e-05"), strict=True):
+        (line,) = [line for line in lines if line[:1] == [str(one.generation)] and len(line) > 6]
+        assert line[6] == stability
+        assert (line[7:] == [one.checkpoint]) == (width >= 80)
+        assert one.checkpoint in text
+    assert "value of generation 8," in text
+    assert "spread of generation 8:" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_pairs_have_margins_and_counts_of_each_branch(width: int) -> None:
+    both = {
+        "chosen": BranchStats(scored_tokens=60, kept_tokens=30, kept_share=0.5),
+        "rejected": BranchStats(scored_tokens=40, kept_tokens=10, kept_share=0.25),
+    }
+    several = tuple(replace(one, pairs=PAIRS) for one in SEVERAL.generations)
+    text = flowed(replace(SEVERAL, kind="preference", branches=both, pairs=PAIRS, generations=several), width)
+    assert "chosen 30 of 60 (50.0%)" in text
+    assert "rejected 10 of 40 (25.0%)" in text
+    assert "40 pairs: mean margin +0.0912 nats, above 0 in 62.5%" in text
+    assert "mean omega 0.0478" in text
+    assert text.count("+0.0912") == (4 if width >= 80 else 1)
+    bare = {name: replace(one, kept_tokens=None, kept_share=None) for name, one in both.items()}
+    assert "rejected 40 scored" in flowed(replace(BASE, kind="preference", branches=bare, masks=()), width)
+
+
+def test_nothing_is_said_of_pairs_where_none_was_scored() -> None:
+    none = PairStats(rows=0, omega=None, margin=None, margin_above_zero=None)
+    assert "pairs" not in shown(replace(BASE, kind="preference", pairs=none))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"masks": (mask(8),), "decided_generations": (8,)}, "decisions of mask 6 from generation 8 (12.0%)"),
+        ({"masks": (mask(0, 8),), "decided_generations": (0, 8)}, "decisions of mask 6 from generations 0, 8 (12.0%)"),
+        (
+            {"masks": (mask(0, 8),), "decided_generations": (8,)},
+            "decisions of a mask of the settings of mask 6 from generation 8 (12.0%)",
+        ),
+        ({"masks": (), "decided_generations": (8,)}, "of a mask of the default settings from generation 8 (12.0%)"),
+    ],
+)
+def test_decisions_say_which_mask_and_generations_they_are_of(changes: dict[str, Any], told: str) -> None:
+    text = flowed(replace(SEVERAL, **changes))
+    assert told in text
+    assert "; with --stability-scale rms 34 (34.0%)" in text
+
+
+def test_decisions_of_a_mean_are_told_where_stability_is_zero_in_the_generation_shown() -> None:
+    found = replace(SEVERAL, generation=0, stability_is_zero=True, decided_generations=(0, 8), masks=(mask(0, 8),))
+    text = flowed(found)
+    assert "stability changes 12 of 100 decisions of mask 6 from generations 0, 8" in text
+    assert "Stability is 0 for every token of generation 0," in text
+    assert "Score with --reference" not in text
+    nothing = replace(found, decisions_changed={"none": 0, "rms": 0})
+    assert "stability changes" not in flowed(nothing)
+
+
+def test_stability_that_is_zero_everywhere_says_what_to_do() -> None:
+    zero = tuple(generation(number, 0.0) for number in (0, 8))
+    assert "Score with --reference" in flowed(replace(SEVERAL, stability_is_zero=True, generations=zero))
+
+
+def test_masks_say_what_they_are_made_from_and_leave_out() -> None:
+    text = flowed(replace(SEVERAL, masks=(mask(0, 16),), rows_left_out=3))
+    assert "left out 3 rows: not each of generations 0, 16 of the mask scored them" in text
+    assert "6 50 50.0% 0, 16 keep 0.5" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,16 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from alphatoken_curate.rows import BadRow, Messages, PromptCompletion, Record, Row, Tokens, read_rows
-from alphatoken_curate.tokens import TokenRow, tokenise
+from alphatoken_curate.rows import BadRow, Row, read_rows
+from alphatoken_curate.shapes import AnyRecord, Messages, Pair, Passage, Prompt, PromptCompletion, Record, Tokens
+from alphatoken_curate.tokens import AnyRow, PairRow, TokenRow, branches, tokenise, tokenise_prompts
 
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_sft.jsonl"
+SHARED = Path(__file__).parents[2] / "shared"
+GSM8K = SHARED / "data" / "gsm8k_sft.jsonl"
+GSM8K_PAIRS = SHARED / "data" / "gsm8k_preference.jsonl"
+PASSAGES = SHARED / "data" / "lambada_retention.jsonl"
+RELEASE_PAIRS = SHARED / "fixtures" / "release_parity" / "preference.jsonl"
+SAMPLE_PAIRS = Path(__file__).parents[1] / "sample_data" / "preference.jsonl"
 EOT = "<|im_end|>"
 
 CHATML = (
@@ -74,7 +81,7 @@ def answer(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def rows_of(*records: Record) -> list[Row]:
+def rows_of(*records: AnyRecord) -> list[Row]:
     return [
         Row(row_id=i, source="a.jsonl", line=i + 1, id=None, shape="messages", record=record)
         for i, record in enumerate(records)
@@ -85,9 +92,26 @@ def chat(*messages: dict[str, Any], **options: Any) -> Messages:
     return Messages(messages=list(messages), **options)
 
 
-def run(tokenizer: Any, *records: Record, **options: Any) -> tuple[list[TokenRow], list[BadRow]]:
+def run_any(tokenizer: Any, *records: AnyRecord, **options: Any) -> tuple[list[AnyRow], list[BadRow]]:
     settings_ = {"max_length": 4096, "turns": "all", "vocab_size": None, **options}
     return tokenise(rows_of(*records), tokenizer, **settings_)
+
+
+def run(tokenizer: Any, *records: Record, **options: Any) -> tuple[list[TokenRow], list[BadRow]]:
+    good, bad = run_any(tokenizer, *records, **options)
+    assert all(isinstance(row, TokenRow) for row in good)
+    return [row for row in good if isinstance(row, TokenRow)], bad
+
+
+def run_pairs(tokenizer: Any, *records: AnyRecord, **options: Any) -> tuple[list[PairRow], list[BadRow]]:
+    good, bad = run_any(tokenizer, *records, **options)
+    assert all(isinstance(row, PairRow) for row in good)
+    return [row for row in good if isinstance(row, PairRow)], bad
+
+
+def run_prompts(tokenizer: Any, *records: AnyRecord, **options: Any) -> tuple[list[TokenRow], list[BadRow]]:
+    settings_ = {"max_length": 4096, "vocab_size": None, **options}
+    return tokenise_prompts(rows_of(*records), tokenizer, **settings_)
 
 
 def responses(tokenizer: Any, row: TokenRow) -> list[str]:
@@ -125,7 +149,7 @@ def test_every_response_of_real_rows_is_the_answer_and_its_end(smollm2_tokenizer
     assert time.monotonic() - start < 10
     assert (len(good), bad) == (2000, [])
     for row, read in zip(good, rows, strict=True):
-        assert isinstance(read.record, Messages)
+        assert isinstance(row, TokenRow) and isinstance(read.record, Messages)
         assert responses(smollm2_tokenizer, row) == [read.record.messages[-1]["content"] + EOT]
         whole = smollm2_tokenizer.apply_chat_template(read.record.messages, return_dict=False)
         assert row.input_ids.tolist() == whole
@@ -440,6 +464,305 @@ def test_order_is_kept_across_batches(smollm2_tokenizer: Any, monkeypatch: pytes
     assert responses(smollm2_tokenizer, whole[-1]) == [" c8" + EOT]
 
 
+# --- preference rows ---
+
+
+def texts(prompt: str, chosen: str, rejected: str) -> Pair:
+    return Pair(
+        chosen=PromptCompletion(prompt=prompt, completion=chosen),
+        rejected=PromptCompletion(prompt=prompt, completion=rejected),
+    )
+
+
+def chats(prompt: list[dict[str, Any]], chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> Pair:
+    return Pair(
+        chosen=chat(*prompt, *chosen, respond_from=len(prompt)),
+        rejected=chat(*prompt, *rejected, respond_from=len(prompt)),
+    )
+
+
+def prompt_of(row: TokenRow) -> list[int]:
+    tokens: list[int] = row.input_ids[: int(row.response.argmax())].tolist()
+    return tokens
+
+
+@pytest.mark.skipif(not GSM8K_PAIRS.exists(), reason="needs the shared data")
+def test_real_preference_rows_respond_with_their_answers_alone(smollm2_tokenizer: Any) -> None:
+    read_all = read_rows([str(GSM8K_PAIRS)])
+    assert (len(read_all.rows), read_all.bad) == (800, [])
+    rows = read_all.rows[::4]
+    good, bad = tokenise(rows, smollm2_tokenizer, max_length=2048, turns="all", vocab_size=49152)
+    assert (len(good), bad) == (200, [])
+    for row, read in zip(good, rows, strict=True):
+        assert isinstance(row, PairRow) and isinstance(read.record, Pair)
+        assert prompt_of(row.chosen) == prompt_of(row.rejected)
+        for branch, record in zip(branches(row), (read.record.chosen, read.record.rejected), strict=True):
+            assert isinstance(record, Messages)
+            assert responses(smollm2_tokenizer, branch) == [record.messages[-1]["content"] + EOT]
+            whole = smollm2_tokenizer.apply_chat_template(record.messages, return_dict=False)
+            assert branch.input_ids.tolist() == whole
+            assert (branch.row_id, branch.source, branch.line) == (read.row_id, read.source, read.line)
+        head = smollm2_tokenizer.apply_chat_template(
+            read.record.chosen.messages[:1], add_generation_prompt=True, return_dict=False
+        )
+        assert prompt_of(row.chosen) == head
+
+
+def test_the_sample_pairs_can_all_be_used(smollm2_tokenizer: Any) -> None:
+    read = read_rows([str(SAMPLE_PAIRS)])
+    good, bad = tokenise(read.rows, smollm2_tokenizer, max_length=512, turns="all", vocab_size=49152)
+    assert (len(good), read.bad, bad) == (32, [], [])
+    assert len({row.id for row in read.rows}) == 32
+    for row in good:
+        assert isinstance(row, PairRow)
+        assert row.truncated == 0
+        assert prompt_of(row.chosen) == prompt_of(row.rejected)
+
+
+def test_turns_behind_the_prompt_respond_in_each_branch(smollm2_tokenizer: Any) -> None:
+    prompt = [user("a"), answer("b"), user("c")]
+    pair = chats(prompt, [answer("d"), user("e"), answer("f")], [answer("g")])
+    (row,), _ = run_pairs(smollm2_tokenizer, pair)
+    assert responses(smollm2_tokenizer, row.chosen) == ["d" + EOT, "f" + EOT]
+    assert responses(smollm2_tokenizer, row.rejected) == ["g" + EOT]
+    assert prompt_of(row.chosen) == prompt_of(row.rejected)
+    assert smollm2_tokenizer.decode(prompt_of(row.chosen)).endswith(f"c{EOT}\n<|im_start|>assistant\n")
+    (row,), _ = run_pairs(smollm2_tokenizer, pair, turns="last")
+    assert [responses(smollm2_tokenizer, branch) for branch in branches(row)] == [["f" + EOT], ["g" + EOT]]
+
+
+def test_texts_are_a_chat_where_there_is_a_template_and_plain_text_elsewhere(tokenizer: Any) -> None:
+    def branch(completion: str) -> Messages:
+        return chat(
+            user("1 + 1 ="), answer(completion), plain=PromptCompletion(prompt="1 + 1 =", completion=completion)
+        )
+
+    pair = Pair(chosen=branch(" 2"), rejected=branch(" 3"))
+    (row,), _ = run_pairs(tokenizer, pair)
+    assert [responses(tokenizer, part) for part in branches(row)] == [[" 2" + EOT], [" 3" + EOT]]
+    assert "<|im_start|>user\n1 + 1 =" in tokenizer.decode(row.chosen.input_ids)
+    tokenizer.chat_template = None
+    (row,), _ = run_pairs(tokenizer, pair)
+    for part, completion in zip(branches(row), (" 2", " 3"), strict=True):
+        assert tokenizer.decode(part.input_ids) == "1 + 1 =" + completion + EOT
+        assert responses(tokenizer, part) == [completion + EOT]
+    _, (bad,) = run_pairs(tokenizer, chats([user("a")], [answer("b")], [answer("c")]))
+    assert (bad.reason, bad.message.startswith("chosen: the tokenizer has no")) == ("no_chat_template", True)
+
+
+STRADDLED = [
+    ("un", "believable", " it"),
+    ("x \n", "\ny", "z"),
+    ("a ", "b", " b"),
+    ("=", "=", "1"),
+    ("é\u200d", "👩", "x"),
+    ("1 + 1 =", "2 <|im_start|>", " 3"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "chosen", "rejected"), STRADDLED)
+def test_both_branches_have_the_same_prompt_tokens(
+    smollm2_tokenizer: Any, prompt: str, chosen: str, rejected: str
+) -> None:
+    (row,), bad = run_pairs(smollm2_tokenizer, texts(prompt, chosen, rejected))
+    assert not bad
+    assert prompt_of(row.chosen) == prompt_of(row.rejected)
+    assert smollm2_tokenizer.decode(prompt_of(row.chosen)) == prompt
+    assert [responses(smollm2_tokenizer, part) for part in branches(row)] == [[chosen + EOT], [rejected + EOT]]
+    pair = chats([user(prompt)], [answer(chosen)], [answer(rejected)])
+    (row,), bad = run_pairs(smollm2_tokenizer, pair)
+    assert prompt_of(row.chosen) == prompt_of(row.rejected)
+    assert [responses(smollm2_tokenizer, part) for part in branches(row)] == [[chosen + EOT], [rejected + EOT]]
+
+
+def test_a_prompt_whose_tokens_depend_on_what_follows_is_tokenised_by_itself(smollm2_tokenizer: Any) -> None:
+    one, _ = run(smollm2_tokenizer, PromptCompletion(prompt="x \n", completion="\ny"))
+    other, _ = run(smollm2_tokenizer, PromptCompletion(prompt="x \n", completion="z"))
+    assert prompt_of(one[0]) != prompt_of(other[0])  # else the test above shows nothing
+
+
+@pytest.mark.skipif(not RELEASE_PAIRS.exists(), reason="needs the shared fixtures")
+def test_pre_tokenised_pairs_are_taken_as_they_are() -> None:
+    rows = read_rows([str(RELEASE_PAIRS)]).rows
+    good, bad = tokenise(rows, None, max_length=99, turns="all", vocab_size=128)
+    assert len(good) == len(rows) > 0 and not bad
+    for row, text in zip(good, RELEASE_PAIRS.read_text().splitlines(), strict=True):
+        stored = json.loads(text)
+        for name, part in zip(("chosen", "rejected"), branches(row), strict=True):
+            assert part.input_ids.tolist() == stored[f"{name}_input_ids"]
+            assert np.where(part.response, part.input_ids, -100).tolist() == stored[f"{name}_labels"]
+
+
+def test_a_pair_is_bad_where_a_branch_is_and_says_which() -> None:
+    def tokens(*ids: int) -> Tokens:
+        return Tokens(input_ids=list(ids), labels=[-100, *ids[1:]])
+
+    good, bad = run_pairs(
+        None,
+        Pair(chosen=tokens(1, 2), rejected=tokens(1, 3)),
+        Pair(chosen=tokens(1, 2), rejected=tokens(1, 99)),
+        Pair(chosen=tokens(1, 99), rejected=tokens(1, 2)),
+        texts("a", "b", "c"),
+        vocab_size=10,
+    )
+    assert [row.row_id for row in good] == [0]
+    assert [(item.row_id, item.reason) for item in bad] == [
+        (1, "token_out_of_vocabulary"),
+        (2, "token_out_of_vocabulary"),
+        (3, "no_tokenizer"),
+    ]
+    assert [item.message.partition(":")[0] for item in bad] == ["rejected", "chosen", "chosen"]
+    assert json.loads(bad[0].excerpt)["rejected"] == {"input_ids": [1, 99], "labels": [-100, 99]}
+
+
+def test_branches_that_become_the_same_tokens_are_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = LLAMA3
+    _, (bad,) = run_pairs(tokenizer, chats([user("a")], [answer("b")], [answer("b\n")]))
+    assert bad.reason == "same_branches"
+    pair = Pair(
+        chosen=Tokens(input_ids=[1, 2, 3], labels=[-100, 2, 3]), rejected=Tokens(input_ids=[1, 2], labels=[-100, 2])
+    )
+    good, _ = run_pairs(None, pair)
+    assert len(good) == 1
+    _, (bad,) = run_pairs(None, pair, max_length=2)
+    assert (bad.reason, "up to 2 tokens" in bad.message) == ("truncated_away", True)
+
+
+def test_each_branch_is_cut_by_itself() -> None:
+    pair = Pair(
+        chosen=Tokens(input_ids=[1, 2, 3, 4, 5], labels=[-100, -100, 3, 4, 5]),
+        rejected=Tokens(input_ids=[1, 2, 9], labels=[-100, -100, 9]),
+    )
+    (row,), _ = run_pairs(None, pair, max_length=4)
+    assert [part.input_ids.tolist() for part in branches(row)] == [[1, 2, 3, 4], [1, 2, 9]]
+    assert (row.truncated, row.chosen.truncated, row.rejected.truncated) == (1, 1, 0)
+    _, (bad,) = run_pairs(None, pair, max_length=2)
+    assert (bad.reason, bad.message.startswith("chosen: the answer starts")) == ("truncated_away", True)
+
+
+def test_pairs_and_single_rows_keep_their_order_across_batches(
+    smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records: list[AnyRecord] = []
+    for i in range(5):
+        records += [
+            chats([user(f"q{i}")], [answer(f"a{i}")], [answer(f"b{i}" + (EOT if i % 2 else ""))]),
+            chat(user(f"q{i}"), answer(f"c{i}")),
+            Pair(
+                chosen=Tokens(input_ids=[i, 1], labels=[-100, 1]),
+                rejected=Tokens(input_ids=[i, 2], labels=[-100, 2]),
+            ),
+            chats([], [answer("x")], [answer("y")]),
+        ]
+    whole, bad = run_any(smollm2_tokenizer, *records)
+    monkeypatch.setattr("alphatoken_curate.tokens._BATCH_ROWS", 3)
+    parts, bad_parts = run_any(smollm2_tokenizer, *records)
+    assert [b.row_id for b in bad] == [b.row_id for b in bad_parts] == list(range(3, 20, 4))
+    assert [row.row_id for row in whole] == [row.row_id for row in parts] == [i for i in range(20) if i % 4 != 3]
+    for one, other in zip(whole, parts, strict=True):
+        for left, right in zip(branches(one), branches(other), strict=True):
+            assert np.array_equal(left.input_ids, right.input_ids)
+            assert np.array_equal(left.response, right.response)
+    assert [responses(smollm2_tokenizer, part) for part in branches(whole[-3])] == [["a4" + EOT], ["b4" + EOT]]
+
+
+# --- passages and prompts ---
+
+
+@pytest.mark.skipif(not PASSAGES.exists(), reason="needs the shared data")
+def test_every_token_of_a_passage_responds_but_the_first(smollm2_tokenizer: Any) -> None:
+    rows = read_rows([str(PASSAGES)], also=("text",)).rows
+    good, bad = tokenise(rows, smollm2_tokenizer, max_length=2048, turns="all", vocab_size=49152)
+    assert (len(good), bad) == (len(rows), [])
+    for row, read in zip(good, rows, strict=True):
+        assert isinstance(row, TokenRow) and isinstance(read.record, Passage)
+        assert row.input_ids.tolist() == smollm2_tokenizer(read.record.text)["input_ids"]
+        assert row.response.tolist() == [False] + [True] * (len(row.input_ids) - 1)
+
+
+def test_a_bos_stands_before_a_passage_where_the_tokenizer_adds_one(smollm2_tokenizer: Any) -> None:
+    tokenizer = _metaspace_tokenizer()
+    (row,), _ = run(tokenizer, Passage(text="the answer"))
+    assert row.input_ids.tolist() == tokenizer("the answer")["input_ids"]
+    assert (row.input_ids[0], row.input_ids[-1] == tokenizer.eos_token_id) == (tokenizer.bos_token_id, False)
+    assert row.response.tolist() == [False] + [True] * (len(row.input_ids) - 1)
+    (row,), _ = run(tokenizer, Passage(text="<s>the answer"))
+    assert row.input_ids.tolist().count(tokenizer.bos_token_id) == 1
+    _, (bad,) = run(smollm2_tokenizer, Passage(text="a"))
+    assert bad.reason == "no_response"
+    (row,), _ = run(smollm2_tokenizer, Passage(text="a b c d"), max_length=3)
+    assert (row.response.tolist(), row.truncated) == ([False, True, True], 1)
+
+
+def test_the_prompt_of_a_row_is_what_stands_before_its_answer(smollm2_tokenizer: Any) -> None:
+    pair = chats([user("a"), answer("b"), user("c")], [answer("d")], [answer("e")])
+    tokens = Tokens(input_ids=[5, 6, 7], labels=[-100, -100, 7])
+    good, bad = run_prompts(
+        smollm2_tokenizer,
+        chat(user("a"), answer("b"), user("c"), answer("d")),
+        PromptCompletion(prompt="1 + 1 =", completion=" 2"),
+        tokens,
+        pair,
+        Pair(chosen=tokens, rejected=Tokens(input_ids=[5, 8], labels=[-100, 8])),
+    )
+    assert not bad
+    template = smollm2_tokenizer.apply_chat_template
+    assert [row.input_ids.tolist() for row in good] == [
+        template([user("a")], add_generation_prompt=True, return_dict=False),
+        smollm2_tokenizer("1 + 1 =")["input_ids"],
+        [5, 6],
+        template([user("a"), answer("b"), user("c")], add_generation_prompt=True, return_dict=False),
+        [5, 6],
+    ]
+    assert [row.row_id for row in good] == list(range(5))
+    assert not any(row.response.any() for row in good)
+    assert all(row.response.shape == row.input_ids.shape and row.input_ids.dtype == np.int32 for row in good)
+
+
+def test_prompts_alone_get_the_generation_prompt(tokenizer: Any) -> None:
+    forged = f"{EOT}\n<|im_start|>assistant\n"
+    record = Prompt(messages=[user("a")], plain="a")
+    (row, spelled), bad = run_prompts(tokenizer, record, Prompt(messages=[user(forged)]))
+    assert not bad
+    asked = tokenizer.apply_chat_template([user("a")], add_generation_prompt=True, return_dict=False)
+    assert row.input_ids.tolist() == asked
+    special = tokenizer.all_special_ids
+    assert np.isin(spelled.input_ids, special).sum() == np.isin(row.input_ids, special).sum()
+    tokenizer.chat_template = None
+    (row,), (bad_row,) = run_prompts(tokenizer, record, Prompt(messages=[user("a")]))
+    assert row.input_ids.tolist() == tokenizer("a")["input_ids"]
+    assert bad_row.reason == "no_chat_template"
+    with_bos = _metaspace_tokenizer()
+    (row,), _ = run_prompts(with_bos, Prompt(messages=[user("the")], plain="the"))
+    assert row.input_ids.tolist() == with_bos("the")["input_ids"]
+
+
+def test_a_long_prompt_keeps_its_end() -> None:
+    tokens = Tokens(input_ids=[1, 2, 3, 4, 5], labels=[-100, -100, -100, 4, 5])
+    (row,), _ = run_prompts(None, tokens, max_length=2)
+    assert (row.input_ids.tolist(), row.truncated) == ([2, 3], 1)
+    (row,), _ = run_prompts(None, tokens, max_length=3)
+    assert (row.input_ids.tolist(), row.truncated) == ([1, 2, 3], 0)
+
+
+def test_rows_without_a_prompt_are_refused(smollm2_tokenizer: Any) -> None:
+    good, bad = run_prompts(
+        smollm2_tokenizer,
+        PromptCompletion(prompt="", completion="a b"),
+        Passage(text="a b"),
+        Prompt(messages=[user("\ufdd0")]),
+        Tokens(input_ids=[49152, 2], labels=[-100, 2]),
+        vocab_size=49152,
+    )
+    assert not good
+    reasons = ["no_prompt", "no_prompt", "noncharacter", "token_out_of_vocabulary"]
+    assert [(item.row_id, item.reason) for item in bad] == list(enumerate(reasons))
+    _, (unread,) = run_prompts(None, Prompt(messages=[user("a")]))
+    assert unread.reason == "no_tokenizer"
+    _, (answered,) = run(smollm2_tokenizer, Prompt(messages=[user("a")]))
+    assert answered.reason == "no_response"
+
+
 _texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 _chat_texts = st.lists(
     st.lists(st.sampled_from([EOT, "<|im_start|>", "\n", " "]) | _texts, min_size=1, max_size=3), min_size=1, max_size=4
@@ -461,3 +784,26 @@ def test_any_chat_is_split_right(smollm2_tokenizer: Any, parts: list[list[str]])
     assert responses(smollm2_tokenizer, good[0]) == [text + EOT for text in answers]
     controls = np.isin(good[0].input_ids, smollm2_tokenizer.all_special_ids).sum()
     assert controls == 2 * (len(messages) + 1)  # and the system message
+
+
+_pieces = st.sampled_from(
+    [EOT, "<|im_start|>", "\n", " ", "  ", "é", "日本", "👩\u200d👧", "e\u0301", "...", "12", "un"]
+)
+_spellable = st.lists(
+    _pieces | st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), max_size=4), max_size=5
+)
+_pair_texts = _spellable.map("".join).filter(str.strip)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_pair_texts, _pair_texts, _pair_texts, st.booleans())
+def test_any_pair_is_split_right(smollm2_tokenizer: Any, prompt: str, chosen: str, rejected: str, raw: bool) -> None:
+    assume(chosen.removesuffix(EOT) != rejected.removesuffix(EOT))
+    record = texts(prompt, chosen, rejected) if raw else chats([user(prompt)], [answer(chosen)], [answer(rejected)])
+    (row,), bad = run_pairs(smollm2_tokenizer, record)
+    assert not bad
+    assert prompt_of(row.chosen) == prompt_of(row.rejected)
+    for part, text in zip(branches(row), (chosen, rejected), strict=True):
+        assert responses(smollm2_tokenizer, part) == [text if raw and text.endswith(EOT) else text + EOT]
+    (alone,), _ = run_prompts(smollm2_tokenizer, record)
+    assert alone.input_ids.tolist() == prompt_of(row.chosen)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
@@ -16,12 +15,15 @@ from small_run import small_run, value_rows, write_generation
 from alphatoken_curate import card, manifest, shards
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.remask import make_mask
-from alphatoken_curate.schema import SIGNALS, TRAIN, VALUES
+from alphatoken_curate.schema import LAYOUTS, SFT
 from alphatoken_curate.shards import Footer
 from alphatoken_curate.verify import verify
 
 VALUES_1 = "values/generation=0/part-00001.parquet"
 TRAIN_1 = "train/mask=0000/part-00001.parquet"
+
+
+both_kinds = pytest.mark.parametrize("kind", list(LAYOUTS))
 
 
 @pytest.fixture
@@ -33,32 +35,37 @@ def files(run: Path) -> set[str]:
     return {problem.file for problem in verify(run)}
 
 
-def test_a_whole_run_has_no_problem(run: Path) -> None:
+@both_kinds
+def test_a_whole_run_has_no_problem(tmp_path: Path, kind: str) -> None:
+    run = small_run(tmp_path, kind=kind)
     assert verify(run) == []
     make_mask(run, MaskConfig(keep=0.3, weights="sigmoid", scope="row", by="nll - reference_nll"))
-    write_generation(run, value_rows(seed=1), number=1)
+    write_generation(run, value_rows(seed=1, kind=kind), number=4)
     manifest.write(run, manifest.rebuild(run))
     make_mask(run, MaskConfig(keep="positive", allow_empty_rows=True, weights="relu"))
+    make_mask(run, MaskConfig(generation="all", weights="rank"))
     card.write(run, manifest.read(run))
     assert verify(str(run)) == []
 
 
-def test_a_run_without_reference_or_mask_is_whole(tmp_path: Path) -> None:
-    write_generation(tmp_path, value_rows(reference=False))
+@both_kinds
+def test_a_run_without_reference_or_mask_is_whole(tmp_path: Path, kind: str) -> None:
+    write_generation(tmp_path, value_rows(reference=False, kind=kind))
     manifest.write(tmp_path, manifest.rebuild(tmp_path))
     card.write(tmp_path, manifest.read(tmp_path))
     assert verify(tmp_path) == []
 
 
+@both_kinds
 @pytest.mark.parametrize("name", [VALUES_1, TRAIN_1])
-def test_every_flipped_bit_is_found(run: Path, name: str) -> None:
-    path = run / name
+def test_every_flipped_bit_is_found(tmp_path: Path, kind: str, name: str) -> None:
+    path = small_run(tmp_path, kind=kind) / name
     data = path.read_bytes()
-    for bit in random.Random(1).sample(range(len(data) * 8), 100):
+    for bit in random.Random(1).sample(range(len(data) * 8), 50):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        assert name in files(run), f"bit {bit}"
+        assert name in files(tmp_path), f"bit {bit}"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "rejects.jsonl", "artifacts/vocab.parquet"])
@@ -101,115 +108,136 @@ def test_foreign_and_left_over_files(run: Path) -> None:
 
 def rewritten(run: Path, name: str, change: Callable[[dict[str, list[Any]]], None]) -> None:
     """Change a shard's content and make everything that only hashes or counts bytes agree with it."""
-    path, schema = run / name, VALUES if name.startswith("values") else TRAIN
+    path, layout = run / name, manifest.layout(manifest.read(run))
+    schema = layout.values if name.startswith("values") else layout.train
     footer, content = shards.read_footer(path), shards.read(path, schema).to_pydict()
     change(content)
     shards._commit(path, pa.table(content, schema=schema), footer, footer.counts)
-    if schema is VALUES:
-        stored = manifest.read(run)
-        manifest.write(run, replace(manifest.rebuild(run), masks=stored.masks))
-    else:
-        manifest.write(run, manifest.rebuild(run))
+    manifest.write(run, manifest.rebuild(run))
 
 
-def scored(content: dict[str, list[Any]]) -> int:
-    return next(i for i, row in enumerate(content["status"]) if row == "scored")
+def found(run: Path, name: str) -> str:
+    """All that is wrong with a file."""
+    return "; ".join(problem.found for problem in verify(run) if problem.file == name)
 
 
-def set_in(column: str, index: int, value: Any) -> Callable[[dict[str, list[Any]]], None]:
+def set_in(column: str, row: int, index: int, value: Any) -> Callable[[dict[str, list[Any]]], None]:
     def change(content: dict[str, list[Any]]) -> None:
-        content[column][scored(content) if "status" in content else 0][index] = value
+        content[column][row][index] = value
 
     return change
 
 
-def drop_last(column: str) -> Callable[[dict[str, list[Any]]], None]:
-    def change(content: dict[str, list[Any]]) -> None:
-        content[column][scored(content) if "status" in content else 0].pop()
-
-    return change
-
-
-def set_row(column: str, value: Any) -> Callable[[dict[str, list[Any]]], None]:
-    def change(content: dict[str, list[Any]]) -> None:
-        content[column][1] = value
-
-    return change
+def swapped(content: dict[str, list[Any]]) -> None:
+    for name in [name for name in content if name.startswith("chosen_")]:
+        other = name.replace("chosen_", "rejected_")
+        content[name], content[other] = content[other], content[name]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (set_row("row_id", 7), "row ids do not go on"),
-        (set_row("status", "done"), "'done' is none of"),
-        (drop_last("input_ids"), "`response` is not as long"),
-        (drop_last("response"), "`response` is not as long"),
-        (set_in("response", 0, True), "true at index 0"),
-        *((drop_last(name), f"`{name}` is not as long") for name in SIGNALS),
-        *((set_in(name, -1, None), f"`{name}` is not null exactly") for name in SIGNALS),
-        *((set_in(name, 0, 0.0), f"`{name}` is not null exactly") for name in SIGNALS),
-        *((set_in(name, -1, float("nan")), f"`{name}` is not finite") for name in SIGNALS),
-        (set_in("value", -1, float("inf")), "`value` is not finite"),
-    ],
-)
-def test_values_that_contradict_themselves(
-    run: Path, change: Callable[[dict[str, list[Any]]], None], message: str
-) -> None:
-    rewritten(run, VALUES_1, change)
-    assert any(problem.file == VALUES_1 and message in problem.found for problem in verify(run))
+@both_kinds
+def test_values_that_contradict_themselves(tmp_path: Path, kind: str) -> None:
+    run, prefix = small_run(tmp_path, kind=kind), LAYOUTS[kind].branches[-1]
+    rewritten(run, VALUES_1, set_in(prefix + "entropy", 1, -1, None))
+    assert found(run, VALUES_1) == f"`{prefix}entropy` is not null exactly off the response"
 
 
-def last_trained(content: dict[str, list[Any]]) -> tuple[int, int]:
-    return next((r, i) for r, row in enumerate(content["loss_weight"]) for i, w in enumerate(row) if w > 0)
+@both_kinds
+def test_train_rows_that_contradict_themselves(tmp_path: Path, kind: str) -> None:
+    run, prefix = small_run(tmp_path, kind=kind), LAYOUTS[kind].branches[-1]
+    rewritten(run, TRAIN_1, set_in(prefix + "labels", 0, 0, 7))
+    assert f"`{prefix}labels` are not the tokens" in found(run, TRAIN_1)
 
 
-def set_trained(column: str, value: Any) -> Callable[[dict[str, list[Any]]], None]:
-    def change(content: dict[str, list[Any]]) -> None:
-        row, i = last_trained(content)
-        content[column][row][i] = value
+@both_kinds
+def test_weights_whose_mean_is_not_1(tmp_path: Path, kind: str) -> None:
+    run, prefix = small_run(tmp_path, kind=kind), LAYOUTS[kind].branches[-1]
 
-    return change
+    def heavier(content: dict[str, list[Any]]) -> None:
+        content[prefix + "loss_weight"] = [[3 * x for x in row] for row in content[prefix + "loss_weight"]]
 
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (set_row("row_id", 7), "not the scored rows"),
-        (set_in("input_ids", 0, 49), "not the scored rows"),
-        (set_in("attention_mask", 0, 0), "`attention_mask` is not 1"),
-        (set_trained("labels", -100), "`labels` are not"),
-        (set_in("labels", 0, 7), "`labels` are not"),
-        (set_trained("labels", 999), "`labels` are not"),
-        (set_trained("loss_mask", 0), "`loss_mask` is not"),
-        (set_trained("loss_weight", 0.0), "`labels` are not"),
-        (set_trained("loss_weight", -1.0), "finite and >= 0"),
-        (set_trained("loss_weight", float("nan")), "finite and >= 0"),
-        (set_in("loss_weight", 0, 1.0), "above 0 off the response"),
-        (set_in("value", 0, 1.0), "`value` is not null"),
-        *((drop_last(name), f"`{name}` is not as long") for name in TRAIN.names[2:]),
-    ],
-)
-def test_train_rows_that_contradict_themselves(
-    run: Path, change: Callable[[dict[str, list[Any]]], None], message: str
-) -> None:
-    rewritten(run, TRAIN_1, change)
-    assert any(problem.file == TRAIN_1 and message in problem.found for problem in verify(run))
+    rewritten(run, TRAIN_1, heavier)
+    assert f"mean of `{prefix}loss_weight`" in found(run, "train/mask=0000")
 
 
-def test_weights_whose_mean_is_not_1(run: Path) -> None:
-    rewritten(run, TRAIN_1, set_trained("loss_weight", 3.0))
-    assert any("mean loss weight" in problem.found for problem in verify(run))
+def test_swapped_branches(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "values", kind="preference")
+    rewritten(run, VALUES_1, swapped)
+    assert "`margin` is not what the losses" in found(run, VALUES_1)
+    assert "not those that are scored in values/" in found(run, TRAIN_1)
+    run = small_run(tmp_path / "train", kind="preference")
+    rewritten(run, TRAIN_1, swapped)
+    assert files(run) >= {TRAIN_1} and VALUES_1 not in files(run)
+
+
+def test_a_wrong_omega(tmp_path: Path) -> None:
+    run = small_run(tmp_path, kind="preference")
+    rewritten(run, VALUES_1, lambda content: content["omega"].__setitem__(1, 0.3))
+    assert found(run, VALUES_1) == "`omega` is not beta sigmoid(-margin), which is above 0 and at most beta"
+
+
+def test_generations_of_other_tokens(tmp_path: Path) -> None:
+    run, name = small_run(tmp_path, generations=(0, 2)), "values/generation=2/part-00001.parquet"
+    rewritten(run, name, set_in("input_ids", 1, 0, 49))
+    assert "its `input_ids` is not that of the same shard of the first generation" in found(run, name)
+
+
+def test_generations_of_another_number_of_shards(tmp_path: Path) -> None:
+    write_generation(tmp_path, value_rows(), per_shard=6)
+    write_generation(tmp_path, value_rows(), per_shard=5, number=1)
+    manifest.write(tmp_path, manifest.rebuild(tmp_path))
+    assert "has 2 shards, and none for these rows" in found(tmp_path, "values/generation=1/part-00002.parquet")
+
+
+def test_generations_of_another_kind(tmp_path: Path) -> None:
+    write_generation(tmp_path, value_rows(kind="preference"))
+    write_generation(tmp_path, value_rows(), number=1)
+    manifest.write(tmp_path, manifest.rebuild(tmp_path))
+    assert "its columns are not those that the run's kind" in found(tmp_path, "values/generation=0/part-00000.parquet")
+
+
+@both_kinds
+def test_train_rows_are_those_scored_in_every_generation_of_the_mask(tmp_path: Path, kind: str) -> None:
+    rows = value_rows(kind=kind)
+    failed = replace(rows[0], status="failed", row_id=8, line=9, omega=None, margin=None)
+    plain = tuple(replace(branch, signals={}) for branch in rows[8].branches)
+    write_generation(tmp_path, rows)
+    write_generation(tmp_path, [*rows[:8], replace(failed, branches=plain, id=rows[8].id), *rows[9:]], number=1)
+    manifest.write(tmp_path, manifest.rebuild(tmp_path))
+    made = [make_mask(tmp_path, MaskConfig(generation=which)) for which in ("0", "1", "all")]
+    card.write(tmp_path, manifest.read(tmp_path))
+    assert [one.rows for one in made] == [9, 8, 8]
+    assert verify(tmp_path) == []
+    whole, few = (tmp_path / f"train/mask={n:04d}/part-00001.parquet" for n in (0, 2))
+    footer = shards.read_footer(few)
+    schema = LAYOUTS[kind].train
+    shards._commit(few, shards.read(whole, schema), footer, shards.read_footer(whole).counts)
+    manifest.write(tmp_path, manifest.rebuild(tmp_path))
+    assert "not those that are scored in values/" in found(tmp_path, "train/mask=0002/part-00001.parquet")
+
+
+def test_a_mask_that_names_a_missing_generation(tmp_path: Path) -> None:
+    run = small_run(tmp_path, generations=(0, 2), config=MaskConfig(generation="all"))
+    whole: Any = orjson.loads((run / "manifest.json").read_bytes())
+    whole["masks"][0]["generations"] = [0, 1]
+    (run / "manifest.json").write_bytes(orjson.dumps(whole))
+    assert "mask 0 has 3 shards of generations 0, 1" in found(run, "manifest.json")
+    whole["masks"][0]["generations"] = [2]
+    (run / "manifest.json").write_bytes(orjson.dumps(whole))
+    assert "its `masks` are not what the shards say" in found(run, "manifest.json")
+    shutil.rmtree(run / "values/generation=0")
+    (run / "manifest.json").unlink()
+    assert found(run, TRAIN_1) == "not named by the manifest"
 
 
 def test_a_shard_of_another_run_is_found(run: Path) -> None:
     path = run / VALUES_1
     footer = shards.read_footer(path)
-    shards.write_values(path, value_rows()[5:10], Footer(fields={"seed": 9}, facts=footer.facts))
+    shards.write_values(path, value_rows()[5:10], Footer(fields={"seed": 9}, facts=footer.facts), SFT)
     stored = manifest.read(run)
     generation = stored.generations[0]
     changed = (generation.shards[0], shards.facts_of(path)[1], generation.shards[2])
     manifest.write(run, replace(stored, generations=(replace(generation, shards=changed),)))
-    assert any(problem.file == VALUES_1 and "fingerprint" in problem.found for problem in verify(run))
+    assert "fingerprint" in found(run, VALUES_1)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +251,8 @@ def test_a_shard_of_another_run_is_found(run: Path) -> None:
         (("generations", 0, "checkpoint"), "other"),
         (("versions", "numpy"), "1.0"),
         (("settings", "estimator"), "exact"),
+        (("settings", "kind"), "preference"),
+        (("settings", "kind"), "dpo"),
     ],
 )
 def test_a_changed_manifest_is_found(run: Path, place: tuple[Any, ...], value: Any) -> None:
@@ -236,14 +266,18 @@ def test_a_changed_manifest_is_found(run: Path, place: tuple[Any, ...], value: A
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 1_000_000, b"null"], ids=range(4))
-def test_with_a_damaged_manifest_the_shards_are_checked_by_themselves(run: Path, content: bytes) -> None:
+@both_kinds
+def test_with_a_damaged_manifest_the_shards_are_checked_by_themselves(
+    tmp_path: Path, kind: str, content: bytes
+) -> None:
+    run = small_run(tmp_path, kind=kind)
     (run / "manifest.json").write_bytes(content)
     assert files(run) == {"manifest.json"}
     for name in (VALUES_1, TRAIN_1):
         data = bytearray((run / name).read_bytes())
         data[100] ^= 1
         (run / name).write_bytes(data)
-        assert files(run) >= {"manifest.json", name}
+        assert files(run) - {"."} == {"manifest.json", VALUES_1, name}
 
 
 def test_an_empty_folder_and_none_at_all(tmp_path: Path) -> None:
@@ -264,6 +298,5 @@ def test_a_card_that_names_an_old_mask(run: Path) -> None:
 
 def test_problems_say_what_to_do(run: Path) -> None:
     (run / VALUES_1).write_bytes(b"PAR1")
-    for problem in verify(run):
-        assert problem.found and problem.do
-    assert np.all([problem.file for problem in verify(run)])
+    problems = verify(run)
+    assert problems and all(problem.file and problem.found and problem.do for problem in problems)

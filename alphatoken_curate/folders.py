@@ -1,0 +1,92 @@
+"""What the folder of a model or an adapter holds, and how it comes from the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from alphatoken_curate.errors import ModelError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.gguf"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+
+
+def last_name(name: str) -> str:
+    """The last component of a path of any system, or of a Hub id, in lower case."""
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+
+
+def model_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a whole model, by name."""
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_model"))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no whole model of its own."""
+    whole = (folder / "config.json").is_file() and bool(model_weights(folder))
+    return (folder / ADAPTER_CONFIG).is_file() and not whole
+
+
+def pickled_weights(folder: Path) -> list[str]:
+    """Names of the files that hold pickled weights; what a trainer pickles beside them does not count."""
+    found = {path.name for pattern in _PICKLES for path in folder.glob(pattern)}
+    return sorted(name for name in found if not name.startswith(_TRAINER_PICKLES))
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise ModelError where pickled weights are all that a folder has."""
+    if any(folder.glob("*.safetensors")):
+        return
+    if pickled := pickled_weights(folder):
+        raise ModelError(
+            f"{folder}: its weights are pickled ({pickled[0]}), and reading a pickle can run any code."
+            " Save the model again with save_pretrained, which writes safetensors."
+        )
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ModelError where it holds something else."""
+    try:
+        found = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ModelError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: not a JSON object.")
+    return found
+
+
+def checked(folder: Path) -> Path:
+    """The folder, once it is known to hold a whole model in safetensors. Raises ModelError where it does not."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json in it. --model takes a folder that save_pretrained wrote.")
+    if not model_weights(folder):
+        refuse_pickles(folder)
+        raise ModelError(f"{folder}: no *.safetensors file in it.")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"{folder}: it holds a whole model and an adapter ({ADAPTER_CONFIG}), so what to load is not clear."
+            " If the adapter is merged already, move its two files elsewhere; if not, move the adapter to a folder"
+            " of its own and name that."
+        )
+    return folder
+
+
+def download(hub_id: str, revision: str | None, local: bool) -> Path:
+    """The folder of a model of the Hub; `local` takes it from the cache alone. Raises ModelError."""
+    import httpx2
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{hub_id}: no such folder here, and the Hub did not give it ({reason}). Check the name, or the network."
+        ) from error

@@ -1,0 +1,243 @@
+"""A run scored again at a checkpoint: the same rows and shards, as a new generation that is never rewritten.
+
+Everything but the checkpoint comes from the run folder: rows and target as tokens, settings, plan, artefacts of the
+reference. The manifest names a generation once all of its shards are there; then its mask is made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from alphatoken_curate import beside, manifest, shards
+from alphatoken_curate.artifacts import Store
+from alphatoken_curate.atomic import one_writer
+from alphatoken_curate.budget import Budget
+from alphatoken_curate.checkpoints import Checkpoint, Watcher, find_checkpoints, signature
+from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
+from alphatoken_curate.errors import FingerprintError, ModelError, UsageError
+from alphatoken_curate.fingerprint import Json, fingerprint
+from alphatoken_curate.job import Cut, Job, ShardRows, versions
+from alphatoken_curate.manifest import Facts, Manifest
+from alphatoken_curate.models import ModelSource, find_model, model_digest, resolve_device
+from alphatoken_curate.progress import Progress, Silent
+from alphatoken_curate.remask import MaskSummary
+from alphatoken_curate.score import mask_and_card, run_generation
+from alphatoken_curate.scorer import ScorerSpec
+from alphatoken_curate.shards import ValueRow
+from alphatoken_curate.tokens import AnyRow, PairRow, TokenRow, chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefreshSummary:
+    """What `refresh` did at one checkpoint. `shards_scored` is 0 where its generation was there already."""
+
+    run: Path
+    checkpoint: str
+    generation: int
+    manifest: Manifest
+    mask: MaskSummary
+    shards_scored: int
+
+
+def refresh(
+    run: Path | str,
+    checkpoint: Path | str,
+    *,
+    base: str | None = None,
+    reference: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> list[RefreshSummary]:
+    """Score the rows of a finished run again at a checkpoint, each as a new generation, then make the mask anew.
+
+    `checkpoint`: a model folder, an adapter folder of PEFT, or a folder of `checkpoint-*` folders, all of which are
+    scored in step order. `base` and `reference` say where those models lie now, `device` where to compute; by default
+    as the run was told. The mask is made by the settings of the run's newest one.
+
+    The same call resumes, and leaves what is there alone. Raises UsageError, ModelError, FingerprintError (another
+    reference than the run's), StoredDataError (no finished run, or damage).
+    """
+    listener = progress or Silent()
+    known = _Run(Path(run), base=base, reference=reference, device=device)
+    return [known.refresh(one, listener) for one in find_checkpoints(Path(checkpoint), base=known.base)]
+
+
+def watch(
+    run: Path | str,
+    folder: Path | str,
+    *,
+    interval: float = 30.0,
+    base: str | None = None,
+    reference: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Iterator[RefreshSummary]:
+    """`refresh` at each checkpoint of a training run's output folder, as it is completed. Never ends by itself.
+
+    `interval`: seconds between looks. What was scored before, by this process or another, is not scored again.
+    """
+    listener = progress or Silent()
+    known = _Run(Path(run), base=base, reference=reference, device=device)
+    watcher = Watcher(Path(folder), base=known.base)
+    seen: set[object] = set()
+    while True:
+        for checkpoint in watcher.ready():
+            place = Path(folder) / checkpoint.name
+            mark = (checkpoint.name, signature(place))
+            if mark in seen:
+                continue
+            seen.add(mark)
+            try:
+                yield known.refresh(checkpoint, listener)
+            except (ModelError, FileNotFoundError) as error:
+                if place.exists():
+                    raise
+                listener.note(f"{checkpoint.name}: was deleted while it was read, so it is not scored ({error}).")
+        time.sleep(interval)
+
+
+class _Run:
+    """A finished run, and the models that go with it."""
+
+    def __init__(self, folder: Path, *, base: str | None, reference: str | None, device: str | None) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
+        stored = manifest.read(folder)
+        first = shards.read_footer(folder / stored.generations[0].shards[0].path)
+        self.fields: Mapping[str, Json] = first.fields
+        self.config = checked(ScoreConfig, load_settings(folder / beside.CONFIG), str(folder / beside.CONFIG))
+        self.base = find_model(base) if base is not None else _found(self.config.model)
+        self._reference_name = reference or self.config.reference or self.config.model
+        self._device = str(resolve_device(device or self.config.device))
+        self._reference: ModelSource | None = None
+
+    def refresh(self, checkpoint: Checkpoint, progress: Progress) -> RefreshSummary:
+        """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
+        about = {**self.fields, "model": model_digest(checkpoint.source)}
+        with one_writer(self.folder):
+            stored = manifest.read(self.folder)
+            # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
+            made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]
+            number = made[0].generation if made else _number(self.folder, stored, about)
+            scored = 0 if made else self._score(number, checkpoint, about, stored, progress)
+            if scored or not made:
+                manifest.write(self.folder, manifest.rebuild(self.folder))
+            mask, now = mask_and_card(self.folder, _mask_config(stored, self.config), stale=bool(scored))
+        return RefreshSummary(
+            run=self.folder,
+            checkpoint=checkpoint.name,
+            generation=number,
+            manifest=now,
+            mask=mask,
+            shards_scored=scored,
+        )
+
+    def _score(
+        self, number: int, checkpoint: Checkpoint, about: Mapping[str, Json], stored: Manifest, progress: Progress
+    ) -> int:
+        first = stored.generations[0]
+        kind = self._device.split(":")[0]
+        budget = Budget(
+            self.folder, about, first.plan[0].batch_tokens, kind, progress, generation=number, plans=first.plan
+        )
+        spec = ScorerSpec(
+            config=self.config,
+            model=checkpoint.source,
+            reference=self._checked_reference(),
+            dtype=str(self.fields["dtype"]),
+            device=self._device,
+            store=Store(folder=self.folder / "artifacts", fields=about, generation=number),
+        )
+        progress.note(f"generation {number}: {checkpoint.name}")
+        if "stab" not in spec.objectives:
+            progress.note("STABILITY IS ZERO: this checkpoint has the same weights as the reference.")
+        return run_generation(self.folder, _job(self.folder, stored, spec, checkpoint), spec, budget, progress)
+
+    def _checked_reference(self) -> ModelSource:
+        """The run's reference, known to be the same weights still."""
+        if self._reference is None:
+            found = find_model(self._reference_name)
+            if model_digest(found) != self.fields["reference"]:
+                raise FingerprintError(
+                    f"{self._reference_name}: not the reference that {self.folder} was scored with: its weights are"
+                    " others. Say where that model lies now with --reference.",
+                    ("reference",),
+                )
+            self._reference = found
+        return self._reference
+
+
+def _found(name: str) -> ModelSource | None:
+    """A model that only adapters need; where it is gone, they say so."""
+    try:
+        return find_model(name)
+    except ModelError:
+        return None
+
+
+def _number(run: Path, stored: Manifest, about: Mapping[str, Json]) -> int:
+    """That of the generation begun at the same checkpoint and not finished; else the first that no folder has."""
+    taken = {one.generation for one in stored.generations}
+    begun = {}
+    for folder in (run / "values").glob("generation=*"):
+        name, paths = folder.name.removeprefix("generation="), shards.listed(folder)
+        if name.isdecimal() and paths and int(name) not in taken:
+            begun[int(name)] = shards.read_footer(next(iter(paths.values()))).fingerprint
+    same = [number for number, mark in sorted(begun.items()) if mark == fingerprint(about)]
+    return same[0] if same else max(taken | begun.keys()) + 1
+
+
+def _mask_config(stored: Manifest, config: ScoreConfig) -> MaskConfig:
+    """The settings of the newest mask; one that was made from generations by number now takes the latest."""
+    names = [item.name for item in fields(MaskConfig)]
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if stored.masks:
+        settings |= {name: stored.masks[-1].settings[name] for name in names}
+    wanted = MaskConfig(**settings)
+    return wanted if wanted.generation == "all" else replace(wanted, generation="latest")
+
+
+def _job(run: Path, stored: Manifest, spec: ScorerSpec, checkpoint: Checkpoint) -> Job:
+    """The rows of the first generation, as they were before they were scored."""
+    layout = manifest.layout(stored)
+    dealt, held_out, told = [], [], []
+    for shard in stored.generations[0].shards:
+        path = run / shard.path
+        records = shards.read_records(path, layout)
+        facts = manifest.decode(Facts, dict(shards.read_footer(path).facts))
+        told.append(facts)
+        rows = [_row(one) for one in records if one.status in ("scored", "failed")]
+        aside = [one for one in records if one.status in ("target", "rejected")]
+        held_out += [_row(one) for one in aside if one.status == "target"]
+        cut = Cut(rows=facts.truncated_rows, tokens=facts.truncated_tokens)
+        dealt.append(ShardRows(rows=rows, beside=aside, cut=cut))
+    config = spec.config
+    digests = {**told[0].digests, "model": str(spec.store.fields["model"])}
+    return Job(
+        shards=dealt,
+        target=[chosen(row) for row in held_out] or beside.read_side_rows(run, beside.TARGET_ROWS),
+        retention=beside.read_side_rows(run, beside.RETENTION_ROWS) if config.retention else [],
+        prompts=beside.read_side_rows(run, beside.PROMPT_ROWS) if config.fisher_prompts else [],
+        facts=replace(told[0], digests=digests, checkpoint=checkpoint.name, versions=versions(spec.device)),
+    )
+
+
+def _row(record: ValueRow) -> AnyRow:
+    parts = [
+        TokenRow(
+            row_id=record.row_id,
+            source=record.source,
+            line=record.line,
+            id=record.id,
+            input_ids=branch.input_ids,
+            response=branch.response,
+            truncated=0,
+        )
+        for branch in record.branches
+    ]
+    return parts[0] if len(parts) == 1 else PairRow(chosen=parts[0], rejected=parts[1])

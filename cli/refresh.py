@@ -1,0 +1,80 @@
+"""alphatoken-curate refresh: the rows of a run scored again at checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .mask import summary
+
+if TYPE_CHECKING:
+    from alphatoken_curate import RefreshSummary
+
+
+@click.command(name="refresh")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="C",
+    help="A model folder, a PEFT adapter folder (LoRA, DoRA), or a folder of `checkpoint-*` folders, in step order.",
+)
+@click.option(
+    "--watch",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Instead: score each new `checkpoint-*` of a training run's output once it is complete, until stopped.",
+)
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=30.0, show_default=True, help="Seconds between looks."
+)
+@click.option(
+    "--base", metavar="NAME", help="Where the model that adapters belong to lies now. Default: the run's model."
+)
+@click.option("--reference", metavar="NAME", help="Where the run's reference lies now. Default: where it lay.")
+@click.option("--device", metavar="NAME", help="Default: as the run was told.")
+def command(
+    run: Path,
+    checkpoint: Path | None,
+    watch: Path | None,
+    interval: float,
+    base: str | None,
+    reference: str | None,
+    device: str | None,
+) -> None:
+    """Score the rows of RUN again at a checkpoint, as a new generation, then make the mask anew.
+
+    Rows, target, shards and settings are those of RUN; generations are never rewritten. The same command goes on where
+    it was interrupted, and leaves alone what is there.
+    """
+    if (checkpoint is None) == (watch is None):
+        raise click.UsageError("Give either --checkpoint C or --watch DIR.")
+
+    from alphatoken_curate import refresh as library
+
+    from .terminal import Listener
+
+    with Listener() as listener:
+        places = {"base": base, "reference": reference, "device": device, "progress": listener}
+        if checkpoint is not None:
+            found = library(run, checkpoint, **places)  # type: ignore[arg-type]
+        else:
+            from alphatoken_curate import watch as follow
+
+            found = follow(run, watch, interval=interval, **places)  # type: ignore[arg-type, assignment]
+        for done in found:
+            _tell(done)
+
+
+def _tell(done: RefreshSummary) -> None:
+    mask = done.mask
+    if done.shards_scored or mask.created:
+        click.echo(f"Wrote generation {done.generation} of {done.run}, at {done.checkpoint}")
+    else:
+        click.echo(f"{done.checkpoint} is generation {done.generation} of {done.run} already. Nothing was written.")
+    for line in summary(mask):
+        click.echo(line)
+    click.echo(f"  wrote   {done.run}/values/generation={done.generation}/   mask {mask.mask}: {mask.path}/")
+    click.echo(f"Next: alphatoken-curate stats {done.run}")
