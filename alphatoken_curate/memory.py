@@ -64,7 +64,6 @@ def score_tokens(
         with _evaluating(reference), captured(reference, layers) as scoring:
             anchor = _anchor(scoring, wanted, batch_tokens, sampled=fisher == "sampled", seed=seed)
     losses = anchor.losses if anchor is not None else None
-    pairs = Pairs(beta=beta, reference=reference_sums(losses) if losses else None) if kind == "preference" else None
     with _evaluating(model), captured(model, layers) as scoring:
         learnt = _batches([chosen(row) for row in task], batch_tokens)
         directions = [target_gradient(scoring, learnt, all_positions=estimator == "exact")]
@@ -77,7 +76,7 @@ def score_tokens(
             objectives=("adapt", "stab")[: len(directions)],
             stability_weight=stability_weight,
             reference_nll=losses,
-            pairs=pairs,
+            pairs=Pairs(beta=beta, reference=reference_sums(losses)) if kind == "preference" else None,
         )
     records = [record(row, "scored" if one else "failed", one) for row, one in zip(wanted, found, strict=True)]
     return pl.DataFrame(pl.from_arrow(values_table(records, LAYOUTS[kind])))

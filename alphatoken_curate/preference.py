@@ -58,9 +58,9 @@ class Pairs:
         return torch.from_numpy(signs).to(nll)
 
 
-def reference_sums(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+def reference_sums(parts: Sequence[NDArray[np.float32]] | None) -> NDArray[np.float64] | None:
     """`Pairs.reference` from the reference's nll of each sequence's response tokens."""
-    return np.array([part.sum(dtype=np.float64) for part in parts])
+    return None if parts is None else np.array([part.sum(dtype=np.float64) for part in parts])
 
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -229,8 +229,7 @@ class ShardScorer:
 
     def pairs(self, reference: Sequence[NDArray[np.float32]] | None) -> Pairs:
         """Eq. 14 for pairs of which the reference's nll is given sequence by sequence."""
-        sums = None if reference is None else reference_sums(reference)
-        return Pairs(beta=self.spec.config.beta, reference=sums)
+        return Pairs(beta=self.spec.config.beta, reference=reference_sums(reference))
 
     def reference_losses(self, shard: int, rows: Sequence[AnyRow]) -> list[NDArray[np.float32]] | None:
         """The reference's nll of each sequence's response tokens; None where it is the model itself."""

@@ -33,7 +33,7 @@ def command(ctx: click.Context, /, data: tuple[str, ...], **_: Any) -> None:
     found = check(config)
     pairs = "; preference pairs" if found.kind == "preference" else ""
     click.echo(
-        f"rows             {found.rows_read:>12,}   {found.kind}; {found.rows:,} to score, {found.target_rows:,} target"
+        f"rows             {found.rows_read:>12,}   {found.rows:,} to score, {found.target_rows:,} target{pairs}"
     )
     if found.held_out:
         click.echo(f"{'':30}   (the target rows are held out of DATA; see --target)")
