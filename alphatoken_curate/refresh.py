@@ -16,7 +16,7 @@ from alphatoken_curate import beside, manifest, shards
 from alphatoken_curate.artifacts import Store
 from alphatoken_curate.atomic import one_writer
 from alphatoken_curate.budget import Budget
-from alphatoken_curate.checkpoints import Checkpoint, Watcher, find_checkpoints, signature
+from alphatoken_curate.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
 from alphatoken_curate.errors import FingerprintError, ModelError, UsageError
 from alphatoken_curate.fingerprint import Json, fingerprint
@@ -86,17 +86,19 @@ def watch(
     seen: set[object] = set()
     while True:
         for checkpoint in watcher.ready():
-            place = Path(folder) / checkpoint.name
-            mark = (checkpoint.name, signature(place))
-            if mark in seen:
-                continue
-            seen.add(mark)
+            place = checkpoint.source.adapter or checkpoint.source.folder
             try:
-                yield known.refresh(checkpoint, listener)
+                mark = (place, signature(place))
+                done = None if mark in seen else known.refresh(checkpoint, listener)
             except (ModelError, FileNotFoundError) as error:
-                if place.exists():
+                # A training deletes its old checkpoints file by file.
+                if is_complete(place) is None:
                     raise
                 listener.note(f"{checkpoint.name}: was deleted while it was read, so it is not scored ({error}).")
+                continue
+            if done is not None:
+                seen.add(mark)
+                yield done
         time.sleep(interval)
 
 
@@ -118,7 +120,7 @@ class _Run:
 
     def refresh(self, checkpoint: Checkpoint, progress: Progress) -> RefreshSummary:
         """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
-        about = {**self.fields, "model": model_digest(checkpoint.source)}
+        about = {**self.fields, "model": _digest(checkpoint)}
         with one_writer(self.folder):
             stored = manifest.read(self.folder)
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
@@ -178,6 +180,16 @@ def _found(name: str) -> ModelSource | None:
         return find_model(name)
     except ModelError:
         return None
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    try:
+        return model_digest(checkpoint.source)
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{checkpoint.name}: {error.filename} was deleted after the checkpoint was found."
+            " Run the same command again to score those that are left."
+        ) from error
 
 
 def _number(run: Path, stored: Manifest, about: Mapping[str, Json]) -> int:

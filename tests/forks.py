@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,7 @@ import alphatoken_curate
 _IMPORTS = (
     "alphatoken_curate.cli.main",
     "alphatoken_curate.cli.mask",
+    "alphatoken_curate.cli.refresh",
     "alphatoken_curate.cli.score",
     "alphatoken_curate.cli.terminal",
     "rich.progress",
@@ -32,14 +35,20 @@ _IMPORTS = (
     "transformers.models.llama.modeling_llama",
 )
 
+_LONGEST = 120.0
+"""Seconds after which a command that does not end is killed: `watch` whose moment to stop never came."""
+
 
 @dataclass(frozen=True)
 class Process:
     """How a command ended: exit code, or minus the signal that ended it; what it said; its life in seconds."""
 
     code: int
+    out: str
     err: str
     seconds: float
+    meanwhile: Process | None = None
+    """The command that ran while this one was stopped."""
 
 
 class Forks:
@@ -60,17 +69,39 @@ class Forks:
     ) -> None:
         self._server.communicate(timeout=60)
 
-    def run(
-        self, *arguments: object, kill_at: str = "", after: float = -1, once: Path | None = None, signal: int = 9
-    ) -> Process:
-        """A command that is sent `signal` `after` so many seconds, or once a file is there; or kills itself."""
-        assert self._server.stdin is not None and self._server.stdout is not None
+    def run(self, *arguments: object, **settings: Any) -> Process:
+        """`begin` a command and wait for its `end`."""
+        self.begin(*arguments, **settings)
+        return self.end()
+
+    def begin(
+        self,
+        *arguments: object,
+        kill_at: str = "",
+        after: float = -1,
+        once: Path | None = None,
+        said: str = "",
+        signal: int = 9,
+        meanwhile: Sequence[object] = (),
+    ) -> None:
+        """A command that is sent `signal` `after` so many seconds, once a file is there or once it `said` some words.
+
+        With `meanwhile` it is stopped at that moment for as long as another command takes, then goes on. With `kill_at`
+        it kills itself.
+        """
+        assert self._server.stdin is not None
         order = {"arguments": [str(a) for a in arguments], "kill_at": kill_at, "after": after, "signal": signal}
-        order |= {"once": None if once is None else str(once), "err": str(self._folder / "stderr")}
+        order |= {"once": None if once is None else str(once), "said": said, "err": str(self._folder / "stderr")}
+        order |= {"out": str(self._folder / "stdout"), "meanwhile": [str(a) for a in meanwhile]}
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
+
+    def end(self) -> Process:
+        """Wait for the command that was begun."""
+        assert self._server.stdout is not None
         ended = json.loads(self._server.stdout.readline())
-        return Process(code=ended["code"], err=(self._folder / "stderr").read_text(), seconds=ended["seconds"])
+        other = ended.pop("meanwhile")
+        return Process(**ended, meanwhile=Process(**other) if other else None)
 
 
 def _child(order: dict[str, Any]) -> None:
@@ -78,15 +109,16 @@ def _child(order: dict[str, Any]) -> None:
     from alphatoken_curate.cli.main import main
 
     os.environ[KILL_AT] = order["kill_at"]
-    err = os.open(order["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(err, 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for name, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(order[name], os.O_WRONLY | os.O_APPEND), descriptor)
     sys.argv = ["alphatoken-curate", *order["arguments"]]
     main()
 
 
 def _fork(order: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
+    for name in ("out", "err"):
+        Path(order[name]).write_bytes(b"")
     child = os.fork()
     if child == 0:
         code = 1
@@ -95,19 +127,42 @@ def _fork(order: dict[str, Any]) -> dict[str, Any]:
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         finally:
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
             os._exit(code)
-    sent = False
+    sent, other = False, None
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             break
         past = time.monotonic() - began
-        if not sent and (0 <= order["after"] <= past or (order["once"] and os.path.exists(order["once"]))):
-            os.kill(child, order["signal"])
+        if past > _LONGEST:
+            os.kill(child, signal.SIGKILL)
+        elif not sent and _is_time(order, past):
             sent = True
+            if order["meanwhile"]:
+                other = _meanwhile(child, order)
+            else:
+                os.kill(child, order["signal"])
         time.sleep(0.005)
-    return {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began}
+    told = {name: Path(order[name]).read_text() for name in ("out", "err")}
+    seconds = time.monotonic() - began
+    return {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "meanwhile": other, **told}
+
+
+def _is_time(order: dict[str, Any], past: float) -> bool:
+    if order["said"] and order["said"].encode() in Path(order["out"]).read_bytes() + Path(order["err"]).read_bytes():
+        return True
+    return 0 <= order["after"] <= past or bool(order["once"] and os.path.exists(order["once"]))
+
+
+def _meanwhile(child: int, order: dict[str, Any]) -> dict[str, Any]:
+    os.kill(child, signal.SIGSTOP)
+    always = {"arguments": order["meanwhile"], "meanwhile": [], "once": None, "said": "", "after": -1, "kill_at": ""}
+    ended = _fork({name: order[name] + "-meanwhile" for name in ("out", "err")} | always)
+    os.kill(child, signal.SIGCONT)
+    ended.pop("meanwhile")
+    return ended
 
 
 def _serve() -> None:

@@ -113,6 +113,36 @@ def test_the_command_line_gives_the_numbers_of_the_released_code(tmp_path: Path)
             assert np.nanmax(np.abs(both - theirs)) <= 1e-5 * largest, name
 
 
+def test_preference_values_are_those_of_the_released_code(tmp_path: Path) -> None:
+    fixture = parity()
+    ended = command(
+        *("score", fixture / "preference.jsonl", "--model", fixture / "model", "--reference", fixture / "reference"),
+        *("--target", fixture / "target.jsonl", "--fisher", fixture / "fisher.safetensors", "--layers", 3),
+        *("--window", 4, "--estimator", "published", "-o", tmp_path / "run"),
+    )
+    assert ended.code == 0, ended.err
+    found = frame(tmp_path / "run")
+    expected = [json.loads(line) for line in (fixture / "expected_preference.jsonl").read_text().splitlines()]
+    told = json.loads((fixture / "settings.json").read_text())
+    assert found["omega"].mean() == pytest.approx(told["omega_mean"], rel=1e-6)
+    gains = {}
+    for branch in ("chosen", "rejected"):
+        wanted = [np.array(row[f"{branch}_value"], dtype=np.float64) for row in expected]
+        largest = np.nanmax(np.abs(np.concatenate(wanted)))
+        for mine, theirs in zip(found[f"{branch}_value"].to_list(), wanted, strict=True):
+            both = np.array(mine, dtype=np.float64)
+            assert np.array_equal(np.isnan(both), np.isnan(theirs))
+            assert np.nanmax(np.abs(both - theirs)) <= 1e-5 * largest, branch
+        before, after = (
+            np.array([np.nansum(np.array(row, dtype=np.float64)) for row in found[f"{branch}_{name}"].to_list()])
+            for name in ("reference_nll", "nll")
+        )
+        gains[branch] = before - after
+        assert gains[branch].mean() == pytest.approx(told[f"{branch}_reward_mean"], abs=2e-5)
+    margins = told["beta"] * (gains["chosen"] - gains["rejected"])
+    np.testing.assert_allclose(found["margin"].to_numpy(), margins, rtol=1e-5)
+
+
 def test_the_empirical_fisher_is_that_of_the_released_code() -> None:
     from alphatoken_curate.capture import ScoringModel
     from alphatoken_curate.fisher import fisher_diagonal
@@ -683,3 +713,116 @@ def test_a_halving_in_the_reference_pass(
     assert any("halved to 100" in note for note in notes.notes)
     assert {plan.batch_tokens for plan in made.manifest.generations[0].plan} == {100}
     assert_same_signals(frame(tmp_path / "run"), frame(tmp_path / "plain"))
+
+
+# --- stability, in all the ways it can be had
+
+
+def signals_of(run: Path, objective: str) -> np.ndarray[Any, Any]:
+    found = frame(run).filter(status="scored")
+    return np.stack([flat(found[f"{objective}_{path}"]) for path in ("direct", "causal")])
+
+
+def assert_close(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], tolerance: float = 1e-5) -> None:
+    assert np.nanmax(np.abs(wanted)) > 0 and np.array_equal(np.isnan(found), np.isnan(wanted))
+    assert np.nanmax(np.abs(found - wanted)) <= tolerance * np.nanmax(np.abs(wanted))
+
+
+def test_retention_rows_take_the_place_of_the_drift_or_stand_beside_it(
+    settings: dict[str, Any], target: str, run: Path, tmp_path: Path
+) -> None:
+    """Retention rows that are the target rows give stability that is adaptation, where G is the true gradient."""
+    exact = settings | {"estimator": "exact", "target": target}
+    plain = score(ScoreConfig(**exact), tmp_path / "plain").run
+    notes = Notes()
+    alone = score(ScoreConfig(**exact | {"retention": target}), tmp_path / "alone", notes).run
+    assert "Fisher of the reference" not in dict(notes.stages)
+    both = score(ScoreConfig(**exact | {"retention": target, "drift": "weights"}), tmp_path / "both").run
+    for made in (alone, both):
+        np.testing.assert_array_equal(signals_of(made, "stab"), signals_of(made, "adapt"))
+    assert np.isnan(signals_of(alone, "drift")).all() and np.isnan(signals_of(plain, "drift")).all()
+    assert_close(signals_of(both, "drift"), signals_of(plain, "stab"))
+
+
+def test_lookahead_gives_stability_before_any_tuning(settings: dict[str, Any], target: str, tmp_path: Path) -> None:
+    base = settings | {"model": settings["reference"], "target": target, "drift": "lookahead"}
+    found = {}
+    for rate in (1e-6, 2e-6):
+        notes = Notes()
+        made = score(ScoreConfig(**base | {"lookahead_lr": rate}), tmp_path / f"run{rate}", notes)
+        assert not any("STABILITY IS ZERO" in note for note in notes.notes)
+        found[rate] = signals_of(made.run, "stab")
+        assert np.isnan(flat(frame(made.run)["reference_nll"])).all()
+    assert_close(found[2e-6], 2 * found[1e-6], 1e-6)
+    # Of a tuned model it is the drift less the step: -lr F g is what lookahead adds to F (W - W_ref).
+    tuned = settings | {"target": target}
+    drift = signals_of(score(ScoreConfig(**tuned), tmp_path / "drift").run, "stab")
+    ahead = [
+        signals_of(
+            score(ScoreConfig(**tuned | {"drift": "lookahead", "lookahead_lr": rate}), tmp_path / f"ahead{rate}").run,
+            "stab",
+        )
+        for rate in (0.01, 0.03)
+    ]
+    assert_close(ahead[1] - drift, 3 * (ahead[0] - drift), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["adam", "kfac", "ekfac"])
+def test_preconditioning_changes_adaptation_and_stability_where_asked(
+    kind: str, settings: dict[str, Any], target: str, tmp_path: Path
+) -> None:
+    base = settings | {"target": target, "precondition_rows": 6}
+    plain = score(ScoreConfig(**base), tmp_path / "plain").run
+    one = score(ScoreConfig(**base | {"precondition": kind}), tmp_path / "one").run
+    two = score(ScoreConfig(**base | {"precondition": kind, "precondition_stability": True}), tmp_path / "two").run
+    np.testing.assert_array_equal(signals_of(one, "stab"), signals_of(plain, "stab"))
+    np.testing.assert_array_equal(signals_of(one, "adapt"), signals_of(two, "adapt"))
+    a, b = (np.nan_to_num(signals_of(made, "adapt")[0]) for made in (plain, one))
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.999
+    assert np.nanmax(np.abs(signals_of(two, "stab") - signals_of(one, "stab"))) > 0
+    stored = load_file(one / "artifacts/precondition-00000.safetensors")
+    assert any(name.endswith(".second_moment" if kind != "kfac" else ".input_values") for name in stored)
+
+
+def test_what_another_run_computed_is_taken_over(settings: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    other = settings | {"estimator": "exact", "stability_weight": 2.0}
+    made = score(ScoreConfig(**other | {"reuse": str(run)}), tmp_path / "made", notes)
+    assert "Fisher of the reference" not in dict(notes.stages) and "target gradient" in dict(notes.stages)
+    for name in ("fisher.safetensors", *(f"reference_nll-{i:05d}.safetensors" for i in range(4))):
+        assert (made.run / "artifacts" / name).read_bytes() == (run / "artifacts" / name).read_bytes()
+    plain = score(ScoreConfig(**other), tmp_path / "plain")
+    assert frame(made.run).equals(frame(plain.run))
+    with pytest.raises(UsageError, match="--reuse"):
+        score(ScoreConfig(**settings | {"reuse": str(tmp_path / "nowhere")}), tmp_path / "x")
+
+
+def test_generated_answers_are_kept_part_by_part(settings: dict[str, Any], target: str, tmp_path: Path) -> None:
+    """An estimate that was interrupted goes on where it was, and prompts may come from a file of their own."""
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", token_records(70, seed=8))
+    base = settings | {"target": target, "fisher": "generate", "fisher_new_tokens": 4, "fisher_prompts": prompts}
+    made = score(ScoreConfig(**base), tmp_path / "run").run
+    parts = sorted(path.name for path in (made / "artifacts").glob("fisher_samples-*"))
+    assert parts == ["fisher_samples-00000.safetensors", "fisher_samples-00001.safetensors"]
+    before = contents(made)
+    for name in ("fisher.safetensors", parts[1]):
+        (made / "artifacts" / name).unlink()
+    kept = moments(made)[str(made / "artifacts" / parts[0])]
+    (made / "values/generation=0/part-00000.parquet").unlink()
+    score(ScoreConfig(**base), made)
+    assert contents(made) == before and moments(made)[str(made / "artifacts" / parts[0])] == kept
+    other = score(ScoreConfig(**{k: v for k, v in base.items() if k != "fisher_prompts"}), tmp_path / "other").run
+    assert (other / "artifacts/fisher.safetensors").read_bytes() != before["artifacts/fisher.safetensors"]
+
+
+def test_a_mixture_of_rows_is_refused(settings: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    pair = {
+        "chosen_input_ids": [5, 6],
+        "chosen_labels": [-100, 6],
+        "rejected_input_ids": [5, 7],
+        "rejected_labels": [-100, 7],
+    }
+    data = write_jsonl(tmp_path / "mixed.jsonl", [*token_records(3), pair])
+    ended = command("score", data, "--model", settings["model"], "-o", tmp_path / "run")
+    assert ended.code == 3 and "mixed.jsonl:1" in ended.err and "mixed.jsonl:4" in ended.err
+    assert not (tmp_path / "run").exists()
