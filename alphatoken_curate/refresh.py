@@ -6,6 +6,7 @@ reference. The manifest names a generation once all of its shards are there; the
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 from alphatoken_curate import beside, manifest, shards
 from alphatoken_curate.artifacts import Store
-from alphatoken_curate.atomic import one_writer
+from alphatoken_curate.atomic import one_writer, sweep
 from alphatoken_curate.budget import Budget
 from alphatoken_curate.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
@@ -114,7 +115,8 @@ class _Run:
         self.fields: Mapping[str, Json] = first.fields
         self.config = checked(ScoreConfig, load_settings(folder / beside.CONFIG), str(folder / beside.CONFIG))
         self.base = find_model(base) if base is not None else _found(self.config.model)
-        self._reference_name = reference or self.config.reference or self.config.model
+        moved = base if self.config.reference in (None, self.config.model) else None
+        self._reference_name = reference or moved or self.config.reference or self.config.model
         self._device = str(resolve_device(device or self.config.device))
         self._reference: ModelSource | None = None
 
@@ -122,6 +124,8 @@ class _Run:
         """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
         about = {**self.fields, "model": _digest(checkpoint)}
         with one_writer(self.folder):
+            for below, _, _ in os.walk(self.folder):
+                sweep(Path(below))
             stored = manifest.read(self.folder)
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
             made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]
@@ -143,6 +147,7 @@ class _Run:
         self, number: int, checkpoint: Checkpoint, about: Mapping[str, Json], stored: Manifest, progress: Progress
     ) -> int:
         first = stored.generations[0]
+        reference = self._checked_reference()  # before anything is written
         kind = self._device.split(":")[0]
         budget = Budget(
             self.folder, about, first.plan[0].batch_tokens, kind, progress, generation=number, plans=first.plan
@@ -150,7 +155,7 @@ class _Run:
         spec = ScorerSpec(
             config=self.config,
             model=checkpoint.source,
-            reference=self._checked_reference(),
+            reference=reference,
             dtype=str(self.fields["dtype"]),
             device=self._device,
             store=Store(folder=self.folder / "artifacts", fields=about, generation=number),

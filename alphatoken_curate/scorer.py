@@ -75,16 +75,30 @@ class ScorerSpec:
 
     def load(self, source: ModelSource) -> PreTrainedModel:
         """A model of the run."""
-        return load_model(
-            source,
-            dtype=getattr(torch, self.dtype),
-            device=torch.device(self.device),
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        trusted = self.config.trust_remote_code
+        kind, device = getattr(torch, self.dtype), torch.device(self.device)
+        return load_model(source, dtype=kind, device=device, trust_remote_code=trusted)
 
-    def scoring(self, source: ModelSource) -> ScoringModel:
-        """A model of the run, captured."""
-        return ScoringModel(self.load(source), self.config.layers)
+    def capture(self, source: ModelSource, model: PreTrainedModel | None = None) -> ScoringModel:
+        """A model of the run, captured; it is loaded unless it is given.
+
+        Where it runs in less than float32, the weights of S are as its files have them nonetheless: a drift of a few
+        steps is smaller than what rounding a weight to bfloat16 changes.
+        """
+        layers, kept = self.config.layers, None
+        narrow = torch.finfo(getattr(torch, self.dtype)).bits < torch.finfo(torch.float32).bits
+        if narrow and not source.tensors_on_disk:
+            trusted = self.config.trust_remote_code
+            cpu = torch.device("cpu")
+            wide = load_model(source, dtype=torch.float32, device=cpu, trust_remote_code=trusted)
+            kept = [m.weight for m in ScoringModel(wide, layers).maps]
+            del wide
+        scoring = ScoringModel(model if model is not None else self.load(source), layers)
+        if narrow:
+            exact = kept if kept is not None else read_weights(source.weight_files(), scoring)
+            for m, weight in zip(scoring.maps, exact or (), strict=exact is not None):
+                m.weight.copy_(weight)
+        return scoring
 
 
 class ReferencePass:
@@ -106,7 +120,7 @@ class ReferencePass:
     def scoring(self) -> ScoringModel:
         """The reference, captured."""
         if self._scoring is None:
-            self._scoring = ScoringModel(self.model, self.spec.config.layers)
+            self._scoring = self.spec.capture(self.spec.reference, self.model)
         return self._scoring
 
     def answers(self, part: int, prompts: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> list[TokenRow]:
@@ -240,7 +254,7 @@ class ShardScorer:
 
     def _load(self) -> ScoringModel:
         if self._scoring is None:
-            self._scoring = self.spec.scoring(self.spec.model)
+            self._scoring = self.spec.capture(self.spec.model)
         return self._scoring
 
     def _path_scorer(self) -> PathScorer:

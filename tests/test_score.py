@@ -13,7 +13,19 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_files import NAN_TOKEN, Notes, command, contents, moments, token_records, write_jsonl
+from tiny import tiny_model
+from tiny_adapters import save_adapter
+from tiny_files import (
+    NAN_TOKEN,
+    Notes,
+    command,
+    contents,
+    moments,
+    perturbed,
+    quiet,
+    token_records,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
 from alphatoken_curate import (
@@ -742,6 +754,27 @@ def test_retention_rows_take_the_place_of_the_drift_or_stand_beside_it(
         np.testing.assert_array_equal(signals_of(made, "stab"), signals_of(made, "adapt"))
     assert np.isnan(signals_of(alone, "drift")).all() and np.isnan(signals_of(plain, "drift")).all()
     assert_close(signals_of(both, "drift"), signals_of(plain, "stab"))
+
+
+@pytest.mark.parametrize("stored", ["safetensors", "adapter"])
+def test_a_drift_below_the_rounding_of_bfloat16_is_seen(
+    stored: str, settings: dict[str, Any], target: str, tmp_path: Path
+) -> None:
+    """A step of 1e-5: rounded to bfloat16, most weights would not have moved, and the others far too much."""
+    if stored == "adapter":
+        save_adapter(settings["reference"], tmp_path / "near", lora_alpha=0.01)
+    else:
+        with quiet():
+            perturbed(tiny_model("llama", dtype=torch.float32), 1e-5).save_pretrained(tmp_path / "near")
+    changes = {"model": str(tmp_path / "near"), "target": target, "fisher": "empirical"}
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        found[dtype] = signals_of(
+            score(ScoreConfig(**settings | changes | {"dtype": dtype}), tmp_path / dtype).run, "stab"
+        )
+    one, other = (np.nan_to_num(found[dtype][0]) for dtype in found)
+    assert np.corrcoef(one, other)[0, 1] > 0.98  # the trunk below S still rounds
+    assert 0.9 < np.std(other) / np.std(one) < 1.1
 
 
 def test_lookahead_gives_stability_before_any_tuning(settings: dict[str, Any], target: str, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@
 Everything is timed in one process, round after round, so that a slow minute hits all jobs alike; the ratio of a job is
 the median over rounds of its seconds to that round's forward. Peak memory is measured in a process of its own per job,
 above the loaded model. Rows are the text of real rows, laid end to end and cut to one length, the first part of each
-being its prompt; `--prompt real` takes the rows as they are, chat template and all.
+being its prompt; `--prompt real` takes the rows as they are, chat template and all. With `--pairs` every second row
+gets the prompt of the one before: preference pairs, whose prompts run once for both branches; a job that ends in
+` apart` scores the same branches as rows of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +31,34 @@ import torch
 from alphatoken_curate.capture import ScoringModel
 from alphatoken_curate.models import find_model, load_model, load_tokenizer
 from alphatoken_curate.paths import PathScorer
-from alphatoken_curate.plan import Batch, collate, plan_batches
+from alphatoken_curate.plan import Batch, collate, plan_batches, sequences
 from alphatoken_curate.rows import read_rows
-from alphatoken_curate.tokens import TokenRow, tokenise
+from alphatoken_curate.tokens import AnyRow, PairRow, TokenRow, chosen, tokenise
 
 JOBS = ["forward", "training step", "3 published", "3 exact", "all published", "all exact"]
+PAIR_JOBS = ["forward", *(name + apart for name in JOBS[2:] for apart in ("", " apart"))]
 
 
-def make_rows(args: argparse.Namespace) -> list[TokenRow]:
-    """Rows of real text: `--rows` of `--length` tokens, or the first `--rows` rows as they are."""
+def make_rows(args: argparse.Namespace) -> list[AnyRow]:
+    """Rows of real text, or pairs made of two each."""
+    rows = plain_rows(args)
+    if not args.pairs:
+        return list(rows)
+    pairs: list[AnyRow] = []
+    for one, other in zip(rows[0::2], rows[1::2], strict=True):
+        ids = np.where(one.response, other.input_ids, one.input_ids)
+        pairs.append(PairRow(chosen=one, rejected=replace(other, input_ids=ids)))
+    return pairs
+
+
+def plain_rows(args: argparse.Namespace) -> list[TokenRow]:
+    """`--rows` of `--length` tokens, or the first `--rows` rows as they are."""
     tokenizer = load_tokenizer(find_model(args.model))
     read = read_rows([args.data]).rows[: 8 * args.rows]
     tokens, _ = tokenise(read, tokenizer, max_length=4096, turns="all", vocab_size=None)
     if args.prompt == "real":
-        return tokens[: args.rows]
-    text = np.concatenate([row.input_ids for row in tokens])
+        return [chosen(row) for row in tokens[: args.rows]]
+    text = np.concatenate([chosen(row).input_ids for row in tokens])
     response = np.zeros(args.length, np.bool_)
     response[max(1, round(args.length * float(args.prompt))) :] = True
     return [
@@ -73,7 +89,7 @@ def job(name: str, args: argparse.Namespace, batches: list[Batch]) -> Callable[[
         model.requires_grad_(True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
         return lambda: train(model, optimizer, batches)
-    layers, estimator = name.split()
+    layers, estimator = name.split()[:2]
     scoring = ScoringModel(model, "all" if layers == "all" else int(layers))
     generator = torch.Generator().manual_seed(0)
     directions = [[torch.randn(m.weight.shape, generator=generator) for m in scoring.maps] for _ in range(2)]
@@ -151,7 +167,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--jobs", nargs="+", default=JOBS)
+    parser.add_argument("--pairs", action="store_true", help="score preference pairs; not with --prompt real")
+    parser.add_argument("--jobs", nargs="+")
     parser.add_argument("--no-memory", action="store_true")
     return parser.parse_args()
 
@@ -162,14 +179,18 @@ def main() -> None:
     if not Path(args.data).is_file():
         raise SystemExit(f"{args.data}: no such file; name rows with --data")
     rows = make_rows(args)
+    flat = sequences(rows)
     batches = [collate(rows, indices) for indices in plan_batches(rows, args.batch_tokens)]
-    tokens = sum(len(row.input_ids) for row in rows)
-    prompt = 1 - sum(int(row.response.sum()) for row in rows) / tokens
+    apart = [collate(flat, indices) for indices in plan_batches(flat, args.batch_tokens)]
+    tokens = sum(len(row.input_ids) for row in flat)
+    prompt = 1 - sum(int(row.response.sum()) for row in flat) / tokens
     print(
-        f"{args.model}, {args.dtype}, {len(rows)} rows, {tokens} tokens, {prompt:.0%} prompt, {len(batches)} batches,"
+        f"{args.model}, {args.dtype}, {len(flat)} rows, {tokens} tokens, {prompt:.0%} prompt, {len(batches)} batches,"
     )
+    names = args.jobs or (PAIR_JOBS if args.pairs else JOBS)
+    wanted = {name: apart if name == "forward" or name.endswith(" apart") else batches for name in names}
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds")
-    works = {name: job(name, args, batches) for name in args.jobs}
+    works = {name: job(name, args, of) for name, of in wanted.items()}
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -179,15 +200,15 @@ def main() -> None:
     works.clear()
     gc.collect()
     print(
-        f"{'job':<16}{'seconds':>9}{'x forward':>11}{'tokens/s':>10}{'peak MiB':>10}{'x forward':>11}{'held MiB':>10}"
+        f"{'job':<20}{'seconds':>9}{'x forward':>11}{'tokens/s':>10}{'peak MiB':>10}{'x forward':>11}{'held MiB':>10}"
     )
     base = None
     for name, spent in times.items():
         ratio = statistics.median(t / f for t, f in zip(spent, times["forward"], strict=True))
         middle = statistics.median(spent)
-        line = f"{name:<16}{middle:>9.2f}{ratio:>11.2f}{tokens / middle:>10.0f}"
+        line = f"{name:<20}{middle:>9.2f}{ratio:>11.2f}{tokens / middle:>10.0f}"
         if not args.no_memory:
-            held, peak = measure_memory(name, args, batches)
+            held, peak = measure_memory(name, args, wanted[name])
             base = base or peak
             line += f"{peak / 2**20:>10.0f}{peak / base:>11.2f}{held / 2**20:>10.0f}"
         print(line, flush=True)
