@@ -66,7 +66,7 @@ _DEPENDS = {
 }
 """The fingerprint fields of a run that each kind of artefact depends on, beside those that all do."""
 
-_OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in names)
+OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in names)
 """Kinds made anew at each checkpoint; their files carry the number of the generation."""
 
 
@@ -84,7 +84,7 @@ class Store:
 
     def path(self, kind: str, part: int | None = None) -> Path:
         """`fisher.safetensors`, `target-00000.safetensors` (generation 0), `reference_nll-00003.safetensors`."""
-        number = self.generation if kind in _OF_MODEL else part
+        number = self.generation if kind in OF_MODEL else part
         return self.folder / (f"{kind}.safetensors" if number is None else f"{kind}-{number:05d}.safetensors")
 
     def save(self, kind: str, tensors: Mapping[str, Tensor], part: int | None = None) -> None:
@@ -124,11 +124,16 @@ class Store:
             )
         return found
 
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]] | None:
+        """Names and shapes of an artefact's tensors; None where there is none made from the same fields."""
+        found = self.load(kind)
+        return None if found is None else {name: tuple(tensor.shape) for name, tensor in found.items()}
+
     def _elsewhere(self, kind: str, part: int | None) -> dict[str, Tensor] | None:
         """The same artefact in the run that is named for reuse, whichever of its generations made it."""
         if self.reuse is None:
             return None
-        pattern = f"{kind}-*.safetensors" if kind in _OF_MODEL else self.path(kind, part).name
+        pattern = f"{kind}-*.safetensors" if kind in OF_MODEL else self.path(kind, part).name
         found = (self._read(path, kind, "cpu") for path in sorted(self.reuse.glob(pattern)))
         return next((tensors for tensors in found if tensors is not None), None)
 

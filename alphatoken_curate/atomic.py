@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from alphatoken_curate.errors import CurateError, StoredDataError, UsageError
+from alphatoken_curate.errors import BusyError, CurateError, StoredDataError
 
 KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
@@ -142,7 +142,7 @@ def sweep(folder: Path) -> int:
 def one_writer(run: Path) -> Iterator[None]:
     """Hold a run folder against other processes while writing to it; the hold ends with the process, however it ends.
 
-    What ends the block by an exception leaves no temp file in the folder. Raises `UsageError` where another process
+    What ends the block by an exception leaves no temp file in the folder. Raises `BusyError` where another process
     holds it. Not re-entrant. On Windows nothing is held.
     """
     with _refusal(run):
@@ -157,7 +157,7 @@ def one_writer(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(f"{run}: another process is writing to it; wait for it, or use another folder") from error
+            raise BusyError(f"{run}: another process is writing to it; wait for it, or use another folder.") from error
         try:
             yield
         except BaseException:  # an interrupt may fall between making a temp file and the `try` that removes it

@@ -7,6 +7,7 @@ without the files it was made from.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,9 @@ CONFIG = "config.yaml"
 TARGET_ROWS = "artifacts/target_rows.parquet"
 RETENTION_ROWS = "artifacts/retention_rows.parquet"
 PROMPT_ROWS = "artifacts/prompt_rows.parquet"
+
+_PLACES = ("model", "reference", "target", "fisher", "fisher_prompts", "retention")
+"""Settings that may name a file or folder."""
 
 _SIDE = pa.schema(
     [
@@ -94,10 +98,19 @@ def _side_rows(rows: Sequence[TokenRow]) -> bytes:
 
 
 def _config_yaml(config: ScoreConfig) -> bytes:
-    settings: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ScoreConfig)}
-    settings["data"] = list(config.data)
+    # What was taken over from another run is here now.
+    settings: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ScoreConfig) if f.name != "reuse"}
+    settings["data"] = [_place(name) for name in config.data]
+    for name in _PLACES:
+        settings[name] = _place(settings[name])
     head = b"# Replay this run: alphatoken-curate score --config THIS FILE -o ANOTHER FOLDER\n"
     return head + yaml.safe_dump(settings, sort_keys=True, allow_unicode=True).encode()
+
+
+def _place(name: str | None) -> str | None:
+    """What lies on this machine, by a path that holds in any working folder; anything else as it was named."""
+    local = name is not None and (Path(name).expanduser().exists() or any(c in name for c in "*?["))
+    return os.path.abspath(Path(name).expanduser()) if name is not None and local else name
 
 
 def _rejects(prepared: Prepared) -> bytes:

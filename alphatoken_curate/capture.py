@@ -90,6 +90,10 @@ class ScoringModel:
             with ExitStack() as undo:
                 undo.callback(self.release_model)
                 expected = probe_logits(model)
+                if not expected.isfinite().all():
+                    raise ModelError(
+                        f"{type(model).__name__}: its logits are not finite: some weight is NaN or infinite."
+                    )
                 self._widen()
                 self._uninstall = install(self.blocks, self.tape)
                 check_capture(self, expected)

@@ -54,6 +54,8 @@ def read_direction(path: Path, scoring: ScoringModel, *, flag: str) -> Direction
             raise UsageError(f"{flag} {path}: {m.parameter} is {_shape(tensor)}, the model's is {_shape(m.weight)}.")
         if not torch.isfinite(tensor).all():
             raise UsageError(f"{flag} {path}: {m.parameter} holds NaN or infinity.")
+        if (tensor < 0).any():
+            raise UsageError(f"{flag} {path}: {m.parameter} holds negative numbers; a Fisher diagonal has none.")
     return [t.to(m.weight.device) for m, t in zip(scoring.maps, tensors, strict=True)]
 
 

@@ -26,6 +26,10 @@ class UsageError(CurateError):
     exit_code = 2
 
 
+class BusyError(UsageError):
+    """Another process holds the run."""
+
+
 class ModelError(UsageError):
     """A model cannot be found, read safely or captured exactly."""
 

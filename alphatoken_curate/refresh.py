@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from alphatoken_curate import beside, manifest, shards
-from alphatoken_curate.artifacts import Store
+from alphatoken_curate.artifacts import OF_MODEL, TARGET, Store
 from alphatoken_curate.atomic import one_writer, sweep
 from alphatoken_curate.budget import Budget
 from alphatoken_curate.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
-from alphatoken_curate.errors import FingerprintError, ModelError, UsageError
+from alphatoken_curate.errors import BusyError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
 from alphatoken_curate.fingerprint import Json, fingerprint
 from alphatoken_curate.job import Cut, Job, ShardRows, versions
+from alphatoken_curate.likeness import check_alike
 from alphatoken_curate.manifest import Facts, Manifest
 from alphatoken_curate.models import ModelSource, find_model, model_digest, resolve_device
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.remask import MaskSummary
-from alphatoken_curate.score import mask_and_card, run_generation
+from alphatoken_curate.score import mask_and_card, run_generation, write_manifest
 from alphatoken_curate.scorer import ScorerSpec
 from alphatoken_curate.shards import ValueRow
 from alphatoken_curate.tokens import AnyRow, PairRow, TokenRow, chosen
@@ -62,9 +63,23 @@ def refresh(
     The same call resumes, and leaves what is there alone. Raises UsageError, ModelError, FingerprintError (another
     reference than the run's), StoredDataError (no finished run, or damage).
     """
-    listener = progress or Silent()
+    places = {"base": base, "reference": reference, "device": device}
+    return list(each_checkpoint(run, checkpoint, progress=progress, **places))
+
+
+def each_checkpoint(
+    run: Path | str,
+    checkpoint: Path | str,
+    *,
+    base: str | None = None,
+    reference: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Iterator[RefreshSummary]:
+    """The same, told checkpoint by checkpoint."""
     known = _Run(Path(run), base=base, reference=reference, device=device)
-    return [known.refresh(one, listener) for one in find_checkpoints(Path(checkpoint), base=known.base)]
+    for one in find_checkpoints(Path(checkpoint), base=known.base):
+        yield known.refresh(one, progress or Silent())
 
 
 def watch(
@@ -79,27 +94,43 @@ def watch(
 ) -> Iterator[RefreshSummary]:
     """`refresh` at each checkpoint of a training run's output folder, as it is completed. Never ends by itself.
 
-    `interval`: seconds between looks. What was scored before, by this process or another, is not scored again.
+    `interval`: seconds between looks. What was scored before, by this process or another, is not scored again. A
+    checkpoint that cannot be scored is told of and passed over; while another process holds the run, it is waited for.
     """
     listener = progress or Silent()
     known = _Run(Path(run), base=base, reference=reference, device=device)
+    if Path(folder).is_file() or (Path(folder).is_dir() and is_complete(Path(folder)) is None):
+        raise UsageError(f"{folder}: not a training's output folder. Score a single checkpoint with --checkpoint.")
     watcher = Watcher(Path(folder), base=known.base)
+    listener.note(f"watching {folder} for checkpoints, every {interval:g} s, until it is stopped")
     seen: set[object] = set()
+    told: dict[str, str] = {}
     while True:
-        for checkpoint in watcher.ready():
+        try:
+            ready = watcher.ready()
+        except ModelError as error:
+            ready = []
+            watcher.waiting["a checkpoint"] = str(error)
+        for checkpoint in ready:
             place = checkpoint.source.adapter or checkpoint.source.folder
             try:
                 mark = (place, signature(place))
                 done = None if mark in seen else known.refresh(checkpoint, listener)
-            except (ModelError, FileNotFoundError) as error:
-                # A training deletes its old checkpoints file by file.
+            except BusyError as error:
+                listener.note(f"{checkpoint.name} is tried again: {error}")
+                break
+            except (ModelError, InputError, FileNotFoundError) as error:
+                # Not fit to be scored; or the training deleted it, file by file, while it was read: it may come back.
                 if is_complete(place) is None:
-                    raise
-                listener.note(f"{checkpoint.name}: was deleted while it was read, so it is not scored ({error}).")
+                    seen.add(mark)
+                listener.note(f"{checkpoint.name} is not scored: {error}")
                 continue
+            seen.add(mark)
             if done is not None:
-                seen.add(mark)
                 yield done
+        for name in watcher.waiting.keys() - told.keys():
+            listener.note(f"{name} is waited for: {watcher.waiting[name]}")
+        told = dict(watcher.waiting)
         time.sleep(interval)
 
 
@@ -113,6 +144,7 @@ class _Run:
         stored = manifest.read(folder)
         first = shards.read_footer(folder / stored.generations[0].shards[0].path)
         self.fields: Mapping[str, Json] = first.fields
+        _check_config(folder, stored)
         self.config = checked(ScoreConfig, load_settings(folder / beside.CONFIG), str(folder / beside.CONFIG))
         self.base = find_model(base) if base is not None else _found(self.config.model)
         moved = base if self.config.reference in (None, self.config.model) else None
@@ -130,9 +162,10 @@ class _Run:
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
             made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]
             number = made[0].generation if made else _number(self.folder, stored, about)
-            scored = 0 if made else self._score(number, checkpoint, about, stored, progress)
-            if scored or not made:
-                manifest.write(self.folder, manifest.rebuild(self.folder))
+            scored = 0
+            if not made:
+                scored = self._score(number, checkpoint, about, stored, progress)
+                write_manifest(self.folder)
             mask, now = mask_and_card(self.folder, _mask_config(stored, self.config), stale=bool(scored))
         return RefreshSummary(
             run=self.folder,
@@ -147,7 +180,8 @@ class _Run:
         self, number: int, checkpoint: Checkpoint, about: Mapping[str, Json], stored: Manifest, progress: Progress
     ) -> int:
         first = stored.generations[0]
-        reference = self._checked_reference()  # before anything is written
+        reference = self._checked_reference()
+        check_alike(checkpoint.source, reference)  # before anything is written
         kind = self._device.split(":")[0]
         budget = Budget(
             self.folder, about, first.plan[0].batch_tokens, kind, progress, generation=number, plans=first.plan
@@ -159,24 +193,50 @@ class _Run:
             dtype=str(self.fields["dtype"]),
             device=self._device,
             store=Store(folder=self.folder / "artifacts", fields=about, generation=number),
+            maps=Store(folder=self.folder / "artifacts", fields=self.fields).shapes(TARGET),
         )
-        progress.note(f"generation {number}: {checkpoint.name}")
+        progress.note(f"{checkpoint.name} becomes generation {number}")
         if "stab" not in spec.objectives:
             progress.note("STABILITY IS ZERO: this checkpoint has the same weights as the reference.")
-        return run_generation(self.folder, _job(self.folder, stored, spec, checkpoint), spec, budget, progress)
+        try:
+            return run_generation(self.folder, _job(self.folder, stored, spec, checkpoint), spec, budget, progress)
+        except (ModelError, InputError):
+            if not shards.listed(shards.values_folder(self.folder, number)):
+                _forget(budget, spec.store)
+                write_manifest(self.folder)  # what was computed of the reference is kept
+            raise
 
     def _checked_reference(self) -> ModelSource:
         """The run's reference, known to be the same weights still."""
         if self._reference is None:
-            found = find_model(self._reference_name)
+            try:
+                found = find_model(self._reference_name)
+            except ModelError as error:
+                raise ModelError(f"{error} Say where the run's reference lies now with --reference.") from error
             if model_digest(found) != self.fields["reference"]:
                 raise FingerprintError(
-                    f"{self._reference_name}: not the reference that {self.folder} was scored with: its weights are"
+                    f"{self._reference_name}: not the reference that {self.folder} was scored with: its files are"
                     " others. Say where that model lies now with --reference.",
                     ("reference",),
                 )
             self._reference = found
         return self._reference
+
+
+def _check_config(run: Path, stored: Manifest) -> None:
+    """What decides values is read from config.yaml: it must be as the run wrote it."""
+    written = [file for file in stored.files if file.path == beside.CONFIG]
+    if not written or manifest.file_of(run, beside.CONFIG) != written[0]:
+        raise StoredDataError(
+            f"{run / beside.CONFIG}: not as the run wrote it, and its settings decide values. Restore it, or score"
+            " again into another folder with the settings you want."
+        )
+
+
+def _forget(budget: Budget, store: Store) -> None:
+    """Take away what was made for a checkpoint that cannot be scored."""
+    for path in (budget.path, *(store.path(kind) for kind in OF_MODEL)):
+        path.unlink(missing_ok=True)
 
 
 def _found(name: str) -> ModelSource | None:

@@ -87,8 +87,8 @@ def load(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str], la
 
     `files`: for each shard its file in each generation, so `[[shard]]` is one shard of one. Of several generations only
     the rows are read that all of them scored, and each number is their mean, taken in float64 and rounded once to
-    float32; NaN where null in any. Raises `StoredDataError` where a file is not the one the manifest names or
-    generations do not hold the same tokens.
+    float32; NaN where null in any, but for reference_nll. Raises `StoredDataError` where a file is not the one the
+    manifest names or generations do not hold the same tokens.
     """
     names = tuple(dict.fromkeys(("row_id", "position", *columns)))
     found: list[dict[str, list[NDArray[Any]]]] = [{name: [] for name in ("row", *names)} for _ in layout.branches]
@@ -106,6 +106,10 @@ def load(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str], la
         rows, last = rows + len(part.row_ids), int(part.row_ids[-1]) if len(part.row_ids) else last
         left_out += lost
     return Scored(row_ids=tuple(row_ids), branches=tuple(map(_joined, found)), left_out=left_out)
+
+
+_SAME = "reference_nll"
+"""The same number in all generations, and null in those whose model is the reference: it is taken where it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -138,7 +142,7 @@ def _averaged(run: Path, files: Sequence[Shard], names: Sequence[str], layout: L
     total = _part(run, files[0], names, layout)
     if len(files) == 1:
         return total, 0
-    real = [name for name in names if name in SIGNALS or name in PAIR_COLUMNS]
+    real = [name for name in names if (name in SIGNALS and name != _SAME) or name in PAIR_COLUMNS]
     for columns in total.branches:
         columns |= {name: columns[name].astype(np.float64) for name in real}
     seen = total.row_ids
@@ -151,6 +155,8 @@ def _averaged(run: Path, files: Sequence[Shard], names: Sequence[str], layout: L
                 raise StoredDataError(f"{run / file.path}: its tokens are not those of {files[0].path}; run `verify`")
             for name in real:
                 sums[name] += columns[name]
+            if _SAME in names:
+                sums[_SAME] = np.where(np.isnan(sums[_SAME]), columns[_SAME], sums[_SAME])
     for columns in total.branches:
         columns |= {name: (columns[name] / len(files)).astype(np.float32) for name in real}
     return total, len(seen) - len(total.row_ids)

@@ -80,7 +80,7 @@ def branch_title(view: RowView, branch: BranchView) -> Text:
 def _pair_line(margin: float, omega: float) -> str:
     more = "more than" if margin > 0 else "less than" if margin < 0 else "exactly as much as"
     return (
-        f"margin {margin:+.3g} nats: the model prefers chosen to rejected {more} the reference does\n"
+        f"margin {margin:+.3g}: the model prefers chosen to rejected {more} the reference does\n"
         f"omega {omega:.3g}: the weight of the pair in training; the smaller the margin, the larger"
     )
 

@@ -89,7 +89,7 @@ _PAIR = [
     _field(
         "margin",
         pa.float32(),
-        units="nats",
+        units="beta x nats",
         doc="beta ((log pi - log ref of chosen) - (log pi - log ref of rejected)); null unless `scored`",
         nullable=True,
     ),

@@ -20,6 +20,7 @@ from alphatoken_curate.config import MaskConfig, ScoreConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.generate import answer_room, chunks
 from alphatoken_curate.job import Job, job_of, record
+from alphatoken_curate.likeness import check_alike
 from alphatoken_curate.manifest import Manifest
 from alphatoken_curate.models import find_model, resolve_device, resolve_dtype
 from alphatoken_curate.preference import Pairs
@@ -76,8 +77,11 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device.type)
     reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
+    check_alike(prepared.source, reference)
     about = fingerprint_fields(prepared, reference, dtype)
     _check_ours(folder)
+    if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
+        raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
     with one_writer(folder):
         budget = Budget(folder, about, config.batch_tokens, device.type, listener)
         store = Store(folder=folder / "artifacts", fields=about, reuse=_artifacts_of(config.reuse))
@@ -87,7 +91,7 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
         _tell(prepared, spec, listener)
         scored = run_generation(folder, job_of(prepared, spec), spec, budget, listener)
         if write_beside(folder, prepared) or scored:
-            manifest.write(folder, manifest.rebuild(folder))
+            write_manifest(folder)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored)
 
@@ -124,6 +128,8 @@ def _tell(prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
         progress.note(
             f"{cut} rows are longer than --max-length {prepared.config.max_length}: {tokens} tokens were cut."
         )
+    if prepared.config.retention is not None and prepared.config.drift == "weights" and not spec.has_reference:
+        progress.note("The reference has the same weights as the model, so there is no drift to store beside.")
     if "stab" not in spec.objectives:
         progress.note(
             "STABILITY IS ZERO: the reference has the same weights as the model, so there is no drift to score."
@@ -170,6 +176,19 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
         footer = Footer(fields=spec.store.fields, facts=told.as_json())
         shards.write_values(folder / shards.shard_name(index), ordered, footer, job.layout)
     return len(missing)
+
+
+def write_manifest(run: Path) -> None:
+    """Commit the manifest that the files make. Raises StoredDataError where a generation it named is not whole."""
+    made = manifest.rebuild(run)
+    if (run / manifest.NAME).is_file():
+        whole = {one.generation for one in made.generations}
+        for lost in (one.generation for one in manifest.read(run).generations if one.generation not in whole):
+            raise StoredDataError(
+                f"{shards.values_folder(run, lost)}: the manifest names this generation, and its shards are not all"
+                " there. Restore them, or delete manifest.json to go on without it."
+            )
+    manifest.write(run, made)
 
 
 def _check_stored(run: Path, number: int, done: Mapping[int, Shard]) -> None:

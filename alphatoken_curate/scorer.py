@@ -6,7 +6,7 @@ processes or an outside engine can run the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,8 @@ class ScorerSpec:
     dtype: str
     device: str
     store: Store
+    maps: Mapping[str, tuple[int, ...]] | None = None
+    """Names and shapes that the linear maps of S must have, where the run knows them already."""
 
     @property
     def has_reference(self) -> bool:
@@ -232,7 +234,7 @@ class ShardScorer:
             return []
         reference = self.reference_losses(shard, rows)
         return row_signals(
-            self._path_scorer(),
+            self._path_scorer(progress),
             rows,
             counted(rows, batch_tokens, progress),
             objectives=self.spec.objectives,
@@ -255,12 +257,24 @@ class ShardScorer:
     def _load(self) -> ScoringModel:
         if self._scoring is None:
             self._scoring = self.spec.capture(self.spec.model)
+            self._check_maps(self._scoring)
         return self._scoring
 
-    def _path_scorer(self) -> PathScorer:
+    def _check_maps(self, scoring: ScoringModel) -> None:
+        found = {m.parameter: tuple(m.weight.shape) for m in scoring.maps}
+        if self.spec.maps is not None and found != self.spec.maps:
+            odd = sorted(found.items() ^ self.spec.maps.items())[0][0]
+            raise ModelError(
+                f"{self.spec.model.name}: its scoring blocks are not those the run was scored with ({odd} is missing or"
+                " of another shape). A checkpoint must come from the run's model."
+            )
+
+    def _path_scorer(self, progress: Progress) -> PathScorer:
         if self._paths is None:
             scoring = self._load()
             directions = [self._direction(objective) for objective in self.spec.objectives]
+            if not all(any(matrix.any() for matrix in direction) for direction in directions[1:]):
+                progress.note("STABILITY IS ZERO: the scoring blocks have the weights of the reference.")
             self._paths = PathScorer(scoring, directions, self.spec.config.estimator, self.spec.config.window)  # type: ignore[arg-type]
         return self._paths
 
@@ -285,8 +299,14 @@ class ShardScorer:
         )
 
     def _stored(self, kind: str) -> Direction:
-        stored = self.spec.store.require(kind, self._load().device)
-        return [stored[m.parameter] for m in self._load().maps]
+        stored, maps = self.spec.store.require(kind, self._load().device), self._load().maps
+        missing = [m.parameter for m in maps if m.parameter not in stored]
+        if missing:
+            raise ModelError(
+                f"{self.spec.store.path(kind)}: has no {missing[0]}: the reference has other blocks than the model."
+                " It must be the model that was tuned."
+            )
+        return [stored[m.parameter] for m in maps]
 
     def _drift(self) -> Direction:
         scoring, config = self._load(), self.spec.config

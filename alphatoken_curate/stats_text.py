@@ -179,7 +179,7 @@ def _pair_notes(found: Stats) -> Iterator[str]:
     pairs = found.pairs
     if pairs and pairs.omega is not None and pairs.margin is not None and pairs.margin_above_zero is not None:
         yield (
-            f"{pairs.rows:,} pairs: mean margin {pairs.margin:+.3g} nats, above 0 in {pairs.margin_above_zero:.1%} (the"
+            f"{pairs.rows:,} pairs: mean margin {pairs.margin:+.3g}, above 0 in {pairs.margin_above_zero:.1%} (the"
             " model prefers chosen to rejected more than the reference does);"
             f" mean omega {pairs.omega:.3g} (the weight of a pair in training)"
         )

@@ -33,6 +33,12 @@ def interruptible() -> Iterator[None]:
         raise
 
 
+def raise_again() -> None:
+    """Raise the interrupt that a library swallowed: pyarrow does while it imports pandas, with the first array."""
+    if _received:
+        raise KeyboardInterrupt
+
+
 def _interrupt(number: int, _: object) -> NoReturn:
     _received.append(number)
     raise KeyboardInterrupt

@@ -46,34 +46,37 @@ def command(
 ) -> None:
     """Score the rows of RUN again at a checkpoint, as a new generation, then make the mask anew.
 
-    Rows, target, shards and settings are those of RUN; generations are never rewritten. The same command goes on where
+    Rows, target, shards and settings are those of RUN, and the mask's those of its newest mask, which takes the new
+    generation unless it was made from all. Generations are never rewritten. The same command goes on where
     it was interrupted, and leaves alone what is there.
     """
     if (checkpoint is None) == (watch is None):
         raise click.UsageError("Give either --checkpoint C or --watch DIR.")
 
-    from alphatoken_curate import refresh as library
+    from alphatoken_curate.refresh import each_checkpoint
+    from alphatoken_curate.refresh import watch as each_new
 
+    from .interrupts import raise_again
     from .terminal import Listener
 
     with Listener() as listener:
         places = {"base": base, "reference": reference, "device": device, "progress": listener}
         if checkpoint is not None:
-            found = library(run, checkpoint, **places)  # type: ignore[arg-type]
+            found = each_checkpoint(run, checkpoint, **places)  # type: ignore[arg-type]
         else:
-            from alphatoken_curate import watch as follow
-
-            found = follow(run, watch, interval=interval, **places)  # type: ignore[arg-type, assignment]
+            found = each_new(run, watch, interval=interval, **places)  # type: ignore[arg-type]
         for done in found:
+            listener.finish()
             _tell(done)
+            raise_again()
 
 
 def _tell(done: RefreshSummary) -> None:
     mask = done.mask
-    if done.shards_scored or mask.created:
-        click.echo(f"Wrote generation {done.generation} of {done.run}, at {done.checkpoint}")
-    else:
+    if not done.shards_scored and not mask.created:
         click.echo(f"{done.checkpoint} is generation {done.generation} of {done.run} already. Nothing was written.")
+        return
+    click.echo(f"Wrote generation {done.generation} of {done.run}, at {done.checkpoint}")
     for line in summary(mask):
         click.echo(line)
     click.echo(f"  wrote   {done.run}/values/generation={done.generation}/   mask {mask.mask}: {mask.path}/")

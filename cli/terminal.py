@@ -10,6 +10,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .interrupts import raise_again
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -17,35 +19,43 @@ class Listener:
     """Listens to a job: a bar with rate and time left on a terminal, lines elsewhere. All of it on stderr."""
 
     def __init__(self) -> None:
-        self._bar = _bar() if sys.stderr.isatty() else None
+        self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._name, self._total, self._done = "", 0, 0
+        self._name, self._total, self._done, self._told = "", 0, 0, 0
         self._began = self._last = 0.0
 
     def __enter__(self) -> Listener:
-        if self._bar is not None:
-            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._bar is not None or kind is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """End what is told of the stages so far, so that other text may follow."""
         if self._bar is not None:
             self._bar.stop()
-        elif self._name and kind is None:
-            self._line()
+            self._bar = None
+        self._line()
+        self._name = ""
 
     def stage(self, name: str, tokens: int) -> None:
         """A stage of `tokens` tokens begins."""
-        if self._bar is None and self._name:
-            self._line()
-        self._name, self._total, self._done = name, tokens, 0
+        raise_again()
+        if self._bar is None and sys.stderr.isatty():
+            self._bar = _bar()
+            self._bar.start()
+        self._line()
+        self._name, self._total, self._done, self._told = name, tokens, 0, -1
         self._began = self._last = time.monotonic()
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=tokens, rate="")
 
     def advance(self, tokens: int) -> None:
         """That many tokens more are done."""
+        raise_again()
         self._done += tokens
         now = time.monotonic()
         if self._bar is not None and self._task is not None:
@@ -56,6 +66,7 @@ class Listener:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+        raise_again()
         if self._bar is not None:
             self._bar.console.print(f"! {text}", style="yellow", markup=False, highlight=False)
         else:
@@ -65,6 +76,10 @@ class Listener:
         return self._done / max(now - self._began, 1e-9)
 
     def _line(self) -> None:
+        """How far the stage is, where there is no bar, unless that was just told."""
+        if sys.stderr.isatty() or not self._name or self._told == self._done:
+            return
+        self._told = self._done
         rate = self._rate(time.monotonic())
         left = (self._total - self._done) / rate if rate else 0.0
         share = self._done / max(1, self._total)

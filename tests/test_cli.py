@@ -239,7 +239,7 @@ def test_a_reference_of_another_shape(data: str, models: dict[str, str], tmp_pat
         tiny_model("llama", dtype=torch.float32, intermediate_size=20).save_pretrained(tmp_path / "small")
     flags = ("--model", models["base"], "--reference", tmp_path / "small", "-o", tmp_path / "run")
     ended = command("score", data, *flags)
-    assert ended.code == 2 and "--reference" in ended.err and "Traceback" not in ended.err
+    assert ended.code == 2 and "reference" in ended.err and "Traceback" not in ended.err
 
 
 def test_a_fisher_file_that_does_not_fit(data: str, models: dict[str, str], tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_show_has_both_branches_of_a_pair_one_after_the_other(pairs: Path) -> No
     view = read_row(pairs, row=1)
     title, chosen, rejected = re.split(r"\n(?:chosen|rejected) · ", out)
     flowed = " ".join(title.split())
-    assert f"margin {view.margin:+.3g} nats: the model prefers chosen to rejected" in flowed
+    assert f"margin {view.margin:+.3g}: the model prefers chosen to rejected" in flowed
     assert f"omega {view.omega:.3g}: the weight of the pair" in flowed
     for text, branch in ((chosen, view.branches[0]), (rejected, view.branches[1])):
         assert text.startswith(f"{len(branch.token_ids)} tokens, {branch.response.sum()} in the response; mask 0 keeps")
@@ -228,7 +228,7 @@ def test_stats_of_pairs_fit_and_tell_everything(pairs: Path, width: int) -> None
         assert f"{name} {branch.kept_tokens} of {branch.scored_tokens} ({branch.kept_share:.1%})" in flowed
     assert found.pairs is not None
     assert found.pairs.margin is not None
-    assert f"mean margin {found.pairs.margin:+.3g} nats" in flowed
+    assert f"mean margin {found.pairs.margin:+.3g}," in flowed
     for one in found.generations:
         assert f" {one.rms['stability']:.3g}" in out.split("spread of each generation")[1]
     assert (

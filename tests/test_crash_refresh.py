@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import signal
@@ -12,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from forks import Forks
+from forks import Forks, within
 from safetensors.torch import load_file, save_file
 from test_crash import POINTS, assert_readable, temporaries
 from test_refresh import pair_records
 from tiny import tiny_model
-from tiny_files import Notes, command, contents, perturbed, quiet, token_records, write_jsonl
+from tiny_files import Notes, contents, perturbed, quiet, token_records, write_jsonl
 
 from alphatoken_curate import ModelError, manifest, refresh, verify, watch
+from alphatoken_curate.atomic import one_writer
 
 ROWS = {"sft": token_records(11), "preference": pair_records(9)}
 SETTINGS: dict[str, tuple[object, ...]] = {"sft": (), "preference": ("--drift", "lookahead", "--lookahead-lr", 0.1)}
@@ -229,16 +231,40 @@ def test_a_watch_of_what_is_not_there_yet_ends_cleanly(
 # --- two at once
 
 
-@pytest.mark.parametrize("other", ["--checkpoint", "--watch", "mask"])
+@pytest.mark.parametrize("other", ["refresh", "mask"])
 def test_the_second_of_two_processes_is_refused(
     other: str, forks: Forks, run: Path, whole: dict[str, Path], out: Path
 ) -> None:
-    second = ("mask", run, *MASK) if other == "mask" else ("refresh", run, other, out)
+    second = ("mask", run, *MASK) if other == "mask" else ("refresh", run, "--checkpoint", out)
     once = run / "artifacts" / "run-00002.json"
     ended = forks.run("refresh", run, "--checkpoint", out, once=once, meanwhile=second)
     assert ended.meanwhile is not None and ended.meanwhile.code == 2
     assert f"{run}: another process is writing to it" in ended.meanwhile.err
     assert ended.code == 0, ended.err
+    assert contents(run) == contents(whole["sft"])
+
+
+class Patience(Notes):
+    """A listener that ends another's hold of the run when it hears that it is waited for."""
+
+    def __init__(self, hold: contextlib.ExitStack) -> None:
+        super().__init__()
+        self._hold = hold
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if "is tried again" in text:
+            self._hold.close()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_watch_waits_for_another_process(run: Path, whole: dict[str, Path], out: Path) -> None:
+    with contextlib.ExitStack() as hold, within(30):
+        hold.enter_context(one_writer(run))
+        notes = Patience(hold)
+        watching = watch(run, out, interval=0.01, progress=notes)
+        assert [next(watching).generation for _ in range(3)] == [1, 2, 3]
+    assert [note for note in notes.notes if "another process is writing to it" in note]
     assert contents(run) == contents(whole["sft"])
 
 
@@ -299,6 +325,11 @@ class Thief(Notes):
             self._files = []
 
 
+def unscored(notes: Notes) -> list[str]:
+    """The checkpoints of which a watch said so."""
+    return [note.partition(" is not scored: ")[0] for note in notes.notes if " is not scored: " in note]
+
+
 @pytest.fixture
 def going(out: Path, tmp_path: Path) -> Path:
     """An output folder that a test may change; each checkpoint is ready at the first look."""
@@ -312,8 +343,8 @@ def going(out: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("word", "gone"),
     [
-        ("generation 1", "."),
-        ("generation 1", "config.json"),
+        ("checkpoint-20 becomes", "."),
+        ("checkpoint-20 becomes", "config.json"),
         ("reference losses", "."),
         ("target gradient", "model.safetensors"),
     ],
@@ -322,10 +353,10 @@ def test_a_checkpoint_deleted_before_it_is_read_is_left_out(word: str, gone: str
     """A training deletes old checkpoints file by file, so one may be met half-deleted."""
     notes = Thief(word, [going / "checkpoint-20" / gone])
     watching = watch(run, going, interval=0.01, progress=notes)
-    found = [next(watching), next(watching)]
-    watching.close()  # type: ignore[attr-defined]
+    with within(30):
+        found = [next(watching), next(watching)]
     assert [(one.checkpoint, one.generation) for one in found] == [("checkpoint-100", 1), (LAST, 2)]
-    assert any(note.startswith("checkpoint-20: was deleted while it was read") for note in notes.notes)
+    assert unscored(notes) == ["checkpoint-20"]
     assert temporaries(run) == [] and verify(run) == []
     shutil.rmtree(going / "checkpoint-20", ignore_errors=True)
     assert [one.shards_scored for one in refresh(run, going)] == [0, 0]
@@ -334,8 +365,8 @@ def test_a_checkpoint_deleted_before_it_is_read_is_left_out(word: str, gone: str
 @pytest.mark.usefixtures("one_thread")
 def test_a_checkpoint_deleted_once_it_is_read_is_scored(run: Path, whole: dict[str, Path], going: Path) -> None:
     watching = watch(run, going, interval=0.01, progress=Thief("scoring", [going / "checkpoint-20"]))
-    assert [next(watching).generation for _ in range(3)] == [1, 2, 3]
-    watching.close()  # type: ignore[attr-defined]
+    with within(30):
+        assert [next(watching).generation for _ in range(3)] == [1, 2, 3]
     assert not (going / "checkpoint-20").exists()
     assert contents(run) == contents(whole["sft"])
 
@@ -348,10 +379,10 @@ def test_a_checkpoint_deleted_right_after_it_was_found_is_left_out(run: Path, go
     assert next(watching).checkpoint == "checkpoint-20"
     (going / "checkpoint-100").rename(tmp_path / "checkpoint-100")
     assert next(watching).checkpoint == LAST
-    assert [note.partition(" was")[0] for note in notes.notes if "deleted" in note] == ["checkpoint-100:"]
+    assert unscored(notes) == ["checkpoint-100"]
     (tmp_path / "checkpoint-100").rename(going / "checkpoint-100")
-    back = next(watching)
-    watching.close()  # type: ignore[attr-defined]
+    with within(30):
+        back = next(watching)
     assert (back.checkpoint, back.generation) == ("checkpoint-100", 3)
     assert verify(run) == []
 
@@ -365,14 +396,35 @@ def test_a_checkpoint_that_was_to_come_next_is_missed(run: Path, going: Path) ->
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_what_else_is_wrong_with_a_checkpoint_ends_the_watch(run: Path, going: Path) -> None:
+def test_a_checkpoint_deleted_while_it_is_read_is_scored_once_it_is_back(
+    run: Path, going: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(going / "checkpoint-20", tmp_path / "back")
+    notes = Thief("checkpoint-20 becomes", [going / "checkpoint-20" / "model.safetensors"])
+    watching = watch(run, going, interval=0.01, progress=notes)
+    assert next(watching).checkpoint == "checkpoint-100"
+    # All as it was, the times of its files too.
+    shutil.copy2(tmp_path / "back" / "model.safetensors", going / "checkpoint-20" / "model.safetensors")
+    with within(30):
+        assert [next(watching).checkpoint for _ in range(2)] == [LAST, "checkpoint-20"]
+    assert unscored(notes) == ["checkpoint-20"] and verify(run) == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_checkpoint_that_cannot_be_loaded_is_told_of_once_and_passed_over(run: Path, going: Path) -> None:
     file = going / "checkpoint-20" / "model.safetensors"
     weights = load_file(file)
     del weights["lm_head.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    ended = command("refresh", run, "--watch", going, *EVERY)
-    assert ended.code == 2 and "its files lack lm_head.weight" in ended.err
-    assert len(manifest.read(run).generations) == 1
+    (file.parent / "trainer_state.json").write_text("{}")
+    notes = Notes()
+    watching = watch(run, going, interval=0.01, progress=notes)
+    with within(30):
+        assert [next(watching).checkpoint for _ in range(2)] == ["checkpoint-100", LAST]
+        shutil.copytree(going / "checkpoint-100", going / "checkpoint-2000")
+        next(watching)
+    assert [note for note in notes.notes if "its files lack lm_head.weight" in note and "checkpoint-20 " in note]
+    assert unscored(notes) == ["checkpoint-20"] and verify(run) == []
 
 
 def test_checkpoints_deleted_while_they_are_watched(forks: Forks, run: Path, going: Path) -> None:

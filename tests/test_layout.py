@@ -21,7 +21,7 @@ CLI = ROOT / "cli"
 ORDER = """
     errors config fingerprint draws schema atomic progress
     | files containers shapes pairs rows chat speller tokens plan
-    | attention capture folders adapters models checkpoints
+    | attention capture folders adapters models likeness checkpoints
     | losses target fisher generate precondition drift paths composite preference signals
     | masks | sealed shards manifest card responses remask
     | artifacts budget prepare scorer job beside score refresh memory check
@@ -192,6 +192,7 @@ def test_every_source_module_has_its_tests() -> None:
         "atomic": "test_shards",
         "beside": "test_refresh",
         "job": "test_score",
+        "likeness": "test_refresh",
         "pairs": "test_rows",
         "shapes": "test_rows",
         "signals": "test_preference",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
-from tiny_files import Notes, command, contents, moments, perturbed, quiet, token_records, write_jsonl
+from tiny_files import Notes, command, contents, moments, perturbed, quiet, save_gguf, token_records, write_jsonl
 
 from alphatoken_curate import (
     FingerprintError,
@@ -26,6 +28,7 @@ from alphatoken_curate import (
     verify,
     watch,
 )
+from alphatoken_curate.atomic import one_writer
 from alphatoken_curate.schema import COMPONENTS, SIGNALS
 
 ROWS = 13
@@ -269,7 +272,129 @@ def test_a_failed_row_is_scored_again(models: dict[str, str], tmp_path: Path) ->
     assert len(manifest.read(made).generations) == 1
 
 
+def test_an_edited_config_is_refused(run: Path, models: dict[str, str]) -> None:
+    """Its settings decide values, and the new shards would claim the old ones."""
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("layers: 2", "layers: 1"))
+    with pytest.raises(StoredDataError, match=r"config\.yaml: not as the run wrote it"):
+        refresh(run, models["tuned"])
+    path.unlink()
+    with pytest.raises(StoredDataError, match=r"config\.yaml"):
+        refresh(run, models["tuned"])
+
+
+UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "deeper": ("llama", {"num_hidden_layers": 6}, "has 6 decoder blocks.*has 4 decoder blocks"),
+    "shallower": ("llama", {"num_hidden_layers": 3}, "has 3 decoder blocks"),
+    "wider": ("llama", {"hidden_size": 32}, "hidden size of 32"),
+    "other heads": ("llama", {"num_key_value_heads": 4}, "4 key-value heads"),
+    "fewer tokens": ("llama", {"vocab_size": 60}, "knows 60 tokens.*knows 61"),
+    "other architecture": ("qwen2", {}, "is a qwen2 model.*is a llama model"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(
+    name: str, run: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    family, changes, says = UNLIKE[name]
+    with quiet():
+        tiny_model(family, dtype=torch.float32, **changes).save_pretrained(tmp_path / "other")
+    before = contents(run)
+    with pytest.raises(ModelError, match=says):
+        refresh(run, tmp_path / "other")
+    assert contents(run) == before
+    data = str(run.parent / "d.jsonl")
+    write_jsonl(Path(data), token_records(3))
+    with pytest.raises(ModelError, match="was not tuned from"):
+        score(ScoreConfig(data=data, model=str(tmp_path / "other"), reference=models["base"]), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_tokens_may_have_been_added(run: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    with quiet():
+        model.resize_token_embeddings(70)
+        model.save_pretrained(tmp_path / "more")
+    assert refresh(run, tmp_path / "more")[0].generation == 1
+
+
+def test_blocks_that_are_not_those_of_the_run_are_refused_once_loaded(run: Path, tmp_path: Path) -> None:
+    """GGUF has no config.json that could tell before."""
+    deep = tiny_model("llama", dtype=torch.float32, attention_bias=False, mlp_bias=False, num_hidden_layers=6)
+    with pytest.raises(ModelError, match="not those the run was scored with"):
+        refresh(run, save_gguf(deep, tmp_path / "deep.gguf"))
+    assert verify(run) == []
+
+
+def test_a_checkpoint_that_cannot_be_scored_leaves_nothing_behind(run: Path, models: dict[str, str]) -> None:
+    refresh(run, models["tuned"])
+    before = contents(run)
+    broken = Path(models["broken"]).parent / "all-nan"
+    with quiet():
+        model = tiny_model("llama", dtype=torch.float32)
+        with torch.no_grad():
+            model.lm_head.weight.fill_(torch.nan)
+        model.save_pretrained(broken)
+    with pytest.raises(ModelError, match="not finite"):
+        refresh(run, broken)
+    assert contents(run) == before and verify(run) == []
+
+
+def test_a_lost_generation_is_not_forgotten(run: Path, models: dict[str, str]) -> None:
+    refresh(run, models["tuned"])
+    shutil.rmtree(run / "values" / "generation=1")
+    with pytest.raises(StoredDataError, match=r"generation=1: the manifest names this generation"):
+        refresh(run, models["base"])
+
+
+def test_the_same_weights_in_other_files_are_told_of(run: Path, models: dict[str, str], tmp_path: Path) -> None:
+    with quiet():
+        tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "parts", max_shard_size="5KB")
+    notes = Notes()
+    refresh(run, tmp_path / "parts", progress=notes)
+    assert sum("STABILITY IS ZERO" in note for note in notes.notes) == 1
+    assert {x for row in values(run, 1)["stab_direct"].to_list() for x in row} == {0.0, None}
+
+
 # --- watch
+
+
+def test_watching_passes_over_what_cannot_be_scored_and_waits_for_the_run(
+    run: Path, steps: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with quiet():
+        tiny_model("llama", dtype=torch.float32, hidden_size=32).save_pretrained(out / "checkpoint-5")
+    shutil.copytree(steps / "checkpoint-20", out / "checkpoint-20")
+    (out / "checkpoint-30").mkdir()
+    holder = one_writer(run)
+
+    class Freeing(Notes):
+        def note(self, text: str) -> None:
+            super().note(text)
+            if "is tried again" in text:
+                holder.__exit__(None, None, None)
+
+    notes = Freeing()
+    holder.__enter__()
+    found = watch(run, out, interval=0.01, progress=notes)
+    assert next(found).checkpoint == "checkpoint-20"
+    shutil.copytree(steps / "checkpoint-100", out / "checkpoint-100")
+    assert next(found).checkpoint == "checkpoint-100"
+    found.close()  # type: ignore[attr-defined]
+    said = "\n".join(notes.notes)
+    assert "another process" in said and re.search(
+        r"checkpoint-5 is not scored: .*checkpoint-5 has a hidden size of 32", said
+    )
+    assert said.count("checkpoint-30 is waited for") == 1
+    assert said.startswith(f"watching {out}")
+
+
+def test_what_is_no_output_folder_is_not_watched(run: Path, steps: Path, data: str) -> None:
+    for folder in (data, steps / "checkpoint-20"):
+        with pytest.raises(UsageError, match="output folder"):
+            next(watch(run, folder))
 
 
 def test_watching_scores_each_checkpoint_once(run: Path, steps: Path, tmp_path: Path) -> None:
@@ -311,6 +436,22 @@ def test_the_command_refuses_what_it_cannot_do(run: Path, models: dict[str, str]
     ended = command("refresh", run, "--checkpoint", tmp_path / "nowhere")
     assert ended.code == 2 and "nowhere" in ended.err
     assert command("refresh", run, "--checkpoint", models["tuned"], "--reference", models["tuned"]).code == 4
+
+
+def test_the_config_names_places_that_hold_anywhere(
+    data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models["base"], tmp_path / "m" / "base")
+    shutil.copy(data, tmp_path / "rows.jsonl")
+    made = score(ScoreConfig(data="rows.jsonl", model="m/base", layers=1), "run").run.resolve()
+    again = score(ScoreConfig(data=("*.jsonl",), model="m/base", layers=1, reuse="run"), "again").run.resolve()
+    monkeypatch.chdir("/")
+    assert refresh(made, models["tuned"])[0].generation == 1
+    stored = (again / "config.yaml").read_text()
+    assert "reuse" not in stored and f"- {tmp_path}{os.sep}*.jsonl" in stored
+    assert command("score", "--config", again / "config.yaml", "-o", tmp_path / "b").code == 0
+    assert manifest.read(tmp_path / "b").generations[0].shards == manifest.read(again).generations[0].shards
 
 
 def test_signals_of_all_generations_are_finite(run: Path, steps: Path) -> None:

@@ -116,12 +116,15 @@ def test_the_numbers_of_a_pair_are_averaged_too(tmp_path: Path) -> None:
                 assert set(tokens.columns[name][tokens.columns["row_id"] == row_id]) == {want}
 
 
-def test_a_signal_that_one_generation_lacks_has_no_mean(tmp_path: Path) -> None:
+def test_the_losses_of_the_reference_are_taken_from_where_they_are(tmp_path: Path) -> None:
+    """A run begun with model and reference the same has none in its first generation."""
     write_generation(tmp_path, value_rows(reference=False))
     write_generation(tmp_path, value_rows(seed=1), number=1)
     manifest.write(tmp_path, manifest.rebuild(tmp_path))
     columns = read(tmp_path, "all", ("reference_nll", "nll"), "sft").branches[0].columns
-    assert np.isnan(columns["reference_nll"]).all() and not np.isnan(columns["nll"]).any()
+    later = read(tmp_path, "1", ("reference_nll",), "sft").branches[0].columns
+    np.testing.assert_array_equal(columns["reference_nll"], later["reference_nll"])
+    assert not np.isnan(columns["reference_nll"]).any() and not np.isnan(columns["nll"]).any()
 
 
 @KINDS

@@ -229,7 +229,7 @@ def test_the_titles_of_a_pair_tell_margin_omega_and_each_branch(margin: float, t
     one, other = (replace(SMALL.branches[0], name=name) for name in ("chosen", "rejected"))
     view = view_of(one, other, margin=margin, omega=0.05)
     lines = row_title(view).plain.split("\n")
-    assert lines[1] == f"margin {margin:+.3g} nats: the model prefers chosen to rejected {told} the reference does"
+    assert lines[1] == f"margin {margin:+.3g}: the model prefers chosen to rejected {told} the reference does"
     assert lines[2].startswith("omega 0.05: the weight of the pair")
     assert len(lines) == 3
     assert branch_title(view, other).plain == ("rejected · 8 tokens, 4 in the response; mask 0 keeps 2 of 4 (50.0%)")

@@ -158,7 +158,7 @@ def test_pairs_have_margins_and_counts_of_each_branch(width: int) -> None:
     text = flowed(replace(SEVERAL, kind="preference", branches=both, pairs=PAIRS, generations=several), width)
     assert "chosen 30 of 60 (50.0%)" in text
     assert "rejected 10 of 40 (25.0%)" in text
-    assert "40 pairs: mean margin +0.0912 nats, above 0 in 62.5%" in text
+    assert "40 pairs: mean margin +0.0912, above 0 in 62.5%" in text
     assert "mean omega 0.0478" in text
     assert text.count("+0.0912") == (4 if width >= 80 else 1)
     bare = {name: replace(one, kept_tokens=None, kept_share=None) for name, one in both.items()}
