@@ -8,7 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any
 
 import click
 
@@ -28,27 +29,34 @@ def interruptible() -> Iterator[None]:
     except BaseException as error:
         # A library may dress an interrupt that met it as an error of its own.
         if _received or isinstance(error, KeyboardInterrupt | click.Abort):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # one is enough
             click.echo("Interrupted. What is finished is kept; run the same command again to go on.", err=True)
             sys.exit(130)
         raise
 
 
-def raise_again() -> None:
-    """Raise the interrupt that a library swallowed: pyarrow does while it imports pandas, with the first array."""
-    if _received:
-        raise KeyboardInterrupt
-
-
-def _interrupt(number: int, _: object) -> NoReturn:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     _received.append(number)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # In the middle of an import, C extensions crash, modules stay half made, and pyarrow, which imports
+            # pandas from within, drops the interrupt: once it is over.
+            _later()
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 
 def _unraisable(found: Any) -> None:
     """Python drops an interrupt that falls into a finaliser; it is raised again a moment later."""
-    if found.exc_type is not KeyboardInterrupt:
+    if found.exc_type is KeyboardInterrupt:
+        _later()
+    else:
         sys.__unraisablehook__(found)
-        return
+
+
+def _later() -> None:
     again = threading.Timer(0.05, _thread.interrupt_main)
     again.daemon = True
     again.start()

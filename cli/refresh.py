@@ -56,7 +56,6 @@ def command(
     from alphatoken_curate.refresh import each_checkpoint
     from alphatoken_curate.refresh import watch as each_new
 
-    from .interrupts import raise_again
     from .terminal import Listener
 
     with Listener() as listener:
@@ -68,7 +67,6 @@ def command(
         for done in found:
             listener.finish()
             _tell(done)
-            raise_again()
 
 
 def _tell(done: RefreshSummary) -> None:

@@ -10,8 +10,6 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .interrupts import raise_again
-
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -43,7 +41,6 @@ class Listener:
 
     def stage(self, name: str, tokens: int) -> None:
         """A stage of `tokens` tokens begins."""
-        raise_again()
         if self._bar is None and sys.stderr.isatty():
             self._bar = _bar()
             self._bar.start()
@@ -55,7 +52,6 @@ class Listener:
 
     def advance(self, tokens: int) -> None:
         """That many tokens more are done."""
-        raise_again()
         self._done += tokens
         now = time.monotonic()
         if self._bar is not None and self._task is not None:
@@ -66,7 +62,6 @@ class Listener:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        raise_again()
         if self._bar is not None:
             self._bar.console.print(f"! {text}", style="yellow", markup=False, highlight=False)
         else:

@@ -157,7 +157,7 @@ class Ended:
 def command(*arguments: object) -> Ended:
     """`alphatoken-curate ARGUMENTS`, in this process."""
     out, err = io.StringIO(), io.StringIO()
-    before, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    before, hook = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, sys.unraisablehook
     argv = ["alphatoken-curate", *map(str, arguments)]
     try:
         with (
@@ -170,7 +170,8 @@ def command(*arguments: object) -> Ended:
         code = end.code if isinstance(end.code, int) else 1
         return Ended(code, out.getvalue(), err.getvalue())
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         sys.unraisablehook = hook
 
 
