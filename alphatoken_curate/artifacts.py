@@ -98,13 +98,15 @@ class Store:
             sink.write(to_bytes(ready, metadata={_ABOUT: about}))
 
     def has(self, kind: str, part: int | None = None) -> bool:
-        """Whether the artefact is there, whole, and made from the same fields; it is taken over where it can be."""
-        if self.load(kind, part=part) is not None:
-            return True
-        found = self._elsewhere(kind, part)
-        if found is not None:
+        """Whether `find` finds it."""
+        return self.find(kind, part) is not None
+
+    def find(self, kind: str, part: int | None = None) -> dict[str, Tensor] | None:
+        """The artefact, if it is there, whole, and made from the same fields; it is taken over where it can be."""
+        found = self.load(kind, part=part)
+        if found is None and (found := self._elsewhere(kind, part)) is not None:
             self.save(kind, found, part)
-        return found is not None
+        return found
 
     def load(
         self, kind: str, device: torch.device | str = "cpu", *, part: int | None = None

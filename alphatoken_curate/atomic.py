@@ -142,8 +142,8 @@ def sweep(folder: Path) -> int:
 def one_writer(run: Path) -> Iterator[None]:
     """Hold a run folder against other processes while writing to it; the hold ends with the process, however it ends.
 
-    What ends the block by an exception leaves no temp file in the folder. Raises `BusyError` where another process
-    holds it. Not re-entrant. On Windows nothing is held.
+    Temp files of writers that were killed are swept, and what ends the block by an exception leaves none. Raises
+    `BusyError` where another process holds it. Not re-entrant. On Windows nothing is held.
     """
     with _refusal(run):
         _make_folder(run)
@@ -158,14 +158,19 @@ def one_writer(run: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BusyError(f"{run}: another process is writing to it; wait for it, or use another folder.") from error
+        _sweep_below(run)
         try:
             yield
         except BaseException:  # an interrupt may fall between making a temp file and the `try` that removes it
-            for below, _, _ in os.walk(run):
-                sweep(Path(below))
+            _sweep_below(run)
             raise
     finally:
         os.close(folder)
+
+
+def _sweep_below(run: Path) -> None:
+    for folder, _, _ in os.walk(run):
+        sweep(Path(folder))
 
 
 def _make_folder(folder: Path) -> None:

@@ -6,7 +6,6 @@ reference. The manifest names a generation once all of its shards are there; the
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from alphatoken_curate import beside, manifest, shards
 from alphatoken_curate.artifacts import OF_MODEL, TARGET, Store
-from alphatoken_curate.atomic import one_writer, sweep
+from alphatoken_curate.atomic import one_writer
 from alphatoken_curate.budget import Budget
 from alphatoken_curate.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
@@ -156,8 +155,6 @@ class _Run:
         """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
         about = {**self.fields, "model": _digest(checkpoint)}
         with one_writer(self.folder):
-            for below, _, _ in os.walk(self.folder):
-                sweep(Path(below))
             stored = manifest.read(self.folder)
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
             made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]

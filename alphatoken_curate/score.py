@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from alphatoken_curate import artifacts, card, manifest, shards
 from alphatoken_curate.artifacts import Store
-from alphatoken_curate.atomic import one_writer, sweep
+from alphatoken_curate.atomic import one_writer
 from alphatoken_curate.beside import write_beside
 from alphatoken_curate.budget import NAME as BUDGET
 from alphatoken_curate.budget import Budget
@@ -144,8 +144,6 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
     """Score the shards of a generation that are missing; returns how many those were."""
     number = spec.store.generation
     folder = shards.values_folder(run, number)
-    for touched in (run, folder, run / "artifacts"):
-        sweep(touched)
     done = shards.committed(folder, spec.store.fields)
     foreign = sorted(set(done) - set(range(len(job.shards))))
     if foreign:
@@ -275,7 +273,6 @@ def mask(run: Path | str, config: MaskConfig) -> MaskSummary:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
     with one_writer(folder):
-        sweep(folder)
         return mask_and_card(folder, config, stale=False)[0]
 
 

@@ -77,9 +77,11 @@ class ScorerSpec:
 
     def load(self, source: ModelSource) -> PreTrainedModel:
         """A model of the run."""
-        trusted = self.config.trust_remote_code
-        kind, device = getattr(torch, self.dtype), torch.device(self.device)
-        return load_model(source, dtype=kind, device=device, trust_remote_code=trusted)
+        return self._load(source, self.dtype, self.device)
+
+    def _load(self, source: ModelSource, dtype: str, device: str) -> PreTrainedModel:
+        trusted, place = self.config.trust_remote_code, torch.device(device)
+        return load_model(source, dtype=getattr(torch, dtype), device=place, trust_remote_code=trusted)
 
     def capture(self, source: ModelSource, model: PreTrainedModel | None = None) -> ScoringModel:
         """A model of the run, captured; it is loaded unless it is given.
@@ -90,9 +92,7 @@ class ScorerSpec:
         layers, kept = self.config.layers, None
         narrow = torch.finfo(getattr(torch, self.dtype)).bits < torch.finfo(torch.float32).bits
         if narrow and not source.tensors_on_disk:
-            trusted = self.config.trust_remote_code
-            cpu = torch.device("cpu")
-            wide = load_model(source, dtype=torch.float32, device=cpu, trust_remote_code=trusted)
+            wide = self._load(source, "float32", "cpu")
             kept = [m.weight for m in ScoringModel(wide, layers).maps]
             del wide
         scoring = ScoringModel(model if model is not None else self.load(source), layers)
@@ -128,10 +128,9 @@ class ReferencePass:
     def answers(self, part: int, prompts: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> list[TokenRow]:
         """Answers the reference generates to some prompts, kept in a part of their own."""
         store, config = self.spec.store, self.spec.config
-        if store.has(artifacts.FISHER_SAMPLES, part):
+        if (stored := store.find(artifacts.FISHER_SAMPLES, part)) is not None:
             progress.advance(int(answer_room(prompts, new_tokens=config.fisher_new_tokens, limit=None).sum()))
-            where = store.path(artifacts.FISHER_SAMPLES, part)
-            return unpack(store.require(artifacts.FISHER_SAMPLES, part=part), prompts, where=where)
+            return unpack(stored, prompts, where=store.path(artifacts.FISHER_SAMPLES, part))
         found = sample_answers(
             self.model,
             prompts,
