@@ -43,7 +43,7 @@ _ABOUT = "alphatoken_curate"
 """The metadata key of an artefact: JSON of its fields and of the digest of its tensors."""
 
 _EVERY = ("schema_version", "dtype")
-_TRAINING = ("model", "reference", "layers", "kind", "beta", "tokens", "seed")
+_TRAINING = ("model", "reference", "layers", "parameters", "kind", "beta", "tokens", "seed")
 _SAMPLES = (
     "reference",
     "fisher",
@@ -55,13 +55,13 @@ _SAMPLES = (
     "seed",
 )
 _DEPENDS = {
-    TARGET: ("model", "layers", "target", "target_rows", "target_tokens", "estimator", "tokens", "seed"),
-    RETENTION: ("model", "layers", "retention", "retention_tokens"),
+    TARGET: ("model", "layers", "parameters", "target", "target_rows", "target_tokens", "estimator", "tokens", "seed"),
+    RETENTION: ("model", "layers", "parameters", "retention", "retention_tokens"),
     LOOKAHEAD: (*_TRAINING, "lookahead_rows"),
     PRECONDITION: (*_TRAINING, "precondition", "precondition_rows"),
-    FISHER: (*_SAMPLES, "layers"),
+    FISHER: (*_SAMPLES, "layers", "parameters"),
     FISHER_SAMPLES: _SAMPLES,
-    REFERENCE: ("reference", "layers"),
+    REFERENCE: ("reference", "layers", "parameters"),
     REFERENCE_NLL: ("reference", "tokens", "rows_per_shard"),
 }
 """The fingerprint fields of a run that each kind of artefact depends on, beside those that all do."""

@@ -21,11 +21,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from alphatoken_curate.probabilities import Rule, fold, in_block, walk
 
 NAME = "alphatoken_curate"
-
-_SCORES_PER_BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Attention scores held at a time: what fits the cache of a CPU core, or fills a card."""
 
 _tapes: WeakKeyDictionary[nn.Module, Tape] = WeakKeyDictionary()
 
@@ -84,6 +84,11 @@ def install(blocks: list[nn.Module], tape: Tape) -> Callable[[], None]:
     return undo
 
 
+def listen(module: nn.Module, tape: Tape) -> None:
+    """Have the attention of a module that calls `attention_forward` written to a tape."""
+    _tapes[module] = tape
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -101,12 +106,14 @@ def attention_forward(
 
     Returns (B, Q, H, D), as transformers' attention functions do. Mask None means causal, aligned at the last key.
     """
-    tape = _tapes[module]
-    rule = _Rule(
+    rule = Rule(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sliding_window=sliding_window if attention_mask is None else None,
     )
+    if has_torch_function((query, key, value)):
+        return moving_attention(query, key, value, attention_mask, s_aux, rule), None
+    tape = _tapes[module]
     call = Call(module=module, key=key, value=value)
     tape.calls.append(call)
     attend: Callable[..., Tensor] = _Attention.apply
@@ -114,57 +121,13 @@ def attention_forward(
     return out, None
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    scaling: float
-    softcap: float | None
-    sliding_window: int | None
-
-
-def _query_blocks(query: Tensor, keys: int) -> list[tuple[int, int]]:
-    rows, heads, queries, _ = query.shape
-    most = _SCORES_PER_BLOCK.get(query.device.type, _SCORES_PER_BLOCK["cpu"])
-    size = max(16, most // (rows * heads * keys))
-    return [(first, min(first + size, queries)) for first in range(0, queries, size)]
-
-
-def _visible(mask: Tensor | None, rule: _Rule, span: tuple[int, int], keys: int, prefix: int) -> Tensor:
-    """What queries span[0]..span[1] may see of the first `keys` keys, bool or float; broadcasts to (B, H, n, keys)."""
-    if mask is not None:
-        return mask[..., span[0] : span[1], :keys]
-    rows = torch.arange(span[0] + prefix, span[1] + prefix)[:, None]
-    columns = torch.arange(keys)[None, :]
-    seen = columns <= rows
-    if rule.sliding_window is not None:
-        seen &= columns > rows - rule.sliding_window
-    return seen[None, None]
-
-
-def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(B or 1, H or 1, n, T) -> (B or 1, K or 1, G or 1, n, T)."""
-    rows, heads, queries, keys = x.shape
-    return x.reshape(rows, 1, 1, queries, keys) if heads == 1 else x.reshape(rows, -1, groups, queries, keys)
-
-
-def _probabilities(
-    query: Tensor, key: Tensor, visible: Tensor, sinks: Tensor | None, rule: _Rule, groups: int
-) -> tuple[Tensor, Tensor | None]:
-    """Query (B, K, G n, D), key (B, K, t, D) -> probabilities (B, K, G, n, t) and, where capped, d capped / d raw."""
-    scores = ((query * rule.scaling) @ key.transpose(-1, -2)).unflatten(2, (groups, -1))
-    slope = None
-    if rule.softcap is not None:
-        capped = torch.tanh(scores.div_(rule.softcap))
-        slope = 1 - capped * capped
-        scores = capped.mul_(rule.softcap)
-    seen = _by_group(visible.to(scores.device), groups)
-    if seen.dtype == torch.bool:
-        scores.masked_fill_(~seen, torch.finfo(scores.dtype).min)
-    else:
-        scores.add_(seen)
-    if sinks is None:
-        return torch.softmax(scores, dim=-1), slope
-    column = sinks.to(scores.dtype).reshape(1, -1, groups, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1], slope
+def moving_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None, rule: Rule
+) -> Tensor:
+    """Attention of tensors that carry tangents, which know how (`tangent_attention`)."""
+    given = (query, key, value, mask, sinks, rule)
+    out: Tensor = handle_torch_function(moving_attention, given[:3], *given)
+    return out
 
 
 class _Attention(torch.autograd.Function):
@@ -178,15 +141,15 @@ class _Attention(torch.autograd.Function):
         value: Tensor,
         mask: Tensor | None,
         sinks: Tensor | None,
-        rule: _Rule,
+        rule: Rule,
         tape: Tape,
         call: Call,
     ) -> Tensor:
         ctx.mask, ctx.sinks, ctx.rule, ctx.tape, ctx.call = mask, sinks, rule, tape, call
         rows, heads, queries, _ = query.shape
         out = value.new_empty(rows, queries, heads, value.shape[-1])
-        for span, keys in _walk(query, key, mask):
-            probabilities, _ = _block(ctx, query, key, span, keys)
+        for span, keys in walk(query, key, mask):
+            probabilities, _ = in_block(query, key, ctx.mask, ctx.sinks, ctx.rule, span, keys)
             mixed = probabilities.flatten(2, 3) @ value[:, :, :keys]
             out[:, span[0] : span[1]] = mixed.reshape(rows, heads, span[1] - span[0], -1).transpose(1, 2)
         ctx.save_for_backward(query, key, value, out)
@@ -199,14 +162,19 @@ class _Attention(torch.autograd.Function):
         shares = (grad_out * out).sum(-1).transpose(1, 2).unflatten(1, (key.shape[1], -1)).unsqueeze(-1)
         tape: Tape = ctx.tape
         grads = _Grads(query, key, value, tape)
-        for span, keys in _walk(query, key, ctx.mask):
-            probabilities, slope = _block(ctx, query, key, span, keys)
-            upstream = _fold(grad_out[:, span[0] : span[1]].transpose(1, 2), key.shape[1])
+        sunk = torch.zeros_like(ctx.sinks) if ctx.needs_input_grad[4] else None
+        for span, keys in walk(query, key, ctx.mask):
+            probabilities, slope = in_block(query, key, ctx.mask, ctx.sinks, ctx.rule, span, keys)
+            upstream = fold(grad_out[:, span[0] : span[1]].transpose(1, 2), key.shape[1])
             scores = (upstream @ value[:, :, :keys].transpose(-1, -2)).view_as(probabilities)
-            scores.sub_(shares[:, :, :, span[0] : span[1]]).mul_(probabilities)
+            share = shares[:, :, :, span[0] : span[1]]
+            scores.sub_(share).mul_(probabilities)
+            if sunk is not None:
+                # A sink is a key whose value is zero: all it gets is its share.
+                sunk.sub_(((1 - probabilities.sum(-1, keepdim=True)) * share).sum((0, 3, 4)).flatten())
             if slope is not None:
                 scores.mul_(slope)
-            folded = _fold(query[:, :, span[0] : span[1]], key.shape[1]) * ctx.rule.scaling
+            folded = fold(query[:, :, span[0] : span[1]], key.shape[1]) * ctx.rule.scaling
             grads.query[:, :, span[0] : span[1]] = (
                 (scores.flatten(2, 3) @ key[:, :, :keys])
                 .mul_(ctx.rule.scaling)
@@ -216,44 +184,11 @@ class _Attention(torch.autograd.Function):
                 ctx.call.band.append(_band(probabilities, span, grads.prefix, tape.window))
             grads.add(span, keys, scores, probabilities, folded, upstream)
         if tape.mode == "own":
-            return grads.query, grads.own_key, grads.own_value, None, None, None, None, None
+            return grads.query, grads.own_key, grads.own_value, None, sunk, None, None, None
         if tape.keep_cross:
             ctx.call.cross_key, ctx.call.cross_value = grads.key, grads.value
-            return grads.query, grads.key + grads.own_key, grads.value + grads.own_value, None, None, None, None, None
-        return grads.query, grads.key, grads.value, None, None, None, None, None
-
-
-def _walk(query: Tensor, key: Tensor, mask: Tensor | None) -> list[tuple[tuple[int, int], int]]:
-    """Blocks of queries, and how many leading keys each may see: to its last query's own, unless a mask says more."""
-    keys = key.shape[2]
-    prefix = keys - query.shape[2]
-    return [
-        (
-            span,
-            keys
-            if mask is not None and _any_seen(mask[..., span[0] : span[1], prefix + span[1] :])
-            else prefix + span[1],
-        )
-        for span in _query_blocks(query, keys)
-    ]
-
-
-def _any_seen(mask: Tensor) -> bool:
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return bool(seen.any())
-
-
-def _fold(x: Tensor, kv_heads: int) -> Tensor:
-    """(B, H, n, D) -> (B, K, G n, D): the query heads of a key head side by side."""
-    rows, heads, queries, size = x.shape
-    return x.reshape(rows, kv_heads, heads // kv_heads * queries, size)
-
-
-def _block(ctx: Any, query: Tensor, key: Tensor, span: tuple[int, int], keys: int) -> tuple[Tensor, Tensor | None]:
-    groups = query.shape[1] // key.shape[1]
-    visible = _visible(ctx.mask, ctx.rule, span, keys, key.shape[2] - query.shape[2])
-    folded = _fold(query[:, :, span[0] : span[1]], key.shape[1])
-    return _probabilities(folded, key[:, :, :keys], visible, ctx.sinks, ctx.rule, groups)
+            return grads.query, grads.key + grads.own_key, grads.value + grads.own_value, None, sunk, None, None, None
+        return grads.query, grads.key, grads.value, None, sunk, None, None, None
 
 
 class _Grads:

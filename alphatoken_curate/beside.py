@@ -44,12 +44,13 @@ _SIDE = pa.schema(
 )
 
 
-def write_beside(run: Path, prepared: Prepared) -> bool:
+def write_beside(run: Path, prepared: Prepared, batch_tokens: int | None) -> bool:
     """Write what lies beside the shards; returns whether the manifest must be written after it.
 
-    In a finished run they stay as they are, and only what was lost is written again.
+    `batch_tokens`: the budget the run was begun with, which config.yaml names in place of `auto`. In a finished run
+    they stay as they are, and only what was lost is written again.
     """
-    makers: dict[str, Callable[[], bytes]] = {CONFIG: lambda: _config_yaml(prepared.config)}
+    makers: dict[str, Callable[[], bytes]] = {CONFIG: lambda: _config_yaml(prepared.config, batch_tokens)}
     if prepared.bad:
         makers["rejects.jsonl"] = lambda: _rejects(prepared)
     if prepared.tokenizer is not None:
@@ -97,14 +98,15 @@ def _side_rows(rows: Sequence[TokenRow]) -> bytes:
     return _parquet(pa.table(columns, schema=_SIDE))
 
 
-def _config_yaml(config: ScoreConfig) -> bytes:
+def _config_yaml(config: ScoreConfig, batch_tokens: int | None) -> bytes:
     # What was taken over from another run is here now.
     settings: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ScoreConfig) if f.name != "reuse"}
     settings["data"] = [_place(name) for name in config.data]
     for name in _PLACES:
         settings[name] = _place(settings[name])
+    settings["batch_tokens"] = batch_tokens or config.batch_tokens
     head = b"# Replay this run: alphatoken-curate score --config THIS FILE -o ANOTHER FOLDER\n"
-    return head + yaml.safe_dump(settings, sort_keys=True, allow_unicode=True).encode()
+    return head + yaml.safe_dump(settings, sort_keys=True).encode()
 
 
 def _place(name: str | None) -> str | None:

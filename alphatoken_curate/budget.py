@@ -1,9 +1,9 @@
-"""How many padded tokens run together: resolved once, written down before use, halved when memory runs out."""
+"""How many padded tokens run together: settled once, written down before use, halved when memory runs out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,8 +24,6 @@ NAME = "run.json"
 LEAST = 64
 """A budget below this many tokens is not halved again."""
 
-_AUTO = {"cpu": 2048, "cuda": 16384}
-
 _DECIDE_TOKENS = {
     "tokens": {"data", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"},
     "target_tokens": {"data", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"},
@@ -39,16 +37,25 @@ _DECIDE_TOKENS = {
 T = TypeVar("T")
 
 
-def auto_tokens(device: str) -> int:
-    """What `--batch-tokens auto` is on a type of device."""
-    return _AUTO.get(device, _AUTO["cpu"])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Record:
+    """What a run folder keeps of its budget, and of what the run was begun with."""
+
+    fields: Mapping[str, Any]
+    first: int | None = None
+    """What the run was begun with, before any halving; None until `auto` is settled."""
+    plan: Plan | None = None
+    """What new work is begun with."""
+    shards: Mapping[str, Plan] = field(default_factory=dict)
+    """The plans of the shards that were begun, by number."""
 
 
 class Budget:
     """The token budget of a generation, kept in `artifacts/run.json` beside the fields it was begun with.
 
-    `plans`: those of the shards of generation 0, which a later generation begins with. Raises FingerprintError, naming
-    what differs, where something was computed with other fields.
+    `batch_tokens`: `auto` is settled by `decide`, unless it was in an earlier attempt. `plans`: those of the shards of
+    generation 0, which a later generation begins with. Raises FingerprintError, naming what differs, where something
+    was computed with other fields.
     """
 
     def __init__(
@@ -56,7 +63,6 @@ class Budget:
         run: Path,
         fields: Mapping[str, Json],
         batch_tokens: int | Literal["auto"],
-        device: str,
         progress: Progress,
         *,
         generation: int = 0,
@@ -64,79 +70,109 @@ class Budget:
     ) -> None:
         self.path = run / "artifacts" / (f"run-{generation:05d}.json" if generation else NAME)
         self.progress = progress
-        self.fields = dict(fields)
         stored = self._read()
-        if generation and stored and differing(stored["fields"], self.fields):
-            stored = {}  # of another checkpoint, of whose shards none was finished: the number is free
-        planned = {str(shard): asdict(plan) for shard, plan in enumerate(plans)}
-        self._shards: dict[str, dict[str, int]] = stored.get("shards", planned)
+        if generation and stored is not None and differing(stored.fields, fields):
+            stored = None  # of another checkpoint, of whose shards none was finished: the number is free
         # Settings that failed before anything was computed (a --layers the model has not) bind nobody.
-        begun = bool(self._shards) or any(self.path.parent.glob("*.safetensors"))
-        if begun and stored:
-            _check_same(run, stored["fields"], self.fields)
-        self.tokens = auto_tokens(device) if batch_tokens == "auto" else batch_tokens
-        self.halvings = 0
-        if self._shards:
-            self._resume(self._shards["0" if generation else max(self._shards, key=int)])
-        if not stored or differing(stored["fields"], self.fields):
+        begun = any(self.path.parent.glob("*.safetensors")) or bool(plans if stored is None else stored.shards)
+        if begun and stored is not None:
+            _check_same(run, stored.fields, fields)
+        same = stored is not None and not differing(stored.fields, fields)
+        if stored is not None and same and stored.plan is not None and (begun or batch_tokens == "auto"):
+            self._record = stored
+        else:
+            given = None if batch_tokens == "auto" else Plan(batch_tokens=batch_tokens)
+            plan = plans[0] if plans else given
+            first = None if plan is None else plan.batch_tokens
+            planned = {str(shard): one for shard, one in enumerate(plans)}
+            self._record = _Record(fields=dict(fields), first=first, plan=plan, shards=planned)
+        if self._record != stored:
+            self._write()
+
+    @property
+    def first(self) -> int | None:
+        """What the run was begun with, before any halving; None where `auto` is not settled."""
+        return self._record.first
+
+    @property
+    def tokens(self) -> int:
+        """What new work is begun with."""
+        return self._settled().batch_tokens
+
+    def decide(self, find: Callable[[], int]) -> None:
+        """Settle `auto` by `find` and write it down; where it is settled, do nothing."""
+        if self._record.plan is None:
+            found = find()
+            self._record = replace(self._record, first=found, plan=Plan(batch_tokens=found))
             self._write()
 
     def plan(self, shard: int) -> Plan:
         """The plan of a shard that was begun."""
-        return Plan(**self._shards[str(shard)])
+        return self._record.shards[str(shard)]
 
     def spend(self, work: Callable[[int], T], shard: int | None = None) -> T:
         """Run `work(batch_tokens)`; when memory runs out, halve the budget and begin the work again, whole.
 
-        The plan of a shard is written before it is used, and used again when the run is resumed.
+        A budget is written down before it is used: that of a shard beside its number, to be used again when the shard
+        is made again, and every halving, of whatever work.
         """
-        if str(shard) in self._shards:
-            self._resume(self._shards[str(shard)])
+        plan = self._settled()
+        if shard is not None:
+            plan = self._record.shards.get(str(shard), plan)
         while True:
-            if shard is not None:
-                self._note(shard)
+            self._note(shard, plan)
             try:
-                return work(self.tokens)
+                return work(plan.batch_tokens)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
-                if self.tokens // 2 < LEAST:
+                if plan.batch_tokens // 2 < LEAST:
                     raise CurateError(
-                        f"Memory ran out with {self.tokens} tokens in a batch. Use fewer --layers, a shorter"
+                        f"Memory ran out with {plan.batch_tokens} tokens in a batch. Use fewer --layers, a shorter"
                         " --max-length or a device with more memory; what is finished is kept."
                     ) from error
-            self._halve()
+            # Not above: there the error still holds what was computed.
+            free_memory()
+            plan = Plan(batch_tokens=plan.batch_tokens // 2, halvings=plan.halvings + 1)
+            self.progress.note(f"Memory ran out: --batch-tokens is halved to {plan.batch_tokens} from here on.")
 
-    def _halve(self) -> None:
-        free_memory()
-        self.tokens //= 2
-        self.halvings += 1
-        self.progress.note(f"Memory ran out: --batch-tokens is halved to {self.tokens} from here on.")
+    def _settled(self) -> Plan:
+        if self._record.plan is None:
+            raise RuntimeError("--batch-tokens auto is used before it is settled by decide()")
+        return self._record.plan
 
-    def _resume(self, plan: Mapping[str, int]) -> None:
-        self.tokens, self.halvings = plan["batch_tokens"], plan["halvings"]
-
-    def _note(self, shard: int) -> None:
-        plan = {"batch_tokens": self.tokens, "halvings": self.halvings}
-        if self._shards.get(str(shard)) != plan:
-            self._shards[str(shard)] = plan
+    def _note(self, shard: int | None, plan: Plan) -> None:
+        """Write down what is about to be used."""
+        noted = self._record
+        if plan.batch_tokens < self._settled().batch_tokens:
+            noted = replace(noted, plan=plan)
+        if shard is not None:
+            noted = replace(noted, shards={**noted.shards, str(shard): plan})
+        if noted != self._record:
+            self._record = noted
             self._write()
 
     def _write(self) -> None:
         with atomic_file(self.path) as sink:
-            sink.write(canonical({"fields": self.fields, "shards": self._shards}) + b"\n")
+            sink.write(canonical(asdict(self._record)) + b"\n")
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> _Record | None:
         if not self.path.is_file():
-            return {}
+            return None
         try:
-            stored = orjson.loads(self.path.read_bytes())
-            plans = {int(shard): decode(Plan, plan) for shard, plan in stored["shards"].items()}
-            if isinstance(stored["fields"], dict) and all(plan.batch_tokens > 0 for plan in plans.values()):
-                return dict(stored)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass
-        raise StoredDataError(f"{self.path}: damaged. Delete it and run the same command again.")
+            found = decode(_Record, orjson.loads(self.path.read_bytes()))
+        except ValueError:
+            found = None
+        if found is None or not _is_sound(found):
+            raise StoredDataError(f"{self.path}: damaged. Delete it and run the same command again.")
+        return found
+
+
+def _is_sound(record: _Record) -> bool:
+    plans = [*record.shards.values(), *([record.plan] if record.plan is not None else [])]
+    settled = (record.plan is not None) == (record.first is not None) and (record.plan is not None or not plans)
+    counts = [plan.batch_tokens for plan in plans] + ([record.first] if record.first is not None else [])
+    return settled and min(counts, default=1) > 0 and all(shard.isdecimal() for shard in record.shards)
 
 
 def _check_same(run: Path, stored: Mapping[str, Json], fields: Mapping[str, Json]) -> None:
@@ -157,7 +193,8 @@ def _causes(names: tuple[str, ...], stored: Mapping[str, Json], fields: Mapping[
     return tuple(name for name in names if name not in follow)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of whatever device."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -9,42 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alphatoken_curate.attention import Tape, install
+from alphatoken_curate import attention, experts, foreign
+from alphatoken_curate.attention import Tape
+from alphatoken_curate.blocks import LinearMap, decoder_blocks, linear_maps, trunk, unwrapped
 from alphatoken_curate.errors import ModelError
 
 Direction = list[Tensor]
 """One matrix (d_out, d_in) for each linear map of S, in the order of `ScoringModel.maps`."""
 
-OnDelta = Callable[[int, Tensor, Tensor], None]
-"""Called with (index of the linear map, h, delta) while a backward runs."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LinearMap:
-    """One linear map of S: z = W h (+ bias), W (d_out, d_in)."""
-
-    name: str
-    module: nn.Module
-    conv1d: bool
-
-    @property
-    def parameter(self) -> str:
-        """Name of its weight in the model's state dict."""
-        return f"{self.name}.weight"
-
-    @property
-    def weight(self) -> Tensor:
-        """W as (d_out, d_in), whichever way round the module keeps it."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.t() if self.conv1d else weight
+OnDelta = Callable[[int, Tensor, Tensor, Tensor | None], None]
+"""Called while a backward runs with (index of the linear map, h (n, d_in), delta (n, d_out), where): `where` (n,) int64
+are the flat positions in (B, T - start) the rows belong to, rising; None where they are all, in order."""
 
 
 class _Trunk:
@@ -63,13 +44,18 @@ class _Trunk:
 class ScoringModel:
     """A causal language model prepared for scoring on its last K blocks.
 
-    Raises ModelError, naming the module, where anything in S cannot be captured exactly.
+    With `parameters` "all" S takes in what those blocks hold beside linear maps, and whatever lies around the blocks:
+    embeddings, final norm and head (only `influence` scores these). Raises ModelError, naming the module, where
+    anything in S cannot be captured exactly.
     """
 
-    def __init__(self, model: nn.Module, layers: int | Literal["all"]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: int | Literal["all"], parameters: Literal["linear", "all"] = "linear"
+    ) -> None:
+        model = unwrapped(model)
         self.model: Any = model
-        self.base: Any = _base_model(model)
-        blocks = _decoder_blocks(model, self.base)
+        self.base: Any = trunk(model)
+        blocks = decoder_blocks(model, self.base)
         self.layers = len(blocks) if layers == "all" else layers
         if not 1 <= self.layers <= len(blocks):
             raise ModelError(
@@ -78,14 +64,19 @@ class ScoringModel:
         self.depth = len(blocks)
         self.blocks = blocks[-self.layers :]
         self.tape = Tape()
-        self.maps = [m for block in self.blocks for m in _linear_maps(model, block)]
+        self.maps = [m for block in self.blocks for m in linear_maps(model, block)]
+        self.rest = _rest(model, self.maps, blocks[: self.depth - self.layers]) if parameters == "all" else {}
+        """The other parameters of S, by name. A direction holds their tensors after the matrices of `maps`."""
         self._trained = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        self._inputs: dict[int, Tensor] = {}
+        self._index = {(m.module, m.slot, m.expert): i for i, m in enumerate(self.maps)}
+        self._inputs: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._leaves: list[Tensor] = []
+        self._length = 0
         self._on_delta: OnDelta | None = None
         self._widened: list[tuple[RemovableHandle, torch.dtype]] = []
-        self._uninstall: Callable[[], None] = lambda: None
+        self._wide: list[nn.Module] = []
+        self._installed = ExitStack()
         try:
             with ExitStack() as undo:
                 undo.callback(self.release_model)
@@ -95,9 +86,8 @@ class ScoringModel:
                         f"{type(model).__name__}: its logits are not finite: some weight is NaN or infinite."
                     )
                 self._widen()
-                self._uninstall = install(self.blocks, self.tape)
+                self._install()
                 check_capture(self, expected)
-                self.value_rows = find_value_rows(self)
                 undo.pop_all()
         except torch.OutOfMemoryError:
             raise
@@ -106,11 +96,11 @@ class ScoringModel:
 
     def release_model(self) -> None:
         """Give the model back as it was: its own attention, dtypes and trainable parameters."""
-        self._uninstall()
+        self._installed.close()
         for hook, kind in self._widened:
             hook.remove()
-            for block in self.blocks:
-                block.to(kind)
+            for module in self._wide:
+                module.to(kind)
         self._widened.clear()
         for parameter in self._trained:
             parameter.requires_grad_(True)
@@ -127,6 +117,16 @@ class ScoringModel:
         size: int = self.model.config.get_text_config().vocab_size
         return size
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors of a direction, as they are stored."""
+        return [*(m.parameter for m in self.maps), *self.rest]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights a direction moves, each (d_out, d_in) or of its parameter's own shape."""
+        return [*(m.weight for m in self.maps), *self.rest.values()]
+
     def zeros(self) -> Direction:
         """A matrix of zeros for each linear map, float32 at least: what directions are summed in."""
         return [
@@ -134,13 +134,20 @@ class ScoringModel:
             for w in (m.weight for m in self.maps)
         ]
 
+    def _install(self) -> None:
+        """Have S's blocks attend and route by functions that can be listened to."""
+        self._installed.callback(foreign.install(self.blocks, self.tape))
+        self._installed.callback(attention.install(self.blocks, self.tape))
+        self._installed.callback(experts.install(self.blocks))
+
     def _widen(self) -> None:
-        """S computes in float32 at least: differences of error signals drown in bfloat16."""
+        """S, and what follows it up to the head, compute in float32 at least: differences drown in bfloat16."""
         kind = next(self.blocks[0].parameters()).dtype
         if torch.finfo(kind).bits >= torch.finfo(torch.float32).bits:
             return
-        for block in self.blocks:
-            block.float()
+        self._wide = [*self.blocks, *_after(self.base, self.blocks[-1], probe_ids(self.model))]
+        for module in self._wide:
+            module.float()
         hook = self.blocks[0].register_forward_pre_hook(
             lambda _, args, kwargs: (tuple(_wider(a) for a in args), {k: _wider(v) for k, v in kwargs.items()}),
             with_kwargs=True,
@@ -152,11 +159,16 @@ class ScoringModel:
         weight = self.model.get_output_embeddings().weight
         states = hidden.to(weight.dtype).unsqueeze(0)
         given = _Trunk(states)
-        trunk, self.base.forward = self.base.forward, lambda *_, **__: given
+        # Some heads (OPT's) call the trunk's decoder, and not the trunk.
+        called = [m for m in (self.base, getattr(self.base, "decoder", None)) if isinstance(m, nn.Module)]
+        forwards = [m.forward for m in called]
         try:
+            for module in called:
+                module.forward = lambda *_, **__: given
             logits: Tensor = self.model(inputs_embeds=states, use_cache=False).logits
         finally:
-            self.base.forward = trunk
+            for module, forward in zip(called, forwards, strict=True):
+                module.forward = forward
         return logits.squeeze(0)
 
     def hidden(self, input_ids: Tensor, start: int = 0, *, pairs: bool = False) -> Tensor:
@@ -173,19 +185,19 @@ class ScoringModel:
         Columns before `start` run without a graph, as a key-value prefix: no error signal is asked for there. In
         `pairs` they are the same in rows 2i and 2i + 1, and run once for both.
         """
-        hooks = [m.module.register_forward_hook(self._capture(i)) for i, m in enumerate(self.maps)]
-        try:
-            with torch.enable_grad():
-                yield self._forward(input_ids, start, pairs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._inputs.clear()
-            self._leaves.clear()
-            self.tape.clear()
+        with ExitStack() as undo:
+            self._attach(undo)
+            try:
+                with torch.enable_grad():
+                    yield self._forward(input_ids, start, pairs)
+            finally:
+                self._inputs.clear()
+                self._leaves.clear()
+                self.tape.clear()
 
     def _forward(self, input_ids: Tensor, start: int, pairs: bool) -> Tensor:
         cache = None
+        self._length = input_ids.shape[1] - start
         if start:
             with torch.no_grad():
                 cache = self.base(input_ids=input_ids[:: 2 if pairs else 1, :start], use_cache=True).past_key_values
@@ -196,31 +208,66 @@ class ScoringModel:
         hidden: Tensor = out.last_hidden_state
         return hidden
 
-    def _capture(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+    def _attach(self, undo: ExitStack) -> None:
+        """Listen to every linear map of S until `undo` is closed."""
+        for index, m in enumerate(self.maps):
+            if m.called:
+                undo.callback(m.module.register_forward_hook(self._listener(index)).remove)
+        for module in dict.fromkeys(m.module for m in self.maps if not m.called):
+            undo.callback(experts.watch(module, self._watcher(module)))
+
+    def _listener(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            self._inputs[index] = args[0].detach()
-            replaced = None
-            if not output.requires_grad:
-                replaced = output = output.detach().requires_grad_()
-                self._leaves.append(output)
-            output.register_hook(lambda delta: self._deliver(index, delta))
-            return replaced
+            replaced = self._note(index, args[0], output, None)
+            return None if replaced is output else replaced
 
         return note
 
+    def _watcher(self, module: nn.Module) -> experts.Watch:
+        def note(slot: str, expert: int | None, h: Tensor, z: Tensor, where: Tensor | None) -> Tensor:
+            return self._note(self._index[module, slot, expert], h, z, where) if torch.is_grad_enabled() else z
+
+        return note
+
+    def _note(self, index: int, h: Tensor, output: Tensor, where: Tensor | None) -> Tensor:
+        """Keep what goes into a map, and have its error signal delivered. The graph begins where there is none yet."""
+        if index in self._inputs:
+            raise ModelError(
+                f"{type(self.model).__name__}: the linear map {self.maps[index].name} is called more than once in a"
+                " forward, so it cannot be captured."
+            )
+        self._inputs[index] = h.detach(), where
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+            self._leaves.append(output)
+        output.register_hook(lambda delta: self._deliver(index, delta))
+        return output
+
     def _deliver(self, index: int, delta: Tensor) -> None:
         if self._on_delta is not None:
-            self._on_delta(index, self._inputs[index], delta)
+            h, where = self._inputs[index]
+            self._on_delta(index, self._flat(index, h), self._flat(index, delta), where)
 
     def release(self, index: int) -> None:
         """Let go of a map's input once nothing more will be asked of it."""
         self._inputs.pop(index, None)
 
-    def input(self, index: int) -> Tensor:
-        """H of a map in the forward under way, (B, T - start, d_in)."""
-        return self._inputs[index]
+    def input(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """What went into a map in the forward under way, (n, d_in), and the flat positions of its rows (`OnDelta`)."""
+        h, where = self._inputs[index]
+        return self._flat(index, h), where
+
+    def _flat(self, index: int, x: Tensor) -> Tensor:
+        """(B, T - start, d) or what is flat already -> (n, d), in the dtype of the map's weight.
+
+        A map after the cache (of latent keys and values) gets (B, 1, T, d); the first `start` have no gradient.
+        Some routers compute in another dtype.
+        """
+        if x.ndim == 4:
+            x = x[:, 0, x.shape[2] - self._length :]
+        return (x if x.ndim == 2 else x.flatten(0, 1)).to(self.maps[index].bare.dtype)
 
     def backward(self, outputs: list[Tensor], grads: list[Tensor], on_delta: OnDelta, *, again: bool = False) -> None:
         """Send error signals down to S's entry. `again`: keep the graph for one more backward."""
@@ -232,64 +279,43 @@ class ScoringModel:
 
 
 @contextmanager
-def captured(model: nn.Module, layers: int | Literal["all"]) -> Iterator[ScoringModel]:
+def captured(
+    model: nn.Module, layers: int | Literal["all"], parameters: Literal["linear", "all"] = "linear"
+) -> Iterator[ScoringModel]:
     """A model prepared for scoring, given back as it was afterwards."""
-    scoring = ScoringModel(model, layers)
+    scoring = ScoringModel(model, layers, parameters)
     try:
         yield scoring
     finally:
         scoring.release_model()
 
 
+def _rest(model: nn.Module, maps: list[LinearMap], below: list[nn.Module]) -> dict[str, nn.Parameter]:
+    """Parameters that are neither linear maps of S nor part of the blocks below it; tied ones once."""
+    apart = {m.bare for m in maps}.union(p for block in below for p in block.parameters())
+    return {name: p for name, p in model.named_parameters() if p not in apart}
+
+
+def _after(base: Any, block: nn.Module, ids: Tensor) -> list[nn.Module]:
+    """Modules of the trunk with parameters of their own that run after a block: its final norm, mostly."""
+    order: list[nn.Module] = []
+    own = [m for m in base.modules() if m is block or any(True for _ in m.parameters(recurse=False))]
+    hooks = [module.register_forward_hook(lambda m, *_: order.append(m)) for module in own]
+    try:
+        with torch.no_grad():
+            base(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return order[order.index(block) + 1 :]
+
+
 def _wider(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _base_model(model: Any) -> nn.Module:
-    base = getattr(model, "base_model", None)
-    if base is None or base is model or not hasattr(model, "get_output_embeddings"):
-        raise ModelError(
-            f"{type(model).__name__}: not a causal language model of transformers (no trunk under a head)."
-        )
-    if model.get_output_embeddings() is None:
-        raise ModelError(
-            f"{type(model).__name__}: it has no output embeddings; only causal language models can be scored."
-        )
-    assert isinstance(base, nn.Module)
-    return base
-
-
-def _decoder_blocks(model: Any, base: nn.Module) -> list[nn.Module]:
-    count = model.config.get_text_config().num_hidden_layers
-    stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not stacks:
-        raise ModelError(f"{type(model).__name__}: found no list of {count} decoder blocks in it.")
-    return list(stacks[0])
-
-
-def _linear_maps(model: nn.Module, block: nn.Module) -> list[LinearMap]:
-    """Every linear map of a block; anything else that owns a matrix is refused by name."""
-    from transformers.pytorch_utils import Conv1D
-
-    names = {module: name for name, module in model.named_modules()}
-    maps = []
-    for module in block.modules():
-        kind = type(module)
-        if kind in (nn.Linear, Conv1D):
-            maps.append(LinearMap(names[module], module, kind is Conv1D))
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
-                shape = "x".join(map(str, parameter.shape))
-                raise ModelError(
-                    f"{type(model).__name__}: {names[module]}.{name} ({shape}) is a weight of"
-                    f" {kind.__module__}.{kind.__name__}, which cannot be captured, and scoring the rest would be a"
-                    " score in part."
-                )
-    return maps
-
-
-def _probe_ids(model: Any) -> Tensor:
+def probe_ids(model: Any) -> Tensor:
+    """A few tokens to try a model on, (2, 12) int64."""
     size = model.config.get_text_config().vocab_size
     device = next(model.parameters()).device
     ids: Tensor = (torch.arange(2 * 12, device=device).reshape(2, 12) * 7919 + 11) % size
@@ -299,29 +325,23 @@ def _probe_ids(model: Any) -> Tensor:
 def probe_logits(model: Any) -> Tensor:
     """Logits of the untouched model on a few tokens, (2, 12, V)."""
     with torch.no_grad():
-        logits: Tensor = model(input_ids=_probe_ids(model), use_cache=False).logits
+        logits: Tensor = model(input_ids=probe_ids(model), use_cache=False).logits
     return logits
 
 
 def check_capture(scoring: ScoringModel, expected: Tensor) -> None:
     """Refuse a model whose logits change under capture, or whose blocks escape it."""
     name = type(scoring.model).__name__
-    ids = _probe_ids(scoring.model)
+    ids = probe_ids(scoring.model)
     for start in (0, 5):
         with scoring.graph(ids, start) as hidden:
-            missed = [m.name for i, m in enumerate(scoring.maps) if i not in scoring._inputs]
-            odd = [scoring.maps[i].name for i, h in scoring._inputs.items() if h.shape[:-1] != hidden.shape[:-1]]
-            seen = len(scoring.tape.calls)
-            unlinked = not hidden.requires_grad
-        if missed or unlinked:
-            raise ModelError(f"{name}: the linear map {(missed or ['?'])[0]} is not called by its block's forward.")
-        if odd:
-            raise ModelError(f"{name}: what goes into {odd[0]} is not one vector for each position.")
-        if seen != len(scoring.blocks):
-            raise ModelError(
-                f"{name}: {seen} of {len(scoring.blocks)} scoring blocks use transformers' attention interface;"
-                " the others compute attention on their own and cannot be captured."
-            )
+            _check_maps(scoring, hidden, ids.shape[1], name)
+            if len(scoring.tape.calls) != len(scoring.blocks):
+                raise ModelError(
+                    f"{name}: {len(scoring.tape.calls)} of {len(scoring.blocks)} scoring blocks use transformers'"
+                    " attention interface; the others compute attention on their own and cannot be captured."
+                )
+            _check_positions(scoring, hidden, name)
         logits = scoring.head(hidden.detach().flatten(0, 1)).view(*hidden.shape[:2], -1)
         error = (logits - expected[:, start:]).float().abs().max().item()
         scale = expected.float().abs().max().item()
@@ -332,44 +352,31 @@ def check_capture(scoring: ScoringModel, expected: Tensor) -> None:
             )
 
 
-def find_value_rows(scoring: ScoringModel) -> list[tuple[int, Tensor] | str]:
-    """For each block of S, (index of the map that makes the values, its rows in the order of heads), or why not.
-
-    Found by looking: a row of a linear map's output that carries, bit for bit, what attention received as values.
-    Head h, feature j of the values is row `rows[h * D + j]`.
-    """
-    outputs: dict[int, Tensor] = {}
-    hooks = [
-        m.module.register_forward_hook(lambda _, __, z, i=i: outputs.__setitem__(i, z.detach()))
-        for i, m in enumerate(scoring.maps)
-    ]
-    try:
-        with torch.no_grad():
-            scoring._forward(_probe_ids(scoring.model), 0, False)
-        values = {id(call.module): call.value for call in scoring.tape.calls}
-    finally:
-        for hook in hooks:
-            hook.remove()
-        scoring.tape.clear()
-    return [_match_values(scoring, block, outputs, values) for block in scoring.blocks]
+def _check_maps(scoring: ScoringModel, hidden: Tensor, width: int, name: str) -> None:
+    """Every map was called (of experts, those that were hit), on one vector for each position."""
+    seen = {scoring.maps[i]: (h, where) for i, (h, where) in scoring._inputs.items()}
+    missed = [m.name for m in scoring.maps if m not in seen and m.expert is None]
+    if missed or not hidden.requires_grad:
+        raise ModelError(f"{name}: the linear map {(missed or ['?'])[0]} is not called by its block's forward.")
+    rows, length = hidden.shape[:-1]
+    for m, (h, where) in seen.items():
+        if where is None and h.shape[:-1] not in ((rows, length), (rows * length,), (rows, 1, width)):
+            raise ModelError(f"{name}: what goes into {m.name} is not one vector for each position.")
 
 
-def _match_values(
-    scoring: ScoringModel, block: nn.Module, outputs: dict[int, Tensor], values: dict[int, Tensor]
-) -> tuple[int, Tensor] | str:
-    inside = set(block.modules())
-    value = next(values[id(m)] for m in inside if id(m) in values)
-    wanted = [bytes(v) for v in value.permute(1, 3, 0, 2).flatten(0, 1).flatten(1).contiguous().cpu().numpy()]
-    for index, linear in enumerate(scoring.maps):
-        if linear.module not in inside:
-            continue
-        found = {bytes(z): row for row, z in enumerate(outputs[index].flatten(0, 1).t().contiguous().cpu().numpy())}
-        rows = [found.get(key, -1) for key in wanted]
-        if min(rows) < 0:
-            continue
-        if len(set(rows)) < len(rows):
-            return f"{linear.name}: its values are shared between heads"
-        if linear.weight.shape[1] != scoring.model.config.get_text_config().hidden_size:
-            return f"{linear.name}: it makes values from a latent, not from the block's input"
-        return index, torch.tensor(rows, device=value.device)
-    return "attention does not receive the plain output of one linear map as its values"
+def _check_positions(scoring: ScoringModel, hidden: Tensor, name: str) -> None:
+    """What the first row's first half loses depends on nothing else: else some map keeps its positions otherwise."""
+    rows, length, _ = hidden.shape
+    half = length // 2
+    grad = torch.zeros_like(hidden)
+    grad[0, :half] = 1
+    strays: set[str] = set()
+
+    def look(index: int, _: Tensor, delta: Tensor, where: Tensor | None) -> None:
+        flat = torch.arange(rows * length, device=delta.device) if where is None else where
+        if delta[flat >= half].any():
+            strays.add(scoring.maps[index].name)
+
+    scoring.backward([hidden], [grad], look)
+    if strays:
+        raise ModelError(f"{name}: what goes into {min(strays)} is not one vector for each position.")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import orjson
 import pyarrow as pa
 
 from alphatoken_curate.atomic import atomic_file
-from alphatoken_curate.manifest import Manifest, Mask, layout
-from alphatoken_curate.schema import Layout
+from alphatoken_curate.manifest import Manifest, Mask, components, layout
+from alphatoken_curate.schema import SIGNALS, Layout
 
 NAME = "README.md"
 
@@ -78,8 +78,10 @@ def _body(manifest: Manifest) -> Iterator[str]:
     yield from ("", "## Loading", "", *_snippets(manifest))
     yield from ("", "## Columns", "", *_about_lists(columns))
     yield from ("", f"`train`: {_TRAIN_ROWS[columns.kind]}", "", *_columns(columns.train))
-    yield from ("", "`values`: every row read; lists of values are empty unless `status` is `scored`.", "")
-    yield from _columns(columns.values)
+    absent = set(SIGNALS) - set(components(manifest).signals)
+    yield from ("", "`values`: every row read; lists of values are empty unless `status` is `scored`.")
+    yield from ("The columns of other estimators are there too, and hold nulls alone.", "")
+    yield from _columns(columns.values, [prefix + name for prefix in columns.branches for name in absent])
     yield from ("", "## What was run", "", *_run(manifest))
 
 
@@ -147,10 +149,10 @@ def _snippets(manifest: Manifest) -> Iterator[str]:
     yield "```"
 
 
-def _columns(schema: pa.Schema) -> Iterator[str]:
+def _columns(schema: pa.Schema, absent: Collection[str] = ()) -> Iterator[str]:
     yield "| column | type | units | meaning |"
     yield "|---|---|---|---|"
-    for column in schema:
+    for column in filter(lambda one: one.name not in absent, schema):
         kind = f"list of {column.type.value_type}" if pa.types.is_list(column.type) else str(column.type)
         units, doc = (column.metadata[key].decode().replace("|", "\\|") for key in (b"units", b"doc"))
         yield f"| `{column.name}` | {kind} | {units} | {doc} |"

@@ -1,4 +1,4 @@
-"""What scoring would do, without a model: counts, padding, shards, bytes."""
+"""What scoring would do: counts, padding, shards and bytes without a model; seconds and memory by a trial of it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alphatoken_curate.budget import auto_tokens
 from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.estimate import Estimate, estimate
 from alphatoken_curate.models import resolve_device
-from alphatoken_curate.plan import by_shard, plan_batches, sequences
+from alphatoken_curate.plan import by_shard, sequences
 from alphatoken_curate.prepare import prepare
+from alphatoken_curate.progress import Progress
 from alphatoken_curate.rows import BadRow
-from alphatoken_curate.schema import SIGNALS
+from alphatoken_curate.schema import components
+from alphatoken_curate.trial import planned, usual_budget
 
 _TOKEN_BYTES, _LABEL_BYTES = 1.9, 1.25
 """Bytes on disk of a token's ids, and of its labels and masks: both shrink under zstd. Floats do not."""
-
-_FREE = ("reference_nll", "stab_direct", "stab_causal")
-"""Signals that are null or 0, and cost nothing, where model and reference are the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,24 +43,33 @@ class CheckSummary:
     shards: int
     value_bytes: int
     train_bytes: int
+    estimate: Estimate | None
+    """Seconds and peak memory, where they were asked for."""
 
 
-def check(config: ScoreConfig) -> CheckSummary:
-    """Read, check and tokenise DATA as `score` does. Raises InputError that names every bad row at once."""
-    prepared = prepare(config)
+def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | None = None) -> CheckSummary:
+    """Read, check and tokenise DATA as `score` does. Raises InputError that names every bad row at once.
+
+    `estimated`: load the models as well, try each stage on a few batches, and tell what the scoring would take.
+    """
+    prepared, found = estimate(config, progress) if estimated else (prepare(config), None)
     rows = prepared.rows
     lengths = np.array([len(one.input_ids) for one in sequences(rows)])
     responses = int(sum(one.response.sum() for one in sequences(rows)))
-    budget = auto_tokens(resolve_device(config.device).type) if config.batch_tokens == "auto" else config.batch_tokens
-    batches, padded = 0, 0
     dealt = by_shard(rows, prepared.rows_read, config.rows_per_shard)
-    for inside in dealt:
-        planned = plan_batches(inside, budget)
-        batches += len(planned)
-        flat = ([len(one.input_ids) for one in sequences([inside[i] for i in batch])] for batch in planned)
-        padded += sum(len(widths) * max(widths) for widths in flat)
+    if found is not None:
+        budget = found.batch_tokens
+    elif config.batch_tokens == "auto":
+        budget = usual_budget(dealt, resolve_device(config.device).type)
+    else:
+        budget = config.batch_tokens
+    plans = [planned(inside, budget) for inside in dealt]
+    batches, padded = (sum(counts) for counts in zip(*plans, strict=True))
     tokens = int(lengths.sum())
-    signals = len(SIGNALS) - (len(_FREE) if config.reference in (None, config.model) else 0)
+    stored = components(config.estimator)
+    # Where model and reference are the same, stability is 0 and costs nothing.
+    same = config.reference in (None, config.model)
+    signals = [name for name in stored.always if not (same and name.startswith("stab_"))]
     return CheckSummary(
         kind=prepared.kind,
         rows_read=prepared.rows_read,
@@ -78,6 +86,7 @@ def check(config: ScoreConfig) -> CheckSummary:
         batch_tokens=budget,
         padding=1 - tokens / padded,
         shards=len(dealt),
-        value_bytes=round(4 * signals * responses + _TOKEN_BYTES * tokens),
+        value_bytes=round(4 * (len(signals) + (not same)) * responses + _TOKEN_BYTES * tokens),
         train_bytes=round(4 * responses + (_TOKEN_BYTES + _LABEL_BYTES) * tokens),
+        estimate=found,
     )

@@ -1,4 +1,4 @@
-"""A token's value from its four components (paper arXiv 2606.01635, Eq. 12) and how large each part of it is.
+"""A token's value from its components (paper arXiv 2606.01635, Eq. 12) and how large each part of it is.
 
 All arrays are aligned; NaN stands for "no value here" (off the response, or a signal that was not computed).
 """
@@ -6,14 +6,14 @@ All arrays are aligned; NaN stands for "no value here" (off the response, or a s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alphatoken_curate.schema import COMPONENTS
+from alphatoken_curate.schema import Components
 
 Floats = NDArray[np.float32]
 
@@ -31,23 +31,25 @@ PUBLISHED = Scales()
 
 
 def value(
-    adapt_direct: Floats,
-    adapt_causal: Floats,
-    stab_direct: Floats,
-    stab_causal: Floats,
-    *,
-    stability_weight: float,
-    scales: Scales = PUBLISHED,
+    signals: Mapping[str, Floats], components: Components, *, stability_weight: float, scales: Scales = PUBLISHED
 ) -> Floats:
-    """Eq. 12: adaptation / scale + stability_weight * stability / scale, each objective direct + causal.
+    """Eq. 12: adaptation / scale + stability_weight * stability / scale, each objective the sum of its components.
 
-    Four float32 arrays of one shape, in nats per unit step -> float32 of that shape, in nats per unit step (without a
-    unit where scaled). Computed in float64 and rounded once. NaN wherever a component is NaN.
+    `signals`: at least the components, float32 arrays of one shape, in nats per unit step -> float32 of that shape, in
+    nats per unit step (without a unit where scaled). Computed in float64 and rounded once. NaN wherever a component is
+    NaN.
     """
-    adaptation = np.add(adapt_direct, adapt_causal, dtype=np.float64)
-    stability = np.add(stab_direct, stab_causal, dtype=np.float64)
-    total = adaptation / scales.adaptation + stability_weight * (stability / scales.stability)
-    return total.astype(np.float32)
+    adaptation = objective(signals, components.adaptation) / scales.adaptation
+    stability = objective(signals, components.stability) / scales.stability
+    return (adaptation + stability_weight * stability).astype(np.float32)
+
+
+def objective(signals: Mapping[str, NDArray[np.floating[Any]]], names: Sequence[str]) -> NDArray[np.float64]:
+    """The sum of these signals, float64 of their shape."""
+    total = signals[names[0]].astype(np.float64)
+    for name in names[1:]:
+        total += signals[name]
+    return total
 
 
 def rms(*parts: NDArray[np.floating[Any]]) -> float:
@@ -60,18 +62,17 @@ def rms(*parts: NDArray[np.floating[Any]]) -> float:
     return largest * math.sqrt(squares / sum(len(part) for part in present))
 
 
-def objective_scales(*branches: Mapping[str, Floats]) -> Scales:
+def objective_scales(branches: Sequence[Mapping[str, Floats]], components: Components) -> Scales:
     """The divisors of `--stability-scale rms`: each objective's RMS over the response tokens of all branches together.
 
-    Each branch: the four components by name, (N,) each. An objective that is 0 everywhere (stability, where model and
-    reference are the same) keeps the divisor 1.
+    Each branch: at least the components by name, (N,) each. An objective that is 0 everywhere (stability, where model
+    and reference are the same) keeps the divisor 1.
     """
-    adapt_direct, adapt_causal, stab_direct, stab_causal = COMPONENTS
-    adaptation = rms(*(np.add(one[adapt_direct], one[adapt_causal], dtype=np.float64) for one in branches))
-    stability = rms(*(np.add(one[stab_direct], one[stab_causal], dtype=np.float64) for one in branches))
+    adaptation = rms(*(objective(one, components.adaptation) for one in branches))
+    stability = rms(*(objective(one, components.stability) for one in branches))
     return Scales(adaptation=adaptation or 1.0, stability=stability or 1.0)
 
 
-def spreads(*branches: Mapping[str, Floats]) -> dict[str, float]:
-    """RMS of each of the four components, in stored order: what each contributes before it is weighed."""
-    return {name: rms(*(one[name] for one in branches)) for name in COMPONENTS}
+def spreads(branches: Sequence[Mapping[str, Floats]], components: Components) -> dict[str, float]:
+    """RMS of each component of the value, in stored order: what each contributes before it is weighed."""
+    return {name: rms(*(one[name] for one in branches)) for name in components.of_value}

@@ -13,6 +13,9 @@ from alphatoken_curate.errors import UsageError
 
 T = TypeVar("T")
 
+ESTIMATORS = ("published", "exact", "influence", "exact+influence")
+"""Ways to estimate what a token's own loss and the losses it takes part in do."""
+
 FISHER_MODES = ("sampled", "generate", "empirical")
 """Ways to estimate the Fisher; anything else is a file."""
 
@@ -90,9 +93,20 @@ class ScoreConfig(MaskConfig):
         "Rows to hold out as target where --target is not given; at most a tenth of the rows.",
         kind="count",
     )
-    estimator: str = _option("published", "How paths are estimated.", choices=("published", "exact"))
+    estimator: str = _option(
+        "published",
+        "What is computed of each token: its direct and causal path, as `published` or `exact`; its `influence`, the"
+        " exact first-order effect of leaving its loss out; or `exact+influence`.",
+        choices=ESTIMATORS,
+    )
     layers: int | Literal["all"] = _option(
-        3, "Last K decoder blocks whose linear maps score, or `all`.", kind="all_count"
+        3, "Last K decoder blocks that score (see --parameters), or `all`.", kind="all_count"
+    )
+    parameters: str = _option(
+        "linear",
+        "What of those blocks scores: their `linear` maps, or `all` they hold, with the embeddings, the final norm and"
+        " the output head. `all` is for --estimator influence.",
+        choices=("linear", "all"),
     )
     window: int = _option(32, "Reach of the published causal path, in tokens.", kind="count")
     fisher: str = _option(
@@ -161,6 +175,21 @@ class ScoreConfig(MaskConfig):
             raise UsageError("--fisher-prompts is read with --fisher generate only.")
         if self.precondition_stability and self.precondition == "none":
             raise UsageError("--precondition-stability needs --precondition adam, kfac or ekfac.")
+        if self.parameters == "all" and self.estimator != "influence":
+            raise UsageError(
+                f"--parameters all with --estimator {self.estimator}: direct and causal paths are those of linear maps."
+                " Give --estimator influence, or --parameters linear."
+            )
+        if self.parameters == "all" and self.dtype in ("bfloat16", "float16"):
+            raise UsageError(
+                f"--dtype {self.dtype} with --parameters all: what every weight adds to a tangent is lost in that"
+                " dtype. Give --dtype float32; weights stored in another are read as they are."
+            )
+        if self.parameters == "all" and self.precondition != "none":
+            raise UsageError(
+                f"--precondition {self.precondition} with --parameters all: only linear maps have that curvature here."
+                " Give --precondition none, or --parameters linear."
+            )
 
 
 def checked(kind: type[T], settings: Mapping[str, Any], where: str) -> T:

@@ -21,8 +21,8 @@ def drift_direction(
     has not moved yet has a stability signal too (`--drift lookahead`).
     """
     drift = [
-        m.weight.to(f.dtype) - w.to(m.weight.device, f.dtype)
-        for m, f, w in zip(scoring.maps, fisher, reference, strict=True)
+        own.detach().to(f.dtype) - w.to(own.device, f.dtype)
+        for own, f, w in zip(scoring.weights, fisher, reference, strict=True)
     ]
     if step is not None:
         # After the difference of the weights, whose rounding would drown a small step.
@@ -40,51 +40,70 @@ def read_direction(path: Path, scoring: ScoringModel, *, flag: str) -> Direction
     try:
         with safe_open(path, framework="pt") as file:
             stored = set(file.keys())
-            missing = [m.parameter for m in scoring.maps if m.parameter not in stored]
+            missing = [name for name in scoring.names if name not in stored]
             if missing:
+                whole = "every parameter that --parameters all scores" if scoring.rest else "every linear map"
                 raise UsageError(
-                    f"{flag} {path}: it has no tensor {missing[0]} ({len(missing)} of {len(scoring.maps)} are missing)."
-                    f" It must hold every linear map of the last {scoring.layers} blocks."
+                    f"{flag} {path}: it has no tensor {missing[0]} ({len(missing)} of {len(scoring.names)} are"
+                    f" missing). It must hold {whole} of the last {scoring.layers} blocks."
                 )
-            tensors = [file.get_tensor(m.parameter) for m in scoring.maps]
+            tensors = [file.get_tensor(name) for name in scoring.names]
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{flag} {path}: not a readable safetensors file ({error}).") from error
-    for m, tensor in zip(scoring.maps, tensors, strict=True):
-        if tensor.shape != m.weight.shape:
-            raise UsageError(f"{flag} {path}: {m.parameter} is {_shape(tensor)}, the model's is {_shape(m.weight)}.")
+    for name, own, tensor in zip(scoring.names, scoring.weights, tensors, strict=True):
+        if tensor.shape != own.shape:
+            raise UsageError(f"{flag} {path}: {name} is {_shape(tensor)}, the model's is {_shape(own)}.")
         if not torch.isfinite(tensor).all():
-            raise UsageError(f"{flag} {path}: {m.parameter} holds NaN or infinity.")
+            raise UsageError(f"{flag} {path}: {name} holds NaN or infinity.")
         if (tensor < 0).any():
-            raise UsageError(f"{flag} {path}: {m.parameter} holds negative numbers; a Fisher diagonal has none.")
-    return [t.to(m.weight.device) for m, t in zip(scoring.maps, tensors, strict=True)]
+            raise UsageError(f"{flag} {path}: {name} holds negative numbers; a Fisher diagonal has none.")
+    return [t.to(scoring.device) for t in tensors]
 
 
 def read_weights(files: Sequence[Path], scoring: ScoringModel) -> Direction | None:
     """The reference's weights of S, straight from its safetensors: no second model in memory.
 
-    None where a tensor is not found under the model's own name (renamed on loading): then the model must be loaded.
+    None where a tensor is not found under the model's own name and in its shape (renamed, merged or turned round on
+    loading, as experts mostly are): then the model must be loaded.
     """
     from safetensors import safe_open
 
+    if not on_disk(files, scoring):
+        return None
     found: dict[str, Tensor] = {}
-    wanted = {m.parameter for m in scoring.maps}
+    wanted = _stored_names(scoring)
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in wanted.intersection(file.keys())}
+    matrices = [m.matrix(found[m.stored]) for m in scoring.maps]
+    return checked_weights(scoring, [*matrices, *(found[name] for name in scoring.rest)])
+
+
+def on_disk(files: Sequence[Path], scoring: ScoringModel) -> bool:
+    """Whether safetensors hold every weight of S under the model's own name; of experts, in the model's own shape."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    wanted = _stored_names(scoring)
     for path in files:
         if path.suffix != ".safetensors":
-            return None
+            return False
         with safe_open(path, framework="pt") as file:
-            for name in wanted.intersection(file.keys()):
-                found[name] = file.get_tensor(name)
-    if found.keys() != wanted:
-        return None
-    return checked_weights(scoring, [found[m.parameter].t() if m.conv1d else found[m.parameter] for m in scoring.maps])
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in wanted.intersection(file.keys())}
+    experts = [m for m in scoring.maps if m.expert is not None]
+    return shapes.keys() == wanted and all(shapes[m.stored] == tuple(m.bare.shape) for m in experts)
+
+
+def _stored_names(scoring: ScoringModel) -> set[str]:
+    return {m.stored for m in scoring.maps}.union(scoring.rest)
 
 
 def checked_weights(scoring: ScoringModel, weights: Direction) -> Direction:
     """The reference's weights, once their shapes are known to be the model's."""
-    for m, tensor in zip(scoring.maps, weights, strict=True):
-        if tensor.shape != m.weight.shape:
+    for name, own, tensor in zip(scoring.names, scoring.weights, weights, strict=True):
+        if tensor.shape != own.shape:
             raise ModelError(
-                f"--reference: {m.parameter} is {_shape(tensor)}, the model's is {_shape(m.weight)}."
+                f"--reference: {name} is {_shape(tensor)}, the model's is {_shape(own)}."
                 " The reference must be the pre-trained model that --model was tuned from."
             )
     return weights

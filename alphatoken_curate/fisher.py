@@ -40,14 +40,14 @@ def fisher_sums(
     """
     sums, sequences = scoring.zeros(), 0
 
-    def accumulate(index: int, h: Tensor, delta: Tensor) -> None:
-        sums[index].addmm_(delta.flatten(0, 1).square().t(), h.flatten(0, 1).square())
+    def accumulate(index: int, h: Tensor, delta: Tensor, _: Tensor | None) -> None:
+        sums[index].addmm_(delta.square().t(), h.square())
         scoring.release(index)
 
     for planned in batches:
         batch = replace(planned, start=0)
         ids = torch.from_numpy(batch.input_ids).to(scoring.device)
-        uniforms = _uniforms(rows, batch, seed) if sampled else None
+        uniforms = drawn_uniforms(rows, batch, seed) if sampled else None
         with scoring.graph(ids) as hidden:
             _, grad = loss_gradient(scoring, hidden, batch, uniforms)
             scoring.backward([hidden], [grad], accumulate)
@@ -55,6 +55,7 @@ def fisher_sums(
     return sums, sequences
 
 
-def _uniforms(rows: Sequence[TokenRow], batch: Batch, seed: int) -> Tensor:
+def drawn_uniforms(rows: Sequence[TokenRow], batch: Batch, seed: int) -> Tensor:
+    """(N,) float64 in [0, 1), one for each response token, keyed by (seed, row, position)."""
     row_ids = np.array([rows[i].row_id for i in batch.rows])
     return torch.from_numpy(keyed_uniform(seed, row_ids[batch.row], batch.position + 1))

@@ -18,6 +18,9 @@ Head = Callable[[Tensor], Tensor]
 Weigh = Callable[[Batch, Tensor], Tensor]
 """A batch and the nll (N,) of its response tokens -> the weight (N,) of each in a loss, held constant."""
 
+OnError = Callable[[slice, Tensor], None]
+"""Called with a chunk of the N tokens and d nll / d logits there, (n, V), which is overwritten by the next chunk's."""
+
 _LOGITS_PER_CHUNK = {"cpu": 6 << 20, "cuda": 1 << 28}
 """Logits held at a time: 24 MiB of float32 on a CPU (past 32 MiB malloc maps new pages each time), 1 GiB on a card."""
 
@@ -35,7 +38,14 @@ class Losses:
 
 
 def token_losses(
-    head: Head, hidden: Tensor, targets: Tensor, *, vocabulary: int, gradient: bool, uniforms: Tensor | None = None
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    vocabulary: int,
+    gradient: bool,
+    uniforms: Tensor | None = None,
+    on_error: OnError | None = None,
 ) -> Losses:
     """Losses of `targets` (N,) int64 predicted from `hidden` (N, D).
 
@@ -58,6 +68,8 @@ def token_losses(
         _softmax_slices(logits.detach(), targets[part], drawn, step, error, nll[part], entropy[part])
         if grad is not None:
             grad[part] = torch.autograd.grad(logits, x, error.to(logits.dtype))[0]
+        if on_error is not None:
+            on_error(part, error)
     return Losses(nll, entropy, grad)
 
 

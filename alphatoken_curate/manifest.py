@@ -20,7 +20,7 @@ from alphatoken_curate import shards
 from alphatoken_curate.atomic import atomic_file, digest, kill_point
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.fingerprint import Json, differing
-from alphatoken_curate.schema import LAYOUTS, SCHEMA_VERSION, STATUSES, Layout
+from alphatoken_curate.schema import BY_ESTIMATOR, LAYOUTS, SCHEMA_VERSION, STATUSES, Components, Layout
 from alphatoken_curate.shards import Footer, Shard
 
 NAME = "manifest.json"
@@ -173,11 +173,11 @@ def read(run: Path) -> Manifest:
     """manifest.json, read strictly. Raises `StoredDataError` for anything that is not exactly a manifest."""
     path = run / NAME
     try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
+        if (size := path.stat().st_size) > _MAX_BYTES:
             raise _Unreadable(f"{size} bytes; a manifest has at most {_MAX_BYTES}")
         manifest = decode(Manifest, orjson.loads(path.read_bytes()))
-        _check(manifest)
+        for what in _contradictions(manifest):
+            raise _Unreadable(what)
     except FileNotFoundError as error:
         raise StoredDataError(f"{path}: missing: no finished run; run the `score` command that makes it") from error
     except OSError as error:
@@ -189,11 +189,20 @@ def read(run: Path) -> Manifest:
 
 def layout(stored: Manifest) -> Layout:
     """The columns of the run: those of its kind of rows. Raises `StoredDataError` where it is none that is known."""
-    kind = stored.settings.get("kind")
-    if not isinstance(kind, str) or kind not in LAYOUTS:
-        found = f"its settings have kind {str(kind)[:80]!r}, not {' or '.join(LAYOUTS)}"
-        raise StoredDataError(f"{NAME}: damaged ({found}); delete it and run the same command again")
-    return LAYOUTS[kind]
+    return _of_setting(stored, "kind", LAYOUTS)
+
+
+def components(stored: Manifest) -> Components:
+    """The signals of the run: those of its estimator. Raises `StoredDataError` where it is none that is known."""
+    return _of_setting(stored, "estimator", BY_ESTIMATOR)
+
+
+def _of_setting(stored: Manifest, name: str, known: Mapping[str, T]) -> T:
+    found = stored.settings.get(name)
+    if isinstance(found, str) and found in known:
+        return known[found]
+    odd = f"its settings have {name} {str(found)[:80]!r}, not {' or '.join(known)}"
+    raise StoredDataError(f"{NAME}: damaged ({odd}); delete it and run the same command again")
 
 
 class _Unreadable(ValueError):
@@ -202,8 +211,7 @@ class _Unreadable(ValueError):
 
 def decode(kind: type[T], value: object) -> T:
     """JSON as orjson reads it -> a dataclass, each key and type checked. Raises `ValueError` that says where."""
-    result: T = _decode(kind, value, "")
-    return result
+    return typing.cast("T", _decode(kind, value, ""))
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
@@ -239,11 +247,6 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
     return {item.name: found[item.name] for item in fields(kind)}
 
 
-def _check(manifest: Manifest) -> None:
-    for what in _contradictions(manifest):
-        raise _Unreadable(what)
-
-
 def _contradictions(manifest: Manifest) -> Iterator[str]:
     if manifest.schema_version != SCHEMA_VERSION:
         yield f"schema version {manifest.schema_version}; this release reads {SCHEMA_VERSION}"
@@ -272,10 +275,8 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
         if not _is_whole(mask, lengths):
             named = ", ".join(map(str, mask.generations)) or "none"
             yield f"mask {mask.mask} has {len(mask.shards)} shards of generations {named}; the run has {lengths}"
-    for name, numbers in (
-        ("generation", [one.generation for one in manifest.generations]),
-        ("mask", [mask.mask for mask in manifest.masks]),
-    ):
+    numbered = {"generation": [g.generation for g in manifest.generations], "mask": [m.mask for m in manifest.masks]}
+    for name, numbers in numbered.items():
         if numbers != sorted(set(numbers)):
             yield f"the {name} numbers {numbers} do not ascend"
 

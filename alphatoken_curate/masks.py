@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from alphatoken_curate import composite
 from alphatoken_curate.draws import keyed_uniform
 from alphatoken_curate.errors import CurateError, StoredDataError, UsageError
-from alphatoken_curate.schema import COMPONENTS, OPTIONAL, PAIR_COLUMNS, PREFERENCE, SFT, SIGNALS, Layout
+from alphatoken_curate.schema import NOT_COMPUTED, PAIR_COLUMNS, PREFERENCE, SFT, SIGNALS, Components, Layout
 
 Scores = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -235,14 +235,14 @@ def known_columns(layout: Layout) -> tuple[str, ...]:
     return (*INDEX_COLUMNS, *SIGNALS, *(name for name in PAIR_COLUMNS if name in layout.values.names))
 
 
-def columns_needed(by: str, layout: Layout = SFT) -> tuple[str, ...]:
+def columns_needed(by: str, components: Components, layout: Layout = SFT) -> tuple[str, ...]:
     """Stored columns that `selection(by, ...)` reads, in stored order. Raises `UsageError` as `selection` does."""
     if by == "random":
         return ("row_id", "position")
     known = known_columns(layout)
-    named = _named(by, known)
+    named = _named(by, known, components)
     if "value" in named:
-        named = (named - {"value"}) | set(COMPONENTS)
+        named = (named - {"value"}) | set(components.of_value)
     return tuple(name for name in known if name in named)
 
 
@@ -257,6 +257,7 @@ def selection(
     by: str,
     columns: Mapping[str, NDArray[Any]],
     *,
+    components: Components,
     stability_weight: float,
     scales: composite.Scales = composite.PUBLISHED,
     seed: int = 0,
@@ -267,21 +268,21 @@ def selection(
 
     `by` is `value` (recombined from the stored components with this stability weight and these scales), `random` (a
     draw in [0, 1] keyed by seed, row_id, position and branch), a stored column, or a polars SQL expression of them.
-    `columns` holds at least `columns_needed(by, layout)`, each (n,), of the branch with that index in the layout.
-    Raises `UsageError` for an expression that cannot be read, names an unknown column or does not give one finite
-    number per token; `StoredDataError` where a stored component is not finite.
+    `columns` holds at least `columns_needed(by, components, layout)`, each (n,), of the branch with that index in the
+    layout; `components` are those of the run's estimator. Raises `UsageError` for an expression that cannot be read,
+    names a column that is unknown or was not computed, or does not give one finite number per token; `StoredDataError`
+    where a stored component is not finite.
     """
     if by == "random":
         return _drawn(seed, columns, branch)
     known = known_columns(layout)
-    named = _named(by, known)
+    named = _named(by, known, components)
     used = {name: columns[name] for name in known if name in named and name != "value"}
     if "value" in named:
-        parts = (columns[name] for name in COMPONENTS)
         with np.errstate(over="ignore"):
-            used["value"] = composite.value(*parts, stability_weight=stability_weight, scales=scales)
+            used["value"] = composite.value(columns, components, stability_weight=stability_weight, scales=scales)
     for name, column in used.items():
-        _check_column(name, column)
+        _check_column(name, column, optional=name in NOT_COMPUTED and name not in components.always)
     result = used[by].astype(np.float32) if by in used else _evaluate(by, used)
     _check_result(by, result)
     return result
@@ -305,34 +306,26 @@ def _parse(by: str) -> pl.Expr:
         ) from error
 
 
-def _named(by: str, known: Sequence[str]) -> set[str]:
-    """Columns that `by` names, each of them known."""
-    if by in known:
-        return {by}
-    named = set(_parse(by).meta.root_names())
+def _named(by: str, known: Sequence[str], components: Components) -> set[str]:
+    """Columns that `by` names, each of them known and, as far as the estimator decides it, computed."""
+    named = {by} if by in known else set(_parse(by).meta.root_names())
     unknown = sorted(named - set(known))
     if unknown or not named:
         found = f"names no column {', '.join(map(repr, unknown))}" if unknown else "names no column at all"
         raise UsageError(f"by: {by!r} {found}; the columns are {', '.join(known)}")
+    for name in sorted(named & (set(SIGNALS) - set(components.signals))):
+        raise UsageError(f"by: {name} was not computed: {NOT_COMPUTED[name]}")
     return named
 
 
-def _check_column(name: str, column: NDArray[Any]) -> None:
+def _check_column(name: str, column: NDArray[Any], *, optional: bool) -> None:
     missing = np.isnan(column)
-    if name in OPTIONAL and len(column) and missing.all():
-        raise UsageError(f"by: {name} was not computed, or not in every generation averaged: {_NOT_COMPUTED[name]}")
+    if optional and len(column) and missing.all():
+        raise UsageError(f"by: {name} was not computed, or not in every generation averaged: {NOT_COMPUTED[name]}")
     if missing.any():
         raise StoredDataError(
             f"column {name} has no value at {int(missing.sum())} of {len(column)} response tokens; run `verify`"
         )
-
-
-_BY_DRIFT = "it is the drift beside retention rows; score with --retention FILE and --drift together"
-_NOT_COMPUTED = {
-    "reference_nll": "model and reference are the same; score with a --reference of its own",
-    "drift_direct": _BY_DRIFT,
-    "drift_causal": _BY_DRIFT,
-}
 
 
 def _evaluate(by: str, used: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:

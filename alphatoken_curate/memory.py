@@ -15,12 +15,13 @@ from alphatoken_curate.capture import Direction, ScoringModel, captured
 from alphatoken_curate.drift import checked_weights, drift_direction
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.fisher import fisher_diagonal
+from alphatoken_curate.influence import make_scorer
 from alphatoken_curate.job import record
-from alphatoken_curate.paths import Estimator, PathScorer
+from alphatoken_curate.parameters import rest_fisher, rest_gradient
 from alphatoken_curate.plan import Batch, collate, plan_batches, sequences
 from alphatoken_curate.preference import Pairs, reference_sums
 from alphatoken_curate.rows import kind_of, refuse, rows_of
-from alphatoken_curate.schema import LAYOUTS
+from alphatoken_curate.schema import LAYOUTS, components
 from alphatoken_curate.shards import values_table
 from alphatoken_curate.signals import plain_losses, row_signals
 from alphatoken_curate.target import target_gradient
@@ -37,8 +38,9 @@ def score_tokens(
     target: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase | None = None,
     reference: PreTrainedModel | None = None,
-    estimator: Estimator = "published",
+    estimator: Literal["published", "exact", "influence", "exact+influence"] = "published",
     layers: int | Literal["all"] = 3,
+    parameters: Literal["linear", "all"] = "linear",
     window: int = 32,
     stability_weight: float = 1.5,
     fisher: Literal["sampled", "empirical"] = "sampled",
@@ -61,18 +63,20 @@ def score_tokens(
     (kind, wanted), (_, task) = read(rows, "rows"), read(target, "target")
     anchor = None
     if reference is not None:
-        with _evaluating(reference), captured(reference, layers) as scoring:
+        with _evaluating(reference), captured(reference, layers, parameters) as scoring:
             anchor = _anchor(scoring, wanted, batch_tokens, sampled=fisher == "sampled", seed=seed)
     losses = anchor.losses if anchor is not None else None
-    with _evaluating(model), captured(model, layers) as scoring:
+    with _evaluating(model), captured(model, layers, parameters) as scoring:
         learnt = _batches([chosen(row) for row in task], batch_tokens)
-        directions = [target_gradient(scoring, learnt, all_positions=estimator == "exact")]
+        directions = [target_gradient(scoring, learnt, all_positions=estimator != "published")]
+        directions[0] += rest_gradient(scoring, learnt) if scoring.rest else []
         if anchor is not None:
             directions.append(drift_direction(scoring, anchor.fisher, checked_weights(scoring, anchor.weights)))
         found = row_signals(
-            PathScorer(scoring, directions, estimator, window),
+            make_scorer(scoring, directions, estimator, window),
             wanted,
             _batches(wanted, batch_tokens),
+            components=components(estimator),
             objectives=("adapt", "stab")[: len(directions)],
             stability_weight=stability_weight,
             reference_nll=losses,
@@ -93,9 +97,12 @@ class _Anchor:
 
 def _anchor(scoring: ScoringModel, rows: Sequence[AnyRow], batch_tokens: int, *, sampled: bool, seed: int) -> _Anchor:
     learnt = [chosen(row) for row in rows]
+    fisher = fisher_diagonal(scoring, learnt, _batches(learnt, batch_tokens), sampled=sampled, seed=seed)
+    if scoring.rest:
+        fisher += rest_fisher(scoring, learnt, sampled=sampled, seed=seed)
     return _Anchor(
-        fisher=fisher_diagonal(scoring, learnt, _batches(learnt, batch_tokens), sampled=sampled, seed=seed),
-        weights=[m.weight.detach().clone() for m in scoring.maps],
+        fisher=fisher,
+        weights=[w.detach().clone() for w in scoring.weights],
         losses=plain_losses(scoring, sequences(rows), _batches(rows, batch_tokens)),
     )
 

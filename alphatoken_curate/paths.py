@@ -21,20 +21,26 @@ from torch import Tensor
 
 from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.losses import at, loss_gradient, positions
+from alphatoken_curate.losses import loss_gradient, positions
 from alphatoken_curate.plan import Batch
+from alphatoken_curate.selection import Selection
+from alphatoken_curate.value_rows import find_value_rows
 
 Estimator = Literal["published", "exact"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Signals:
-    """nll and entropy (N,) in nats; direct and causal (n, N) in nats per unit step, for each direction."""
+    """nll and entropy (N,) in nats; the rest (n, N) in nats per unit step, for each direction, where it was asked for.
+
+    influence is direct + upstream: what the token's own loss sends through its own and all earlier positions.
+    """
 
     nll: Tensor
     entropy: Tensor
-    direct: Tensor
-    causal: Tensor
+    direct: Tensor | None = None
+    causal: Tensor | None = None
+    influence: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,28 +94,29 @@ class PathScorer:
         scoring.tape.keep_cross = self.estimator == "exact"
         with scoring.graph(ids, batch.start, pairs=batch.pairs) as hidden:
             losses, grad = loss_gradient(scoring, hidden, batch)
-            where = positions(batch, ids.device)
-            total = grad.new_zeros(self.count, len(where))
+            chosen = Selection(positions(batch, ids.device), hidden.shape[:2].numel())
+            total = grad.new_zeros(self.count, len(chosen.positions))
             causal = torch.zeros_like(total)
             if self.estimator == "published":
-                self._published(hidden, grad, where, total, causal)
+                self._published(hidden, grad, chosen, total, causal)
             else:
-                self._exact(hidden, grad, where, total, causal)
+                self._exact(hidden, grad, chosen, total, causal)
                 total -= causal
         return Signals(losses.nll, losses.entropy, total, causal)
 
-    def _published(self, hidden: Tensor, grad: Tensor, where: Tensor, total: Tensor, causal: Tensor) -> None:
-        def contract(index: int, h: Tensor, delta: Tensor) -> None:
-            chosen = at(h, where)
+    def _published(self, hidden: Tensor, grad: Tensor, chosen: Selection, total: Tensor, causal: Tensor) -> None:
+        def contract(index: int, h: Tensor, delta: Tensor, where: Tensor | None) -> None:
             if index not in self.values:
-                total.add_(self.stacks[index].contract(chosen, [at(delta, where)])[0])
+                places, (own, error) = chosen.rows(where, h, delta)
+                _add(total, places, self.stacks[index].contract(own, [error])[0])
             else:
                 block, rows = self.values[index]
                 received = torch.zeros_like(delta)
-                received[..., rows] = self._propagate(block, delta[..., rows])
-                own, passed = self.stacks[index].contract(chosen, [at(delta, where), at(received, where)])
-                total.add_(own)
-                causal.add_(passed)
+                received[:, rows] = self._propagate(block, delta[:, rows].unflatten(0, hidden.shape[:2])).flatten(0, 1)
+                _, (own, error, passed) = chosen.rows(where, h, delta, received)
+                both = self.stacks[index].contract(own, [error, passed])
+                total.add_(both[0])
+                causal.add_(both[1])
             self.scoring.release(index)
 
         self.scoring.backward([hidden], [grad], contract)
@@ -121,27 +128,42 @@ class PathScorer:
             received[:, start:last] += attention.transpose(1, 2) @ delta[:, first:last]
         return received
 
-    def _exact(self, hidden: Tensor, grad: Tensor, where: Tensor, total: Tensor, causal: Tensor) -> None:
+    def _exact(self, hidden: Tensor, grad: Tensor, chosen: Selection, total: Tensor, causal: Tensor) -> None:
         totals: dict[int, Tensor] = {}
 
-        def keep(index: int, _: Tensor, delta: Tensor) -> None:
-            totals[index] = at(delta, where)
+        def keep(index: int, _: Tensor, delta: Tensor, where: Tensor | None) -> None:
+            totals[index] = chosen.rows(where, delta)[1][0]
 
-        def contract(index: int, h: Tensor, delta: Tensor) -> None:
-            both = self.stacks[index].contract(at(h, where), [totals.pop(index), at(delta, where)])
-            total.add_(both[0])
-            causal.add_(both[1])
+        def contract(index: int, h: Tensor, delta: Tensor, where: Tensor | None) -> None:
+            places, (own, crossed) = chosen.rows(where, h, delta)
+            both = self.stacks[index].contract(own, [totals.pop(index), crossed])
+            _add(total, places, both[0])
+            _add(causal, places, both[1])
             self.scoring.release(index)
 
         scoring = self.scoring
         scoring.backward([hidden], [grad], keep, again=True)
         scoring.tape.mode = "own"
-        outputs = [x for call in scoring.tape.calls for x in (call.key, call.value)]
-        crossed = [x for call in scoring.tape.calls for x in (call.cross_key, call.cross_value) if x is not None]
-        scoring.backward(outputs, crossed, contract)
+        pairs = [
+            (x, crossed)
+            for call in scoring.tape.calls
+            for x, crossed in ((call.key, call.cross_key), (call.value, call.cross_value))
+            if crossed is not None and x.requires_grad
+        ]
+        scoring.backward([x for x, _ in pairs], [crossed for _, crossed in pairs], contract)
         for index, delta in totals.items():
             # Above the last attention nothing crosses positions: these maps have a total alone.
-            total.add_(self.stacks[index].contract(at(scoring.input(index), where), [delta])[0])
+            h, where = scoring.input(index)
+            places, (own,) = chosen.rows(where, h)
+            _add(total, places, self.stacks[index].contract(own, [delta])[0])
+
+
+def _add(sums: Tensor, places: Tensor | None, parts: Tensor) -> None:
+    """Add parts (n, k) to sums (n, N) at k of the N tokens, or at all of them."""
+    if places is None:
+        sums.add_(parts)
+    else:
+        sums.index_add_(1, places, parts)
 
 
 def _stack(matrices: list[Tensor], on_input: bool) -> _Stack:
@@ -152,7 +174,7 @@ def _stack(matrices: list[Tensor], on_input: bool) -> _Stack:
 
 def _value_maps(scoring: ScoringModel) -> dict[int, tuple[int, Tensor]]:
     found = {}
-    for block, rows in enumerate(scoring.value_rows):
+    for block, rows in enumerate(find_value_rows(scoring)):
         if isinstance(rows, str):
             raise ModelError(
                 f"--estimator published needs each block's value projection: {rows}. Use --estimator exact."

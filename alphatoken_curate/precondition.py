@@ -9,6 +9,7 @@ of its loss, sum of weight * nll over its response tokens: g_u = sum over positi
   stacking columns
       E[vec(g_u) vec(g_u)^T] ~ E[sum_s (h_s h_s^T) (x) (delta_s delta_s^T)] ~ A (x) S,
       A = mean over all positions of all units of h h^T, S = mean over units of the sum over positions of delta delta^T
+  (of an expert, over the positions it was given)
   (there are as many terms in a unit's sum as positions, so no further constant is left). Positions are those up to a
   sequence's last predicting one, the prompt's among them; padding never counts.
   G becomes (A (x) S + damping * mean eigenvalue * I)^-1 vec(G), solved in the eigenbases U_A and U_S.
@@ -29,8 +30,9 @@ from torch import Tensor
 
 from alphatoken_curate.capture import Direction, OnDelta, ScoringModel
 from alphatoken_curate.errors import InputError
-from alphatoken_curate.losses import Weigh, at, loss_gradient
+from alphatoken_curate.losses import Weigh, loss_gradient
 from alphatoken_curate.plan import Batch
+from alphatoken_curate.selection import Selection
 
 Batches = Callable[[], Iterable[Batch]]
 """Gives the same batches each time it is called: `ekfac` goes over them twice."""
@@ -150,12 +152,15 @@ def _second_moments(
     for planned in batches():
         batch = replace(planned, start=0)
         each = 2 if batch.pairs else 1
+        size = each * batch.input_ids.shape[1]
 
-        def accumulate(index: int, h: Tensor, delta: Tensor, each: int = each) -> None:
+        def accumulate(index: int, h: Tensor, delta: Tensor, where: Tensor | None, size: int = size) -> None:
             if bases is not None:
                 h, delta = h @ bases[0][index].vectors, delta @ bases[1][index].vectors
-            for own, error in zip(h.split(each), delta.split(each), strict=True):
-                gradient = error.flatten(0, 1).t() @ own.flatten(0, 1)
+            # Rows come in the order of their positions, so that those of a unit stand together.
+            counts: int | list[int] = size if where is None else torch.bincount(where // size).tolist()
+            for own, error in zip(h.split(counts), delta.split(counts), strict=True):
+                gradient = error.t() @ own
                 sums[index].addcmul_(gradient, gradient)
             scoring.release(index)
 
@@ -167,21 +172,21 @@ def _second_moments(
 def _bases(scoring: ScoringModel, batches: Batches, weigh: Weigh | None) -> tuple[list[_Basis], list[_Basis]]:
     """Eigenbases of A and of S for each linear map."""
     inputs, outputs = _squares(scoring, 1), _squares(scoring, 0)
-    seen, units = 0, 0
+    seen, units = [0] * len(scoring.maps), 0
     for planned in batches():
         batch = replace(planned, start=0)
-        where = _real_positions(batch, scoring.device)
+        real = Selection(_real_positions(batch, scoring.device), batch.input_ids.size)
 
-        def accumulate(index: int, h: Tensor, delta: Tensor, where: Tensor = where) -> None:
-            own, error = at(h, where), at(delta, where)
+        def accumulate(index: int, h: Tensor, delta: Tensor, where: Tensor | None, real: Selection = real) -> None:
+            _, (own, error) = real.rows(where, h, delta)
             inputs[index].addmm_(own.t(), own)
             outputs[index].addmm_(error.t(), error)
+            seen[index] += len(own)
             scoring.release(index)
 
         _backward(scoring, batch, weigh, accumulate)
-        seen += len(where)
         units += len(batch.rows) // (2 if batch.pairs else 1)
-    return _eigen(inputs, seen), _eigen(outputs, units)
+    return _eigen(inputs, seen), _eigen(outputs, [units] * len(outputs))
 
 
 def _squares(scoring: ScoringModel, side: int) -> list[Tensor]:
@@ -200,11 +205,11 @@ def _real_positions(batch: Batch, device: torch.device) -> Tensor:
     return torch.from_numpy(np.flatnonzero(np.arange(width) <= last[:, None])).to(device)
 
 
-def _eigen(sums: list[Tensor], count: int) -> list[_Basis]:
-    """Eigenbases of sums / count. The list is emptied on the way, so that memory holds each matrix once."""
+def _eigen(sums: list[Tensor], counts: Sequence[int]) -> list[_Basis]:
+    """Eigenbases of sums / counts. The list is emptied on the way, so that memory holds each matrix once."""
     _finite(sums)
     found = []
-    while sums:
+    for count in counts:
         matrix = sums.pop(0)
         values, vectors = torch.linalg.eigh(matrix.double() / max(count, 1))
         # Rounding leaves eigenvalues along directions in which nothing was seen a little below 0.

@@ -173,6 +173,7 @@ def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -
         "target_tokens": _tokens_digest(prepared.target.rows),
         "estimator": config.estimator,
         "layers": config.layers,
+        "parameters": config.parameters,
         "window": config.window if config.estimator == "published" else None,
         "stability_weight": config.stability_weight,
         "beta": config.beta if prepared.kind == "preference" else None,

@@ -179,10 +179,7 @@ class _Run:
         first = stored.generations[0]
         reference = self._checked_reference()
         check_alike(checkpoint.source, reference)  # before anything is written
-        kind = self._device.split(":")[0]
-        budget = Budget(
-            self.folder, about, first.plan[0].batch_tokens, kind, progress, generation=number, plans=first.plan
-        )
+        budget = Budget(self.folder, about, first.plan[0].batch_tokens, progress, generation=number, plans=first.plan)
         spec = ScorerSpec(
             config=self.config,
             model=checkpoint.source,

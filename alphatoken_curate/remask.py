@@ -21,7 +21,7 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.fingerprint import Json, fingerprint
 from alphatoken_curate.manifest import Generation, Manifest, Mask, MaskFacts
 from alphatoken_curate.responses import Tokens, aligned, chosen_generations, load, table_of
-from alphatoken_curate.schema import COMPONENTS, SCHEMA_VERSION, Layout
+from alphatoken_curate.schema import SCHEMA_VERSION, Components, Layout
 from alphatoken_curate.shards import Footer, Shard, TrainLists
 
 
@@ -74,8 +74,8 @@ def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
     used, `StoredDataError` where the run has no manifest or is damaged.
     """
     stored = manifest.read(run)
-    layout = manifest.layout(stored)
-    masks.parse_keep(config.keep), masks.parse_scope(config.scope), masks.columns_needed(config.by, layout)
+    layout, components = manifest.layout(stored), manifest.components(stored)
+    masks.parse_keep(config.keep), masks.parse_scope(config.scope), masks.columns_needed(config.by, components, layout)
     generations = chosen_generations(run, stored, config)
     about = _fields(config, generations)
     known = next((mask for mask in stored.masks if mask.fingerprint == fingerprint(about)), None)
@@ -84,7 +84,7 @@ def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
         left_out = [load(run, [files], (), layout).left_out for files in aligned(run, generations) if len(files) > 1]
         return _summary(run, known, stored, created=False, left_out=sum(left_out))
     number = known.mask if known else _free_number(run, stored, fingerprint(about))
-    mask, lost = _write(run, number, generations, layout, config, about)
+    mask, lost = _write(run, stored, number, generations, config, about)
     others = [other for other in stored.masks if other.mask != number]
     changed = replace(stored, masks=tuple(sorted([*others, mask], key=lambda one: one.mask)))
     manifest.write(run, changed)
@@ -97,9 +97,10 @@ def spreads(run: Path, config: MaskConfig) -> Spreads:
     `decisions_changed` compares the mask with the one that stability weight 0 gives. Raises as `make_mask`.
     """
     stored = manifest.read(run)
-    layout = manifest.layout(stored)
+    layout, components = manifest.layout(stored), manifest.components(stored)
     files = aligned(run, chosen_generations(run, stored, config))
-    branches = load(run, files, (*COMPONENTS, *masks.columns_needed(config.by, layout)), layout).branches
+    names = (*components.of_value, *masks.columns_needed(config.by, components, layout))
+    branches = load(run, files, names, layout).branches
     with_stability, without = (
         [
             masks.kept(
@@ -110,12 +111,12 @@ def spreads(run: Path, config: MaskConfig) -> Spreads:
                 scope=config.scope,
                 allow_empty_rows=config.allow_empty_rows,
             )
-            for tokens, score in zip(branches, _select(branches, layout, config, weight), strict=True)
+            for tokens, score in zip(branches, _select(branches, layout, components, config, weight), strict=True)
         ]
         for weight in (config.stability_weight, 0.0)
     )
     return Spreads(
-        components=composite.spreads(*(tokens.columns for tokens in branches)),
+        components=composite.spreads([tokens.columns for tokens in branches], components),
         response_tokens=sum(len(tokens.row) for tokens in branches),
         decisions_changed=sum(int((a != b).sum()) for a, b in zip(with_stability, without, strict=True)),
     )
@@ -161,16 +162,17 @@ def _free_number(run: Path, stored: Manifest, mark: str) -> int:
 
 def _write(
     run: Path,
+    stored: Manifest,
     number: int,
     generations: Sequence[Generation],
-    layout: Layout,
     config: MaskConfig,
     about: Mapping[str, Json],
 ) -> tuple[Mask, int]:
     """The mask, its shards written, and how many rows only some of the generations scored."""
+    layout, components = manifest.layout(stored), manifest.components(stored)
     files = aligned(run, generations)
-    scored = load(run, files, masks.columns_needed(config.by, layout), layout)
-    decided = _decide(scored.branches, layout, config)
+    scored = load(run, files, masks.columns_needed(config.by, components, layout), layout)
+    decided = _decide(scored.branches, layout, components, config)
     facts = MaskFacts(
         generations=tuple(one.generation for one in generations),
         settings={item.name: getattr(config, item.name) for item in fields(MaskConfig)},
@@ -204,10 +206,11 @@ class _Decided:
     given_back: int
 
 
-def _decide(branches: Sequence[Tokens], layout: Layout, config: MaskConfig) -> list[_Decided]:
+def _decide(branches: Sequence[Tokens], layout: Layout, components: Components, config: MaskConfig) -> list[_Decided]:
     """Eq. 13 for each branch by itself."""
     decided = []
-    for tokens, score in zip(branches, _select(branches, layout, config, config.stability_weight), strict=True):
+    scores = _select(branches, layout, components, config, config.stability_weight)
+    for tokens, score in zip(branches, scores, strict=True):
         found = masks.weighed(
             score,
             tokens.row,
@@ -222,16 +225,17 @@ def _decide(branches: Sequence[Tokens], layout: Layout, config: MaskConfig) -> l
 
 
 def _select(
-    branches: Sequence[Tokens], layout: Layout, config: MaskConfig, stability_weight: float
+    branches: Sequence[Tokens], layout: Layout, components: Components, config: MaskConfig, stability_weight: float
 ) -> Iterator[NDArray[np.float32]]:
     """What each branch is selected on. The scales are one pair for all: their values must stay comparable."""
     scales = composite.PUBLISHED
     if config.stability_scale == "rms" and masks.depends_on_value(config.by):
-        scales = composite.objective_scales(*(tokens.columns for tokens in branches))
+        scales = composite.objective_scales([tokens.columns for tokens in branches], components)
     for number, tokens in enumerate(branches):
         yield masks.selection(
             config.by,
             tokens.columns,
+            components=components,
             stability_weight=stability_weight,
             scales=scales,
             seed=config.seed,

@@ -14,7 +14,7 @@ from alphatoken_curate import heat
 from alphatoken_curate.files import visible
 from alphatoken_curate.heat import MIDDLE, PALETTE, Unit, readable
 from alphatoken_curate.row_view import BranchView, RowView
-from alphatoken_curate.schema import COMPONENTS
+from alphatoken_curate.schema import SIGNALS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,16 +27,9 @@ Cell = tuple[str, str]
 SYMBOLS = "· space, ⏎ newline, ⇥ tab, ▯ part of a character"
 """The symbols of `heat.readable` that are met most."""
 
-_TABLE_ORDER = ("value", *COMPONENTS, "drift_direct", "drift_causal", "nll", "entropy", "reference_nll")
-_HEADS = {
-    "adapt_direct": "adapt\ndirect",
-    "adapt_causal": "adapt\ncausal",
-    "stab_direct": "stab\ndirect",
-    "stab_causal": "stab\ncausal",
-    "drift_direct": "drift\ndirect",
-    "drift_causal": "drift\ncausal",
-    "reference_nll": "ref\nnll",
-}
+_LAST = ("nll", "entropy", "reference_nll")
+_TABLE_ORDER = ("value", *(name for name in SIGNALS if name not in ("value", *_LAST)), *_LAST)
+_HEADS = {name: name.replace("reference", "ref").replace("_", "\n") for name in SIGNALS}
 
 
 def has_palette(console: Console) -> bool:
@@ -299,7 +292,7 @@ def _columns(view: RowView, branch: BranchView, at: NDArray[np.intp]) -> Iterato
     for name in filter(view.computed, _TABLE_ORDER):
         unit = heat.unit_of(name, view.scale(name))
         power = f"\n1e{unit.exponent}" if unit.exponent else ""
-        yield _Column(_HEADS.get(name, name) + power, tuple(unit.write(float(branch.signals[name][i])) for i in at))
+        yield _Column(_HEADS[name] + power, tuple(unit.write(float(branch.signals[name][i])) for i in at))
 
 
 def _shortened(text: str, width: int = 24) -> str:

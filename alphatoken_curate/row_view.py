@@ -19,7 +19,7 @@ from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.heat import COLUMNS, scale_of
 from alphatoken_curate.manifest import Generation, Manifest, Mask
 from alphatoken_curate.scan import choose_generation
-from alphatoken_curate.schema import PAIR_COLUMNS, SIGNALS, VOCABULARY, Layout
+from alphatoken_curate.schema import NOT_COMPUTED, PAIR_COLUMNS, SIGNALS, VOCABULARY, Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,8 +89,8 @@ class RowView:
                 why = f"mask {self.mask} leaves row {self.row_id} out" if self.left_out else "the run has no mask yet"
                 raise UsageError(f"column: {why}, so no loss_weight; make one with `mask`")
             return np.where(branch.response, branch.weight, np.float32(np.nan))
-        if not self.computed(name) and name in _NOT_COMPUTED:
-            raise UsageError(f"column: {name} was not computed: {_NOT_COMPUTED[name]}")
+        if not self.computed(name) and name in NOT_COMPUTED:
+            raise UsageError(f"column: {name} was not computed: {NOT_COMPUTED[name]}")
         return branch.signals[name]
 
     def computed(self, name: str) -> bool:
@@ -100,14 +100,6 @@ class RowView:
     def scale(self, name: str) -> float:
         """The magnitude of the end colours: one for all branches, so that they compare."""
         return scale_of(np.concatenate([self.column(branch, name) for branch in self.branches]))
-
-
-_NO_DRIFT = "stability is not by retention rows with the drift beside; score with --retention FILE --drift weights"
-_NOT_COMPUTED = {
-    "reference_nll": "model and reference are the same; score with a --reference of its own",
-    **dict.fromkeys(("drift_direct", "drift_causal"), _NO_DRIFT),
-}
-"""Why an optional signal (`schema.OPTIONAL`) is not there, and what to do."""
 
 
 def read_row(run: Path, *, row: int | None = None, id: str | None = None, generation: int | None = None) -> RowView:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.fingerprint import Json
 from alphatoken_curate.manifest import Mask
-from alphatoken_curate.schema import IGNORE_INDEX, OPTIONAL, PAIR_COLUMNS, SIGNALS, STATUSES, Layout
+from alphatoken_curate.schema import IGNORE_INDEX, PAIR_COLUMNS, SIGNALS, STATUSES, Components, Layout
 from alphatoken_curate.shards import Shard, entries
 
 _MEAN = 1e-4
 """How far the mean of float32 loss weights may be from 1."""
 _CLOSE = 1e-3
 """How far omega and margin, stored as float32, may be from what the losses say, relative to what was added up."""
+_NOT_ALIGNED = "`{}` is not as long as `input_ids` for scored rows and empty for the others"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,10 +41,12 @@ class Total:
 # ------------------------------------------------------------------------------------------------------------ values
 
 
-def values(table: pa.Table, layout: Layout, shard: Shard, total: Total, *, beta: Json = None) -> Iterator[str]:
+def values(
+    table: pa.Table, layout: Layout, components: Components, shard: Shard, total: Total, *, beta: Json = None
+) -> Iterator[str]:
     """What is wrong with a values shard, whose first row id is `total.rows`, to which it is added.
 
-    `beta` is the setting of that name (Eq. 14), which only pairs need.
+    `components`: those of the run's estimator; `beta`: the setting of that name (Eq. 14), which only pairs need.
     """
     ids = table["row_id"].to_numpy()
     if not np.array_equal(ids, np.arange(total.rows, total.rows + len(ids))):
@@ -53,7 +56,7 @@ def values(table: pa.Table, layout: Layout, shard: Shard, total: Total, *, beta:
         yield f"status {sorted(unknown)[0]!r} is none of {', '.join(STATUSES)}"
     tokens = trains = 0
     for prefix in layout.branches:
-        yield from _branch(table, prefix, status)
+        yield from _branch(table, prefix, components, status)
         response, _ = entries(table[prefix + "response"])
         tokens, trains = tokens + len(response), trains + int(response.sum())
     if (len(ids), tokens, trains) != (shard.rows, shard.tokens, shard.response_tokens):
@@ -65,7 +68,7 @@ def values(table: pa.Table, layout: Layout, shard: Shard, total: Total, *, beta:
     total.response += trains
 
 
-def _branch(table: pa.Table, prefix: str, status: NDArray[np.object_]) -> Iterator[str]:
+def _branch(table: pa.Table, prefix: str, components: Components, status: NDArray[np.object_]) -> Iterator[str]:
     """What is wrong with the lists of one branch of a values shard; `status` (R,)."""
     response, lengths = entries(table[prefix + "response"])
     if not np.array_equal(entries(table[prefix + "input_ids"])[1], lengths):
@@ -77,8 +80,20 @@ def _branch(table: pa.Table, prefix: str, status: NDArray[np.object_]) -> Iterat
         yield f"`{prefix}response` is not empty for rejected rows"
     scored = status == "scored"
     off = ~response[np.repeat(scored, lengths)]
+    ends = np.where(scored, lengths, 0)
     for name in SIGNALS:
-        yield from _signal(table, prefix + name, np.where(scored, lengths, 0), off, optional=name in OPTIONAL)
+        if name in components.signals:
+            yield from _signal(table, prefix + name, ends, off, optional=name not in components.always)
+        else:
+            yield from _nothing(table, prefix + name, ends)
+
+
+def _nothing(table: pa.Table, name: str, lengths: NDArray[np.int64]) -> Iterator[str]:
+    """What is wrong with a signal that the run's estimator does not compute."""
+    if not np.array_equal(entries(table[name])[1], lengths):
+        yield _NOT_ALIGNED.format(name)
+    elif pc.list_flatten(table[name]).null_count < lengths.sum():
+        yield f"`{name}` is not null everywhere, and the run's estimator does not compute it"
 
 
 def _signal(
@@ -86,7 +101,7 @@ def _signal(
 ) -> Iterator[str]:
     signal, found = entries(table[name])
     if not np.array_equal(found, lengths):
-        yield f"`{name}` is not as long as `input_ids` for scored rows and empty for the others"
+        yield _NOT_ALIGNED.format(name)
         return
     null = pc.is_null(pc.list_flatten(table[name])).to_numpy()
     row = np.repeat(np.arange(len(lengths)), lengths)

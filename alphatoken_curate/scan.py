@@ -16,7 +16,7 @@ import pyarrow as pa
 from alphatoken_curate import manifest
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.manifest import Generation, Manifest, Mask
-from alphatoken_curate.schema import PAIR_COLUMNS, SIGNALS, VOCABULARY, Layout
+from alphatoken_curate.schema import PAIR_COLUMNS, VOCABULARY, Layout
 from alphatoken_curate.shards import Shard
 
 T = TypeVar("T")
@@ -31,9 +31,9 @@ def scan(
 ) -> pl.LazyFrame:
     """The examples of a run, in row_id order, with the columns of its layout (`schema.Layout`): SFT or preference rows.
 
-    `values`: every row read, of the newest generation or the one given; `train`: the rows of the newest mask or the
-    one given. Raises `UsageError` for a number that is not there, `StoredDataError` for a run without a manifest
-    or with a file missing.
+    They are those of the files: what the run's estimator does not compute is null there. `values`: every row read, of
+    the newest generation or the one given; `train`: the rows of the newest mask or the one given. Raises `UsageError`
+    for a number that is not there, `StoredDataError` for a run without a manifest or with a file missing.
     """
     folder = Path(run)
     stored = manifest.read(folder)
@@ -49,19 +49,19 @@ def scan_tokens(run: str | Path, *, generation: int | None = None, mask: int | N
     """One row per response token of the rows that were scored.
 
     row_id int64; in preference runs branch string, `chosen` or `rejected`; position int32, its index in the sequence;
-    token_id int32; text string, null where the run has no vocabulary; every signal float32 (`schema.SIGNALS`); in
-    preference runs omega and margin float32 of the row; kept bool and loss_weight float32 of the newest mask or the one
-    given, null where there is none, and in rows that another generation of the mask did not score. In order of row_id,
-    chosen before rejected, then position. Raises as `scan`.
+    token_id int32; text string, null where the run has no vocabulary; every signal of the run's estimator float32
+    (`schema.Components.signals`); in preference runs omega and margin float32 of the row; kept bool and loss_weight
+    float32 of the newest mask or the one given, null where there is none, and in rows that another generation of the
+    mask did not score. In order of row_id, chosen before rejected, then position. Raises as `scan`.
     """
     folder = Path(run)
     stored = manifest.read(folder)
-    layout = manifest.layout(stored)
+    layout, signals = manifest.layout(stored), manifest.components(stored).signals
     values = _frame(folder, choose_generation(folder, stored, generation).shards, layout.values)
     pair = layout.kind == "preference"
     of_row = PAIR_COLUMNS if pair else ()
-    rows = values.filter(pl.col("status") == "scored").select("row_id", *of_row, *_token_lists(layout))
-    lists = ["position", "token_id", "response", *SIGNALS, "loss_weight"]
+    rows = values.filter(pl.col("status") == "scored").select("row_id", *of_row, *_token_lists(layout, signals))
+    lists = ["position", "token_id", "response", *signals, "loss_weight"]
     tokens = _with_weight(folder, stored, layout, rows, mask).explode(lists, empty_as_null=False).filter("response")
     # Both branches of a row went into one list, so that no sort is needed; the second begins where the first ends.
     second = pl.col("position") >= pl.col("first")
@@ -69,7 +69,7 @@ def scan_tokens(run: str | Path, *, generation: int | None = None, mask: int | N
     position = pl.col("position") - pl.when(second).then("first").otherwise(0) if pair else pl.col("position")
     kept = (pl.col("loss_weight") > 0).alias("kept")
     return _with_text(folder, tokens).select(
-        "row_id", *branch, position, "token_id", "text", *SIGNALS, *of_row, kept, "loss_weight"
+        "row_id", *branch, position, "token_id", "text", *signals, *of_row, kept, "loss_weight"
     )
 
 
@@ -95,7 +95,7 @@ def _chosen(run: Path, word: str, known: dict[int, T], number: int | None) -> T:
     raise UsageError(f"{run}: has no {word} {number}; it has {', '.join(map(str, known))}")
 
 
-def _token_lists(layout: Layout) -> Iterator[pl.Expr]:
+def _token_lists(layout: Layout, signals: Sequence[str]) -> Iterator[pl.Expr]:
     """`position` in what is a list of the tokens of all branches, its `length`, that of the `first`, and the lists."""
     lengths = [pl.col(f"{prefix}input_ids").list.len().cast(pl.Int32) for prefix in layout.branches]
     length = pl.sum_horizontal(lengths).cast(pl.Int32)
@@ -103,7 +103,7 @@ def _token_lists(layout: Layout) -> Iterator[pl.Expr]:
     yield length.alias("length")
     yield pl.int_ranges(0, length, dtype=pl.Int32).alias("position")
     yield _joined(layout, "input_ids").alias("token_id")
-    yield from (_joined(layout, name) for name in ("response", *SIGNALS))
+    yield from (_joined(layout, name) for name in ("response", *signals))
 
 
 def _joined(layout: Layout, column: str) -> pl.Expr:

@@ -6,11 +6,14 @@ A run holds SFT rows or preference rows. Preference rows carry each list twice, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+from alphatoken_curate.errors import UsageError
+
+SCHEMA_VERSION = 2
 
 STATUSES = ("scored", "target", "failed", "rejected")
 """What became of a row. Rows read == scored + target + failed + rejected."""
@@ -19,10 +22,26 @@ VOCABULARY = "artifacts/vocab.parquet"
 """In a run: token_id int32, text string, so that tokens are read without the tokenizer."""
 
 COMPONENTS = ("adapt_direct", "adapt_causal", "stab_direct", "stab_causal")
-"""The four components of a token's value (paper Eq. 8-11), in the order they are stored."""
+"""The four components of a token's value (paper Eq. 8-11) by the estimators that part direct and causal path."""
 
-OPTIONAL = ("reference_nll", "drift_direct", "drift_causal")
-"""Signals that are null everywhere in runs that did not compute them."""
+_BY_PATH = "--estimator influence does not compute it; score with --estimator published, exact or exact+influence"
+_UPSTREAM = "score with --estimator exact+influence, which alone computes it"
+_INFLUENCE = "score with --estimator influence, which alone stores it; by exact+influence it is direct + upstream"
+_DRIFT = "it is the drift beside retention rows; score with --retention FILE and --drift together, and --estimator "
+_DRIFT_BY_PATH = f"{_DRIFT}published, exact or exact+influence"
+
+NOT_COMPUTED: Mapping[str, str] = {
+    "reference_nll": "model and reference are the same; score with a --reference of its own",
+    **dict.fromkeys(COMPONENTS, _BY_PATH),
+    **dict.fromkeys(("adapt_upstream", "stab_upstream"), _UPSTREAM),
+    **dict.fromkeys(("adapt_influence", "stab_influence"), _INFLUENCE),
+    **dict.fromkeys(("drift_direct", "drift_causal"), _DRIFT_BY_PATH),
+    "drift_influence": f"{_DRIFT}influence",
+}
+"""Why a signal is null everywhere in runs that did not compute it, and what to do."""
+
+OPTIONAL = tuple(NOT_COMPUTED)
+"""Signals that some runs do not compute. Which, their estimator says (`components`), and their inputs."""
 
 PAIR_COLUMNS = ("omega", "margin")
 """One number for each preference row (paper Eq. 14)."""
@@ -31,6 +50,55 @@ IGNORE_INDEX = -100
 """The label that every trainer leaves out of the loss."""
 
 _floats = pa.list_(pa.field("item", pa.float32(), nullable=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Components:
+    """What an estimator gives along its directions: names of signals, in stored order.
+
+    `adaptation`, `stability`: the parts whose sum is the objective, of which the value is made (Eq. 12); `upstream`:
+    stored beside them; `drift`: what stability would be by the drift, only where retention rows take its place.
+    """
+
+    adaptation: tuple[str, ...]
+    stability: tuple[str, ...]
+    drift: tuple[str, ...]
+    upstream: tuple[str, ...] = ()
+
+    @property
+    def of_value(self) -> tuple[str, ...]:
+        """What the value is made of."""
+        return (*self.adaptation, *self.stability)
+
+    @property
+    def always(self) -> tuple[str, ...]:
+        """The signals that each response token of a scored row has, in stored order."""
+        there = {"nll", "entropy", *self.of_value, *self.upstream, "value"}
+        return tuple(name for name in SIGNALS if name in there)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """These, and those that depend on the inputs of the run, in stored order. All others are null."""
+        there = {*self.always, "reference_nll", *self.drift}
+        return tuple(name for name in SIGNALS if name in there)
+
+
+_PARTED = Components(adaptation=COMPONENTS[:2], stability=COMPONENTS[2:], drift=("drift_direct", "drift_causal"))
+
+BY_ESTIMATOR: Mapping[str, Components] = {
+    "published": _PARTED,
+    "exact": _PARTED,
+    "influence": Components(adaptation=("adapt_influence",), stability=("stab_influence",), drift=("drift_influence",)),
+    "exact+influence": replace(_PARTED, upstream=("adapt_upstream", "stab_upstream")),
+}
+"""By `--estimator`, which footers and the manifest hold among their settings."""
+
+
+def components(estimator: str) -> Components:
+    """The signals that `--estimator` gives. Raises `UsageError` where there is none of this name."""
+    if estimator not in BY_ESTIMATOR:
+        raise UsageError(f"estimator: found {estimator!r}; give one of {', '.join(BY_ESTIMATOR)}")
+    return BY_ESTIMATOR[estimator]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,11 +139,23 @@ _VALUE_LISTS = [
     _signal("reference_nll", "nll under the reference; null where the reference is the same model", "nats"),
     _signal("adapt_direct", "adaptation by the direct path: its own position (Eq. 8)"),
     _signal("adapt_causal", "adaptation by the causal path: later tokens it conditions (Eq. 9)"),
+    _signal("adapt_upstream", "adaptation by its own loss, reached through earlier positions"),
+    _signal("adapt_influence", "adapt_direct + adapt_upstream: adaptation lost, to first order, without its own loss"),
     _signal("stab_direct", "stability by the direct path (Eq. 10)"),
     _signal("stab_causal", "stability by the causal path (Eq. 11)"),
+    _signal("stab_upstream", "stability by its own loss, reached through earlier positions"),
+    _signal("stab_influence", "stab_direct + stab_upstream: stability lost, to first order, without its own loss"),
     _signal("drift_direct", "stab_direct by the drift, where stab_direct is by retention rows and both were asked for"),
     _signal("drift_causal", "stab_causal by the drift, where stab_causal is by retention rows and both were asked for"),
-    _signal("value", "adapt_direct + adapt_causal + stability_weight (stab_direct + stab_causal) (Eq. 12)"),
+    _signal(
+        "drift_influence",
+        "stab_influence by the drift, where stab_influence is by retention rows and both were asked for",
+    ),
+    _signal(
+        "value",
+        "adapt_direct + adapt_causal + stability_weight (stab_direct + stab_causal) (Eq. 12);"
+        " by --estimator influence adapt_influence + stability_weight stab_influence",
+    ),
 ]
 
 _PAIR = [

@@ -38,6 +38,7 @@ from alphatoken_curate.remask import MaskSummary, make_mask
 from alphatoken_curate.scorer import ReferencePass, ScorerSpec, ShardScorer, count_tokens
 from alphatoken_curate.shards import Footer, Shard
 from alphatoken_curate.tokens import AnyRow, TokenRow, chosen
+from alphatoken_curate.trial import find_budget, first_model
 
 SUFFIX = ".alphatoken"
 """A run folder's default name is the stem of its data and this."""
@@ -75,7 +76,7 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     folder = Path(run) if run is not None else default_run(config.data)
     prepared = prepare(config)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device.type)
+    dtype = resolve_dtype(config.dtype, device.type, config.parameters)
     reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
     check_alike(prepared.source, reference)
     about = fingerprint_fields(prepared, reference, dtype)
@@ -83,14 +84,14 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
     with one_writer(folder):
-        budget = Budget(folder, about, config.batch_tokens, device.type, listener)
+        budget = Budget(folder, about, config.batch_tokens, listener)
         store = Store(folder=folder / "artifacts", fields=about, reuse=_artifacts_of(config.reuse))
         spec = ScorerSpec(
             config=config, model=prepared.source, reference=reference, dtype=dtype, device=str(device), store=store
         )
         _tell(prepared, spec, listener)
         scored = run_generation(folder, job_of(prepared, spec), spec, budget, listener)
-        if write_beside(folder, prepared) or scored:
+        if write_beside(folder, prepared, budget.first) or scored:
             write_manifest(folder)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored)
@@ -152,8 +153,10 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
     missing = [index for index in range(len(job.shards)) if index not in done]
     if not missing:
         return 0
-    _reference_stage(job, spec, missing, budget, progress)
-    scorer = ShardScorer(spec)
+    reference, scorer = ReferencePass(spec), ShardScorer(spec)
+    rows = [job.shards[index].rows for index in missing]
+    budget.decide(partial(find_budget, spec, rows, first_model(spec, missing, reference, scorer), progress))
+    _reference_stage(job, reference, missing, budget, progress)
     _directions(job, spec, scorer, budget, progress)
     progress.stage("scoring", sum(count_tokens(job.shards[index].rows) for index in missing))
     for index in missing:
@@ -204,8 +207,10 @@ def _check_stored(run: Path, number: int, done: Mapping[int, Shard]) -> None:
 # --------------------------------------------------------------------------------------- what comes before the shards
 
 
-def _reference_stage(job: Job, spec: ScorerSpec, missing: Sequence[int], budget: Budget, progress: Progress) -> None:
-    reference = ReferencePass(spec)
+def _reference_stage(
+    job: Job, reference: ReferencePass, missing: Sequence[int], budget: Budget, progress: Progress
+) -> None:
+    spec = reference.spec
     if spec.has_drift:
         _fisher(job, spec, reference, budget, progress)
         reference.weights()

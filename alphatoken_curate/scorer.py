@@ -20,18 +20,20 @@ from alphatoken_curate import artifacts
 from alphatoken_curate.artifacts import Store
 from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
-from alphatoken_curate.drift import checked_weights, drift_direction, read_direction, read_weights
+from alphatoken_curate.drift import checked_weights, drift_direction, on_disk, read_direction, read_weights
 from alphatoken_curate.errors import InputError, ModelError
 from alphatoken_curate.fisher import fisher_diagonal
 from alphatoken_curate.generate import answer_room, pack, sample_answers, unpack
+from alphatoken_curate.influence import make_scorer
 from alphatoken_curate.losses import Weigh, row_means
 from alphatoken_curate.models import ModelSource, free_memory, load_model
-from alphatoken_curate.paths import PathScorer
+from alphatoken_curate.parameters import rest_fisher, rest_gradient
 from alphatoken_curate.plan import Batch, collate, plan_batches, sequences
 from alphatoken_curate.precondition import estimate, precondition
 from alphatoken_curate.preference import Pairs, reference_sums
 from alphatoken_curate.progress import Progress
-from alphatoken_curate.signals import RowResult, plain_losses, row_signals
+from alphatoken_curate.schema import BY_ESTIMATOR
+from alphatoken_curate.signals import BatchScorer, RowResult, plain_losses, row_signals
 from alphatoken_curate.target import target_gradient
 from alphatoken_curate.tokens import AnyRow, TokenRow, branches
 
@@ -89,18 +91,17 @@ class ScorerSpec:
         Where it runs in less than float32, the weights of S are as its files have them nonetheless: a drift of a few
         steps is smaller than what rounding a weight to bfloat16 changes.
         """
-        layers, kept = self.config.layers, None
-        narrow = torch.finfo(getattr(torch, self.dtype)).bits < torch.finfo(torch.float32).bits
-        if narrow and not source.tensors_on_disk:
-            wide = self._load(source, "float32", "cpu")
-            kept = [m.weight for m in ScoringModel(wide, layers).maps]
-            del wide
-        scoring = ScoringModel(model if model is not None else self.load(source), layers)
-        if narrow:
-            exact = kept if kept is not None else read_weights(source.weight_files(), scoring)
-            for m, weight in zip(scoring.maps, exact or (), strict=exact is not None):
-                m.weight.copy_(weight)
+        scoring = self._captured(model if model is not None else self.load(source))
+        if torch.finfo(getattr(torch, self.dtype)).bits < torch.finfo(torch.float32).bits:
+            exact = read_weights(source.weight_files(), scoring) if source.tensors_on_disk else None
+            if exact is None:
+                exact = self._captured(self._load(source, "float32", "cpu")).weights
+            for own, weight in zip(scoring.weights, exact, strict=True):
+                own.copy_(weight)
         return scoring
+
+    def _captured(self, model: PreTrainedModel) -> ScoringModel:
+        return ScoringModel(model, self.config.layers, self.config.parameters)  # type: ignore[arg-type]
 
 
 class ReferencePass:
@@ -144,14 +145,13 @@ class ReferencePass:
 
     def fisher(self, rows: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> None:
         """Estimate F from rows and keep it. Raises InputError where it is not finite."""
-        progress.stage("Fisher of the reference", sum(len(row.input_ids) for row in rows))
-        found = fisher_diagonal(
-            self.scoring,
-            rows,
-            counted(rows, batch_tokens, progress),
-            sampled=self.spec.config.fisher == "sampled",
-            seed=self.spec.config.seed,
-        )
+        sampled, seed = self.spec.config.fisher == "sampled", self.spec.config.seed
+        passes = 2 if self.scoring.rest else 1
+        progress.stage("Fisher of the reference", passes * sum(len(row.input_ids) for row in rows))
+        batches = counted(rows, batch_tokens, progress)
+        found = fisher_diagonal(self.scoring, rows, batches, sampled=sampled, seed=seed)
+        if self.scoring.rest:
+            found += rest_fisher(self.scoring, rows, sampled=sampled, seed=seed, done=progress.advance)
         if not all(torch.isfinite(f).all() for f in found):
             raise InputError(
                 "The Fisher of the reference is not finite, so stability cannot be scored: some row's loss under"
@@ -160,10 +160,12 @@ class ReferencePass:
         self.spec.store.save(artifacts.FISHER, by_name(self.scoring, found))
 
     def weights(self) -> None:
-        """Keep the reference's weights of S where its files do not give them tensor by tensor (GGUF, adapters)."""
-        if not self.spec.reference.tensors_on_disk and not self.spec.store.has(artifacts.REFERENCE):
-            found = by_name(self.scoring, [m.weight for m in self.scoring.maps])
-            self.spec.store.save(artifacts.REFERENCE, found)
+        """Keep the reference's weights of S, unless its files give them tensor by tensor under the model's names."""
+        reference, store = self.spec.reference, self.spec.store
+        if store.has(artifacts.REFERENCE) or (reference.tensors_on_disk and self._model is None):
+            return  # whoever needs them reads them, and no model is loaded for that alone
+        if not (reference.tensors_on_disk and on_disk(reference.weight_files(), self.scoring)):
+            store.save(artifacts.REFERENCE, by_name(self.scoring, self.scoring.weights))
 
     def losses(self, shard: int, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int) -> None:
         """Keep the reference's nll of a shard's response tokens, sequence by sequence, in one tensor."""
@@ -186,7 +188,7 @@ class ShardScorer:
     def __init__(self, spec: ScorerSpec) -> None:
         self.spec = spec
         self._scoring: ScoringModel | None = None
-        self._paths: PathScorer | None = None
+        self._scorer: BatchScorer | None = None
 
     def __reduce__(self) -> tuple[type[ShardScorer], tuple[ScorerSpec]]:
         """Pickle what it was built from, never the model."""
@@ -201,14 +203,13 @@ class ShardScorer:
         """
         if self.spec.store.has(kind):
             return
-        progress.stage(f"{kind} gradient", count_tokens(rows))
-        found = target_gradient(
-            self._load(),
-            counted(rows, batch_tokens, progress),
-            # Retention and lookahead are true gradients; the published G is not.
-            all_positions=kind != artifacts.TARGET or self.spec.config.estimator == "exact",
-            weigh=pairs.weigh if pairs is not None else None,
-        )
+        scoring, weigh = self._load(), pairs.weigh if pairs is not None else None
+        progress.stage(f"{kind} gradient", count_tokens(rows) * (2 if scoring.rest else 1))
+        # Retention and lookahead are true gradients; the published G is not.
+        true = kind != artifacts.TARGET or self.spec.config.estimator != "published"
+        found = target_gradient(scoring, counted(rows, batch_tokens, progress), all_positions=true, weigh=weigh)
+        if scoring.rest:
+            found += rest_gradient(scoring, counted(rows, batch_tokens, progress), weigh)
         if not all(torch.isfinite(g).all() for g in found):
             raise InputError(
                 f"The loss of the {kind} rows has no finite gradient, so it gives no direction to score by."
@@ -233,9 +234,10 @@ class ShardScorer:
             return []
         reference = self.reference_losses(shard, rows)
         return row_signals(
-            self._path_scorer(progress),
+            self._batch_scorer(progress),
             rows,
             counted(rows, batch_tokens, progress),
+            components=BY_ESTIMATOR[self.spec.config.estimator],
             objectives=self.spec.objectives,
             stability_weight=self.spec.config.stability_weight,
             reference_nll=reference,
@@ -260,7 +262,7 @@ class ShardScorer:
         return self._scoring
 
     def _check_maps(self, scoring: ScoringModel) -> None:
-        found = {m.parameter: tuple(m.weight.shape) for m in scoring.maps}
+        found = {name: tuple(weight.shape) for name, weight in zip(scoring.names, scoring.weights, strict=True)}
         if self.spec.maps is not None and found != self.spec.maps:
             odd = sorted(found.items() ^ self.spec.maps.items())[0][0]
             raise ModelError(
@@ -268,14 +270,14 @@ class ShardScorer:
                 " of another shape). A checkpoint must come from the run's model."
             )
 
-    def _path_scorer(self, progress: Progress) -> PathScorer:
-        if self._paths is None:
+    def _batch_scorer(self, progress: Progress) -> BatchScorer:
+        if self._scorer is None:
             scoring = self._load()
             directions = [self._direction(objective) for objective in self.spec.objectives]
             if not all(any(matrix.any() for matrix in direction) for direction in directions[1:]):
                 progress.note("STABILITY IS ZERO: the scoring blocks have the weights of the reference.")
-            self._paths = PathScorer(scoring, directions, self.spec.config.estimator, self.spec.config.window)  # type: ignore[arg-type]
-        return self._paths
+            self._scorer = make_scorer(scoring, directions, self.spec.config.estimator, self.spec.config.window)
+        return self._scorer
 
     def _direction(self, objective: str) -> Direction:
         if objective == "adapt":
@@ -298,14 +300,14 @@ class ShardScorer:
         )
 
     def _stored(self, kind: str) -> Direction:
-        stored, maps = self.spec.store.require(kind, self._load().device), self._load().maps
-        missing = [m.parameter for m in maps if m.parameter not in stored]
+        stored, names = self.spec.store.require(kind, self._load().device), self._load().names
+        missing = [name for name in names if name not in stored]
         if missing:
             raise ModelError(
                 f"{self.spec.store.path(kind)}: has no {missing[0]}: the reference has other blocks than the model."
                 " It must be the model that was tuned."
             )
-        return [stored[m.parameter] for m in maps]
+        return [stored[name] for name in names]
 
     def _drift(self) -> Direction:
         scoring, config = self._load(), self.spec.config
@@ -319,14 +321,14 @@ class ShardScorer:
         return drift_direction(scoring, fisher, self._reference_weights(), step)
 
     def _reference_weights(self) -> Direction:
-        scoring = self._load()
+        scoring, reference = self._load(), self.spec.reference
         kept = self.spec.store.load(artifacts.REFERENCE, scoring.device)
         if kept is not None:
-            return checked_weights(scoring, [kept[m.parameter] for m in scoring.maps])
-        found = read_weights(self.spec.reference.weight_files(), scoring)
-        if found is None:
-            raise ModelError(f"{self.spec.reference.name}: its files do not name the weights of the scoring blocks.")
-        return found
+            return checked_weights(scoring, [kept[name] for name in scoring.names])
+        found = read_weights(reference.weight_files(), scoring) if reference.tensors_on_disk else None
+        if found is None:  # renamed or merged on loading, and nothing else needed the reference so far
+            found = [w.to(scoring.device) for w in self.spec.capture(reference).weights]
+        return checked_weights(scoring, found)
 
 
 def count_tokens(rows: Sequence[AnyRow]) -> int:
@@ -343,4 +345,4 @@ def counted(rows: Sequence[AnyRow], batch_tokens: int, progress: Progress) -> It
 
 def by_name(scoring: ScoringModel, direction: Direction) -> dict[str, Tensor]:
     """A direction under the names of its weights."""
-    return {m.parameter: tensor for m, tensor in zip(scoring.maps, direction, strict=True)}
+    return dict(zip(scoring.names, direction, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,14 +14,22 @@ from torch import Tensor
 from alphatoken_curate import composite
 from alphatoken_curate.capture import ScoringModel
 from alphatoken_curate.losses import at, positions, token_losses
-from alphatoken_curate.paths import PathScorer, Signals
+from alphatoken_curate.paths import Signals
 from alphatoken_curate.plan import Batch, sequences
 from alphatoken_curate.preference import Pairs, PairTerms
-from alphatoken_curate.schema import COMPONENTS
+from alphatoken_curate.schema import Components
 from alphatoken_curate.tokens import AnyRow, TokenRow
 
 RowSignals = dict[str, NDArray[np.float32]]
 """Signals of one sequence, each (T,), NaN off the response."""
+
+
+class BatchScorer(Protocol):
+    """What scores the response tokens of a batch along its directions (`paths`, `influence`)."""
+
+    def score(self, batch: Batch) -> Signals:
+        """Signals of the N response tokens of a batch."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,10 +42,11 @@ class RowResult:
 
 
 def row_signals(
-    paths: PathScorer,
+    scorer: BatchScorer,
     rows: Sequence[AnyRow],
     batches: Iterable[Batch],
     *,
+    components: Components,
     objectives: Sequence[str],
     stability_weight: float,
     reference_nll: Sequence[NDArray[np.float32]] | None,
@@ -45,17 +54,18 @@ def row_signals(
 ) -> list[RowResult | None]:
     """The stored signals of each row; None where one is not finite.
 
-    `objectives`: the prefix of each direction of `paths`, "adapt" first. `reference_nll`: of each sequence's response
-    tokens. `pairs`: for preference rows, whose signals are those of the pair's loss (Eq. 14).
+    `components`: those of the estimator that `scorer` is. `objectives`: the prefix of each of its directions, "adapt"
+    first. `reference_nll`: of each sequence's response tokens. `pairs`: for preference rows, whose signals are those of
+    the pair's loss (Eq. 14).
     """
     flat = sequences(rows)
     each = len(flat) // len(rows)
     found: list[RowResult | None] = [None] * len(rows)
     for batch in batches:
-        signals = paths.score(batch)
+        signals = scorer.score(batch)
         terms = pairs.terms(batch, signals.nll.double().cpu().numpy()) if pairs is not None else None
         signs = pairs.signs(batch, terms) if pairs is not None and terms is not None else None
-        columns = _columns(signals, objectives, stability_weight, signs)
+        columns = _columns(signals, components, objectives, stability_weight, signs)
         for i in range(0, len(batch.rows), each):
             mine = []
             for branch in range(i, i + each):
@@ -77,19 +87,32 @@ def _result(branches: tuple[RowSignals, ...], terms: PairTerms | None, pair: int
 
 
 def _columns(
-    signals: Signals, objectives: Sequence[str], stability_weight: float, signs: NDArray[np.float64] | None
+    signals: Signals,
+    components: Components,
+    objectives: Sequence[str],
+    stability_weight: float,
+    signs: NDArray[np.float64] | None,
 ) -> RowSignals:
     """The stored columns of N tokens; without a direction for it, stability is exactly 0."""
-    factor = 1.0 if signs is None else torch.from_numpy(signs).to(signals.direct)
-    columns: dict[str, Any] = {"nll": signals.nll, "entropy": signals.entropy}
-    zeros = torch.zeros_like(signals.direct[0])
-    columns |= {name: zeros for name in COMPONENTS}
-    for n, objective in enumerate(objectives):
-        columns[f"{objective}_direct"] = signals.direct[n] * factor
-        columns[f"{objective}_causal"] = signals.causal[n] * factor
+    columns = {"nll": signals.nll, "entropy": signals.entropy}
+    columns |= dict.fromkeys((*components.of_value, *components.upstream), torch.zeros_like(signals.nll))
+    for path, along in _paths(signals).items():
+        factor = 1.0 if signs is None else torch.from_numpy(signs).to(along)
+        for n, objective in enumerate(objectives):
+            if (name := f"{objective}_{path}") in components.signals:
+                columns[name] = along[n] * factor
     stored: RowSignals = {name: tensor.float().cpu().numpy() for name, tensor in columns.items()}
-    components = (stored[name] for name in COMPONENTS)
-    return stored | {"value": composite.value(*components, stability_weight=stability_weight)}
+    return stored | {"value": composite.value(stored, components, stability_weight=stability_weight)}
+
+
+def _paths(signals: Signals) -> dict[str, Tensor]:
+    """What was asked for, (n, N) each, by the name its columns end with."""
+    found = {"direct": signals.direct, "causal": signals.causal}
+    if signals.direct is None or signals.influence is None:
+        found["influence"] = signals.influence
+    else:
+        found["upstream"] = (signals.influence.double() - signals.direct.double()).to(signals.influence)
+    return {path: along for path, along in found.items() if along is not None}
 
 
 def _spread(parts: RowSignals, row: TokenRow) -> RowSignals:

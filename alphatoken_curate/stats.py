@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alphatoken_curate import manifest, masks, remask, responses, shards
+from alphatoken_curate import composite, manifest, masks, remask, responses, shards
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.fingerprint import Json
 from alphatoken_curate.histogram import Histogram, edges_for, empty_histogram, histogram
 from alphatoken_curate.manifest import Generation, Manifest, Mask
 from alphatoken_curate.scan import choose_generation
-from alphatoken_curate.schema import PAIR_COLUMNS, STATUSES, Layout
+from alphatoken_curate.schema import PAIR_COLUMNS, STATUSES, Components, Layout
 from alphatoken_curate.shards import Shard
 
 Floats = NDArray[np.float32]
@@ -35,19 +35,16 @@ Bools = NDArray[np.bool_]
 MEANS = ("nll", "entropy", "reference_nll")
 """Signals whose mean is told."""
 
-OBJECTIVES = {
-    "adaptation": ("adapt_direct", "adapt_causal"),
-    "stability": ("stab_direct", "stab_causal"),
-    "drift": ("drift_direct", "drift_causal"),
-}
-"""What is the sum of two signals; drift only where it was computed beside stability."""
-
 SCALES = ("none", "rms")
 """Choices of `--stability-scale`."""
 
-_SPREADS = (*(part for parts in OBJECTIVES.values() for part in parts), *OBJECTIVES, "value")
 _CORE = 0.98
 """Share of the values that the closed bins are to cover, at least."""
+
+
+def objectives(components: Components) -> dict[str, tuple[str, ...]]:
+    """The signals whose sum is each objective; `drift` only where it was computed beside stability."""
+    return {"adaptation": components.adaptation, "stability": components.stability, "drift": components.drift}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +102,10 @@ class Stats:
     `kind`: `sft` or `preference`. `rows`: read, and by status. `tokens`, `response_tokens`: of every status;
     `scored_tokens`: response tokens of scored rows, of which `kept_tokens` (None without a mask); `rows_left_out`:
     scored rows that are not in the mask, since another of its generations did not score them. `branches`: `chosen` and
-    `rejected`, empty in SFT runs; `pairs` None there. `rms`: root mean square over the scored tokens of the four
-    components, of `adaptation` and `stability` (direct + causal) and of `value`; where they were computed, of
-    `drift_direct`, `drift_causal` and `drift`; in nats per unit step, 0 where there is no token. `mean`: of nll,
-    entropy and reference_nll in nats, None where there is none.
+    `rejected`, empty in SFT runs; `pairs` None there. `rms`: root mean square over the scored tokens of each signal
+    that `estimator` gives along a direction, of `adaptation` and `stability` (the sums of their components) and of
+    `value`; of the drift's signals and `drift`, their sum, where it was computed; in nats per unit step, 0 where there
+    is no token. `mean`: of nll, entropy and reference_nll in nats, None where there is none.
     `decisions_changed`: by --stability-scale, tokens that the newest mask's settings (the default settings where there
     is no mask) keep or drop only due to stability, of `decided_tokens` in `decided_generations`: those the mask was
     made from, or the one that was asked for. `decided_by_value`: whether these settings use the value; where they do
@@ -116,6 +113,7 @@ class Stats:
     """
 
     kind: str
+    estimator: str
     generation: int
     rows: Mapping[str, int]
     tokens: int
@@ -159,6 +157,7 @@ def stats(run: str | Path, *, generation: int | None = None) -> Stats:
     by_branch = zip(layout.branches, counted.branches, strict=True)
     return Stats(
         kind=layout.kind,
+        estimator=str(stored.settings["estimator"]),
         generation=shown.generation,
         rows={"read": counts.read, **{status: sums.rows[status] for status in STATUSES}},
         tokens=counts.tokens,
@@ -174,7 +173,7 @@ def stats(run: str | Path, *, generation: int | None = None) -> Stats:
         values=values,
         rms=sums.rms(),
         mean=sums.mean(),
-        stability_is_zero=not any(sums.rms()[name] for name in OBJECTIVES["stability"]),
+        stability_is_zero=not any(sums.rms()[name] for name in manifest.components(stored).stability),
         **_decisions(folder, stored, generation),
         generations=tuple(_generation(one, all_sums[one.generation], layout) for one in stored.generations),
         masks=tuple(_mask(one) for one in stored.masks),
@@ -254,9 +253,11 @@ def _kept(
 class _Sums:
     """Sums over tokens and rows, one number per shard and column, so that their total does not depend on the order."""
 
-    def __init__(self) -> None:
+    def __init__(self, components: Components) -> None:
+        self.objectives = objectives(components)
+        self.signals = (*components.of_value, *components.upstream, *components.drift, "value")
         self.tokens = 0
-        self.squares: dict[str, list[float]] = {name: [] for name in _SPREADS}
+        self.squares: dict[str, list[float]] = {name: [] for name in (*self.signals, *self.objectives)}
         self.totals: dict[str, list[float]] = {name: [] for name in (*MEANS, *PAIR_COLUMNS)}
         self.present: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
@@ -265,11 +266,10 @@ class _Sums:
     @classmethod
     def of(cls, run: Path, stored: Manifest, generation: Generation) -> _Sums:
         """The sums of a generation, read shard by shard."""
-        layout, sums = manifest.layout(stored), cls()
+        layout, sums = manifest.layout(stored), cls(manifest.components(stored))
         names = [name for name in ("status", *PAIR_COLUMNS) if name in layout.values.names]
-        signals = (*(part for parts in OBJECTIVES.values() for part in parts), "value", *MEANS)
         for shard in generation.shards:
-            for tokens in responses.load(run, [[shard]], signals, layout).branches:
+            for tokens in responses.load(run, [[shard]], (*sums.signals, *MEANS), layout).branches:
                 sums.add(tokens.columns)
             table = shards.read(run / shard.path, layout.values, names)
             sums.rows.update(table["status"].to_pylist())
@@ -281,9 +281,9 @@ class _Sums:
 
     def add(self, columns: Mapping[str, Floats]) -> None:
         """Count the tokens of a branch of a shard."""
-        wide = {name: columns[name].astype(np.float64) for name in (*columns,) if name in (*_SPREADS, *MEANS)}
-        wide |= {name: wide[direct] + wide[causal] for name, (direct, causal) in OBJECTIVES.items()}
-        for name in _SPREADS:
+        wide = {name: columns[name].astype(np.float64) for name in (*self.signals, *MEANS)}
+        wide |= {name: composite.objective(wide, parts) for name, parts in self.objectives.items()}
+        for name in self.squares:
             self._count(name, np.square(wide[name]), self.squares)
         for name in MEANS:
             self._count(name, wide[name], self.totals)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from alphatoken_curate.files import visible
 from alphatoken_curate.histogram import Histogram
-from alphatoken_curate.stats import OBJECTIVES, SCALES, BranchStats, GenerationStats, Stats
+from alphatoken_curate.schema import components
+from alphatoken_curate.stats import SCALES, BranchStats, GenerationStats, Stats, objectives
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,15 +137,34 @@ def _spread_table(found: Stats) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    known = components(found.estimator)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
-    for head in ("direct", "causal", "sum"):
+    heads = [_path(part) for part in known.adaptation]
+    for head in (*heads, *(["sum"] if len(heads) > 1 else []), *(["upstream"] if known.upstream else [])):
         table.add_column(head, justify="right", no_wrap=True)
-    for name, parts in OBJECTIVES.items():
+    for name, parts in objectives(known).items():
+        beside = [one for one in known.upstream if parts[0].split("_")[0] == one.split("_")[0]]
         if name in found.rms:
-            table.add_row(Text(name), *(Text(f"{found.rms[one]:.3g}") for one in (*parts, name)))
-    table.add_row(Text("value"), "", "", Text(f"{found.rms['value']:.3g}"))
+            table.add_row(Text(name), *_sizes(found.rms, [*_with_sum(name, parts), *beside]))
+    table.add_row(Text("value"), *[""] * (len(heads) - 1 + (len(heads) > 1)), *_sizes(found.rms, ["value"]))
     return table
+
+
+def _path(signal: str) -> str:
+    """`direct` of `adapt_direct`."""
+    return signal.split("_")[1]
+
+
+def _with_sum(objective: str, parts: Sequence[str]) -> list[str]:
+    """The parts of an objective and, where there are several, their sum."""
+    return [*parts, *([objective] if len(parts) > 1 else [])]
+
+
+def _sizes(rms: Mapping[str, float], names: Sequence[str]) -> list[Text]:
+    from rich.text import Text
+
+    return [Text(f"{rms[name]:.3g}") for name in names]
 
 
 def _notes(found: Stats) -> Iterator[str]:
@@ -204,8 +224,14 @@ def _growth_table(found: Stats, width: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    names = [name for objective in ("adaptation", "stability") for name in (*OBJECTIVES[objective], objective)]
-    heads = ["adapt\ndirect", "adapt\ncausal", "adapt\nsum", "stab\ndirect", "stab\ncausal", "stab\nsum"]
+    known = components(found.estimator)
+    short = {"adapt": ("adaptation", known.adaptation), "stab": ("stability", known.stability)}
+    names = [name for objective, parts in short.values() for name in _with_sum(objective, parts)]
+    heads = [
+        f"{prefix}\n{'sum' if name == objective else _path(name)}"
+        for prefix, (objective, parts) in short.items()
+        for name in _with_sum(objective, parts)
+    ]
     wide = width >= 80
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for head in ("", *heads, *(["margin"] if wide and found.pairs else [])):
@@ -213,9 +239,8 @@ def _growth_table(found: Stats, width: int) -> Table:
     if wide:
         table.add_column("checkpoint", overflow="fold")
     for one in found.generations:
-        cells = [str(one.generation), *(f"{one.rms[name]:.3g}" for name in names)]
-        cells += [*([_margin(one)] if found.pairs else []), visible(one.checkpoint)] if wide else []
-        table.add_row(*map(Text, cells))
+        beside = [*([_margin(one)] if found.pairs else []), visible(one.checkpoint)] if wide else []
+        table.add_row(Text(str(one.generation)), *_sizes(one.rms, names), *map(Text, beside))
     return table
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from alphatoken_curate.capture import Direction, ScoringModel
-from alphatoken_curate.losses import Weigh, at, loss_gradient, positions
+from alphatoken_curate.losses import Weigh, loss_gradient, positions
 from alphatoken_curate.plan import Batch
+from alphatoken_curate.selection import Selection
 
 
 def target_gradient(
@@ -26,13 +27,15 @@ def target_gradient(
     for planned in batches:
         batch = replace(planned, start=0) if all_positions else planned
         ids = torch.from_numpy(batch.input_ids).to(scoring.device)
-        where = None if all_positions else positions(batch, ids.device)
+        total = ids.shape[0] * (ids.shape[1] - batch.start)
+        chosen = None if all_positions else Selection(positions(batch, ids.device), total)
 
-        def accumulate(index: int, h: Tensor, delta: Tensor, where: Tensor | None = where) -> None:
-            chosen, signal = (
-                (at(h, where), at(delta, where)) if where is not None else (h.flatten(0, 1), delta.flatten(0, 1))
-            )
-            sums[index].addmm_(signal.t(), chosen)
+        def accumulate(
+            index: int, h: Tensor, delta: Tensor, where: Tensor | None, chosen: Selection | None = chosen
+        ) -> None:
+            if chosen is not None:
+                _, (h, delta) = chosen.rows(where, h, delta)
+            sums[index].addmm_(delta.t(), h)
             scoring.release(index)
 
         with scoring.graph(ids, batch.start, pairs=batch.pairs) as hidden:

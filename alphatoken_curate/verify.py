@@ -13,7 +13,7 @@ from alphatoken_curate import card, manifest, rules, sealed, shards
 from alphatoken_curate.atomic import TEMPORARY, digest
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.manifest import File, Generation, Manifest, Mask
-from alphatoken_curate.schema import LAYOUTS, SFT, STATUSES, Layout
+from alphatoken_curate.schema import LAYOUTS, SFT, STATUSES, Components, Layout
 from alphatoken_curate.shards import Shard
 
 AGAIN = "delete it and run the command that made it again"
@@ -31,11 +31,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """A run folder, what is said of it, its columns, and the files that are `broken` and not read again."""
+    """A run folder, what is said of it, its columns and signals, and the files that are `broken` and not read again."""
 
     folder: Path
     stored: Manifest
     layout: Layout
+    components: Components
     broken: set[str] = field(default_factory=set)
 
 
@@ -49,18 +50,19 @@ def verify(run: str | Path) -> list[Problem]:
     problems: list[Problem] = []
     try:
         stored = manifest.read(folder)
-        layout = manifest.layout(stored)
+        layout, components = manifest.layout(stored), manifest.components(stored)
     except StoredDataError as error:
         problems.append(Problem(file=manifest.NAME, found=str(error), do="run the same command again to make it anew"))
         try:
             stored = manifest.rebuild(folder)
-            layout = manifest.layout(stored)
+            layout, components = manifest.layout(stored), manifest.components(stored)
         except StoredDataError as also:
             return [*problems, *_each_alone(folder, also), *_strangers(folder, None)]
     problems += _digests(folder, stored)
     if not problems:
         problems += _against_footers(folder, stored)
-    about = _Run(folder=folder, stored=stored, layout=layout, broken={problem.file for problem in problems})
+    broken = {problem.file for problem in problems}
+    about = _Run(folder=folder, stored=stored, layout=layout, components=components, broken=broken)
     for generation in stored.generations:
         problems += _generation(about, generation)
     for mask in stored.masks:
@@ -151,7 +153,8 @@ def _generation(run: _Run, generation: Generation) -> Iterator[Problem]:
             yield from problem
             continue
         beta = run.stored.settings.get("beta")
-        found = [*rules.values(table, run.layout, shard, total, beta=beta), *_other_rows(run, generation, index, table)]
+        found = list(rules.values(table, run.layout, run.components, shard, total, beta=beta))
+        found += _other_rows(run, generation, index, table)
         yield from (Problem(file=shard.path, found=what, do=AGAIN) for what in found)
         status.update(table["status"].to_pylist())
     if generation is run.stored.generations[-1]:

@@ -1,8 +1,9 @@
-"""alphatoken-curate check: are these rows fit to score, and what would scoring them make?"""
+"""alphatoken-curate check: are these rows fit to score, what would scoring make of them, and what would it take?"""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,26 +12,36 @@ from alphatoken_curate.errors import InputError
 
 from .options import config_options, read_config
 
-_FLAGS = (
-    "model", "reference", "target", "target_rows", "turns", "max_length", "rows_per_shard", "batch_tokens", "device",
-    "seed", "bad_rows", "trust_remote_code",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from alphatoken_curate.estimate import Estimate
 
 
 @click.command()
 @click.argument("data", nargs=-1)
-@config_options(ScoreConfig, only=_FLAGS)
+@click.option(
+    "--estimate",
+    "estimated",
+    is_flag=True,
+    help="Load the models, try each stage on a few batches, and predict seconds and peak memory of the whole scoring.",
+)
+@config_options(ScoreConfig)
 @click.pass_context
-def command(ctx: click.Context, /, data: tuple[str, ...], **_: Any) -> None:
-    """Read and tokenise DATA as `score` would, and say what is in it. Loads no model, writes nothing.
+def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: Any) -> None:
+    """Read and tokenise DATA as `score` would, and say what is in it. Writes nothing, and takes the flags of `score`.
 
-    Exit 3 where a row is bad, with every bad row's file, line and reason; with --bad-rows quarantine they are counted.
+    Loads no model but with --estimate. Exit 3 where a row is bad, with every bad row's file, line and reason; with
+    --bad-rows quarantine they are counted.
     """
+    began = time.perf_counter()
     config = read_config(ctx, ScoreConfig, data)
 
     from alphatoken_curate.check import check
 
-    found = check(config)
+    from .terminal import Listener
+
+    started = time.perf_counter() - began
+    with Listener() as listener:
+        found = check(config, estimated=estimated, progress=listener)
     pairs = "; preference pairs" if found.kind == "preference" else ""
     click.echo(
         f"rows             {found.rows_read:>12,}   {found.rows:,} to score, {found.target_rows:,} target{pairs}"
@@ -54,8 +65,19 @@ def command(ctx: click.Context, /, data: tuple[str, ...], **_: Any) -> None:
             click.echo(f"  {bad.source}:{bad.line}: {bad.reason}: {bad.message}")
         if len(found.bad) > 20:
             click.echo(f"  and {len(found.bad) - 20} more")
+    if found.estimate is not None:
+        _tell(found.estimate, started)
     if not found.rows:
         raise InputError("No row is left to score.")
+
+
+def _tell(found: Estimate, started: float) -> None:
+    """A line for each stage, and the total."""
+    click.echo(f"{'estimate':<26}{'seconds':>9}")
+    for name, seconds in (("starting", started), *((stage.name, stage.seconds) for stage in found.stages)):
+        click.echo(f"  {name:<24}{seconds:>9,.1f}")
+    peak = f"peak memory {found.peak_bytes / 2**20:,.0f} MiB, {found.batch_tokens:,} tokens a batch"
+    click.echo(f"  {'total':<24}{started + found.seconds:>9,.1f}   {peak}")
 
 
 def _size(count: int) -> str:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from alphatoken_curate.row_view import BranchView, RowView
 
 _EPILOG = """\b
-Columns: value, nll, entropy, reference_nll, adapt_direct, adapt_causal,
-stab_direct, stab_causal, drift_direct, drift_causal, loss_weight.
+Columns: value, loss_weight, nll, entropy, reference_nll, and what the run's
+estimator gives of adapt_direct, adapt_causal, adapt_upstream, adapt_influence,
+stab_direct, stab_causal, stab_upstream, stab_influence, drift_direct,
+drift_causal, drift_influence.
 
 Colours need a terminal of 256 colours or more; elsewhere, and where NO_COLOR is set, values are written beside the
 tokens. To page with colours: FORCE_COLOR=1 alphatoken-curate show RUN --row 0 | less -R

@@ -30,6 +30,7 @@ def smollm2_tokenizer() -> Any:
 def all_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep transformers' norms and eager softmax from dropping to float32 inside a float64 model."""
     to, single, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
+    cast = torch.Tensor.type
 
     def keep_to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         lowered = torch.float32 in args or kwargs.get("dtype") is torch.float32
@@ -37,6 +38,11 @@ def all_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "to", keep_to)
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype is torch.float64 else single(self))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "type",
+        lambda self, *a: self if self.dtype is torch.float64 and torch.float32 in a else cast(self, *a),
+    )
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **_: softmax(x, dim=dim))
 
 

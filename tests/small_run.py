@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +15,12 @@ from alphatoken_curate import card, composite, manifest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.manifest import Facts, Input, Plan
 from alphatoken_curate.remask import make_mask
-from alphatoken_curate.schema import COMPONENTS, LAYOUTS
+from alphatoken_curate.schema import LAYOUTS, SCHEMA_VERSION, components
 from alphatoken_curate.shards import Branch, Footer, ValueRow, shard_name, values_folder, write_values
 
 VOCABULARY = 50
 BETA = 0.1
-FIELDS = {"schema_version": 1, "seed": 3, "input": "sha256:" + "0" * 64}
+FIELDS = {"schema_version": SCHEMA_VERSION, "seed": 3, "input": "sha256:" + "0" * 64}
 
 
 def tokens(row_id: int, length: int, number: int = 0) -> Branch:
@@ -31,15 +32,15 @@ def tokens(row_id: int, length: int, number: int = 0) -> Branch:
     return Branch(input_ids=ids.astype(np.int32), response=response)
 
 
-def scored(row: ValueRow, *, reference: bool = True, seed: int = 0) -> ValueRow:
+def scored(row: ValueRow, *, reference: bool = True, seed: int = 0, estimator: str = "published") -> ValueRow:
     """The row with signals drawn by the seed: another seed stands for another checkpoint."""
-    branches = []
+    branches, found = [], components(estimator)
     for number, branch in enumerate(row.branches):
         draws, signals = np.random.default_rng((seed, row.row_id, number)), {}
-        for name in ("nll", "entropy", *(["reference_nll"] if reference else []), *COMPONENTS):
+        for name in ("nll", "entropy", *(["reference_nll"] if reference else []), *found.of_value, *found.upstream):
             drawn = draws.normal(size=len(branch.response))
             signals[name] = np.where(branch.response, drawn, np.nan).astype(np.float32)
-        signals["value"] = composite.value(*(signals[name] for name in COMPONENTS), stability_weight=1.5)
+        signals["value"] = composite.value(signals, found, stability_weight=1.5)
         branches.append(replace(branch, signals=signals))
     row = replace(row, status="scored", branches=tuple(branches))
     return row if len(branches) == 1 else paired(row)
@@ -52,10 +53,8 @@ def paired(row: ValueRow) -> ValueRow:
     return replace(row, margin=float(margin), omega=float(omega))
 
 
-def value_row(
-    row_id: int, length: int, status: str = "scored", *, reference: bool = True, seed: int = 0, kind: str = "sft"
-) -> ValueRow:
-    """A row of `length` tokens; of a pair, that many in the chosen branch. Only the signals depend on the seed."""
+def value_row(row_id: int, length: int, status: str = "scored", *, kind: str = "sft", **how: Any) -> ValueRow:
+    """A row of `length` tokens; of a pair, that many in the chosen branch. `how` it is scored: see `scored`."""
     lengths = (length, 2 + (length * 3) % 11)[: len(LAYOUTS[kind].branches)]
     row = ValueRow(
         row_id=row_id,
@@ -65,7 +64,7 @@ def value_row(
         status=status,
         branches=tuple(tokens(row_id, 0 if status == "rejected" else n, i) for i, n in enumerate(lengths)),
     )
-    return scored(row, reference=reference, seed=seed) if status == "scored" else row
+    return scored(row, **how) if status == "scored" else row
 
 
 def log_ratio(one: Branch) -> float:
@@ -75,16 +74,13 @@ def log_ratio(one: Branch) -> float:
     return float((one.signals["reference_nll"] - one.signals["nll"])[one.response].sum(dtype=np.float64))
 
 
-def value_rows(count: int = 12, *, reference: bool = True, seed: int = 0, kind: str = "sft") -> list[ValueRow]:
+def value_rows(count: int = 12, *, kind: str = "sft", **how: Any) -> list[ValueRow]:
     """Rows of every status: the fourth is rejected, the sixth failed, the eighth held out.
 
     Another seed gives other signals of the same tokens, as another checkpoint does.
     """
     odd = {3: "rejected", 5: "failed", 7: "target"}
-    return [
-        value_row(i, 2 + (i * 5) % 11, odd.get(i, "scored"), reference=reference, seed=seed, kind=kind)
-        for i in range(count)
-    ]
+    return [value_row(i, 2 + (i * 5) % 11, odd.get(i, "scored"), kind=kind, **how) for i in range(count)]
 
 
 def kind_of(rows: list[ValueRow]) -> str:
@@ -92,9 +88,17 @@ def kind_of(rows: list[ValueRow]) -> str:
     return "preference" if any(len(row.branches) == 2 for row in rows) else "sft"
 
 
-def facts(rows: int, kind: str = "sft", checkpoint: str = "base") -> Facts:
+def estimator_of(rows: list[ValueRow]) -> str:
+    """The estimator whose signals the rows have; what exact gives could be published."""
+    names = {name for row in rows for one in row.branches for name in one.signals}
+    return (
+        "influence" if "adapt_influence" in names else "exact+influence" if "adapt_upstream" in names else "published"
+    )
+
+
+def facts(rows: int, kind: str = "sft", checkpoint: str = "base", estimator: str = "published") -> Facts:
     """Facts of a run of one input file."""
-    settings = {"kind": kind, "estimator": "published", "stability_weight": 1.5, "data": ["rows.jsonl"]}
+    settings = {"kind": kind, "estimator": estimator, "stability_weight": 1.5, "data": ["rows.jsonl"]}
     return Facts(
         inputs=(Input(source="rows.jsonl", digest="sha256:" + "0" * 64, bytes=100, rows=rows),),
         digests={"model": "sha256:" + "1" * 64, "reference": None},
@@ -112,7 +116,7 @@ def write_generation(
 ) -> None:
     """values/ of these rows (of either kind), of `read` in the input (default: all of them), at checkpoint-NUMBER."""
     kind = kind_of(rows)
-    told = facts(read or len(rows), kind, f"checkpoint-{number}" if number else "base")
+    told = facts(read or len(rows), kind, f"checkpoint-{number}" if number else "base", estimator_of(rows))
     metadata = Footer(fields={**FIELDS, "kind": kind, "generation": number}, facts=told.as_json())
     for index, start in enumerate(range(0, len(rows), per_shard)):
         path = values_folder(run, number) / shard_name(index)
@@ -136,16 +140,18 @@ def small_run(
     config: MaskConfig | None = None,
     per_shard: int = 5,
     kind: str = "sft",
+    estimator: str = "published",
     generations: Sequence[int] = (0,),
 ) -> Path:
     """A whole run with one mask of its newest generation; returns its folder.
 
-    `rows` (default: `value_rows` of `kind`) are those of the first generation; the others hold the same rows with the
-    signals of another seed, the number of the generation.
+    `rows` (default: `value_rows` of `kind` and `estimator`) are those of the first generation; the others hold the
+    same rows with the signals of another seed, the number of the generation.
     """
-    first = value_rows(kind=kind) if rows is None else rows
+    first = value_rows(kind=kind, estimator=estimator) if rows is None else rows
     for place, number in enumerate(generations):
-        again = [scored(row, seed=number) if row.status == "scored" else row for row in first]
+        how = {"seed": number, "estimator": estimator_of(first)}
+        again = [scored(row, **how) if row.status == "scored" else row for row in first]
         write_generation(run, again if place else first, per_shard, number)
     write_vocabulary(run)
     (run / "config.yaml").write_text("keep: 0.5\n")

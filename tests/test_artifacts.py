@@ -10,20 +10,20 @@ from safetensors.torch import save_file
 from alphatoken_curate import StoredDataError, artifacts
 from alphatoken_curate.artifacts import Store
 
-TRAINING = {"model", "reference", "layers", "kind", "beta", "tokens", "seed"}
+TRAINING = {"model", "reference", "layers", "parameters", "kind", "beta", "tokens", "seed"}
 SAMPLES = {
     *("reference", "fisher", "fisher_rows", "fisher_prompts", "fisher_new_tokens", "prompt_tokens", "tokens", "seed")
 }
 DEPENDS = {
     artifacts.TARGET: {
-        *("model", "layers", "target", "target_rows", "target_tokens", "estimator", "tokens", "seed"),
+        *("model", "layers", "parameters", "target", "target_rows", "target_tokens", "estimator", "tokens", "seed"),
     },
-    artifacts.RETENTION: {"model", "layers", "retention", "retention_tokens"},
+    artifacts.RETENTION: {"model", "layers", "parameters", "retention", "retention_tokens"},
     artifacts.LOOKAHEAD: TRAINING | {"lookahead_rows"},
     artifacts.PRECONDITION: TRAINING | {"precondition", "precondition_rows"},
-    artifacts.FISHER: SAMPLES | {"layers"},
+    artifacts.FISHER: SAMPLES | {"layers", "parameters"},
     artifacts.FISHER_SAMPLES: SAMPLES,
-    artifacts.REFERENCE: {"reference", "layers"},
+    artifacts.REFERENCE: {"reference", "layers", "parameters"},
     artifacts.REFERENCE_NLL: {"reference", "tokens", "rows_per_shard"},
 }
 FIELDS: dict[str, Any] = dict.fromkeys(

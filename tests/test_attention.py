@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alphatoken_curate import attention
+from alphatoken_curate import attention, probabilities
 from alphatoken_curate.attention import Tape, attention_forward
 
 B, H, K, Q, P, D = 2, 4, 2, 9, 5, 3
@@ -69,7 +69,7 @@ def run(case: str, mask: str, prefix: int, tape: Tape) -> tuple[list[Tensor], Te
 
 @pytest.fixture(params=[1 << 21, 1], ids=["one block", "many blocks"])
 def _block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(attention._SCORES_PER_BLOCK, "cpu", request.param)
+    monkeypatch.setitem(probabilities.SCORES_PER_BLOCK, "cpu", request.param)
 
 
 @pytest.mark.usefixtures("_block_size")

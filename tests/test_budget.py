@@ -9,14 +9,18 @@ import torch
 from tiny_files import Notes
 
 from alphatoken_curate import CurateError, FingerprintError, StoredDataError
-from alphatoken_curate.budget import LEAST, Budget, auto_tokens
+from alphatoken_curate.budget import LEAST, Budget
+from alphatoken_curate.manifest import Plan
 from alphatoken_curate.progress import Silent
 
 FIELDS = {"model": "a", "reference": "b", "tokens": "t", "seed": 0, "data": [["x", "y"]]}
 
 
+SHARD = b'{"fields": {}, "first": 9, "plan": {"batch_tokens": 9, "halvings": 0}, "shards": {"0": %s}}'
+
+
 def budget(run: Path, tokens: Any = 1000, fields: dict[str, Any] | None = None, notes: Any = None) -> Budget:
-    return Budget(run, FIELDS if fields is None else fields, tokens, "cpu", notes or Silent())
+    return Budget(run, FIELDS if fields is None else fields, tokens, notes or Silent())
 
 
 def fails(times: int, error: BaseException) -> Any:
@@ -32,9 +36,66 @@ def fails(times: int, error: BaseException) -> Any:
     return work
 
 
-def test_auto_is_by_type_of_device(tmp_path: Path) -> None:
-    assert budget(tmp_path, "auto").tokens == auto_tokens("cpu") == auto_tokens("mps")
-    assert auto_tokens("cuda") > auto_tokens("cpu")
+def stored(run: Path, name: str = "run.json") -> Any:
+    return orjson.loads((run / "artifacts" / name).read_bytes())
+
+
+def never() -> int:
+    raise AssertionError("settled already")
+
+
+def test_auto_is_settled_once_and_written_down(tmp_path: Path) -> None:
+    made = budget(tmp_path, "auto")
+    assert made.first is None and stored(tmp_path)["plan"] is None
+    with pytest.raises(RuntimeError, match="before it is settled"):
+        made.spend(fails(0, MemoryError()))
+    made.decide(lambda: 4096)
+    made.decide(never)
+    assert made.first == made.tokens == 4096
+    assert stored(tmp_path)["first"] == 4096 and stored(tmp_path)["plan"] == {"batch_tokens": 4096, "halvings": 0}
+    again = budget(tmp_path, "auto")  # even where nothing was computed yet
+    again.decide(never)
+    assert again.tokens == 4096
+    # A number binds from the first thing that was computed; until then another may be named.
+    assert budget(tmp_path, 100).tokens == 100
+    (tmp_path / "artifacts" / "target-00000.safetensors").write_bytes(b"")
+    assert budget(tmp_path, 300).tokens == budget(tmp_path, "auto").tokens == 100
+
+
+def test_a_number_needs_no_settling(tmp_path: Path) -> None:
+    made = budget(tmp_path, 1000)
+    made.decide(never)
+    assert made.first == made.tokens == 1000 and stored(tmp_path)["first"] == 1000
+
+
+def test_a_halving_before_any_shard_is_written_down_at_once(tmp_path: Path) -> None:
+    def work(tokens: int) -> int:
+        found = stored(tmp_path)
+        assert found["plan"]["batch_tokens"] == tokens and found["shards"] == {} and found["first"] == 1000
+        if tokens > 300:
+            raise MemoryError
+        return tokens
+
+    assert budget(tmp_path).spend(work) == 250
+    (tmp_path / "artifacts" / "fisher.safetensors").write_bytes(b"")
+    again = budget(tmp_path, "auto")
+    assert (again.tokens, again.first) == (250, 1000)
+    again.spend(fails(0, MemoryError()), 0)
+    assert again.plan(0) == Plan(batch_tokens=250, halvings=2)
+
+
+def test_a_later_generation_begins_with_the_plans_of_the_first(tmp_path: Path) -> None:
+    plans = [Plan(batch_tokens=800), Plan(batch_tokens=400, halvings=1)]
+
+    def later(fields: dict[str, Any]) -> Budget:
+        return Budget(tmp_path, fields, 800, Silent(), generation=1, plans=plans)
+
+    made = later(FIELDS)
+    assert made.tokens == 800 and [made.spend(fails(0, MemoryError()), n) for n in (0, 1)] == [800, 400]
+    assert made.spend(fails(1, MemoryError()), 1) == 200 and made.tokens == 200
+    assert later(FIELDS).plan(1) == Plan(batch_tokens=200, halvings=2)
+    assert later(FIELDS | {"model": "c"}).plan(1) == plans[1]  # another checkpoint takes the number
+    assert stored(tmp_path, "run-00001.json")["fields"]["model"] == "c"
 
 
 @pytest.mark.parametrize(
@@ -72,8 +133,7 @@ def test_there_is_an_end_to_halving(tmp_path: Path) -> None:
 
 def test_the_plan_is_on_disk_before_it_is_used(tmp_path: Path) -> None:
     def work(tokens: int) -> int:
-        stored = orjson.loads((tmp_path / "artifacts" / "run.json").read_bytes())
-        assert stored["shards"]["4"]["batch_tokens"] == tokens
+        assert stored(tmp_path)["shards"]["4"]["batch_tokens"] == tokens
         if tokens > 300:
             raise MemoryError
         return tokens
@@ -136,12 +196,17 @@ def test_what_was_never_begun_binds_nobody(tmp_path: Path) -> None:
         b'{"fields": {}}',
         b'{"fields": [], "shards": {}}',
         b'{"fields": {}, "shards": []}',
-        b'{"fields": {}, "shards": {"0": {}}}',
-        b'{"fields": {}, "shards": {"0": {"batch_tokens": -1, "halvings": 0}}}',
-        b'{"fields": {}, "shards": {"0": {"batch_tokens": "9", "halvings": 0}}}',
-        b'{"fields": {}, "shards": {"x": {"batch_tokens": 9, "halvings": 0}}}',
-        b'{"fields": {}, "shards": {"0": {"batch_tokens": 0, "halvings": 0}}}',
-        b'{"fields": {}, "shards": {"0": {"batch_tokens": 9, "halvings": 0, "more": 1}}}',
+        b'{"fields": {}, "plan": null, "first": null, "shards": []}',
+        b'{"fields": {}, "plan": null, "first": 9, "shards": {}}',
+        b'{"fields": {}, "plan": {"batch_tokens": 9, "halvings": 0}, "first": null, "shards": {}}',
+        b'{"fields": {}, "plan": {"batch_tokens": 9, "halvings": 0}, "first": 0, "shards": {}}',
+        b'{"fields": {}, "plan": {"batch_tokens": 9, "halvings": 0}, "first": 9, "shards": {"0": {}}}',
+        b'{"fields": {}, "plan": null, "first": null, "shards": {"0": {"batch_tokens": 9, "halvings": 0}}}',
+        SHARD % b'{"batch_tokens": -1, "halvings": 0}',
+        SHARD % b'{"batch_tokens": "9", "halvings": 0}',
+        SHARD % b'{"batch_tokens": 0, "halvings": 0}',
+        SHARD % b'{"batch_tokens": 9, "halvings": 0, "more": 1}',
+        SHARD.replace(b'"0"', b'"x"') % b'{"batch_tokens": 9, "halvings": 0}',
         b"\xff",
     ],
 )
@@ -150,3 +215,9 @@ def test_a_damaged_record_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "artifacts" / "run.json").write_bytes(content)
     with pytest.raises(StoredDataError, match=r"run\.json: damaged.*run the same command again"):
         budget(tmp_path)
+
+
+def test_the_damaged_records_are_nearly_sound(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "run.json").write_bytes(SHARD % b'{"batch_tokens": 9, "halvings": 0}')
+    assert budget(tmp_path, fields={}).plan(0) == Plan(batch_tokens=9)

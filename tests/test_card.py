@@ -10,7 +10,7 @@ from small_run import small_run, value_rows, write_generation
 from alphatoken_curate import card, manifest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.remask import make_mask
-from alphatoken_curate.schema import LAYOUTS
+from alphatoken_curate.schema import BY_ESTIMATOR, LAYOUTS, SIGNALS, components
 
 
 @pytest.fixture
@@ -83,15 +83,19 @@ def test_a_card_is_current_until_a_newer_mask(run: Path) -> None:
     assert card.is_current(run, manifest.read(run))
 
 
+@pytest.mark.parametrize("estimator", [name for name in BY_ESTIMATOR if name != "exact"])
 @pytest.mark.parametrize("kind", list(LAYOUTS))
-def test_it_has_counts_columns_with_units_and_settings(tmp_path: Path, kind: str) -> None:
-    text = (small_run(tmp_path, kind=kind) / "README.md").read_text()
+def test_it_has_counts_columns_with_units_and_settings(tmp_path: Path, kind: str, estimator: str) -> None:
+    text = (small_run(tmp_path, kind=kind, estimator=estimator) / "README.md").read_text()
+    absent = [name for name in SIGNALS if name not in components(estimator).signals]
     for schema in (LAYOUTS[kind].train, LAYOUTS[kind].values):
         for column in schema:
             units = column.metadata[b"units"].decode()
-            assert any(f"`{column.name}`" in line and f"| {units} |" in line for line in text.splitlines())
+            named = [line for line in text.splitlines() if line.startswith(f"| `{column.name}` |")]
+            there = column.name.removeprefix("chosen_").removeprefix("rejected_") not in absent
+            assert bool(named) == there and all(f"| {units} |" in line for line in named), column.name
     assert "| rows read | 12 |" in text and "| rows rejected | 1 |" in text
-    assert '"estimator": "published"' in text and "load_dataset" in text and "read_parquet" in text
+    assert f'"estimator": "{estimator}"' in text and "load_dataset" in text and "read_parquet" in text
     assert "\\|" in text  # the `scored | target | ...` of a meaning stays in its cell
     assert ("A row is a pair of answers" in text) == ("`omega` = beta sigmoid(-margin)" in text) == (kind != "sft")
 

@@ -22,7 +22,7 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.row_view import BranchView, read_row
-from alphatoken_curate.schema import SIGNALS
+from alphatoken_curate.schema import SIGNALS, components
 from alphatoken_curate.stats import stats as compute
 
 COLOUR = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
@@ -98,7 +98,7 @@ def test_show_tables_of_both_branches(pairs: Path) -> None:
     ):
         lines = part.split("\n\n")[1].splitlines()
         assert len(lines) == 2 + branch.response.sum()
-        assert len(lines[-1].split()) == 4 + len(SIGNALS) - 2
+        assert len(lines[-1].split()) == 4 + len(components("published").signals) - 2
         assert lines[-1].split()[0] == str(np.flatnonzero(branch.response)[-1])
     assert out.count("value and its parts in nats") == 1
 
@@ -140,7 +140,7 @@ def test_show_without_a_palette_writes_numbers(run: Path, env: dict[str, str]) -
 
 
 def test_show_any_column_and_by_id(run: Path) -> None:
-    columns = [*(name for name in SIGNALS if not name.startswith("drift")), "loss_weight"]
+    columns = [*components("published").always, "reference_nll", "loss_weight"]
     outputs = {name: invoke(show, run, "--id", "n6", "--column", name).output for name in columns}
     assert len(set(outputs.values())) == len(outputs)
     for name, out in outputs.items():
@@ -154,7 +154,7 @@ def test_show_tokens_through_a_pipe_leaves_nothing_out(run: Path) -> None:
     (branch,) = read_row(run, row=8).branches
     assert len(lines) == 2 + branch.response.sum()
     # The drift was not computed beside stability.
-    assert len(lines[-1].split()) == 4 + len(SIGNALS) - 2
+    assert len(lines[-1].split()) == 4 + len(components("published").signals) - 2
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from alphatoken_curate import composite
 from alphatoken_curate.composite import Scales
-from alphatoken_curate.schema import COMPONENTS
+from alphatoken_curate.schema import BY_ESTIMATOR, COMPONENTS, Components, components
 
+PARTED, INFLUENCE = components("published"), components("influence")
 FINITE = st.floats(-1e6, 1e6, width=32)
 
 
@@ -24,7 +25,7 @@ def named(parts: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 def test_value_is_equation_12_and_float32() -> None:
     parts = arrays([1, 2], [10, 20], [100, 200], [1000, 2000])
-    got = composite.value(*parts, stability_weight=1.5)
+    got = composite.value(named(parts), PARTED, stability_weight=1.5)
     assert got.dtype == np.float32
     assert got.tolist() == [11 + 1.5 * 1100, 22 + 1.5 * 2200]
 
@@ -32,7 +33,7 @@ def test_value_is_equation_12_and_float32() -> None:
 @given(st.lists(st.tuples(FINITE, FINITE, FINITE, FINITE), min_size=1, max_size=20), st.floats(-3, 3))
 def test_value_is_rounded_once_from_exact_arithmetic(rows: list[tuple[float, ...]], weight: float) -> None:
     parts = [np.array(column, np.float32) for column in zip(*rows, strict=True)]
-    got = composite.value(*parts, stability_weight=weight)
+    got = composite.value(named(parts), PARTED, stability_weight=weight)
     for row, value in zip(rows, got, strict=True):
         want = math.fsum(row[:2]) + weight * math.fsum(row[2:])
         assert value == pytest.approx(want, rel=2e-7, abs=1e-9 * sum(map(abs, row)))
@@ -40,7 +41,7 @@ def test_value_is_rounded_once_from_exact_arithmetic(rows: list[tuple[float, ...
 
 def test_nulls_stay_null() -> None:
     parts = arrays([np.nan, 1], [np.nan, 1], [np.nan, 1], [np.nan, 1])
-    assert np.isnan(composite.value(*parts, stability_weight=1.5)).tolist() == [True, False]
+    assert np.isnan(composite.value(named(parts), PARTED, stability_weight=1.5)).tolist() == [True, False]
 
 
 def test_rms_ignores_nulls_and_has_no_overflow() -> None:
@@ -60,19 +61,21 @@ def test_rms_of_several_arrays_is_that_of_all_entries(parts: list[list[float]]) 
 def test_objective_scales_make_both_objectives_rms_1() -> None:
     rng = np.random.default_rng(0)
     parts = [rng.normal(scale=s, size=500).astype(np.float32) for s in (1, 2, 1e-6, 3e-6)]
-    scales = composite.objective_scales(named(parts))
+    scales = composite.objective_scales([named(parts)], PARTED)
     zero = np.zeros(500, np.float32)
-    adaptation = composite.value(parts[0], parts[1], zero, zero, stability_weight=1, scales=scales)
-    stability = composite.value(zero, zero, parts[2], parts[3], stability_weight=1, scales=scales)
+    adaptation, stability = (
+        composite.value(named(only), PARTED, stability_weight=1, scales=scales)
+        for only in ([*parts[:2], zero, zero], [zero, zero, *parts[2:]])
+    )
     assert composite.rms(adaptation) == pytest.approx(1, rel=1e-6)
     assert composite.rms(stability) == pytest.approx(1, rel=1e-6)
 
 
 def test_an_objective_of_zeros_is_left_alone() -> None:
     parts = arrays([2, 2], [0, 0], [0, 0], [0, 0])
-    assert composite.objective_scales(named(parts)) == Scales(adaptation=2.0, stability=1.0)
+    assert composite.objective_scales([named(parts)], PARTED) == Scales(adaptation=2.0, stability=1.0)
     cancelling = arrays([0, 0], [0, 0], [3, -3], [-3, 3])
-    assert composite.objective_scales(named(cancelling)) == Scales()
+    assert composite.objective_scales([named(cancelling)], PARTED) == Scales()
 
 
 def test_scales_are_those_of_all_branches_together() -> None:
@@ -80,13 +83,34 @@ def test_scales_are_those_of_all_branches_together() -> None:
     whole = [rng.normal(scale=s, size=90).astype(np.float32) for s in (1, 2, 3, 4)]
     whole = [part * np.where(np.arange(90) < 20, 1, 7).astype(np.float32) for part in whole]
     halves = named([part[:20] for part in whole]), named([part[20:] for part in whole])
-    got, want = composite.objective_scales(*halves), composite.objective_scales(named(whole))
+    got, want = (composite.objective_scales(parts, PARTED) for parts in (halves, [named(whole)]))
     assert got.adaptation == pytest.approx(want.adaptation, rel=1e-12)
     assert got.stability == pytest.approx(want.stability, rel=1e-12)
-    assert got != composite.objective_scales(halves[0])
-    assert composite.spreads(*halves) == pytest.approx(composite.spreads(named(whole)), rel=1e-12)
+    assert got != composite.objective_scales(halves[:1], PARTED)
+    assert composite.spreads(halves, PARTED) == pytest.approx(composite.spreads([named(whole)], PARTED), rel=1e-12)
 
 
 def test_spreads_are_the_rms_of_each_component() -> None:
     parts = named(arrays([1, -1], [2, 2], [0, 0], [np.nan, 5]))
-    assert list(composite.spreads(parts).items()) == list(zip(COMPONENTS, (1, 2, 0, 5), strict=True))
+    assert list(composite.spreads([parts], PARTED).items()) == list(zip(COMPONENTS, (1, 2, 0, 5), strict=True))
+
+
+def test_the_value_of_influence_is_that_of_its_own_components() -> None:
+    signals = dict(zip(("adapt_influence", "stab_influence"), arrays([1, 3], [10, -30]), strict=True))
+    assert composite.value(signals, INFLUENCE, stability_weight=0.5).tolist() == [6, -12]
+    scales = composite.objective_scales([signals], INFLUENCE)
+    assert scales == Scales(adaptation=math.sqrt(5), stability=math.sqrt(500))
+    got = composite.value(signals, INFLUENCE, stability_weight=2, scales=scales)
+    assert got.tolist() == pytest.approx([1 / 5**0.5 + 20 / 500**0.5, 3 / 5**0.5 - 60 / 500**0.5], rel=1e-6)
+    assert composite.spreads([signals], INFLUENCE) == pytest.approx(
+        {"adapt_influence": 5**0.5, "stab_influence": 500**0.5}
+    )
+
+
+@pytest.mark.parametrize("found", BY_ESTIMATOR.values(), ids=list(BY_ESTIMATOR))
+def test_what_is_stored_beside_the_components_is_no_part_of_the_value(found: Components) -> None:
+    signals = {name: np.full(2, np.nan, np.float32) for name in (*found.upstream, *found.drift)}
+    signals |= {name: np.ones(2, np.float32) for name in found.of_value}
+    each = len(found.adaptation)
+    assert composite.value(signals, found, stability_weight=10).tolist() == [11 * each, 11 * each]
+    assert set(composite.spreads([signals], found)) == set(found.of_value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -22,7 +23,7 @@ METHOD_FLAGS = {
     "model", "reference", "target", "target_rows", "estimator", "layers", "window", "stability_weight",
     "stability_scale", "fisher", "fisher_rows", "keep", "scope", "weights", "by", "max_length", "rows_per_shard",
     "batch_tokens", "dtype", "device", "seed", "turns", "allow_empty_rows", "trust_remote_code", "drift", "retention",
-    "precondition", "beta", "generation", "aggregate",
+    "precondition", "beta", "generation", "aggregate", "parameters",
 }  # fmt: skip
 
 BAD: list[tuple[str, Any]] = [
@@ -38,8 +39,9 @@ BAD: list[tuple[str, Any]] = [
     *(("reference", value) for value in ("", 3)),
     *(("target", value) for value in ("", ["a"])),
     *(("target_rows", value) for value in (0, -1, "many", None)),
-    *(("estimator", value) for value in ("influence", "Exact", None)),
+    *(("estimator", value) for value in ("influence+exact", "Exact", None)),
     *(("layers", value) for value in (0, -1, 1.5, "some", True, None)),
+    *(("parameters", value) for value in ("every", None)),
     *(("window", value) for value in (0, None)),
     *(("fisher", value) for value in ("", None)),
     *(("fisher_rows", value) for value in (0, None)),
@@ -96,6 +98,7 @@ def test_flags_yaml_keys_and_python_fields_are_the_same() -> None:
 def test_the_defaults_are_the_published_ones() -> None:
     made = score_config()
     assert (made.estimator, made.layers, made.window, made.stability_weight) == ("published", 3, 32, 1.5)
+    assert made.parameters == "linear"
     assert (made.keep, made.scope, made.weights, made.by, made.stability_scale) == (
         0.5,
         "global",
@@ -231,6 +234,7 @@ def test_any_bytes_are_settings_or_a_usage_error(tmp_path_factory: pytest.TempPa
     assert isinstance(found, dict)
 
 
+@hypothesis.settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {},
@@ -249,7 +253,7 @@ def test_settings_survive_the_yaml_they_are_written_to(
 ) -> None:
     made = score_config(**settings)
     stored = {item.name: getattr(made, item.name) for item in fields(ScoreConfig)} | {"data": list(made.data)}
-    text = yaml.safe_dump(stored, sort_keys=True, allow_unicode=True)
+    text = yaml.safe_dump(stored, sort_keys=True)
     assert checked(ScoreConfig, settings_of(tmp_path_factory.getbasetemp(), text), "there") == made
 
 
@@ -260,6 +264,11 @@ def test_settings_survive_the_yaml_they_are_written_to(
         ({"lookahead_lr": 1e-4}, "--drift lookahead"),
         ({"fisher_prompts": "p.jsonl"}, "--fisher generate"),
         ({"precondition_stability": True}, "--precondition adam"),
+        *(
+            ({"parameters": "all", "estimator": name}, rf"--parameters all with --estimator {re.escape(name)}: ")
+            for name in ("published", "exact", "exact+influence")
+        ),
+        ({"parameters": "all", "estimator": "influence", "precondition": "kfac"}, "--precondition kfac with --param"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], says: str) -> None:
@@ -270,3 +279,8 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 def test_generations_are_numbers_in_order_each_once() -> None:
     assert MaskConfig(generation="3, 1,3").generation == "1,3"
     assert MaskConfig(generation=2).generation == "2"  # type: ignore[arg-type]
+
+
+def test_all_parameters_are_for_influence() -> None:
+    assert score_config(estimator="influence", parameters="all").parameters == "all"
+    assert score_config(estimator="influence", precondition="ekfac").parameters == "linear"

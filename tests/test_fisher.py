@@ -20,34 +20,35 @@ def batches(rows: list[TokenRow], budget: int) -> list[Batch]:
     return [collate(rows, indices) for indices in plan_batches(rows, budget)]
 
 
-def by_sequences(rows: list[TokenRow], labels: dict[int, list[int]] | None = None) -> dict[str, Tensor]:
+def by_sequences(
+    rows: list[TokenRow], labels: dict[int, list[int]] | None = None, family: str = "llama"
+) -> dict[str, Tensor]:
     """E[(delta^2)^T (h^2)] with plain hooks and one backward per sequence; `labels` replace the response tokens."""
-    model = oracles.eager(tiny_model("llama")).requires_grad_(True)
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
-    maps = oracles.linear_maps(model, 2)
-    for name, module in maps.items():
-        module.register_forward_hook(lambda _, args, out, n=name: kept.__setitem__(n, (args[0].detach()[0], out)))
-    sums = {name: torch.zeros_like(module.weight) for name, module in maps.items()}
+    model = oracles.eager(tiny_model(family)).requires_grad_(True)
+    sums: dict[str, Tensor] = {}
     for row in rows:
         ids = torch.from_numpy(row.input_ids.astype(np.int64))
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        seen: list[oracles.Product] = []
+        with oracles.products(model, 2, lambda product, seen=seen: seen.append(product) or product.z):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
         places = np.flatnonzero(row.response).tolist()
         wanted = labels[row.row_id] if labels else [int(ids[t]) for t in places]
         loss = sum(-torch.log_softmax(logits[t - 1], -1)[y] for t, y in zip(places, wanted, strict=True))
-        grads = torch.autograd.grad(loss, [z for _, z in kept.values()])
-        for (name, (h, _)), grad in zip(kept.items(), grads, strict=True):
-            for position in range(len(ids)):
-                sums[name] += torch.outer(grad[0, position] ** 2, h[position] ** 2)
-    return {name: total.detach() / len(rows) for name, total in sums.items()}
+        for product, grad in zip(seen, torch.autograd.grad(loss, [p.z for p in seen]), strict=True):
+            for name, _, h, delta in product.rows(grad):
+                for x, error in zip(h, delta, strict=True):
+                    sums[name] = sums.get(name, 0) + torch.outer(error**2, x**2)
+    return {name: total / len(rows) for name, total in sums.items()}
 
 
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("budget", [1, 45, 1000])
-def test_empirical_against_one_backward_per_sequence(budget: int) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
+def test_empirical_against_one_backward_per_sequence(family: str, budget: int) -> None:
     rows = tiny_rows()
-    scoring = ScoringModel(tiny_model("llama"), 2)
+    scoring = ScoringModel(tiny_model(family), 2)
     found = fisher_diagonal(scoring, rows, batches(rows, budget), sampled=False, seed=0)
-    wanted = by_sequences(rows)
+    wanted = by_sequences(rows, family=family)
     for linear, diagonal in zip(scoring.maps, found, strict=True):
         error = (diagonal - wanted[linear.name]).abs().max() / wanted[linear.name].abs().max()
         assert error.item() < 1e-10

@@ -21,10 +21,10 @@ CLI = ROOT / "cli"
 ORDER = """
     errors config fingerprint draws schema atomic progress
     | files containers shapes pairs rows chat speller tokens plan
-    | attention capture folders adapters models likeness checkpoints
-    | losses target fisher generate precondition drift paths composite preference signals
+    | tangents tangent_rules probabilities attention tangent_attention experts foreign capture folders adapters models likeness checkpoints
+    | losses target fisher generate precondition drift paths influence parameters composite preference signals
     | masks | sealed shards manifest card responses remask
-    | artifacts budget prepare scorer job beside score refresh memory check
+    | artifacts budget prepare scorer trial job beside score refresh memory check
     | scan rules verify histogram stats heat row_view row_text stats_text
 """
 """Each module imports only from those before it."""
@@ -195,7 +195,6 @@ def test_every_source_module_has_its_tests() -> None:
         "likeness": "test_refresh",
         "pairs": "test_rows",
         "shapes": "test_rows",
-        "signals": "test_preference",
         "speller": "test_tokens",
         "capture": "test_models",
     }

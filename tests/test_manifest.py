@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from small_run import small_run, value_rows, write_generation
 from alphatoken_curate import manifest, shards
 from alphatoken_curate.atomic import KILL_AT, digest
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.errors import StoredDataError
+from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.fingerprint import differing, fingerprint
 from alphatoken_curate.remask import make_mask
-from alphatoken_curate.schema import LAYOUTS, PREFERENCE, SFT
+from alphatoken_curate.schema import LAYOUTS, PREFERENCE, SCHEMA_VERSION, SFT, components
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_a_missing_one_says_what_to_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("schema_version",), 2),
+        (("schema_version",), SCHEMA_VERSION + 1),
         (("schema_version",), True),
         (("counts", "read"), -1),
         (("counts", "read"), 1 << 63),
@@ -302,3 +303,14 @@ def test_a_killed_writer_leaves_the_old_or_the_new(run: Path, point: str) -> Non
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert (manifest.read(run).masks == ()) == point.startswith("after")
     assert ((run / "manifest.json").read_bytes() == before) != point.startswith("after")
+
+
+@pytest.mark.parametrize("estimator", ["published", "influence", "exact+influence"])
+def test_the_signals_are_those_of_the_estimator(tmp_path: Path, estimator: str) -> None:
+    stored = manifest.read(small_run(tmp_path, estimator=estimator))
+    assert manifest.components(stored) == components(estimator)
+    for odd in ("shapley", None, 3):
+        with pytest.raises(StoredDataError, match=r"settings have estimator .*, not published or exact or influence"):
+            manifest.components(replace(stored, settings={**stored.settings, "estimator": odd}))
+    with pytest.raises(UsageError, match="estimator: found 'shapley'; give one of published, exact, influence"):
+        components("shapley")

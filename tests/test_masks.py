@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from alphatoken_curate import composite, masks
 from alphatoken_curate.errors import CurateError, StoredDataError, UsageError
-from alphatoken_curate.schema import COMPONENTS, PREFERENCE
+from alphatoken_curate.schema import COMPONENTS, NOT_COMPUTED, PREFERENCE, SIGNALS, components
+
+PARTED = components("published")
 
 Token = tuple[float, int, int]
 """score, row, position."""
@@ -208,7 +210,7 @@ def stored(n: int = 50) -> dict[str, np.ndarray]:
 
 
 def selected(by: str, found: dict[str, np.ndarray] | None = None, **more: object) -> np.ndarray:
-    arguments = {"stability_weight": 1.5, **more}
+    arguments = {"stability_weight": 1.5, "components": PARTED, **more}
     return masks.selection(by, stored() if found is None else found, **arguments)  # type: ignore[arg-type]
 
 
@@ -217,7 +219,7 @@ def test_value_is_recombined() -> None:
     adaptation, stability = c["adapt_direct"] + c["adapt_causal"], c["stab_direct"] + c["stab_causal"]
     np.testing.assert_allclose(selected("value", stability_weight=0.7), adaptation + 0.7 * stability, rtol=1e-5)
     scaled = adaptation / np.sqrt(np.mean(adaptation**2)) + 2 * stability / np.sqrt(np.mean(stability**2))
-    got = selected("value", stability_weight=2, scales=composite.objective_scales(stored()))
+    got = selected("value", stability_weight=2, scales=composite.objective_scales([stored()], PARTED))
     np.testing.assert_allclose(got, scaled, rtol=1e-4, atol=1e-6)
 
 
@@ -233,10 +235,10 @@ def test_columns_and_expressions() -> None:
 
 
 def test_only_what_is_needed_is_asked_for() -> None:
-    assert masks.columns_needed("random") == ("row_id", "position")
-    assert masks.columns_needed("nll - reference_nll") == ("nll", "reference_nll")
-    assert masks.columns_needed("value") == COMPONENTS
-    assert masks.columns_needed("value + nll") == ("nll", *COMPONENTS)
+    assert masks.columns_needed("random", PARTED) == ("row_id", "position")
+    assert masks.columns_needed("nll - reference_nll", PARTED) == ("nll", "reference_nll")
+    assert masks.columns_needed("value", PARTED) == COMPONENTS
+    assert masks.columns_needed("value + nll", PARTED) == ("nll", *COMPONENTS)
     assert [masks.depends_on_value(by) for by in ("value", "nll + value", "nll", "random")] == [
         True,
         True,
@@ -302,13 +304,13 @@ def test_numbers_of_the_pair_are_columns_of_preference_runs_alone() -> None:
     np.testing.assert_allclose(
         selected("nll * (1 - margin)", found, layout=PREFERENCE), found["nll"] * (1 - found["margin"]), rtol=1e-6
     )
-    assert masks.columns_needed("value - margin", PREFERENCE) == (*COMPONENTS, "margin")
+    assert masks.columns_needed("value - margin", PARTED, PREFERENCE) == (*COMPONENTS, "margin")
     assert masks.known_columns(PREFERENCE)[-2:] == ("omega", "margin")
     for by in ("margin", "omega + nll"):
         with pytest.raises(UsageError, match="names no column"):
             selected(by, found)
         with pytest.raises(UsageError, match="names no column"):
-            masks.columns_needed(by)
+            masks.columns_needed(by, PARTED)
         assert not masks.depends_on_value(by)
 
 
@@ -327,3 +329,41 @@ def test_the_branches_of_a_pair_are_drawn_apart() -> None:
 def test_a_drift_beside_retention_that_was_not_computed_is_explained(name: str) -> None:
     with pytest.raises(UsageError, match="--retention FILE and --drift"):
         selected(name, stored() | {name: np.full(50, np.nan, np.float32)})
+
+
+@pytest.mark.parametrize("estimator", ["influence", "exact+influence"])
+def test_the_value_is_made_of_what_the_estimator_gives(estimator: str) -> None:
+    found, rng = components(estimator), np.random.default_rng(2)
+    columns = {name: rng.normal(size=50).astype(np.float32) for name in (*found.of_value, *found.upstream)}
+    parts = {name: column.astype(np.float64) for name, column in columns.items()}
+    if estimator == "influence":
+        assert masks.columns_needed("value", found) == ("adapt_influence", "stab_influence")
+        want = parts["adapt_influence"] + 0.7 * parts["stab_influence"]
+    else:
+        assert masks.columns_needed("value + stab_upstream", found) == (
+            *("adapt_direct", "adapt_causal", "stab_direct", "stab_causal", "stab_upstream"),
+        )
+        want = parts["adapt_direct"] + parts["adapt_causal"] + 0.7 * (parts["stab_direct"] + parts["stab_causal"])
+    got = selected("value", columns, components=found, stability_weight=0.7)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["published", "exact", "influence", "exact+influence"])
+def test_what_another_estimator_computes_is_explained_before_anything_is_read(estimator: str) -> None:
+    found = components(estimator)
+    for name in set(SIGNALS) - set(found.signals):
+        for by in (name, f"nll + {name}"):
+            with pytest.raises(UsageError, match=rf"by: {name} was not computed: .*--estimator") as caught:
+                masks.columns_needed(by, found)
+            assert NOT_COMPUTED[name] in str(caught.value)
+            with pytest.raises(UsageError, match=f"{name} was not computed"):
+                selected(by, {}, components=found)
+    for name in found.signals:
+        assert masks.columns_needed(name, found)
+
+
+def test_a_component_that_is_missing_everywhere_is_damage() -> None:
+    nothing = np.full(50, np.nan, np.float32)
+    for estimator, name in (("published", "adapt_direct"), ("influence", "stab_influence")):
+        with pytest.raises(StoredDataError, match=f"column {name} has no value at 50 of 50"):
+            selected(name, {name: nothing}, components=components(estimator))

@@ -407,8 +407,10 @@ def test_an_adapter_of_a_gguf_model(gguf_models: dict[str, str], tmp_path: Path)
 
 def test_devices_and_dtypes() -> None:
     assert models.resolve_device("cpu") == CPU
-    assert models.resolve_dtype("auto", "cuda") == "bfloat16" and models.resolve_dtype("auto", "cpu") == "float32"
-    assert models.resolve_dtype("float64", "cuda") == "float64"
+    assert models.resolve_dtype("auto", "cuda", "linear") == "bfloat16"
+    assert models.resolve_dtype("auto", "cuda", "all") == "float32"
+    assert models.resolve_dtype("auto", "cpu", "linear") == "float32"
+    assert models.resolve_dtype("float64", "cuda", "all") == "float64"
     with pytest.raises(UsageError, match="--device potato"):
         models.resolve_device("potato")
     if not torch.cuda.is_available():

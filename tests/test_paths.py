@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model, tiny_rows
+from tiny import tiny_model, tiny_rows
 from torch import Tensor
 
 from alphatoken_curate import paths
@@ -16,6 +16,10 @@ from alphatoken_curate.paths import PathScorer
 from alphatoken_curate.plan import collate, plan_batches
 from alphatoken_curate.target import target_gradient
 from alphatoken_curate.tokens import TokenRow
+from alphatoken_curate.value_rows import find_value_rows
+
+CORE = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt2", "gpt_oss"]
+"""Families tried with every number of blocks; all of them are in `test_architectures`."""
 
 EXACT = 1e-10
 """Of the largest value, in float64 throughout (`all_float64`)."""
@@ -58,7 +62,7 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float = EXACT) -> Non
 
 
 @pytest.mark.usefixtures("all_float64")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("layers", [1, 3, 4])
 def test_exact_equals_one_backward_per_token(family: str, layers: int) -> None:
     model = tiny_model(family)
@@ -79,13 +83,13 @@ def test_exact_equals_one_backward_per_token(family: str, layers: int) -> None:
 
 
 @pytest.mark.usefixtures("all_float64")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_published_equals_the_paper_by_loops(family: str) -> None:
     model, plain = tiny_model(family), tiny_model(family)
     scoring = ScoringModel(model, 3)
     rows = tiny_rows()
     direction = random_direction(scoring, 3)
-    rows_of = {scoring.maps[index].name: kept for index, kept in scoring.value_rows}
+    rows_of = {scoring.maps[index].name: kept for index, kept in find_value_rows(scoring)}
     for window in (2, 32):
         for budget in (1, 45, 10_000):
             found = score_rows(PathScorer(scoring, [direction], "published", window), rows, budget)
@@ -97,7 +101,7 @@ def test_published_equals_the_paper_by_loops(family: str) -> None:
 
 
 @pytest.mark.usefixtures("all_float64")
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"])
 def test_the_two_oracles_agree(family: str) -> None:
     """One backward per token, and the derivative in eps of y = W h + eps (M h): two routes to C[s, t]."""
     plain = tiny_model(family)
@@ -128,7 +132,7 @@ def test_the_parts_of_a_row_sum_to_its_gradient(family: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["published", "exact"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox", "mixtral", "gpt_oss", "bloom"])
 def test_batches_order_and_padding_do_not_change_values(family: str, estimator: Any) -> None:
     scoring = ScoringModel(tiny_model(family, dtype=torch.float32), 3)
     scorer = PathScorer(scoring, [random_direction(scoring, 1), random_direction(scoring, 2)], estimator, 32)
@@ -198,9 +202,10 @@ def test_s_computes_in_float32_whatever_the_model_does(estimator: Any) -> None:
 
 
 @pytest.mark.usefixtures("all_float64")
-def test_target_gradient_against_autograd_on_the_weights() -> None:
-    plain = tiny_model("qwen3")
-    scoring = ScoringModel(tiny_model("qwen3"), 3)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_target_gradient_against_autograd_on_the_weights(family: str) -> None:
+    plain = tiny_model(family)
+    scoring = ScoringModel(tiny_model(family), 3)
     rows = tiny_rows()
     batches = [collate(rows, indices) for indices in plan_batches(rows, 45)]
     found = target_gradient(scoring, batches, all_positions=True)

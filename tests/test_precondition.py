@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import VOCABULARY, make_row, tiny_model, tiny_rows
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from alphatoken_curate.capture import ScoringModel
 from alphatoken_curate.errors import InputError
@@ -24,6 +23,7 @@ LAYERS = 2
 DAMPING = 0.1
 BUDGETS = (1, 45, 10_000)
 ROWS = [("llama", False), ("gpt2", False), ("phi3", False), ("gemma2", True), ("gpt_neox", True)]
+MIXTURES = [("mixtral", False), ("gpt_oss", True)]
 """Families, and whether their rows are pairs."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,35 +70,30 @@ class Plain:
 
     def __init__(self, family: str, rows: list[AnyRow]) -> None:
         self.model = oracles.eager(tiny_model(family)).requires_grad_(True)
-        self.maps = oracles.linear_maps(self.model, LAYERS)
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, module in self.maps.items():
-            module.register_forward_hook(lambda _, x, z, n=name: self.seen.__setitem__(n, (x[0].detach()[0], z)))
-        self.h: dict[str, list[Tensor]] = {name: [] for name in self.maps}
-        self.delta: dict[str, list[Tensor]] = {name: [] for name in self.maps}
-        self.gradients: dict[str, list[Tensor]] = {name: [] for name in self.maps}
+        self.h: dict[str, list[Tensor]] = {}
+        self.delta: dict[str, list[Tensor]] = {}
+        self.gradients: dict[str, list[Tensor]] = {}
         for row in rows:
             if isinstance(row, PairRow):
                 one, other = self.sequence(row.chosen, 1.0), self.sequence(row.rejected, -1.0)
             else:
                 one, other = self.sequence(row, None), {}
             for name, gradient in one.items():
-                self.gradients[name].append(gradient + other[name] if other else gradient)
+                self.gradients.setdefault(name, []).append(gradient + other[name] if other else gradient)
 
     def sequence(self, row: TokenRow, sign: float | None) -> dict[str, Tensor]:
         """The gradient of its weighted loss; without a sign, of its mean loss."""
         places = np.flatnonzero(row.response).tolist()
-        nll = oracles.losses(self.model, torch.from_numpy(row.input_ids.astype(np.int64)), places)
+        seen: list[oracles.Product] = []
+        with oracles.products(self.model, LAYERS, lambda product: seen.append(product) or product.z):
+            nll = oracles.losses(self.model, torch.from_numpy(row.input_ids.astype(np.int64)), places)
         loss = nll.mean() if sign is None else sign * (torch.sigmoid(nll).detach() * nll).sum()
-        outputs = [self.seen[name][1] for name in self.maps]
-        grads = torch.autograd.grad(loss, [*outputs, *(m.weight for m in self.maps.values())])
-        found = {}
-        for i, (name, module) in enumerate(self.maps.items()):
-            self.h[name].append(self.seen[name][0][: places[-1]])
-            self.delta[name].append(grads[i][0, : places[-1]])
-            weight = grads[len(outputs) + i]
-            found[name] = weight.t() if isinstance(module, Conv1D) else weight
-        return found
+        grads = torch.autograd.grad(loss, [p.z for p in seen], retain_graph=True)
+        for product, grad in zip(seen, grads, strict=True):
+            for name, where, h, delta in product.rows(grad):
+                self.h.setdefault(name, []).append(h[where < places[-1]])
+                self.delta.setdefault(name, []).append(delta[where < places[-1]])
+        return oracles.weight_gradients(self.model, LAYERS, loss)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and S, position by position."""
@@ -128,7 +123,7 @@ def found_direction(kind: str, family: str, pairs: bool, budget: int) -> tuple[S
 
 
 @pytest.mark.usefixtures("all_float64")
-@pytest.mark.parametrize(("family", "pairs"), ROWS)
+@pytest.mark.parametrize(("family", "pairs"), ROWS + MIXTURES)
 def test_adam_divides_by_the_root_of_second_moments_of_unit_gradients(family: str, pairs: bool) -> None:
     plain = Plain(family, rows_of(pairs))
     for budget in BUDGETS:
@@ -141,7 +136,7 @@ def test_adam_divides_by_the_root_of_second_moments_of_unit_gradients(family: st
 
 
 @pytest.mark.usefixtures("all_float64")
-@pytest.mark.parametrize(("family", "pairs"), ROWS)
+@pytest.mark.parametrize(("family", "pairs"), ROWS + MIXTURES)
 def test_kfac_solves_with_the_explicit_kronecker_matrix(family: str, pairs: bool) -> None:
     plain = Plain(family, rows_of(pairs))
     wanted = {}
@@ -158,7 +153,7 @@ def test_kfac_solves_with_the_explicit_kronecker_matrix(family: str, pairs: bool
 
 
 @pytest.mark.usefixtures("all_float64")
-@pytest.mark.parametrize(("family", "pairs"), ROWS)
+@pytest.mark.parametrize(("family", "pairs"), ROWS + MIXTURES)
 def test_ekfac_has_the_exact_diagonal_in_the_kronecker_eigenbasis(family: str, pairs: bool) -> None:
     plain = Plain(family, rows_of(pairs))
     for budget in BUDGETS[::2]:

@@ -15,6 +15,7 @@ from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.paths import PathScorer
 from alphatoken_curate.plan import collate, plan_batches, sequences
 from alphatoken_curate.preference import Pairs, reference_sums
+from alphatoken_curate.schema import components
 from alphatoken_curate.signals import RowResult, plain_losses, row_signals
 from alphatoken_curate.tokens import PairRow, TokenRow
 
@@ -71,6 +72,7 @@ def scored(
         PathScorer(scoring, chosen, estimator, 4),
         rows,
         [collate(rows, indices) for indices in plan_batches(rows, batch_tokens)],
+        components=components(estimator),
         objectives=("adapt", "stab"),
         stability_weight=1.5,
         reference_nll=None,
@@ -150,6 +152,7 @@ def test_the_branches_of_a_pair_weighed_apart_are_plain_rows() -> None:
         PathScorer(scoring, chosen, "published", 4),
         flat,
         [collate(flat, indices) for indices in plan_batches(flat, 64)],
+        components=components("published"),
         objectives=("adapt", "stab"),
         stability_weight=1.5,
         reference_nll=None,

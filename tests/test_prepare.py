@@ -100,7 +100,17 @@ def test_the_fingerprint_holds_what_changes_results_and_nothing_else(
     plain = fields_of(settings)
     assert set(plain) == {
         *("schema_version", "data", "model", "reference", "tokenizer", "template", "tokens", "target", "target_rows"),
-        *("estimator", "layers", "window", "stability_weight", "fisher", "fisher_rows", "turns", "max_length"),
+        *(
+            "estimator",
+            "layers",
+            "parameters",
+            "window",
+            "stability_weight",
+            "fisher",
+            "fisher_rows",
+            "turns",
+            "max_length",
+        ),
         *("rows_per_shard", "dtype", "seed", "kind", "beta", "target_tokens", "fisher_prompts", "fisher_new_tokens"),
         *("prompt_tokens", "drift", "lookahead_lr", "lookahead_rows", "retention", "retention_tokens", "precondition"),
         *("precondition_rows", "precondition_eps", "precondition_damping", "precondition_stability"),
@@ -125,7 +135,10 @@ def test_the_fingerprint_holds_what_changes_results_and_nothing_else(
 
 
 def test_settings_that_do_not_matter_are_no_part_of_it(settings: dict[str, Any], tmp_path: Path) -> None:
-    assert fields_of(settings | {"estimator": "exact", "window": 3}) == fields_of(settings | {"estimator": "exact"})
+    for name in ("exact", "influence", "exact+influence"):
+        other = settings | {"estimator": name}
+        assert fields_of(other | {"window": 3}) == fields_of(other)
+        assert fields_of(other)["window"] is None
     target = write_jsonl(tmp_path / "task.jsonl", token_records(2))
     assert fields_of(settings | {"target": target, "target_rows": 3}) == fields_of(settings | {"target": target})
     fisher = write_jsonl(tmp_path / "fisher", ["x"])
@@ -146,3 +159,8 @@ def test_the_vocabulary_bounds_tokens_where_the_config_names_it(
     data = write_jsonl(tmp_path / "d.jsonl", records)
     found = prepare(ScoreConfig(data=data, model=str(model), bad_rows="quarantine")).bad
     assert [bad.row_id for bad in found] == ([] if config == {"text_config": None} else [3])
+
+
+def test_which_parameters_score_is_part_of_the_fingerprint(settings: dict[str, Any]) -> None:
+    plain, every = (fields_of(settings | {"estimator": "influence", "parameters": x}) for x in ("linear", "all"))
+    assert {name for name in plain if plain[name] != every[name]} == {"parameters"}

@@ -24,7 +24,7 @@ from alphatoken_curate.config import MaskConfig, ScoreConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.fingerprint import fingerprint
 from alphatoken_curate.remask import make_mask, spreads
-from alphatoken_curate.schema import COMPONENTS, LAYOUTS, PREFERENCE
+from alphatoken_curate.schema import COMPONENTS, LAYOUTS, PREFERENCE, components
 from alphatoken_curate.shards import Branch, ValueRow
 from alphatoken_curate.verify import verify
 
@@ -112,7 +112,7 @@ def rounded(row: ValueRow) -> ValueRow:
     def coarse(one: Branch) -> Branch:
         signals = {name: (np.round(x * 2) / 2).astype(np.float32) for name, x in one.signals.items()}
         if signals:
-            signals["value"] = composite.value(*(signals[name] for name in COMPONENTS), stability_weight=1.5)
+            signals["value"] = composite.value(signals, components("published"), stability_weight=1.5)
         return replace(one, signals=signals)
 
     return replace(row, branches=tuple(map(coarse, row.branches)))
@@ -181,7 +181,7 @@ def louder(one: Branch) -> Branch:
     """The same with ten times the adaptation, value to match."""
     signals = {name: x * np.float32(10) if name.startswith("adapt") else x for name, x in one.signals.items()}
     if signals:
-        signals["value"] = composite.value(*(signals[name] for name in COMPONENTS), stability_weight=1.5)
+        signals["value"] = composite.value(signals, components("published"), stability_weight=1.5)
     return replace(one, signals=signals)
 
 
@@ -506,3 +506,65 @@ def test_the_command_tells_of_branches_and_generations(tmp_path: Path) -> None:
 
 def test_the_command_says_no_more_than_there_is(run: Path) -> None:
     assert not [line for line in told(run) if "chosen" in line or "values" in line or "left out" in line]
+
+
+@KINDS
+@pytest.mark.parametrize("scale", ["none", "rms"])
+def test_the_mask_of_an_influence_run_recombines_its_components(tmp_path: Path, kind: str, scale: str) -> None:
+    rows = value_rows(kind=kind, estimator="influence")
+    run = small_run(tmp_path, kind=kind, estimator="influence")
+    made = make_mask(run, MaskConfig(keep=0.3, stability_weight=4, stability_scale=scale))
+    parts = [
+        [one.signals[name][at] for name in ("adapt_influence", "stab_influence")]
+        for row in filter(is_scored, rows)
+        for one in row.branches
+        for at in np.flatnonzero(one.response)
+    ]
+    sizes = np.sqrt(np.mean(np.square(np.array(parts, np.float64)), axis=0)) if scale == "rms" else np.ones(2)
+    for number, prefix in enumerate(LAYOUTS[kind].branches):
+        values = {
+            (row.row_id, int(at)): signals["adapt_influence"][at] / sizes[0]
+            + 4 * signals["stab_influence"][at] / sizes[1]
+            for row in filter(is_scored, rows)
+            for signals in [row.branches[number].signals]
+            for at in np.flatnonzero(row.branches[number].response)
+        }
+        assert stored_kept(run, made.mask, prefix) == plain_kept(values, 0.3)[0]
+    found = spreads(run, MaskConfig(stability_weight=4, stability_scale=scale))
+    assert list(found.components) == ["adapt_influence", "stab_influence"]
+    assert list(found.components.values()) == pytest.approx(np.sqrt(np.mean(np.square(parts), axis=0)), rel=1e-5)
+    assert found.decisions_changed > 0
+
+
+def test_selecting_by_upstream_needs_a_run_that_has_it(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "both", estimator="exact+influence")
+    made = make_mask(run, MaskConfig(keep=0.3, by="adapt_direct + adapt_upstream"))
+    values = {
+        (row.row_id, int(at)): float(np.float32(signals["adapt_direct"][at] + signals["adapt_upstream"][at]))
+        for row in filter(is_scored, value_rows(estimator="exact+influence"))
+        for signals in [row.branches[0].signals]
+        for at in np.flatnonzero(row.branches[0].response)
+    }
+    assert stored_kept(run, made.mask, "") == plain_kept(values, 0.3)[0]
+    plain = small_run(tmp_path / "plain")
+    before = contents(plain)
+    with pytest.raises(UsageError, match=r"adapt_upstream was not computed: .*--estimator exact\+influence"):
+        make_mask(plain, MaskConfig(by="adapt_upstream"))
+    assert contents(plain) == before
+
+
+@KINDS
+def test_generations_of_an_influence_run_are_averaged(tmp_path: Path, kind: str) -> None:
+    run = small_run(tmp_path, kind=kind, estimator="influence", generations=(0, 1), config=MaskConfig(generation="all"))
+    made = [value_rows(kind=kind, estimator="influence", seed=seed) for seed in (0, 1)]
+    for number, prefix in enumerate(LAYOUTS[kind].branches):
+        values = {}
+        for same in zip(*made, strict=True):
+            for at in np.flatnonzero(same[0].branches[number].response) if all(map(is_scored, same)) else ():
+                a, b = (
+                    np.float32(np.mean([np.float64(row.branches[number].signals[name][at]) for row in same]))
+                    for name in ("adapt_influence", "stab_influence")
+                )
+                values[same[0].row_id, int(at)] = float(np.float32(float(a) + 1.5 * float(b)))
+        stored = trained(run).select("row_id", f"{prefix}value").rows()
+        assert {(row_id, at): v for row_id, row in stored for at, v in enumerate(row) if v is not None} == values

@@ -24,7 +24,7 @@ from alphatoken_curate.row_text import (
     without_values,
 )
 from alphatoken_curate.row_view import BranchView, RowView
-from alphatoken_curate.schema import OPTIONAL, SIGNALS
+from alphatoken_curate.schema import SIGNALS, Components, components
 
 EVIL = (
     "\x1b]52;c;aGk=\x07",
@@ -39,6 +39,14 @@ EVIL = (
 )
 
 
+PARTED = components("published")
+
+
+def signals_of(known: Components, value: np.ndarray) -> dict[str, np.ndarray]:
+    """The same numbers for each signal of an estimator, NaN for those of others, as a row is read."""
+    return {name: value if name in known.signals else np.full_like(value, np.nan) for name in SIGNALS}
+
+
 def branch_of(texts: list[str], values: list[float | None], kept: list[bool], name: str = "") -> BranchView:
     """A scored branch: None is a prompt token."""
     value = np.array([np.nan if x is None else x for x in values], np.float32)
@@ -47,7 +55,7 @@ def branch_of(texts: list[str], values: list[float | None], kept: list[bool], na
         token_ids=np.arange(len(texts), dtype=np.int32),
         texts=tuple(texts),
         response=~np.isnan(value),
-        signals=dict.fromkeys(SIGNALS, value),
+        signals=signals_of(PARTED, value),
         weight=np.array(kept, np.float32) * 2,
     )
 
@@ -144,7 +152,7 @@ def test_both_branches_of_a_pair_are_coloured_on_one_scale() -> None:
     assert f"bold {PALETTE[16].text} on {PALETTE[16].background}" in styles[0]
     assert f"bold {PALETTE[4].text} on {PALETTE[4].background}" in styles[1]
     assert plain_row(view, other, "value", 80).plain == "[prompt]\na\n\n[response]\nc:-0.50"
-    small = replace(other, signals=dict.fromkeys(SIGNALS, one.signals["value"] / 1000))
+    small = replace(other, signals=signals_of(PARTED, one.signals["value"] / 1000))
     table, _ = token_table(view_of(one, small), small, "value", palette=False, width=200)
     assert "+0.00" in printed(table, 200, color_system=None)
 
@@ -254,7 +262,7 @@ def test_the_table_has_a_line_per_response_token_and_every_signal() -> None:
         ["5", ".⏎", "yes", "2.00", "+0.25"],
         ["6", "Bye", "no", "0.00", "0"],
     ]
-    assert all(len(line.split()) == 4 + len(SIGNALS) for line in lines[2:])
+    assert all(len(line.split()) == 4 + len(PARTED.signals) for line in lines[2:])
     assert left_out == ()
     assert "Too narrow" not in table_note(SMALL, left_out)
 
@@ -285,8 +293,28 @@ def test_powers_of_ten_are_in_the_heading() -> None:
 def test_signals_that_were_not_computed_have_no_column() -> None:
     (branch,) = SMALL.branches
     nothing = np.full(len(branch.texts), np.nan, np.float32)
-    view = only(SMALL, signals={**branch.signals, **dict.fromkeys(OPTIONAL, nothing)})
+    optional = [name for name in PARTED.signals if name not in PARTED.always]
+    view = only(SMALL, signals={**branch.signals, **dict.fromkeys(optional, nothing)})
     heads = [[str(one.header) for one in table_of(row, palette=False, width=200)[0].columns] for row in (SMALL, view)]
     assert [head for head in heads[0] if head not in heads[1]] == ["drift\ndirect", "drift\ncausal", "ref\nnll"]
     assert "reference nll was not computed" in table_note(view, ())
     assert "reference nll was not computed" not in table_note(SMALL, ())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "heads"),
+    [
+        ("influence", "adapt influence|stab influence|drift influence"),
+        (
+            "exact+influence",
+            "adapt direct|adapt causal|adapt upstream|stab direct|stab causal|stab upstream|drift direct|drift causal",
+        ),
+    ],
+)
+def test_the_table_has_the_signals_of_the_estimator(estimator: str, heads: str) -> None:
+    (branch,) = SMALL.branches
+    view = only(SMALL, signals=signals_of(components(estimator), branch.signals["value"]))
+    table, left_out = table_of(view, palette=False, width=200)
+    found = [str(column.header).replace("\n", " ") for column in table.columns]
+    assert found[4:] == ["value", *heads.split("|"), "nll", "entropy", "ref nll"]
+    assert left_out == ()

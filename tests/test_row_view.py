@@ -176,7 +176,9 @@ def test_columns_that_cannot_be_shown(tmp_path: Path) -> None:
     (branch,) = view.branches
     with pytest.raises(UsageError, match=r"found 'colour'.*loss_weight"):
         view.column(branch, "colour")
-    for name, told in (("reference_nll", "--reference"), ("drift_direct", "--retention"), ("drift_causal", "--drift")):
+    asked = {"reference_nll": "--reference", "drift_direct": "--retention", "drift_causal": "--drift"}
+    asked |= {"adapt_upstream": r"exact\+influence", "stab_influence": "--estimator influence"}
+    for name, told in asked.items():
         with pytest.raises(UsageError, match=rf"{name} was not computed.*{told}"):
             view.column(branch, name)
         assert not view.computed(name)

@@ -13,12 +13,14 @@ from small_run import BETA, paired, value_rows
 from alphatoken_curate import rules, shards
 from alphatoken_curate.manifest import Mask
 from alphatoken_curate.rules import Total
-from alphatoken_curate.schema import IGNORE_INDEX, LAYOUTS, OPTIONAL, PREFERENCE, SFT, SIGNALS, Layout
+from alphatoken_curate.schema import BY_ESTIMATOR, IGNORE_INDEX, LAYOUTS, PREFERENCE, SFT, SIGNALS, Layout, components
 from alphatoken_curate.shards import Shard, ValueRow
 
 Content = dict[str, list[Any]]
 Change = Callable[[Content], None]
 
+PARTED = components("published")
+ABSENT = [name for name in SIGNALS if name not in PARTED.signals]
 BRANCHES = [(layout, prefix) for layout in LAYOUTS.values() for prefix in layout.branches]
 each_branch = pytest.mark.parametrize(("layout", "prefix"), BRANCHES, ids=lambda x: x if isinstance(x, str) else "")
 
@@ -71,7 +73,7 @@ def as_shard(table: pa.Table, prefixes: Sequence[str], response: pa.Table) -> Sh
 def wrong_values(layout: Layout, change: Change, *, beta: float | str | None = BETA) -> list[str]:
     good = values_table(layout)
     shard = as_shard(good, layout.branches, good)
-    return list(rules.values(changed(good, change), layout, shard, Total(), beta=beta))
+    return list(rules.values(changed(good, change), layout, PARTED, shard, Total(), beta=beta))
 
 
 def wrong_train(layout: Layout, change: Change) -> list[str]:
@@ -149,8 +151,9 @@ def test_what_is_written_keeps_the_rules(layout: Layout) -> None:
         (drop("response"), "`{}response` is not as long as `{}input_ids`"),
         (put("response", 0, True), "`{}response` is true at index 0"),
         *((drop(name), f"`{{}}{name}` is not as long") for name in SIGNALS),
-        *((put(name, -1, None), f"`{{}}{name}` is not null exactly") for name in SIGNALS if name not in OPTIONAL),
-        *((put(name, 0, 0.0), f"`{{}}{name}` is not null exactly") for name in SIGNALS),
+        *((put(name, -1, None), f"`{{}}{name}` is not null exactly") for name in PARTED.always),
+        *((put(name, 0, 0.0), f"`{{}}{name}` is not null exactly") for name in PARTED.signals),
+        *((put(name, -1, 0.0), f"`{{}}{name}` is not null everywhere") for name in ABSENT),
         *((put(name, -1, float("nan")), f"`{{}}{name}` is not ") for name in SIGNALS),
         (put("value", -1, float("inf")), "`{}value` is not finite"),
     ],
@@ -175,7 +178,7 @@ def test_values_of_a_row(change: Change, message: str) -> None:
     assert any(message in what for what in wrong_values(SFT, change))
 
 
-@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("name", [name for name in PARTED.signals if name not in PARTED.always])
 @each_branch
 def test_signals_that_are_computed_for_some_rows_only(layout: Layout, prefix: str, name: str) -> None:
     def set_all(value: float | None, rows: int) -> Change:
@@ -192,6 +195,20 @@ def test_signals_that_are_computed_for_some_rows_only(layout: Layout, prefix: st
         assert [what for what in found if "`margin`" not in what] == []
     half = wrong_values(layout, put(name, 0, 1.0)(prefix))
     assert any(f"`{prefix}{name}` is not null exactly" in what for what in half)
+
+
+@pytest.mark.parametrize("other", BY_ESTIMATOR)
+@pytest.mark.parametrize("estimator", BY_ESTIMATOR)
+def test_the_estimator_says_which_signals_there_must_be(estimator: str, other: str) -> None:
+    rows, (found, told) = value_rows(estimator=estimator), (components(estimator), components(other))
+    table = shards.values_table(rows, SFT)
+    wrong = list(rules.values(table, SFT, told, as_shard(table, ("",), table), Total()))
+    missing, extra = set(told.always) - set(found.always), set(found.always) - set(told.signals)
+    assert sorted(wrong) == sorted(
+        [f"`{name}` is not null exactly off the response" for name in missing]
+        + [f"`{name}` is not null everywhere, and the run's estimator does not compute it" for name in extra]
+    )
+    assert bool(wrong) == (found != told)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +244,7 @@ def test_extreme_margins_are_sound(shift: float) -> None:
     table = shards.values_table([row], PREFERENCE)
     shard = as_shard(table, PREFERENCE.branches, table)
     assert (row.omega == np.float32(BETA), row.omega == 0.0) == (shift > 0, shift < -1e3)
-    assert list(rules.values(table, PREFERENCE, shard, Total(), beta=BETA)) == []
+    assert list(rules.values(table, PREFERENCE, PARTED, shard, Total(), beta=BETA)) == []
 
 
 @pytest.mark.parametrize("beta", [None, "0.1"])

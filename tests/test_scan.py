@@ -17,7 +17,7 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.scan import scan, scan_tokens
-from alphatoken_curate.schema import PAIR_COLUMNS, SIGNALS
+from alphatoken_curate.schema import PAIR_COLUMNS, Components, components
 from alphatoken_curate.shards import Branch, ValueRow
 
 
@@ -38,17 +38,20 @@ def weights(run: Path, mask: int) -> dict[tuple[int, str], list[float]]:
 
 def plain_tokens(run: Path, mask: int, rows: list[ValueRow]) -> list[dict[str, Any]]:
     """The same table by loops over the rows that were written."""
+    known = manifest.components(manifest.read(run))
     stored = weights(run, mask)
     return [
         token
         for row in rows
         if row.status == "scored"
         for prefix, branch in zip(manifest.layout(manifest.read(run)).branches, row.branches, strict=True)
-        for token in plain_branch(row, prefix, branch, stored.get((row.row_id, prefix)))
+        for token in plain_branch(row, prefix, branch, known, stored.get((row.row_id, prefix)))
     ]
 
 
-def plain_branch(row: ValueRow, prefix: str, branch: Branch, weight: list[float] | None) -> Iterator[dict[str, Any]]:
+def plain_branch(
+    row: ValueRow, prefix: str, branch: Branch, known: Components, weight: list[float] | None
+) -> Iterator[dict[str, Any]]:
     of_row = {"omega": row.omega, "margin": row.margin} if prefix else {}
     for i in np.flatnonzero(branch.response):
         token: dict[str, Any] = {
@@ -57,7 +60,7 @@ def plain_branch(row: ValueRow, prefix: str, branch: Branch, weight: list[float]
             "position": int(i),
         }
         token |= {"token_id": int(branch.input_ids[i]), "text": f"<{branch.input_ids[i]}>"}
-        token |= {name: float(branch.signals[name][i]) if name in branch.signals else None for name in SIGNALS}
+        token |= {name: float(branch.signals[name][i]) if name in branch.signals else None for name in known.signals}
         token |= of_row
         yield token | {"kept": weight and weight[i] > 0, "loss_weight": weight and weight[i]}
 
@@ -84,7 +87,7 @@ def test_scan_tokens_is_what_loops_give(run: Path) -> None:
     pair = layout.kind == "preference"
     assert list(frame.collect_schema().items()) == [
         ("row_id", pl.Int64), *([("branch", pl.String)] if pair else []), ("position", pl.Int32),
-        ("token_id", pl.Int32), ("text", pl.String), *((name, pl.Float32) for name in SIGNALS),
+        ("token_id", pl.Int32), ("text", pl.String), *((name, pl.Float32) for name in components("published").signals),
         *(((name, pl.Float32) for name in PAIR_COLUMNS) if pair else ()),
         ("kept", pl.Boolean), ("loss_weight", pl.Float32),
     ]  # fmt: skip
@@ -177,3 +180,17 @@ def test_generations_are_told_apart(run: Path) -> None:
     for number, seed in ((None, 1), (1, 1), (0, 0)):
         found = scan_tokens(run, generation=number).collect().to_dicts()
         assert found == plain_tokens(run, 0, value_rows(seed=seed, kind=kind))
+
+
+@pytest.mark.parametrize("estimator", ["influence", "exact+influence"])
+def test_tokens_have_the_signals_of_the_estimator_and_rows_every_column(tmp_path: Path, estimator: str) -> None:
+    run, rows = small_run(tmp_path, estimator=estimator), value_rows(estimator=estimator)
+    found = scan_tokens(run).collect()
+    assert found.to_dicts() == plain_tokens(run, 0, rows)
+    names = set(components(estimator).signals)
+    assert {name for name in found.columns if name.startswith(("adapt", "stab", "drift"))} < names
+    assert found.select(components(estimator).always).null_count().sum_horizontal().item() == 0
+    whole = scan(run).collect()
+    assert whole.columns == manifest.layout(manifest.read(run)).values.names
+    absent = components("published" if estimator == "influence" else "influence").adaptation[0]
+    assert whole[absent].explode().drop_nulls().is_empty()

@@ -20,7 +20,7 @@ from alphatoken_curate import shards
 from alphatoken_curate.atomic import KILL_AT, atomic_file, digest, one_writer, sweep
 from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError, UsageError
 from alphatoken_curate.fingerprint import fingerprint
-from alphatoken_curate.schema import LAYOUTS, PREFERENCE, SFT, SIGNALS, STATUSES, Layout
+from alphatoken_curate.schema import LAYOUTS, PREFERENCE, SCHEMA_VERSION, SFT, SIGNALS, STATUSES, Layout
 from alphatoken_curate.shards import Branch, Footer, Shard, TrainLists, ValueRow
 
 METADATA = Footer(fields=FIELDS, facts={"note": "x"})
@@ -124,7 +124,7 @@ def test_the_schema_on_disk_is_explicit_with_units_zstd_and_checksums(path: Path
     assert metadata.row_group(0).column(0).compression == "ZSTD"
     assert metadata.row_group(0).column(0).is_stats_set
     stored = metadata.metadata
-    assert stored[b"alphatoken_curate.schema_version"] == b"1"
+    assert stored[b"alphatoken_curate.schema_version"] == str(SCHEMA_VERSION).encode()
     assert stored[b"alphatoken_curate.fingerprint"].decode() == f'"{fingerprint(FIELDS)}"'
     assert f'"{layout.branches[-1]}nll":"nats"'.encode() in stored[b"alphatoken_curate.units"]
 

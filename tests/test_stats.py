@@ -17,7 +17,7 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.scan import scan
-from alphatoken_curate.schema import COMPONENTS, SIGNALS
+from alphatoken_curate.schema import COMPONENTS, SIGNALS, components
 from alphatoken_curate.shards import ValueRow
 from alphatoken_curate.stats import _Sums, stats
 
@@ -39,7 +39,7 @@ def changed(row: ValueRow, change: Callable[[str, np.ndarray], np.ndarray]) -> V
     for one in row.branches:
         signals = {name: change(name, x) for name, x in one.signals.items()}
         if signals:
-            signals["value"] = composite.value(*(signals[name] for name in COMPONENTS), stability_weight=1.5)
+            signals["value"] = composite.value(signals, components("published"), stability_weight=1.5)
         branches.append(replace(one, signals=signals))
     return replace(row, branches=tuple(branches))
 
@@ -351,7 +351,7 @@ def test_json_has_every_field(tmp_path: Path, kind: str) -> None:
 
 @given(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=1, max_size=80))
 def test_the_closed_bins_cover_98_of_100_values(numbers: list[float]) -> None:
-    sums = _Sums()
+    sums = _Sums(components("published"))
     value = np.array(numbers, np.float32)
     nothing = dict.fromkeys(SIGNALS, np.zeros(len(value), np.float32))
     sums.add({**nothing, "value": value})
@@ -409,3 +409,52 @@ def test_the_vocabulary_is_not_needed(tmp_path: Path) -> None:
     whole = stats(run)
     (run / "artifacts/vocab.parquet").unlink()
     assert stats(run) == whole
+
+
+def with_drift(row: ValueRow, names: tuple[str, ...]) -> ValueRow:
+    """The row with a drift beside its stability."""
+    if row.status != "scored":
+        return row
+    branches = []
+    for one in row.branches:
+        more = {name: one.signals[name.replace("drift", "stab")] * np.float32(3) for name in names}
+        branches.append(replace(one, signals={**one.signals, **more}))
+    return replace(row, branches=tuple(branches))
+
+
+@pytest.mark.parametrize("drift", [False, True])
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+@pytest.mark.parametrize("estimator", ["influence", "exact+influence"])
+def test_spreads_are_of_the_signals_of_the_estimator(tmp_path: Path, estimator: str, kind: str, drift: bool) -> None:
+    known = components(estimator)
+    rows = value_rows(20, kind=kind, estimator=estimator)
+    rows = [with_drift(row, known.drift) for row in rows] if drift else rows
+    found = stats(small_run(tmp_path / "run", rows, generations=(0, 2)), generation=0)
+    assert found.estimator == estimator
+    objectives = {
+        "adaptation": known.adaptation,
+        "stability": known.stability,
+        **({"drift": known.drift} if drift else {}),
+    }
+    expected = {name: rms(flat(rows, name)) for name in (*known.of_value, *known.upstream, "value")}
+    expected |= {name: rms(flat(rows, name)) for name in known.drift if drift}
+    expected |= {name: rms(sum(flat(rows, part) for part in parts)) for name, parts in objectives.items()}
+    assert found.rms == pytest.approx(expected, rel=1e-12)
+    assert found.generations[0].rms == found.rms != found.generations[1].rms
+    assert not found.stability_is_zero and all(found.decisions_changed.values())
+
+
+def test_an_influence_without_stability_is_seen(tmp_path: Path) -> None:
+    known = components("influence")
+    rows = []
+    for row in value_rows(estimator="influence"):
+        branches = []
+        for one in row.branches:
+            signals = {name: x * np.float32(0) if name.startswith("stab") else x for name, x in one.signals.items()}
+            if signals:
+                signals["value"] = composite.value(signals, known, stability_weight=1.5)
+            branches.append(replace(one, signals=signals))
+        rows.append(replace(row, branches=tuple(branches)))
+    found = stats(small_run(tmp_path / "run", rows))
+    assert found.stability_is_zero and found.rms["stability"] == 0 < found.rms["adaptation"]
+    assert found.decisions_changed == {"none": 0, "rms": 0}

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from alphatoken_curate.histogram import Histogram
-from alphatoken_curate.schema import COMPONENTS
+from alphatoken_curate.schema import COMPONENTS, components
 from alphatoken_curate.stats import BranchStats, GenerationStats, MaskStats, PairStats, Stats
 from alphatoken_curate.stats_text import histogram_bars, stats_lines
 
@@ -78,6 +78,7 @@ def mask(*generations: int) -> MaskStats:
 
 BASE = Stats(
     kind="sft",
+    estimator="published",
     generation=0,
     rows={"read": 40, "scored": 40},
     tokens=200,
@@ -207,3 +208,45 @@ def test_masks_say_what_they_are_made_from_and_leave_out() -> None:
     text = flowed(replace(SEVERAL, masks=(mask(0, 16),), rows_left_out=3))
     assert "left out 3 rows: not each of generations 0, 16 of the mask scored them" in text
     assert "6 50 50.0% 0, 16 keep 0.5" in text
+
+
+def of_estimator(estimator: str) -> Stats:
+    """SEVERAL as that estimator gives it: adaptation is 0.5, stability 0.25, upstream 0.75."""
+    known = components(estimator)
+    rms = dict.fromkeys((*known.adaptation, "adaptation", "value"), 0.5)
+    rms |= dict.fromkeys((*known.stability, "stability"), 0.25) | dict.fromkeys(known.upstream, 0.75)
+    rms |= dict.fromkeys((*known.drift, "drift"), 0.125)
+    generations = tuple(replace(one, rms=rms) for one in SEVERAL.generations)
+    return replace(SEVERAL, estimator=estimator, rms=rms, generations=generations)
+
+
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize(
+    ("estimator", "spreads", "growth"),
+    [
+        (
+            "influence",
+            "influence|adaptation 0.5|stability 0.25|drift 0.125|value 0.5",
+            "adapt stab|influence influence|8 0.5 0.25",
+        ),
+        (
+            "exact+influence",
+            "direct causal sum upstream|adaptation 0.5 0.5 0.5 0.75|stability 0.25 0.25 0.25 0.75"
+            "|drift 0.125 0.125 0.125|value 0.5",
+            "adapt adapt adapt stab stab stab|direct causal sum direct causal sum|8 0.5 0.5 0.5 0.25 0.25 0.25",
+        ),
+    ],
+)
+def test_spreads_have_the_columns_of_the_estimator(estimator: str, spreads: str, growth: str, width: int) -> None:
+    text = shown(of_estimator(estimator), width)
+    first, _, later = text.partition("spread of each generation")
+    lines = [" ".join(line.split()) for line in first.splitlines()]
+    assert set(spreads.split("|")) <= set(lines)
+    grown = [" ".join(line.split()).removesuffix("checkpoint").strip() for line in later.splitlines()]
+    assert all(any(line.startswith(want) for line in grown) for want in growth.split("|")), grown
+
+
+def test_the_value_stands_under_the_sum() -> None:
+    lines = shown(of_estimator("exact+influence")).partition("\nspread of generation")[2].splitlines()
+    head, value = (next(line for line in lines if line.split()[:1] == [word]) for word in ("direct", "value"))
+    assert head.index("sum") + len("sum") == len(value.rstrip())

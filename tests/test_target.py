@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny import make_row, tiny_model, tiny_rows
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from alphatoken_curate.capture import ScoringModel
 from alphatoken_curate.losses import Weigh
@@ -14,7 +13,7 @@ from alphatoken_curate.plan import Batch, collate, plan_batches
 from alphatoken_curate.target import target_gradient
 from alphatoken_curate.tokens import AnyRow, PairRow, TokenRow
 
-FAMILIES = ["llama", "gpt2", "phi3", "gemma2"]
+FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "mixtral", "gpt_oss"]
 LAYERS = 3
 BUDGETS = (1, 45, 10_000)
 
@@ -48,7 +47,6 @@ def token_losses(model: object, row: TokenRow) -> Tensor:
 def by_autograd(family: str, rows: list[AnyRow]) -> dict[str, Tensor]:
     """The gradient on the weights of the same loss, written down row by row."""
     model = oracles.eager(tiny_model(family)).requires_grad_(True)
-    maps = oracles.linear_maps(model, LAYERS)
     terms = []
     for row in rows:
         if isinstance(row, PairRow):
@@ -57,8 +55,7 @@ def by_autograd(family: str, rows: list[AnyRow]) -> dict[str, Tensor]:
             terms += [omega * chosen, -omega * rejected]
         else:
             terms.append(token_losses(model, row))
-    grads = torch.autograd.grad(torch.cat(terms).mean(), [m.weight for m in maps.values()])
-    return {n: g.t() if isinstance(m, Conv1D) else g for (n, m), g in zip(maps.items(), grads, strict=True)}
+    return oracles.weight_gradients(model, LAYERS, torch.cat(terms).mean())
 
 
 def assert_equal(scoring: ScoringModel, found: list[Tensor], wanted: dict[str, Tensor]) -> None:
@@ -78,28 +75,27 @@ def test_over_all_positions_it_is_the_gradient_of_the_weighted_mean_loss(
         assert_equal(scoring, target_gradient(scoring, batches, all_positions=True, weigh=weigh), wanted)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("weigh", [None, signed])
 def test_published_sums_outer_products_over_response_positions(family: str, weigh: Weigh | None) -> None:
     """Position by position from plain hooks, on the error signals of each branch's weighted loss."""
     rows = pairs()
     model = oracles.eager(tiny_model(family)).requires_grad_(True)
-    maps = oracles.linear_maps(model, LAYERS)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, module in maps.items():
-        module.register_forward_hook(lambda _, x, z, n=name: seen.__setitem__(n, (x[0].detach()[0], z)))
-    wanted = {name: torch.zeros_like(oracles.weight_of(module)) for name, module in maps.items()}
+    wanted = {name: torch.zeros_like(g) for name, g in by_autograd(family, rows[:1]).items()}
     tokens = 0
     for row in rows:
         assert isinstance(row, PairRow)
         margin = token_losses(model, row.chosen).sum() - token_losses(model, row.rejected).sum()
         omega = torch.sigmoid(margin / 10).item()
         for sequence, weight in ((row.chosen, omega), (row.rejected, -omega)):
-            total = token_losses(model, sequence).sum() * (1 if weigh is None else weight)
-            grads = torch.autograd.grad(total, [seen[name][1] for name in maps])
-            for name, delta in zip(maps, grads, strict=True):
-                for t in np.flatnonzero(sequence.response):
-                    wanted[name] += torch.outer(delta[0, t - 1], seen[name][0][t - 1])
+            seen: list[oracles.Product] = []
+            with oracles.products(model, LAYERS, lambda product, seen=seen: seen.append(product) or product.z):
+                total = token_losses(model, sequence).sum() * (1 if weigh is None else weight)
+            answers = torch.from_numpy(np.flatnonzero(sequence.response) - 1)
+            for product, grad in zip(seen, torch.autograd.grad(total, [p.z for p in seen]), strict=True):
+                for name, where, h, delta in product.rows(grad):
+                    mine = torch.isin(where, answers)
+                    wanted[name] += delta[mine].t() @ h[mine]
             tokens += int(sequence.response.sum())
     scoring = ScoringModel(tiny_model(family), LAYERS)
     for budget in BUDGETS:

@@ -300,3 +300,22 @@ def test_problems_say_what_to_do(run: Path) -> None:
     (run / VALUES_1).write_bytes(b"PAR1")
     problems = verify(run)
     assert problems and all(problem.file and problem.found and problem.do for problem in problems)
+
+
+@pytest.mark.parametrize("estimator", ["influence", "exact+influence"])
+@both_kinds
+def test_the_estimator_says_which_columns_are_damage(tmp_path: Path, kind: str, estimator: str) -> None:
+    run, prefix = small_run(tmp_path, kind=kind, estimator=estimator), LAYOUTS[kind].branches[-1]
+    assert verify(run) == []
+    there, absent = ("influence", "direct") if estimator == "influence" else ("upstream", "influence")
+
+    def emptied(content: dict[str, list[Any]]) -> None:
+        name = f"{prefix}adapt_{there}"
+        content[name] = [[None] * len(row) for row in content[name]]
+
+    before = (run / VALUES_1).read_bytes()
+    rewritten(run, VALUES_1, emptied)
+    assert f"`{prefix}adapt_{there}` is not null exactly off the response" in found(run, VALUES_1)
+    (run / VALUES_1).write_bytes(before)
+    rewritten(run, VALUES_1, set_in(f"{prefix}stab_{absent}", 1, -1, 0.5))
+    assert f"`{prefix}stab_{absent}` is not null everywhere" in found(run, VALUES_1)

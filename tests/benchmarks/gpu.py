@@ -1,0 +1,202 @@
+"""What scoring costs on a CUDA card, for a model of the shape of Llama-3-8B with random weights in bfloat16.
+
+    python tests/benchmarks/gpu.py
+    python tests/benchmarks/gpu.py --shape tiny --length 64     # runs anywhere: a check of this script
+
+Needs a card and no download: weights are drawn on the card (16 GB; `training step` and K = all take several times
+that, and a job that does not fit says so). One table for each share of a row that is prompt. For each job: tokens per
+second, the ratio of its seconds to those of a plain no-grad forward with logits at all positions, that ratio counted in
+multiplications alone, the share of the card's matrix peak (two operations for each multiplication a job cannot do
+without, to what one large bfloat16 product reaches in the same run), peak memory above the model's weights, and what of
+it the job holds ready. Seconds are medians of `--rounds` after a warm-up, a forward before each job's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from multiplications import Shape, multiplications, shape_of, work_of
+from speed import JOBS, forward, job, resident, rows_of_tokens
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alphatoken_curate.plan import Batch, collate, plan_batches
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Of one job: median seconds, those of the forward beside it, and bytes."""
+
+    seconds: float
+    forward: float
+    held: int
+    peak: int
+
+
+class Device:
+    """A card, or the CPU: waits for it, and tells the memory in use and at most."""
+
+    def __init__(self, name: str) -> None:
+        self.place = torch.device(name)
+        self.is_card = self.place.type == "cuda"
+
+    def wait(self) -> None:
+        """Until everything asked of it is done."""
+        if self.is_card:
+            torch.cuda.synchronize()
+
+    def used(self) -> int:
+        """Bytes in use; the most is counted from here."""
+        gc.collect()
+        if not self.is_card:
+            return resident()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return int(torch.cuda.memory_allocated())
+
+    def most(self) -> int:
+        """The most bytes in use since `used`; on a CPU, where torch does not count them, those now."""
+        return int(torch.cuda.max_memory_allocated()) if self.is_card else resident()
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """Wall time of some work."""
+        self.wait()
+        began = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - began
+
+
+def matrix_peak(device: Device, dtype: torch.dtype, size: int) -> float:
+    """Multiplications per second of one large square product, the best of ten."""
+    one, other = (torch.randn(size, size, device=device.place, dtype=dtype) for _ in range(2))
+    return float(size**3 / min(device.seconds(lambda: one @ other) for _ in range(10)))
+
+
+def make_model(args: Namespace, device: Device) -> Any:
+    """Random weights, drawn on the device."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[args.shape], max_position_embeddings=8192, rope_theta=500000.0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    try:
+        with device.place:
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_batches(args: Namespace, prompt: float) -> list[Batch]:
+    """Rows of random tokens."""
+    text = np.random.default_rng(0).integers(0, SHAPES[args.shape]["vocab_size"], args.rows * args.length)
+    rows = rows_of_tokens(text.astype(np.int32), args.rows, args.length, prompt)
+    return [collate(rows, indices) for indices in plan_batches(rows, args.batch_tokens)]
+
+
+def measure(name: str, args: Namespace, device: Device, settings: list[list[Batch]]) -> list[Found]:
+    """A job in every setting, on a model of its own."""
+    model = make_model(args, device)
+    bare = device.used()
+    # Before the job takes hold of the model: capture gives S an attention of its own.
+    plain = [_median(partial(forward, model, batches), device, args.rounds) for batches in settings]
+    bare = device.used()
+    work = job(name, model)
+    held = device.used() - bare
+    found = []
+    for batches, beside in zip(settings, plain, strict=True):
+        device.used()
+        spent = _median(partial(work, batches), device, args.rounds)
+        found.append(Found(seconds=spent, forward=beside, held=held, peak=device.most() - bare))
+    return found
+
+
+def _median(work: Callable[[], Any], device: Device, rounds: int) -> float:
+    work()
+    return statistics.median(device.seconds(work) for _ in range(rounds))
+
+
+def report(name: str, shape: Shape, batches: list[Batch], found: Found, peak: float) -> str:
+    """A line of a table."""
+    work = work_of(batches)
+    needed, least = (multiplications(what, shape, work) for what in (name, "forward"))
+    tokens = sum(batch.input_ids.size for batch in batches)
+    return (
+        f"{name:<16}{found.seconds:>9.3f}{found.seconds / found.forward:>11.2f}{needed / least:>8.2f}"
+        f"{tokens / found.seconds:>11.0f}{needed / found.seconds / peak:>9.1%}"
+        f"{found.peak / 2**30:>11.2f}{found.held / 2**30:>11.2f}"
+    )
+
+
+def parse() -> Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--prompt", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="share of a row")
+    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--jobs", nargs="+", default=JOBS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    args = parse()
+    device = Device("cuda" if torch.cuda.is_available() else "cpu")
+    if not device.is_card and args.shape != "tiny":
+        raise SystemExit(
+            "There is no CUDA card here, so nothing was measured. --shape tiny checks the script on a CPU."
+        )
+    name = torch.cuda.get_device_name() if device.is_card else "no CUDA card: CPU, which says nothing of a card"
+    peak = matrix_peak(device, getattr(torch, args.dtype), 16384 if device.is_card else 512)
+    print(
+        f"{name}; torch {torch.__version__}; {args.shape} in {args.dtype}; a large product: {2e-12 * peak:.1f} TFLOP/s"
+    )
+    settings = [make_batches(args, prompt) for prompt in args.prompt]
+    shape = shape_of(make_model(args, device))
+    lines: list[list[str]] = [[] for _ in settings]
+    for what in args.jobs:
+        try:
+            for at, found in enumerate(measure(what, args, device, settings)):
+                lines[at].append(report(what, shape, settings[at], found, peak))
+        except torch.OutOfMemoryError:
+            for each in lines:
+                each.append(f"{what:<16} does not fit on this card")
+    for prompt, each in zip(args.prompt, lines, strict=True):
+        print(f"\n{args.rows} rows of {args.length} tokens, {prompt:.0%} prompt, {args.batch_tokens} tokens a batch")
+        print(f"{'job':<16}{'seconds':>9}{'x forward':>11}{'bound':>8}{'tokens/s':>11}{'of peak':>9}", end="")
+        print(f"{'peak GiB':>11}{'held GiB':>11}", *each, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
