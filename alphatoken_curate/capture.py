@@ -8,17 +8,17 @@ Shapes: B rows, T positions, D hidden size, V vocabulary; h (B, T, d_in), delta 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from alphatoken_curate import attention, experts, foreign
 from alphatoken_curate.attention import Tape
 from alphatoken_curate.blocks import LinearMap, decoder_blocks, linear_maps, trunk, unwrapped
 from alphatoken_curate.errors import ModelError
+from alphatoken_curate.precision import narrow, rounded_products, widen
 
 Direction = list[Tensor]
 """One matrix (d_out, d_in) for each linear map of S, in the order of `ScoringModel.maps`."""
@@ -62,6 +62,7 @@ class ScoringModel:
                 f"--layers {layers}: the model has {len(blocks)} decoder blocks. Give 1 to {len(blocks)}, or all."
             )
         self.depth = len(blocks)
+        self._all_blocks = blocks
         self.blocks = blocks[-self.layers :]
         self.tape = Tape()
         self.maps = [m for block in self.blocks for m in linear_maps(model, block)]
@@ -74,8 +75,7 @@ class ScoringModel:
         self._leaves: list[Tensor] = []
         self._length = 0
         self._on_delta: OnDelta | None = None
-        self._widened: list[tuple[RemovableHandle, torch.dtype]] = []
-        self._wide: list[nn.Module] = []
+        self._narrow = narrow(self.blocks[0])
         self._installed = ExitStack()
         try:
             with ExitStack() as undo:
@@ -85,7 +85,6 @@ class ScoringModel:
                     raise ModelError(
                         f"{type(model).__name__}: its logits are not finite: some weight is NaN or infinite."
                     )
-                self._widen()
                 self._install()
                 check_capture(self, expected)
                 undo.pop_all()
@@ -97,11 +96,6 @@ class ScoringModel:
     def release_model(self) -> None:
         """Give the model back as it was: its own attention, dtypes and trainable parameters."""
         self._installed.close()
-        for hook, kind in self._widened:
-            hook.remove()
-            for module in self._wide:
-                module.to(kind)
-        self._widened.clear()
         for parameter in self._trained:
             parameter.requires_grad_(True)
 
@@ -135,24 +129,17 @@ class ScoringModel:
         ]
 
     def _install(self) -> None:
-        """Have S's blocks attend and route by functions that can be listened to."""
+        """Have S's blocks compute in float32, and attend and route by functions that can be listened to."""
+        if self._narrow:
+            self._installed.callback(widen(self.base, self.blocks, probe_ids(self.model)))
         self._installed.callback(foreign.install(self.blocks, self.tape))
         self._installed.callback(attention.install(self.blocks, self.tape))
-        self._installed.callback(experts.install(self.blocks))
+        # Where embeddings move, tangents pass through the experts below S too.
+        self._installed.callback(experts.install(self._all_blocks if self.rest else self.blocks))
 
-    def _widen(self) -> None:
-        """S, and what follows it up to the head, compute in float32 at least: differences drown in bfloat16."""
-        kind = next(self.blocks[0].parameters()).dtype
-        if torch.finfo(kind).bits >= torch.finfo(torch.float32).bits:
-            return
-        self._wide = [*self.blocks, *_after(self.base, self.blocks[-1], probe_ids(self.model))]
-        for module in self._wide:
-            module.float()
-        hook = self.blocks[0].register_forward_pre_hook(
-            lambda _, args, kwargs: (tuple(_wider(a) for a in args), {k: _wider(v) for k, v in kwargs.items()}),
-            with_kwargs=True,
-        )
-        self._widened.append((hook, kind))
+    def products(self) -> AbstractContextManager[None]:
+        """Scoring's own matrix products, inside this block: rounded where the model is narrow (see `precision`)."""
+        return rounded_products() if self._narrow else nullcontext()
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) of last hidden states (n, D): the model's own forward with its trunk replaced by `hidden`."""
@@ -294,24 +281,6 @@ def _rest(model: nn.Module, maps: list[LinearMap], below: list[nn.Module]) -> di
     """Parameters that are neither linear maps of S nor part of the blocks below it; tied ones once."""
     apart = {m.bare for m in maps}.union(p for block in below for p in block.parameters())
     return {name: p for name, p in model.named_parameters() if p not in apart}
-
-
-def _after(base: Any, block: nn.Module, ids: Tensor) -> list[nn.Module]:
-    """Modules of the trunk with parameters of their own that run after a block: its final norm, mostly."""
-    order: list[nn.Module] = []
-    own = [m for m in base.modules() if m is block or any(True for _ in m.parameters(recurse=False))]
-    hooks = [module.register_forward_hook(lambda m, *_: order.append(m)) for module in own]
-    try:
-        with torch.no_grad():
-            base(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return order[order.index(block) + 1 :]
-
-
-def _wider(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def probe_ids(model: Any) -> Tensor:

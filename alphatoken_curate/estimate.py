@@ -19,7 +19,7 @@ import numpy as np
 from alphatoken_curate import precondition
 from alphatoken_curate.artifacts import Store
 from alphatoken_curate.budget import out_of_memory
-from alphatoken_curate.capture import ScoringModel
+from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import CurateError
 from alphatoken_curate.fisher import fisher_diagonal
@@ -164,7 +164,7 @@ class _Trials:
         sampled, seed = self.config.fisher == "sampled", self.config.seed
 
         def work(batches: Batches) -> None:
-            fisher_diagonal(scoring, rows, batches(), sampled=sampled, seed=seed)
+            _serialise(scoring, fisher_diagonal(scoring, rows, batches(), sampled=sampled, seed=seed))
 
         def rest(batches: Batches) -> None:
             for batch in batches():
@@ -196,9 +196,10 @@ class _Trials:
         self, name: str, scoring: ScoringModel, rows: Sequence[AnyRow], *, all_positions: bool = True
     ) -> None:
         def work(batches: Batches) -> None:
-            target_gradient(scoring, batches(), all_positions=all_positions)
+            found = target_gradient(scoring, batches(), all_positions=all_positions)
             if scoring.rest:
-                rest_gradient(scoring, batches())
+                found += rest_gradient(scoring, batches())
+            _serialise(scoring, found)
 
         self._try(name, [rows], work)
 
@@ -278,6 +279,13 @@ class _Tried:
             if not self.seconds[index]:
                 self._progress.advance(batch.input_ids.size)
             self.seconds[index] += self._meter.now() - began
+
+
+def _serialise(scoring: ScoringModel, found: Direction) -> None:
+    """What a run keeps goes through memory once more on its way to the disk."""
+    from safetensors.torch import save
+
+    save({name: tensor.cpu().contiguous() for name, tensor in zip(scoring.names, found, strict=False)})
 
 
 def choose(sizes: Sequence[Size]) -> tuple[list[int], list[int]]:

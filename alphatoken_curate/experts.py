@@ -111,7 +111,8 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
             parts.append(_expert(module, expert, x, places, told))
     weighted = torch.cat(parts) * top_k_weights.flatten()[order].unsqueeze(-1)
     apart = weighted[torch.argsort(order)].unflatten(0, (-1, chosen))
-    return apart.sum(1).to(hidden_states.dtype)
+    summed: Tensor = apart.sum(1).to(hidden_states.dtype)
+    return summed
 
 
 def _expert(module: Any, expert: int, x: Tensor, places: Tensor, told: Watch) -> Tensor:

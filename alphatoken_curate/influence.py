@@ -46,7 +46,7 @@ class InfluenceScorer:
         batch = replace(batch, start=0, pairs=False)
         ids = torch.from_numpy(batch.input_ids).to(self.scoring.device)
         where, target = positions(batch, ids.device), torch.from_numpy(batch.target).to(ids.device)
-        with torch.no_grad(), self._swapped():
+        with self.scoring.products(), self._swapped():
             hidden, tangents = parts(self.scoring.hidden(ids))
         moved = [at(t, where) for t in tangents]
         of_head = self._moving_head if self.scoring.rest else self._fixed_head

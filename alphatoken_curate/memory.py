@@ -12,6 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from alphatoken_curate.capture import Direction, ScoringModel, captured
+from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.drift import checked_weights, drift_direction
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.fisher import fisher_diagonal
@@ -56,11 +57,10 @@ def score_tokens(
     loaded model of the same shape; without it stability is 0. The model is given back as it was. Raises InputError that
     names every bad row, ModelError where the model cannot be captured exactly.
     """
-
-    def read(records: Sequence[Mapping[str, Any]], name: str) -> tuple[str, list[AnyRow]]:
-        return _tokens(records, name, tokenizer, max_length, model.config.get_text_config().vocab_size)
-
-    (kind, wanted), (_, task) = read(rows, "rows"), read(target, "target")
+    # What cannot go together is refused as `score` does.
+    ScoreConfig(data=("rows",), estimator=estimator, parameters=parameters, layers=layers, window=window, beta=beta)
+    shape = tokenizer, max_length, model.config.get_text_config().vocab_size
+    (kind, wanted), (_, task) = _tokens(rows, "rows", *shape), _tokens(target, "target", *shape)
     anchor = None
     if reference is not None:
         with _evaluating(reference), captured(reference, layers, parameters) as scoring:
@@ -68,10 +68,7 @@ def score_tokens(
     losses = anchor.losses if anchor is not None else None
     with _evaluating(model), captured(model, layers, parameters) as scoring:
         learnt = _batches([chosen(row) for row in task], batch_tokens)
-        directions = [target_gradient(scoring, learnt, all_positions=estimator != "published")]
-        directions[0] += rest_gradient(scoring, learnt) if scoring.rest else []
-        if anchor is not None:
-            directions.append(drift_direction(scoring, anchor.fisher, checked_weights(scoring, anchor.weights)))
+        directions = _directions(scoring, learnt, anchor, all_positions=estimator != "published")
         found = row_signals(
             make_scorer(scoring, directions, estimator, window),
             wanted,
@@ -105,6 +102,18 @@ def _anchor(scoring: ScoringModel, rows: Sequence[AnyRow], batch_tokens: int, *,
         weights=[w.detach().clone() for w in scoring.weights],
         losses=plain_losses(scoring, sequences(rows), _batches(rows, batch_tokens)),
     )
+
+
+def _directions(
+    scoring: ScoringModel, learnt: list[Batch], anchor: _Anchor | None, *, all_positions: bool
+) -> list[Direction]:
+    """Adaptation and, where there is a reference, stability."""
+    task = target_gradient(scoring, learnt, all_positions=all_positions)
+    if scoring.rest:
+        task += rest_gradient(scoring, learnt)
+    if anchor is None:
+        return [task]
+    return [task, drift_direction(scoring, anchor.fisher, checked_weights(scoring, anchor.weights))]
 
 
 def _batches(rows: Sequence[AnyRow], batch_tokens: int) -> list[Batch]:

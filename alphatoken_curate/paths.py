@@ -92,7 +92,7 @@ class PathScorer:
         ids = torch.from_numpy(batch.input_ids).to(scoring.device)
         scoring.tape.window = self.window if self.estimator == "published" else 0
         scoring.tape.keep_cross = self.estimator == "exact"
-        with scoring.graph(ids, batch.start, pairs=batch.pairs) as hidden:
+        with scoring.products(), scoring.graph(ids, batch.start, pairs=batch.pairs) as hidden:
             losses, grad = loss_gradient(scoring, hidden, batch)
             chosen = Selection(positions(batch, ids.device), hidden.shape[:2].numel())
             total = grad.new_zeros(self.count, len(chosen.positions))

@@ -9,9 +9,8 @@ of its loss, sum of weight * nll over its response tokens: g_u = sum over positi
   stacking columns
       E[vec(g_u) vec(g_u)^T] ~ E[sum_s (h_s h_s^T) (x) (delta_s delta_s^T)] ~ A (x) S,
       A = mean over all positions of all units of h h^T, S = mean over units of the sum over positions of delta delta^T
-  (of an expert, over the positions it was given)
   (there are as many terms in a unit's sum as positions, so no further constant is left). Positions are those up to a
-  sequence's last predicting one, the prompt's among them; padding never counts.
+  sequence's last predicting one, the prompt's among them, and of an expert those it was given; padding never counts.
   G becomes (A (x) S + damping * mean eigenvalue * I)^-1 vec(G), solved in the eigenbases U_A and U_S.
 * `ekfac` (George et al. 2018, arXiv 1806.03884): the same bases, with the exact second moments along them,
   E[(U_S^T g_u U_A)^2], in place of the products of eigenvalues. It takes a second pass.

@@ -111,10 +111,18 @@ def _nothing(x: Any) -> Any:
     return 0.0
 
 
-@rule("zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "new_empty", "new_ones", "new_full", "detach")
-def _constant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Functions whose result no tangent reaches."""
+@rule("detach")
+def _detach(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return func(*args, **kwargs)
+
+
+@rule("zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "new_empty", "new_ones", "new_full")
+def _constant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A tensor that stands still so far; what is written into it later, through views too, may move."""
+    primal = func(*args, **kwargs)
+    if not floats(primal):
+        return primal
+    return dual(primal, [torch.zeros_like(primal) for _ in range(count_directions(args, kwargs))])
 
 
 @rule("__setitem__")

@@ -100,7 +100,7 @@ def each_leaf(change: Callable[..., Any], x: Any, *others: Any) -> Any:
 
 def floats(x: Any) -> bool:
     """Whether it is a tensor that can be differentiated."""
-    return isinstance(x, Tensor) and x.is_floating_point()
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def tangents_of(x: Any) -> tuple[Tensor, ...] | None:

@@ -15,7 +15,7 @@ from alphatoken_curate.errors import CurateError
 from .interrupts import interruptible
 
 COMMANDS = {
-    "check": "Validate rows, count tokens, plan. Loads no model.",
+    "check": "Validate rows, count tokens, plan; with --estimate, try the models: seconds and memory.",
     "score": "Value every response token; write values, a mask and loss weights.",
     "refresh": "Score the same rows again at a checkpoint, as a new generation.",
     "mask": "Make masks again from stored values. Loads no model.",

@@ -35,6 +35,27 @@ def test_the_prefix_needs_no_graph_and_the_trunk_keeps_none() -> None:
     assert not any(p.requires_grad for p in scoring.model.parameters())
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_map_that_gets_its_positions_in_another_order_is_refused(turned: bool) -> None:
+    """Flat rows are taken to be those of (B, T) in order; (T, B) has as many, and the same logits."""
+    model = tiny_model("llama")
+    mlp = model.model.layers[3].mlp
+    plain = mlp.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not turned:
+            return plain(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        flat = x.transpose(0, 1).flatten(0, 1)
+        return plain(flat).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
+
+    mlp.forward = forward
+    if turned:
+        with pytest.raises(ModelError, match=r"layers\.3\.mlp\.\w+_proj is not one vector for each position"):
+            ScoringModel(model, 2)
+    else:
+        ScoringModel(model, 2)
+
+
 def test_more_layers_than_there_are_is_refused() -> None:
     with pytest.raises(ModelError, match=r"--layers 5: the model has 4 decoder blocks\. Give 1 to 4, or all"):
         ScoringModel(tiny_model("llama"), 5)

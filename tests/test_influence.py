@@ -175,7 +175,7 @@ def test_batches_padding_and_order_do_not_matter(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"])
 def test_bfloat16_weights_do_not_drown_the_tangent(family: str) -> None:
-    """Against float64 of the same weights: S computes in float32, so that only embeddings and head round."""
+    """Against float64 of the same weights: what rounds is embeddings, head and the operands of products."""
     model = tiny_model(family, dtype=torch.float64, initializer_range=0.15).to(torch.bfloat16)
     exact = copy.deepcopy(model).to(torch.float64)
     scoring, rows = ScoringModel(model, "all"), tiny_rows()
@@ -183,9 +183,9 @@ def test_bfloat16_weights_do_not_drown_the_tangent(family: str) -> None:
     found = torch.cat(influence_of(InfluenceScorer(scoring, both), rows, 60), 1)
     wide = ScoringModel(exact, "all")
     wanted = torch.cat(influence_of(InfluenceScorer(wide, [[d.double() for d in each] for each in both]), rows, 60), 1)
-    assert_close(found.double(), wanted, 0.02)
+    assert_close(found.double(), wanted, 0.04)
     ranks = [np.argsort(np.argsort(x[0].numpy())) for x in (found, wanted)]
-    assert np.corrcoef(*ranks)[0, 1] > 0.998
+    assert np.corrcoef(*ranks)[0, 1] > 0.995
 
 
 def test_no_graph_is_kept_and_the_model_is_as_it_was() -> None:

@@ -40,7 +40,9 @@ def test_a_row_per_row_with_the_columns_of_values(base: Any) -> None:
     assert found["input_ids"].to_list() == [record["input_ids"] for record in records]
     for name in SIGNALS:
         there = [[x is not None for x in row] for row in found[name].to_list()]
-        assert there == (found["response"].to_list() if name in components("published").always else [[False] * len(r) for r in there])
+        assert there == (
+            found["response"].to_list() if name in components("published").always else [[False] * len(r) for r in there]
+        )
 
 
 def test_losses_are_those_of_the_model(base: Any) -> None:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
 import tempfile
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["TQDM_DISABLE"] = "1"  # the peers draw progress bars
-logging.disable(logging.WARNING)  # and tell of every module
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # oracles.py
 
 import numpy as np
@@ -28,6 +26,8 @@ from torch import Tensor
 
 from alphatoken_curate.plan import Batch, collate, plan_batches
 from alphatoken_curate.tokens import TokenRow
+
+logging.disable(logging.WARNING)  # the peers tell of every module
 
 Values = dict[str, Tensor]
 """Signal -> (rows, response tokens of a row)."""
@@ -178,17 +178,8 @@ def kronfluence(s: Setting) -> Job:
     from kronfluence.utils.state import State
     from torch.utils.data import DataLoader, TensorDataset
 
-    class Summed(Task):
-        def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Tensor:
-            return s.summed_loss(*batch)
-
-        def compute_measurement(self, batch: Any, model: Any) -> Tensor:
-            return s.summed_loss(*batch)
-
-        def get_influence_tracked_modules(self) -> list[str]:
-            return list(s.direction)
-
-    task, factors, scores = Summed(), FactorArguments("identity"), ScoreArguments(compute_per_token_scores=True)
+    task, factors = _summed_task(Task, s), FactorArguments("identity")
+    scores = ScoreArguments(compute_per_token_scores=True)
     model = prepare_model(s.model, task)
     update_factor_args(model, factors)
     update_score_args(model, scores)
@@ -210,6 +201,20 @@ def kronfluence(s: Setting) -> Job:
     return Job(s, run)
 
 
+def _summed_task(base: type[Any], s: Setting) -> Any:
+    class Summed(base):
+        def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Tensor:
+            return s.summed_loss(*batch)
+
+        def compute_measurement(self, batch: Any, model: Any) -> Tensor:
+            return s.summed_loss(*batch)
+
+        def get_influence_tracked_modules(self) -> list[str]:
+            return list(s.direction)
+
+    return Summed()
+
+
 def dattri_llm(s: Setting) -> Job:
     """dattri-llm's TracIn at `attribution_granularity="token"`, streamed live, its own scoring loop."""
     from dattri_llm import AttributionArguments, HookManagerConfig, TracInAttributor
@@ -228,6 +233,7 @@ def dattri_llm(s: Setting) -> Job:
         layer_types=dict.fromkeys(s.direction, "nn.Linear"),
     )
     data = [{"input_ids": ids, "labels": labels} for ids, labels in zip(s.ids, s.labels, strict=True)]
+    warnings.filterwarnings("ignore", message=".*have no trainable parameter")
     hooks = HookManagerConfig(hook_types=dict.fromkeys(s.direction, "linear_io"), include_frozen=True)
 
     def run() -> Values:

@@ -22,6 +22,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+os.environ["TQDM_DISABLE"] = "1"  # before anything imports it: the peers draw progress bars
+
 import numpy as np
 import torch
 from peer_jobs import BUILD, JOBS, MEANING, Job, Values, setting, split
@@ -234,7 +236,8 @@ def main() -> None:
     rows, model = make_rows(args), load(args)
     print(
         f"{args.model}, float32, {args.rows} rows of {args.length} tokens, {float(args.prompt):.0%} prompt, batches of"
-        f" {args.batch_tokens}; torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds"
+        f" {args.batch_tokens}; torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds",
+        flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
         direction = store(folder, names, args, model, rows)
