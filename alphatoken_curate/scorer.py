@@ -73,6 +73,11 @@ class ScorerSpec:
         return ("adapt", *stability, *drift)
 
     @property
+    def passes(self) -> int:
+        """How often a gradient goes over its rows: what is no linear map takes a pass of its own."""
+        return 2 if self.config.parameters == "all" else 1
+
+    @property
     def estimates_fisher(self) -> bool:
         """Whether the Fisher is ours to estimate, rather than a file the user brings."""
         return self.config.fisher in FISHER_MODES
@@ -146,8 +151,7 @@ class ReferencePass:
     def fisher(self, rows: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> None:
         """Estimate F from rows and keep it. Raises InputError where it is not finite."""
         sampled, seed = self.spec.config.fisher == "sampled", self.spec.config.seed
-        passes = 2 if self.scoring.rest else 1
-        progress.stage("Fisher of the reference", passes * sum(len(row.input_ids) for row in rows))
+        progress.stage("Fisher of the reference", self.spec.passes * sum(len(row.input_ids) for row in rows))
         batches = counted(rows, batch_tokens, progress)
         found = fisher_diagonal(self.scoring, rows, batches, sampled=sampled, seed=seed)
         if self.scoring.rest:
@@ -203,8 +207,8 @@ class ShardScorer:
         """
         if self.spec.store.has(kind):
             return
+        progress.stage(f"{kind} gradient", count_tokens(rows) * self.spec.passes)
         scoring, weigh = self._load(), pairs.weigh if pairs is not None else None
-        progress.stage(f"{kind} gradient", count_tokens(rows) * (2 if scoring.rest else 1))
         # Retention and lookahead are true gradients; the published G is not.
         true = kind != artifacts.TARGET or self.spec.config.estimator != "published"
         found = target_gradient(scoring, counted(rows, batch_tokens, progress), all_positions=true, weigh=weigh)

@@ -85,7 +85,7 @@ def temporaries(run: Path) -> list[Path]:
 
 
 # An unbroken run commits this many files; the n-th time a point is passed belongs to the n-th of them.
-FILES = 4 + 4 + 1 + 1 + 1 + 4 + 1 + 1 + 1 + 4 + 1 + 1
+FILES = 4 + 4 + 1 + 1 + 1 + 1 + 4 + 1 + 1 + 1 + 4 + 1 + 1
 
 
 def _points(every: int) -> list[str]:
