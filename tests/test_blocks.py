@@ -14,7 +14,7 @@ from torch import nn
 from alphatoken_curate.blocks import LinearMap, linear_maps, unwrapped
 from alphatoken_curate.capture import ScoringModel
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.paths import PathScorer
+from alphatoken_curate.influence import make_scorer
 from alphatoken_curate.plan import collate
 
 
@@ -87,7 +87,7 @@ def test_a_lora_in_place_is_scored_exactly_its_own_matrices_too(family: str, set
     direction = [torch.randn(m.weight.shape, generator=generator, dtype=torch.float64) for m in scoring.maps]
     named = {m.name: d for m, d in zip(scoring.maps, direction, strict=True)}
     row = tiny_rows()[1]
-    found = PathScorer(scoring, [direction], "exact", 4).score(collate([row], [0]))
+    found = make_scorer(scoring, [direction], "exact+influence", 4).score(collate([row], [0]))
     places = np.flatnonzero(row.response).tolist()
     ids = torch.from_numpy(row.input_ids.astype(np.int64))
     matrix = oracles.contraction_by_backwards(plain, 3, named, ids, places)
@@ -95,7 +95,9 @@ def test_a_lora_in_place_is_scored_exactly_its_own_matrices_too(family: str, set
     later = torch.stack([matrix[t - 1, j + 1 :].sum() for j, t in enumerate(places)])
     assert found.direct is not None
     assert found.causal is not None
-    error = torch.stack([found.direct[0] - own, found.causal[0] - later]).abs().max()
+    assert found.influence is not None
+    misses = [found.direct[0] - own, found.causal[0] - later, found.influence[0] - matrix.sum(0)]
+    error = torch.stack(misses).abs().max()
     assert (error / torch.stack([own, later]).abs().max()).item() < 1e-10
 
 

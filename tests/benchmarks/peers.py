@@ -183,9 +183,9 @@ def versus(times: dict[str, list[float]]) -> list[str]:
             other = f"{peer} {split(one)[1]}"
             if one in times and other in times:
                 ratios = [p / o for p, o in zip(times[other], times[one], strict=True)]
-                said.append(
-                    f"{other:<22}/ {one:<18}{statistics.median(ratios):>6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})"
-                )
+                least = min(times[other]) / min(times[one])
+                middle = f"{statistics.median(ratios):>6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})"
+                said.append(f"{other:<22}/ {one:<18}{middle}, least seconds {least:.2f}")
     return said
 
 
