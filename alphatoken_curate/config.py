@@ -152,7 +152,7 @@ class ScoreConfig(MaskConfig):
     max_length: int = _option(2048, "Rows are cut to this many tokens; what is cut is counted and told.", kind="count")
     rows_per_shard: int = _option(1024, "Rows read per output shard.", kind="count")
     batch_tokens: int | Literal["auto"] = _option(
-        "auto", "Padded tokens per batch; halved when memory runs out.", kind="auto_count"
+        "auto", "Padded tokens per batch, or found by a short trial; halved when memory runs out.", kind="auto_count"
     )
     dtype: str = _option(
         "auto",
