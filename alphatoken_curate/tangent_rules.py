@@ -32,9 +32,8 @@ from alphatoken_curate.tangents import (
 
 @rule("__get__")
 def _attribute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    found = func(*args, **kwargs)
-    name = func.__self__.__name__  # type: ignore[attr-defined]
-    return _linear_in_first(func, args, kwargs) if name in ("T", "mT", "H", "mH") else found
+    turns = func.__self__.__name__ in ("T", "mT", "H", "mH")  # type: ignore[attr-defined]
+    return _linear_in_first(func, args, kwargs) if turns else func(*args, **kwargs)
 
 
 @rule(
