@@ -17,7 +17,6 @@ from typing import TypeVar
 import numpy as np
 
 from alphatoken_curate import precondition
-from alphatoken_curate.artifacts import Store
 from alphatoken_curate.budget import out_of_memory
 from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.config import ScoreConfig
@@ -25,10 +24,9 @@ from alphatoken_curate.errors import CurateError
 from alphatoken_curate.fisher import fisher_diagonal
 from alphatoken_curate.generate import answer_room, prompt_tokens, sample_answers
 from alphatoken_curate.influence import make_scorer
-from alphatoken_curate.likeness import check_alike
 from alphatoken_curate.losses import row_means
 from alphatoken_curate.meter import Meter
-from alphatoken_curate.models import find_model, resolve_device, resolve_dtype
+from alphatoken_curate.models import resolve_device
 from alphatoken_curate.parameters import rest_gradient, rest_of_batch
 from alphatoken_curate.plan import Batch, by_shard, collate, plan_batches, sequences
 from alphatoken_curate.prepare import (
@@ -37,11 +35,10 @@ from alphatoken_curate.prepare import (
     PRECONDITION_DRAW,
     Prepared,
     drawn,
-    fingerprint_fields,
     prepare,
 )
 from alphatoken_curate.progress import Progress, Silent
-from alphatoken_curate.scorer import ReferencePass, ScorerSpec, ShardScorer
+from alphatoken_curate.scorer import ReferencePass, ScorerSpec, ShardScorer, spec_of
 from alphatoken_curate.signals import plain_losses
 from alphatoken_curate.target import target_gradient
 from alphatoken_curate.tokens import AnyRow, TokenRow, chosen
@@ -94,22 +91,10 @@ def estimate(config: ScoreConfig, progress: Progress | None = None) -> tuple[Pre
 
     Raises what `score` raises before it writes, and CurateError where memory does not last for a trial.
     """
-    device = resolve_device(config.device)
-    meter = Meter(device)
+    meter = Meter(resolve_device(config.device))
     began = meter.now()
     prepared = prepare(config)
-    reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
-    check_alike(prepared.source, reference)
-    dtype = resolve_dtype(config.dtype, device.type, config.parameters)
-    spec = ScorerSpec(
-        config=config,
-        model=prepared.source,
-        reference=reference,
-        dtype=dtype,
-        device=str(device),
-        # Nothing is kept, and nothing found.
-        store=Store(folder=Path(os.devnull), fields=fingerprint_fields(prepared, reference, dtype)),
-    )
+    spec = spec_of(prepared, Path(os.devnull))  # nothing is kept, and nothing found
     trials = _Trials(prepared, spec, meter, progress or Silent())
     trials.stages.append(StageEstimate(name="reading rows", seconds=meter.now() - began))
     try:
@@ -137,7 +122,7 @@ class _Trials:
         if self.spec.has_drift or self.spec.has_reference:
             self._reference()
         scorer = ShardScorer(self.spec)
-        scoring = self._timed("loading the model", scorer._load)
+        scoring = self._timed("loading the model", lambda: scorer.scoring)
         self._settle(scoring)
         self._directions(scoring)
         self._scoring(scoring)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from alphatoken_curate.attention import Tape, attention_forward, listen
 
@@ -127,23 +126,12 @@ def _falcon_heads(module: Any, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query.flatten(2, 3).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
-def _bloom_gelu(module: Any) -> Callable[..., Any]:
-    """Its function knows no tangents, whose forward is plain operations."""
-    from transformers.models.bloom.modeling_bloom import GeLUFunction, bloom_gelu_forward
-
-    def forward(x: Tensor) -> Any:
-        return bloom_gelu_forward(x) if has_torch_function((x,)) else GeLUFunction.apply(x)
-
-    return forward
-
-
 _ADAPTERS: dict[str, tuple[str, _Make]] = {
     "GPTJAttention": ("_attn", _between(lambda m: 1 / m.scale_attn)),
     "CodeGenAttention": ("_attn", _between(lambda m: 1 / m.scale_attn)),
     "GPTNeoXJapaneseAttention": ("_attn", _between(lambda m: 1 / m.norm_factor)),
     "GPTNeoSelfAttention": ("_attn", _between(lambda m: 1.0, _within_window)),
     "BloomAttention": ("forward", _bloom),
-    "BloomGelu": ("forward", _bloom_gelu),
     "FalconAttention": ("forward", _falcon),
 }
 """By name of the module: the method that is replaced, and what makes the replacement (None where it cannot)."""

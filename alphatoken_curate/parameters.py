@@ -20,12 +20,17 @@ from alphatoken_curate.plan import Batch, collate
 from alphatoken_curate.tokens import TokenRow
 
 
+def rest_zeros(scoring: ScoringModel) -> Direction:
+    """A tensor of zeros for each parameter of `ScoringModel.rest`, as `ScoringModel.zeros` has them for linear maps."""
+    return [_zero(p) for p in scoring.rest.values()]
+
+
 def rest_gradient(scoring: ScoringModel, batches: Iterable[Batch], weigh: Weigh | None = None) -> Direction:
     """Gradient of the mean response loss in each parameter of `ScoringModel.rest`, in nats per unit of it.
 
     With `weigh` each token's gradient is multiplied by its weight first; the sum is still divided by their number.
     """
-    sums, tokens = _zeros(scoring), 0
+    sums, tokens = rest_zeros(scoring), 0
     for batch in batches:
         for total, grad in zip(sums, rest_of_batch(scoring, batch, weigh), strict=True):
             total.add_(grad)
@@ -47,7 +52,7 @@ def rest_fisher(
     and of mean zero, so that the square of their sum has the expectation of the sum of their squares. `done` is told
     the tokens of each row.
     """
-    sums = _zeros(scoring)
+    sums = rest_zeros(scoring)
     for index in range(len(rows)):
         batch = collate(rows, [index])
         uniforms = drawn_uniforms(rows, batch, seed) if sampled else None
@@ -122,7 +127,3 @@ def _trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 def _zero(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32), requires_grad=False)
-
-
-def _zeros(scoring: ScoringModel) -> Direction:
-    return [_zero(p) for p in scoring.rest.values()]

@@ -15,18 +15,23 @@ of its loss, sum of weight * nll over its response tokens: g_u = sum over positi
 * `ekfac` (George et al. 2018, arXiv 1806.03884): the same bases, with the exact second moments along them,
   E[(U_S^T g_u U_A)^2], in place of the products of eigenvalues. It takes a second pass.
 
+Of a mixture of experts some may get no gradient from any row, and be needed by the target all the same. Such an expert
+takes the mean of those in its parameter that have one: v; A over all their positions, and the mean of their S, which
+`ekfac` too goes by there.
+
 Everything is summed in float32 at least; eigenvectors are found, and quotients taken, in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from alphatoken_curate.blocks import LinearMap
 from alphatoken_curate.capture import Direction, OnDelta, ScoringModel
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.losses import Weigh, loss_gradient
@@ -53,22 +58,34 @@ class _Basis:
     values: Tensor
 
 
-def estimate(kind: str, scoring: ScoringModel, batches: Batches, weigh: Weigh | None = None) -> dict[str, Tensor]:
+def estimate(
+    kind: str,
+    scoring: ScoringModel,
+    batches: Batches,
+    weigh: Weigh | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> dict[str, Tensor]:
     """The curvature of S over some rows, as tensors to be stored: `<parameter>.<part>`, float32 at least.
 
     `kind` is adam (part second_moment), kfac (input_vectors, input_values, output_vectors, output_values) or ekfac
     (input_vectors, output_vectors, second_moment). `weigh` makes a unit's loss of its token losses; None adds them up.
+    `note` is told of experts without a gradient, which take the others' curvature.
     Raises InputError where the gradient of the rows is zero everywhere, or not finite.
     """
     if kind == "adam":
         moments = _second_moments(scoring, batches, weigh, None)
-        return _checked(kind, scoring, {"second_moment": moments})
-    inputs, outputs = _bases(scoring, batches, weigh)
-    found = {"input_vectors": [b.vectors for b in inputs], "output_vectors": [b.vectors for b in outputs]}
-    if kind == "kfac":
-        found |= {"input_values": [b.values for b in inputs], "output_values": [b.values for b in outputs]}
+        lent = _lend_moments(scoring, moments)
+        found = {"second_moment": moments}
     else:
-        found["second_moment"] = _second_moments(scoring, batches, weigh, (inputs, outputs))
+        inputs, outputs, lent = _bases(scoring, batches, weigh)
+        found = {"input_vectors": [b.vectors for b in inputs], "output_vectors": [b.vectors for b in outputs]}
+        if kind == "kfac":
+            found |= {"input_values": [b.values for b in inputs], "output_values": [b.values for b in outputs]}
+        else:
+            found["second_moment"] = moments = _second_moments(scoring, batches, weigh, (inputs, outputs))
+            for i in lent:
+                torch.outer(outputs[i].values, inputs[i].values, out=moments[i])
+    _tell(kind, scoring, lent, note)
     return _checked(kind, scoring, found)
 
 
@@ -94,6 +111,20 @@ def precondition(
         else:
             found.append(torch.zeros_like(matrix))
     return found
+
+
+def _tell(kind: str, scoring: ScoringModel, lent: Sequence[int], note: Callable[[str], None]) -> None:
+    """Say how many experts have the others' curvature, if any."""
+
+    def experts(maps: Iterable[LinearMap]) -> int:
+        return len({(m.module, m.expert) for m in maps if m.expert is not None})
+
+    if lent:
+        count = f"{experts(scoring.maps[i] for i in lent)} of {experts(scoring.maps)}"
+        note(
+            f"--precondition {kind}: {count} experts have no gradient in any of the rows the curvature is estimated"
+            " from. They take the mean of the others of their block; a larger --precondition-rows may reach them."
+        )
 
 
 def _scaled(kind: str, parts: Mapping[str, Tensor], curvature: Tensor, matrix: Tensor, floor: float) -> Tensor:
@@ -168,8 +199,10 @@ def _second_moments(
     return [s.div_(max(units, 1)) for s in sums]
 
 
-def _bases(scoring: ScoringModel, batches: Batches, weigh: Weigh | None) -> tuple[list[_Basis], list[_Basis]]:
-    """Eigenbases of A and of S for each linear map."""
+def _bases(
+    scoring: ScoringModel, batches: Batches, weigh: Weigh | None
+) -> tuple[list[_Basis], list[_Basis], list[int]]:
+    """Eigenbases of A and of S for each linear map, and which of them are the others'."""
     inputs, outputs = _squares(scoring, 1), _squares(scoring, 0)
     seen, units = [0] * len(scoring.maps), 0
     for planned in batches():
@@ -185,7 +218,53 @@ def _bases(scoring: ScoringModel, batches: Batches, weigh: Weigh | None) -> tupl
 
         _backward(scoring, batch, weigh, accumulate)
         units += len(batch.rows) // (2 if batch.pairs else 1)
-    return _eigen(inputs, seen), _eigen(outputs, [units] * len(outputs))
+    lent = _lend_factors(scoring, inputs, seen, outputs)
+    return _eigen(inputs, seen), _eigen(outputs, [units] * len(outputs)), lent
+
+
+def _experts(scoring: ScoringModel, sums: Sequence[Tensor]) -> Iterator[tuple[list[int], list[int]]]:
+    """Of each parameter of experts some of which have a gradient: those that have none, and those that have one."""
+    alike: dict[tuple[nn.Module, str], list[int]] = {}
+    for i, m in enumerate(scoring.maps):
+        if m.expert is not None:
+            alike.setdefault((m.module, m.slot), []).append(i)
+    for indices in alike.values():
+        without, others = ([i for i in indices if bool(sums[i].any()) == has] for has in (False, True))
+        if without and others:
+            yield without, others
+
+
+def _lend_moments(scoring: ScoringModel, moments: Sequence[Tensor]) -> list[int]:
+    """Give experts without a gradient the mean of the others' second moments; returns which those are."""
+    lent = []
+    for without, others in _experts(scoring, moments):
+        mean = _total(moments, others).div_(len(others))
+        for i in without:
+            moments[i].copy_(mean)
+        lent += without
+    return lent
+
+
+def _lend_factors(
+    scoring: ScoringModel, inputs: Sequence[Tensor], seen: list[int], outputs: Sequence[Tensor]
+) -> list[int]:
+    """Likewise of sums of h h^T over `seen` positions, and of sums of delta delta^T."""
+    lent = []
+    for without, others in _experts(scoring, outputs):
+        squares, errors = _total(inputs, others), _total(outputs, others).div_(len(others))
+        for i in without:
+            inputs[i].copy_(squares)
+            outputs[i].copy_(errors)
+            seen[i] = sum(seen[j] for j in others)
+        lent += without
+    return lent
+
+
+def _total(tensors: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    total = torch.zeros_like(tensors[indices[0]])
+    for i in indices:
+        total += tensors[i]
+    return total
 
 
 def _squares(scoring: ScoringModel, side: int) -> list[Tensor]:

@@ -7,7 +7,7 @@ reference. The manifest names a generation once all of its shards are there; the
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,33 +52,23 @@ def refresh(
     reference: str | None = None,
     device: str | None = None,
     progress: Progress | None = None,
+    told: Callable[[RefreshSummary], object] = lambda _: None,
 ) -> list[RefreshSummary]:
     """Score the rows of a finished run again at a checkpoint, each as a new generation, then make the mask anew.
 
     `checkpoint`: a model folder, an adapter folder of PEFT, or a folder of `checkpoint-*` folders, all of which are
     scored in step order. `base` and `reference` say where those models lie now, `device` where to compute; by default
-    as the run was told. The mask is made by the settings of the run's newest one.
+    as the run was told. The mask is made by the settings of the run's newest one. `told` of each checkpoint when it is
+    done.
 
     The same call resumes, and leaves what is there alone. Raises UsageError, ModelError, FingerprintError (another
     reference than the run's), StoredDataError (no finished run, or damage).
     """
-    places = {"base": base, "reference": reference, "device": device}
-    return list(each_checkpoint(run, checkpoint, progress=progress, **places))
-
-
-def each_checkpoint(
-    run: Path | str,
-    checkpoint: Path | str,
-    *,
-    base: str | None = None,
-    reference: str | None = None,
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> Iterator[RefreshSummary]:
-    """The same, told checkpoint by checkpoint."""
-    known = _Run(Path(run), base=base, reference=reference, device=device)
+    known, summaries = _Run(Path(run), base=base, reference=reference, device=device), []
     for one in find_checkpoints(Path(checkpoint), base=known.base):
-        yield known.refresh(one, progress or Silent())
+        summaries.append(known.refresh(one, progress or Silent()))
+        told(summaries[-1])
+    return summaries
 
 
 def watch(

@@ -17,7 +17,7 @@ from alphatoken_curate import manifest
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.manifest import Generation, Manifest, Mask
 from alphatoken_curate.schema import PAIR_COLUMNS, VOCABULARY, Layout
-from alphatoken_curate.shards import Shard
+from alphatoken_curate.shards import Shard, read_footer
 
 T = TypeVar("T")
 
@@ -33,7 +33,9 @@ def scan(
 
     They are those of the files: what the run's estimator does not compute is null there. `values`: every row read, of
     the newest generation or the one given; `train`: the rows of the newest mask or the one given. Raises `UsageError`
-    for a number that is not there, `StoredDataError` for a run without a manifest or with a file missing.
+    for a number that is not there, `StoredDataError` for a run without a manifest, or with a file that is missing, of
+    another size or without its footer. Damage before the footer is seen when rows are collected, as an error of
+    polars, or not at all; `verify` sees all of it.
     """
     folder = Path(run)
     stored = manifest.read(folder)
@@ -130,6 +132,10 @@ def _frame(run: Path, files: Sequence[Shard], schema: pa.Schema) -> pl.LazyFrame
         path = run / file.path
         if not path.is_file() or path.stat().st_size != file.bytes:
             raise StoredDataError(f"{path}: missing or not {file.bytes} bytes, as the manifest has it; run `verify`")
+        try:
+            read_footer(path)
+        except StoredDataError as error:
+            raise StoredDataError(f"{error}; `verify` names all that is damaged") from error
     if not files:
         return pl.DataFrame(pl.from_arrow(schema.empty_table())).lazy()
     # No globbing and no hive columns: the manifest has said which files, and `mask=0000` is a name, not a column.

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate import artifacts, card, manifest, shards
-from alphatoken_curate.artifacts import Store
 from alphatoken_curate.atomic import one_writer
 from alphatoken_curate.beside import write_beside
 from alphatoken_curate.budget import NAME as BUDGET
@@ -19,10 +18,9 @@ from alphatoken_curate.budget import Budget
 from alphatoken_curate.config import MaskConfig, ScoreConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.generate import answer_room, chunks
+from alphatoken_curate.idle import idle
 from alphatoken_curate.job import Job, job_of, record
-from alphatoken_curate.likeness import check_alike
 from alphatoken_curate.manifest import Manifest
-from alphatoken_curate.models import find_model, resolve_device, resolve_dtype
 from alphatoken_curate.preference import Pairs
 from alphatoken_curate.prepare import (
     FISHER_DRAW,
@@ -30,12 +28,11 @@ from alphatoken_curate.prepare import (
     PRECONDITION_DRAW,
     Prepared,
     drawn,
-    fingerprint_fields,
     prepare,
 )
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.remask import MaskSummary, make_mask
-from alphatoken_curate.scorer import ReferencePass, ScorerSpec, ShardScorer, count_tokens
+from alphatoken_curate.scorer import ReferencePass, ScorerSpec, ShardScorer, count_tokens, spec_of
 from alphatoken_curate.shards import Footer, Shard
 from alphatoken_curate.tokens import AnyRow, TokenRow, chosen
 from alphatoken_curate.trial import find_budget, first_model
@@ -75,20 +72,12 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     listener = progress or Silent()
     folder = Path(run) if run is not None else default_run(config.data)
     prepared = prepare(config)
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device.type, config.parameters)
-    reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
-    check_alike(prepared.source, reference)
-    about = fingerprint_fields(prepared, reference, dtype)
+    spec = spec_of(prepared, folder / "artifacts", _artifacts_of(config.reuse))
     _check_ours(folder)
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
     with one_writer(folder):
-        budget = Budget(folder, about, config.batch_tokens, listener)
-        store = Store(folder=folder / "artifacts", fields=about, reuse=_artifacts_of(config.reuse))
-        spec = ScorerSpec(
-            config=config, model=prepared.source, reference=reference, dtype=dtype, device=str(device), store=store
-        )
+        budget = Budget(folder, spec.store.fields, config.batch_tokens, listener)
         _tell(prepared, spec, listener)
         scored = run_generation(folder, job_of(prepared, spec), spec, budget, listener)
         if write_beside(folder, prepared, budget.first) or scored:
@@ -118,6 +107,8 @@ def _artifacts_of(run: str | None) -> Path | None:
 
 
 def _tell(prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
+    if (unread := idle(prepared.config, prepared.kind)) is not None:
+        progress.note(unread)
     if prepared.held_out:
         progress.note(
             f"{len(prepared.held_out)} rows are held out as the target: they are not scored and not in train/."

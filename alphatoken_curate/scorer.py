@@ -25,12 +25,21 @@ from alphatoken_curate.errors import InputError, ModelError
 from alphatoken_curate.fisher import fisher_diagonal
 from alphatoken_curate.generate import answer_room, pack, sample_answers, unpack
 from alphatoken_curate.influence import make_scorer
+from alphatoken_curate.likeness import check_alike
 from alphatoken_curate.losses import Weigh, row_means
-from alphatoken_curate.models import ModelSource, free_memory, load_model
+from alphatoken_curate.models import (
+    ModelSource,
+    find_model,
+    free_memory,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+)
 from alphatoken_curate.parameters import rest_fisher, rest_gradient
 from alphatoken_curate.plan import Batch, collate, plan_batches, sequences
 from alphatoken_curate.precondition import estimate, precondition
 from alphatoken_curate.preference import Pairs, reference_sums
+from alphatoken_curate.prepare import Prepared, fingerprint_fields
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.schema import BY_ESTIMATOR
 from alphatoken_curate.signals import BatchScorer, RowResult, plain_losses, row_signals
@@ -107,6 +116,26 @@ class ScorerSpec:
 
     def _captured(self, model: PreTrainedModel) -> ScoringModel:
         return ScoringModel(model, self.config.layers, self.config.parameters)  # type: ignore[arg-type]
+
+
+def spec_of(prepared: Prepared, folder: Path, reuse: Path | None = None) -> ScorerSpec:
+    """What scores the rows of a run whose artifacts/ are in `folder`; those in `reuse` are taken over.
+
+    Raises UsageError and ModelError where the models, device or dtype named are not there or do not go together.
+    """
+    config = prepared.config
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device.type, config.parameters)
+    reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
+    check_alike(prepared.source, reference)
+    return ScorerSpec(
+        config=config,
+        model=prepared.source,
+        reference=reference,
+        dtype=dtype,
+        device=str(device),
+        store=Store(folder=folder, fields=fingerprint_fields(prepared, reference, dtype), reuse=reuse),
+    )
 
 
 class ReferencePass:
@@ -198,6 +227,14 @@ class ShardScorer:
         """Pickle what it was built from, never the model."""
         return ShardScorer, (self.spec,)
 
+    @property
+    def scoring(self) -> ScoringModel:
+        """The model that scores, captured; loaded when first asked for."""
+        if self._scoring is None:
+            self._scoring = self.spec.capture(self.spec.model)
+            self._check_maps(self._scoring)
+        return self._scoring
+
     def gradient(
         self, kind: str, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int
     ) -> None:
@@ -208,7 +245,7 @@ class ShardScorer:
         if self.spec.store.has(kind):
             return
         progress.stage(f"{kind} gradient", count_tokens(rows) * self.spec.passes)
-        scoring, weigh = self._load(), pairs.weigh if pairs is not None else None
+        scoring, weigh = self.scoring, pairs.weigh if pairs is not None else None
         # Retention and lookahead are true gradients; the published G is not.
         true = kind != artifacts.TARGET or self.spec.config.estimator != "published"
         found = target_gradient(scoring, counted(rows, batch_tokens, progress), all_positions=true, weigh=weigh)
@@ -218,7 +255,7 @@ class ShardScorer:
             raise InputError(
                 f"The loss of the {kind} rows has no finite gradient, so it gives no direction to score by."
             )
-        self.spec.store.save(kind, by_name(self._load(), found))
+        self.spec.store.save(kind, by_name(self.scoring, found))
 
     def curvature(self, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int) -> None:
         """Make sure the training curvature of --precondition is in artifacts/."""
@@ -227,7 +264,7 @@ class ShardScorer:
         kind = self.spec.config.precondition
         progress.stage(f"{kind} curvature", count_tokens(rows) * (2 if kind == "ekfac" else 1))
         weigh: Weigh = pairs.weigh if pairs is not None else row_means
-        found = estimate(kind, self._load(), lambda: counted(rows, batch_tokens, progress), weigh)
+        found = estimate(kind, self.scoring, lambda: counted(rows, batch_tokens, progress), weigh, progress.note)
         self.spec.store.save(artifacts.PRECONDITION, found)
 
     def __call__(
@@ -259,12 +296,6 @@ class ShardScorer:
         stored = self.spec.store.require(artifacts.REFERENCE_NLL, part=shard)["nll"]
         return [part.numpy() for part in stored.split([int(row.response.sum()) for row in sequences(rows)])]
 
-    def _load(self) -> ScoringModel:
-        if self._scoring is None:
-            self._scoring = self.spec.capture(self.spec.model)
-            self._check_maps(self._scoring)
-        return self._scoring
-
     def _check_maps(self, scoring: ScoringModel) -> None:
         found = {name: tuple(weight.shape) for name, weight in zip(scoring.names, scoring.weights, strict=True)}
         if self.spec.maps is not None and found != self.spec.maps:
@@ -276,7 +307,7 @@ class ShardScorer:
 
     def _batch_scorer(self, progress: Progress) -> BatchScorer:
         if self._scorer is None:
-            scoring = self._load()
+            scoring = self.scoring
             directions = [self._direction(objective) for objective in self.spec.objectives]
             if not all(any(matrix.any() for matrix in direction) for direction in directions[1:]):
                 progress.note("STABILITY IS ZERO: the scoring blocks have the weights of the reference.")
@@ -293,18 +324,18 @@ class ShardScorer:
         config = self.spec.config
         if config.precondition == "none" or (objective != "adapt" and not config.precondition_stability):
             return found
-        stored = self.spec.store.require(artifacts.PRECONDITION, self._load().device)
+        stored = self.spec.store.require(artifacts.PRECONDITION, self.scoring.device)
         return precondition(
             config.precondition,
             stored,
-            self._load(),
+            self.scoring,
             found,
             eps=config.precondition_eps,
             damping=config.precondition_damping,
         )
 
     def _stored(self, kind: str) -> Direction:
-        stored, names = self.spec.store.require(kind, self._load().device), self._load().names
+        stored, names = self.spec.store.require(kind, self.scoring.device), self.scoring.names
         missing = [name for name in names if name not in stored]
         if missing:
             raise ModelError(
@@ -314,7 +345,7 @@ class ShardScorer:
         return [stored[name] for name in names]
 
     def _drift(self) -> Direction:
-        scoring, config = self._load(), self.spec.config
+        scoring, config = self.scoring, self.spec.config
         if self.spec.estimates_fisher:
             fisher = self._stored(artifacts.FISHER)
         else:
@@ -325,7 +356,7 @@ class ShardScorer:
         return drift_direction(scoring, fisher, self._reference_weights(), step)
 
     def _reference_weights(self) -> Direction:
-        scoring, reference = self._load(), self.spec.reference
+        scoring, reference = self.scoring, self.spec.reference
         kept = self.spec.store.load(artifacts.REFERENCE, scoring.device)
         if kept is not None:
             return checked_weights(scoring, [kept[name] for name in scoring.names])

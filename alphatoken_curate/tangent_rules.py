@@ -24,6 +24,7 @@ from alphatoken_curate.tangents import (
     leaves,
     rule,
     tangents_of,
+    torchs_own,
     with_tangents,
 )
 
@@ -255,7 +256,7 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         return by_torch(func, args, kwargs)
     if kwargs.get("inplace"):
         raise NoTangentError(f"{func.__name__} with inplace=True")
-    with forward_mode.dual_level():
+    with torchs_own():
         out = call(func, (forward_mode.make_dual(x.as_subclass(Tensor), torch.ones_like(x)), *rest), kwargs)
         primal, slope = forward_mode.unpack_dual(out)
     return dual(primal, (slope * t for t in x.tangents)) if slope is not None else primal

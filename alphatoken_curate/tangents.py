@@ -12,7 +12,8 @@ direction; where torch has no formula either, `NoTangentError` names the functio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,13 +121,24 @@ def by_torch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     """Any function: by torch's own forward mode, one direction after the other."""
     found = []
     for n in range(count_directions(args, kwargs)):
-        with forward_mode.dual_level():
+        with torchs_own():
             out = call(func, _lifted(args, n), {key: _lifted(value, n) for key, value in kwargs.items()})
             if not any(floats(x) for x in leaves(out)):
                 return out
             found.append(each_leaf(lambda x: forward_mode.unpack_dual(x).tangent if floats(x) else None, out))
             primal = each_leaf(lambda x: forward_mode.unpack_dual(x).primal if floats(x) else x, out)
     return each_leaf(_joined, primal, *found)
+
+
+@contextmanager
+def torchs_own() -> Iterator[None]:
+    """A level of torch's own forward mode, which the forward of a custom `autograd.Function` switches off.
+
+    Such a forward is differentiated by what it computes. No tangent meets its `backward`; whether the two agree is for
+    others to see.
+    """
+    with forward_mode._set_fwd_grad_enabled(True), forward_mode.dual_level():
+        yield
 
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.influence import make_scorer
 from alphatoken_curate.meter import Meter
 from alphatoken_curate.models import free_memory
+from alphatoken_curate.parameters import rest_zeros
 from alphatoken_curate.plan import collate, plan_batches
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.scorer import ReferencePass, ScorerSpec, ShardScorer, count_tokens
@@ -185,10 +186,7 @@ class Trial:
 
 def blank(scoring: ScoringModel, count: int) -> list[Direction]:
     """Directions of zeros, in memory that is really taken."""
-    return [
-        [torch.full(w.shape, 0.0, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device) for w in each]
-        for each in [scoring.weights] * count
-    ]
+    return [[t.fill_(0.0) for t in (*scoring.zeros(), *rest_zeros(scoring))] for _ in range(count)]
 
 
 def planned(rows: Sequence[AnyRow], budget: int) -> tuple[int, int]:
@@ -205,7 +203,7 @@ def first_model(
     if spec.has_drift and spec.estimates_fisher:
         wanted.append(partial(_lacks, spec.store, artifacts.FISHER))
     needed = any(lacks() for lacks in wanted)
-    return lambda: reference.scoring if needed else scorer._load()
+    return lambda: reference.scoring if needed else scorer.scoring
 
 
 def _lacks(store: Store, kind: str, part: int | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from .mask import summary
 
 if TYPE_CHECKING:
     from alphatoken_curate import RefreshSummary
+
+    from .terminal import Listener
 
 
 @click.command(name="refresh")
@@ -53,7 +56,7 @@ def command(
     if (checkpoint is None) == (watch is None):
         raise click.UsageError("Give either --checkpoint C or --watch DIR.")
 
-    from alphatoken_curate.refresh import each_checkpoint
+    from alphatoken_curate.refresh import refresh
     from alphatoken_curate.refresh import watch as each_new
 
     from .terminal import Listener
@@ -61,15 +64,14 @@ def command(
     with Listener() as listener:
         places = {"base": base, "reference": reference, "device": device, "progress": listener}
         if checkpoint is not None:
-            found = each_checkpoint(run, checkpoint, **places)  # type: ignore[arg-type]
-        else:
-            found = each_new(run, watch, interval=interval, **places)  # type: ignore[arg-type]
-        for done in found:
-            listener.finish()
-            _tell(done)
+            refresh(run, checkpoint, told=partial(_tell, listener), **places)  # type: ignore[arg-type]
+            return
+        for done in each_new(run, watch, interval=interval, **places):  # type: ignore[arg-type]
+            _tell(listener, done)
 
 
-def _tell(done: RefreshSummary) -> None:
+def _tell(listener: Listener, done: RefreshSummary) -> None:
+    listener.finish()
     mask = done.mask
     if not done.shards_scored and not mask.created:
         click.echo(f"{done.checkpoint} is generation {done.generation} of {done.run} already. Nothing was written.")

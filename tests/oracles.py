@@ -92,6 +92,19 @@ def products(model: Any, layers: int, seen: Callable[[Product], Tensor]) -> Iter
         handle.remove()
 
 
+@contextmanager
+def kept_products(model: Any, layers: int) -> Iterator[list[Product]]:
+    """The products of S inside this block, in their order, for one row at a time."""
+    seen: list[Product] = []
+
+    def keep(product: Product) -> Tensor:
+        seen.append(product)
+        return product.z
+
+    with products(model, layers, keep):
+        yield seen
+
+
 class _Routers(TorchFunctionMode):
     """Products with a router's weight, wherever `linear` is called."""
 
@@ -153,13 +166,7 @@ def contraction_by_backwards(
 ) -> Tensor:
     """C[s, t] (T, len(places)): one backward per token, error signals at every position."""
     model = eager(model).requires_grad_(True)
-    seen: list[Product] = []
-
-    def keep(product: Product) -> Tensor:
-        seen.append(product)
-        return product.z
-
-    with products(model, layers, keep):
+    with kept_products(model, layers) as seen:
         token_losses = losses(model, ids, places)
     columns = []
     for loss in token_losses:
@@ -210,13 +217,7 @@ def published(
 ) -> tuple[Tensor, Tensor]:
     """Direct and causal of the paper's Eq. 8-11, by loops. `value_of(name, z, head)` picks a head's value from z."""
     model = eager(model).requires_grad_(True)
-    seen: list[Product] = []
-
-    def keep(product: Product) -> Tensor:
-        seen.append(product)
-        return product.z
-
-    with products(model, layers, keep):
+    with kept_products(model, layers) as seen:
         out = model(input_ids=ids[None], use_cache=False, output_attentions=True)
     total = sum(-torch.log_softmax(out.logits[0, t - 1], dim=-1)[ids[t]] for t in places)
     grads = torch.autograd.grad(total, [p.z for p in seen])

@@ -13,6 +13,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from test_influence import by_gradients, by_name, directions, influence_of
+from test_paths import assert_close
 from tiny import FAMILIES, LAYERS_ALL, REFUSED, ROUNDING, UNCAPTURED, tiny_model, tiny_rows
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -113,6 +115,17 @@ def test_every_family_is_exact_or_refused(family: str, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_exact_with_blocks_below_that_only_pass_tangents_on(family: str) -> None:
+    scoring, plain = ScoringModel(tiny_model(family), LAYERS, "all"), tiny_model(family)
+    both = directions(scoring)
+    found = torch.cat(influence_of(InfluenceScorer(scoring, both), ROWS, 10_000), dim=1)
+    for influence, direction in zip(found, both, strict=True):
+        named = by_name(scoring, direction)
+        wanted = torch.cat([by_gradients(plain, named, row) for row in ROWS])
+        assert_close(influence, wanted, ROUNDING.get(family, {}).get("influence", EXACT))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_oracle_sums_to_the_gradient_on_the_weights_and_agrees_with_eps(family: str) -> None:
     """Experts are a textbook's in the oracle, and transformers' own under the gradient."""
     scoring, direction, plain = captured(family)
@@ -145,14 +158,14 @@ def table() -> str:
         " weights of experts and",
         "routers too. Each is checked in float64, with padding, against one backward pass per token (`published`:",
         "the paper's equations by loops), to 1e-10 of the largest value, or 1e-6 where the model itself rounds",
-        f"({rounding}).",
+        f"({rounding}). The last column is `--estimator influence --parameters all` on three blocks of four.",
         "",
-        "| family | published | exact | influence |",
-        "|---|---|---|---|",
+        "| family | published | exact | influence | influence of all parameters |",
+        "|---|---|---|---|---|",
     ]
     for family in sorted(FAMILIES):
         said = ("refused" if estimator in REFUSED.get(family, {}) else "yes" for estimator in ESTIMATORS)
-        lines.append(f"| `{family}` | {' | '.join(said)} |")
+        lines.append(f"| `{family}` | {' | '.join(said)} | yes |")
     lines += ["", "| refused by name | because it has |", "|---|---|"]
     lines += [f"| `{family}` | {why} |" for family, (_, _, why) in sorted(UNCAPTURED.items())]
     return "\n".join(lines)

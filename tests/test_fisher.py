@@ -28,8 +28,7 @@ def by_sequences(
     sums: dict[str, Tensor] = {}
     for row in rows:
         ids = torch.from_numpy(row.input_ids.astype(np.int64))
-        seen: list[oracles.Product] = []
-        with oracles.products(model, 2, lambda product, seen=seen: seen.append(product) or product.z):
+        with oracles.kept_products(model, 2) as seen:
             logits = model(input_ids=ids[None], use_cache=False).logits[0]
         places = np.flatnonzero(row.response).tolist()
         wanted = labels[row.row_id] if labels else [int(ids[t]) for t in places]

@@ -25,7 +25,7 @@ ORDER = """
     value_rows folders adapters models likeness checkpoints
     | losses selection target fisher generate precondition drift paths parameters influence composite preference signals
     | masks | sealed shards manifest card responses remask
-    | artifacts budget meter prepare scorer trial job beside score refresh memory estimate check
+    | artifacts budget meter prepare idle scorer trial job beside score refresh memory estimate check
     | scan rules verify histogram stats heat row_view row_text stats_text
 """
 """Each module imports only from those before it."""

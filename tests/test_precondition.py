@@ -68,8 +68,8 @@ def assert_close(found: Tensor, wanted: Tensor, tolerance: float = EXACT) -> Non
 class Plain:
     """Gradients, inputs and error signals of each map, one sequence at a time, by autograd and plain hooks."""
 
-    def __init__(self, family: str, rows: list[AnyRow]) -> None:
-        self.model = oracles.eager(tiny_model(family)).requires_grad_(True)
+    def __init__(self, family: str, rows: list[AnyRow], **changes: Any) -> None:
+        self.model = oracles.eager(tiny_model(family, **changes)).requires_grad_(True)
         self.h: dict[str, list[Tensor]] = {}
         self.delta: dict[str, list[Tensor]] = {}
         self.gradients: dict[str, list[Tensor]] = {}
@@ -84,8 +84,7 @@ class Plain:
     def sequence(self, row: TokenRow, sign: float | None) -> dict[str, Tensor]:
         """The gradient of its weighted loss; without a sign, of its mean loss."""
         places = np.flatnonzero(row.response).tolist()
-        seen: list[oracles.Product] = []
-        with oracles.products(self.model, LAYERS, lambda product: seen.append(product) or product.z):
+        with oracles.kept_products(self.model, LAYERS) as seen:
             nll = oracles.losses(self.model, torch.from_numpy(row.input_ids.astype(np.int64)), places)
         loss = nll.mean() if sign is None else sign * (torch.sigmoid(nll).detach() * nll).sum()
         grads = torch.autograd.grad(loss, [p.z for p in seen], retain_graph=True)
@@ -207,6 +206,38 @@ def test_a_map_without_curvature_stays_zero_or_is_refused(kind: str) -> None:
         InputError, match=rf"--precondition {kind}: model\.layers\.3\.self_attn\.\w_proj\.weight has no"
     ):
         precondition(kind, stored, scoring, random_direction(scoring), eps=1e-8, damping=DAMPING)
+
+
+@pytest.mark.usefixtures("all_float64")
+@pytest.mark.parametrize("kind", ["adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_that_no_row_reached_take_the_mean_of_the_others(kind: str, family: str) -> None:
+    many = {"num_experts" if family == "qwen3_moe" else "num_local_experts": 12}
+    rows = tiny_rows()[1:2]
+    plain = Plain(family, rows, **many)  # type: ignore[arg-type]
+    scoring, told = ScoringModel(tiny_model(family, **many), LAYERS), list[str]()
+    stored = estimate(kind, scoring, lambda: batches(rows, 1000), row_means, told.append)  # type: ignore[arg-type]
+    direction = random_direction(scoring)
+    found = precondition(kind, stored, scoring, direction, eps=1e-8, damping=DAMPING)
+    without = []
+    for m, g, scaled in zip(scoring.maps, direction, found, strict=True):
+        if m.expert is None or plain.gradients[m.name][0].any():
+            continue
+        without.append((m.owner, m.expert))
+        alike = (other.name for other in scoring.maps if (other.owner, other.slot) == (m.owner, m.slot))
+        others = [name for name in alike if plain.gradients[name][0].any()]
+        if kind == "adam":
+            moment = sum(plain.gradients[name][0] ** 2 for name in others) / len(others)
+            assert_close(scaled, g / (moment**0.5 + 1e-8))
+            continue
+        h = torch.cat([x for name in others for x in plain.h[name]])
+        outputs = sum(plain.factors(name)[1] for name in others) / len(others)
+        assert_close(scaled, solved(torch.kron(h.t() @ h / len(h), outputs), g))
+    assert without
+    assert told == [
+        f"--precondition {kind}: {len(set(without))} of 24 experts have no gradient in any of the rows the curvature is"
+        " estimated from. They take the mean of the others of their block; a larger --precondition-rows may reach them."
+    ]
 
 
 @pytest.mark.parametrize("kind", ["adam", "kfac", "ekfac"])

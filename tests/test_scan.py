@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 from small_run import scored, small_run, value_rows, write_generation
@@ -165,9 +166,22 @@ def failed(row: ValueRow) -> ValueRow:
     )
 
 
-def test_nothing_is_read_before_it_is_asked_for(run: Path) -> None:
+@pytest.mark.parametrize("read", [scan, scan_tokens])
+def test_a_file_of_the_right_size_without_its_footer_is_named(run: Path, read: Callable[[Path], pl.LazyFrame]) -> None:
+    """As after a crash of a machine whose disk had not written all: its end is zeros."""
     path = run / "values/generation=0/part-00001.parquet"
-    path.write_bytes(b"x" * path.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-9000] + bytes(9000))
+    with pytest.raises(
+        StoredDataError, match=r"values/generation=0/part-00001\.parquet: damaged .*; `verify` names all"
+    ):
+        read(run)
+
+
+def test_rows_are_not_read_before_they_are_asked_for(run: Path) -> None:
+    path = run / "values/generation=0/part-00001.parquet"
+    whole = path.read_bytes()
+    pages = pq.read_metadata(path).serialized_size  # what comes after them is the footer, and eight bytes
+    path.write_bytes(b"x" * (len(whole) - pages - 8) + whole[-pages - 8 :])
     frame = scan_tokens(run)
     with pytest.raises(pl.exceptions.PolarsError):
         frame.collect()

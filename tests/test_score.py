@@ -817,6 +817,17 @@ def test_preconditioning_changes_adaptation_and_stability_where_asked(
     assert any(name.endswith(".second_moment" if kind != "kfac" else ".input_values") for name in stored)
 
 
+@pytest.mark.parametrize("kind", ["adam", "ekfac"])
+def test_experts_that_no_row_of_the_curvature_reached_do_not_stop_a_run(kind: str, target: str, tmp_path: Path) -> None:
+    with quiet():
+        tiny_model("qwen3_moe", dtype=torch.float32, num_experts=16).save_pretrained(tmp_path / "model")
+    data, notes = write_jsonl(tmp_path / "rows.jsonl", token_records(ROWS)), Notes()
+    told = {"data": data, "model": str(tmp_path / "model"), "target": target, "layers": 2, "precondition": kind}
+    made = score(ScoreConfig(**told, precondition_rows=1), tmp_path / "run", notes)
+    assert made.manifest.counts.scored == ROWS
+    assert any(f"--precondition {kind}: " in note and "of 32 experts have no gradient" in note for note in notes.notes)
+
+
 def test_what_another_run_computed_is_taken_over(settings: dict[str, Any], run: Path, tmp_path: Path) -> None:
     notes = Notes()
     other = settings | {"estimator": "exact", "stability_weight": 2.0}

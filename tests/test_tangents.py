@@ -174,6 +174,35 @@ def test_changes_in_place(name: str) -> None:
     agrees(CHANGES[name], move(X, 1), move(Y, 2), moving=(True, True))
 
 
+class _Own(torch.autograd.Function):
+    """A function with a backward of its own, whose forward is elementwise, in place and by torch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _own(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise AssertionError("no tangent goes this way")
+
+
+def _own(x: Tensor) -> Tensor:
+    return (x * torch.tanh(0.8 * x * x)).mul_(3.0) + F.layer_norm(x, (5,))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_function_with_a_backward_of_its_own_is_differentiated_by_its_forward(graph: bool) -> None:
+    x, tangents = move(X, 1)
+    with torch.set_grad_enabled(graph):
+        primal, found = parts(_Own.apply(dual(x, tangents)))
+    wanted, _ = torch.func.jvp(_own, (x,), (x,))
+    torch.testing.assert_close(primal, wanted, rtol=1e-13, atol=1e-13)
+    assert len(found) == 2
+    for tangent, given in zip(found, tangents, strict=True):
+        torch.testing.assert_close(tangent, torch.func.jvp(_own, (x,), (given,))[1], rtol=1e-11, atol=1e-11)
+
+
 def test_results_without_a_derivative_stay_plain() -> None:
     x = dual(*move(X, 1))
     for found in (x.argmax(-1), x > 0, x.shape, x.dtype, x.dim(), x.sum().item(), x.to(torch.int64), x.detach()):
