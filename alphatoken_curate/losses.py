@@ -21,11 +21,11 @@ Weigh = Callable[[Batch, Tensor], Tensor]
 OnError = Callable[[slice, Tensor], None]
 """Called with a chunk of the N tokens and d nll / d logits there, (n, V), which is overwritten by the next chunk's."""
 
-_LOGITS_PER_CHUNK = {"cpu": 6 << 20, "cuda": 1 << 28}
-"""Logits held at a time: 24 MiB of float32 on a CPU (past 32 MiB malloc maps new pages each time), 1 GiB on a card."""
+_BYTES_PER_CHUNK = {"cpu": 24 << 20, "cuda": 1 << 30}
+"""Bytes of the logits held at a time, and of their gradient. On a CPU, past 32 MiB, malloc maps new pages each time."""
 
-_LOGITS_PER_SLICE = {"cpu": 1 << 18, "cuda": 1 << 28}
-"""Logits whose softmax is taken at a time: what stays in the cache of a core, or everything on a card."""
+_LOGITS_PER_SLICE = {"cpu": 1 << 17, "cuda": 1 << 28}
+"""Logits whose softmax each thread takes at a time: what stays in the cache of a core, or everything on a card."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,47 +46,67 @@ def token_losses(
     gradient: bool,
     uniforms: Tensor | None = None,
     on_error: OnError | None = None,
+    logits_dtype: torch.dtype = torch.float32,
 ) -> Losses:
     """Losses of `targets` (N,) int64 predicted from `hidden` (N, D).
 
     With `uniforms` (N,) float64 in [0, 1) the targets are replaced by draws from the model's own prediction.
+    `logits_dtype`: what the head returns, by which chunks are sized where `on_error` needs no wider error.
     """
-    device = hidden.device.type
     kind = torch.promote_types(hidden.dtype, torch.float32)
-    rows = max(1, _LOGITS_PER_CHUNK.get(device, _LOGITS_PER_CHUNK["cpu"]) // vocabulary)
-    step = max(1, _LOGITS_PER_SLICE.get(device, _LOGITS_PER_SLICE["cpu"]) // vocabulary)
     nll, entropy = hidden.new_empty(len(targets), dtype=kind), hidden.new_empty(len(targets), dtype=kind)
     grad = torch.empty_like(hidden) if gradient else None
-    buffer = hidden.new_empty(min(rows, len(targets)), vocabulary, dtype=kind)
+    buffer: Tensor | None = None
+    rows = _chunk_rows(hidden.device, vocabulary, kind if on_error is not None else logits_dtype)
     for first in range(0, len(targets), rows):
         part = slice(first, min(first + rows, len(targets)))
         x = hidden[part].detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             logits = head(x)
+        if buffer is None:
+            needed = len(x) if gradient or on_error is not None else 0
+            buffer = logits.new_empty(needed, vocabulary, dtype=logits.dtype if on_error is None else kind)
         error = buffer[: len(x)]
         drawn = None if uniforms is None else uniforms[part]
-        _softmax_slices(logits.detach(), targets[part], drawn, step, error, nll[part], entropy[part])
+        _softmax_slices(logits.detach(), targets[part], drawn, error, nll[part], entropy[part])
         if grad is not None:
             grad[part] = torch.autograd.grad(logits, x, error.to(logits.dtype))[0]
         if on_error is not None:
             on_error(part, error)
+        del logits  # before the next are made
     return Losses(nll, entropy, grad)
 
 
+def _chunk_rows(device: torch.device, vocabulary: int, kind: torch.dtype) -> int:
+    return max(1, _BYTES_PER_CHUNK.get(device.type, _BYTES_PER_CHUNK["cpu"]) // (vocabulary * kind.itemsize))
+
+
 def _softmax_slices(
-    logits: Tensor, targets: Tensor, uniforms: Tensor | None, step: int, error: Tensor, nll: Tensor, entropy: Tensor
+    logits: Tensor, targets: Tensor, uniforms: Tensor | None, error: Tensor, nll: Tensor, entropy: Tensor
 ) -> None:
-    """Fill error (n, V) with softmax - one-hot, nll and entropy (n,), `step` rows at a time."""
+    """Fill nll and entropy (n,), and error (n, V) with softmax - one-hot unless it is empty, some rows at a time.
+
+    All is computed in the dtype of nll: in `error` itself, or in a piece of scratch where that is narrower or empty.
+    """
+    device, vocabulary = logits.device.type, logits.shape[1]
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    step = max(1, threads * _LOGITS_PER_SLICE.get(device, _LOGITS_PER_SLICE["cpu"]) // vocabulary)
+    scratch = None if error.dtype == nll.dtype and len(error) else nll.new_empty(min(step, len(logits)), vocabulary)
     for first in range(0, len(logits), step):
         part = slice(first, first + step)
-        raw, probabilities = logits[part].to(error.dtype), error[part]
+        raw = logits[part].to(nll.dtype)
+        probabilities = error[part] if scratch is None else scratch[: len(raw)]
         torch.softmax(raw, dim=-1, out=probabilities)
         # log-sum-exp from the largest probability: cheap, and never the log of a small number.
         log_sum = raw.amax(dim=-1) - probabilities.amax(dim=-1).log()
         entropy[part] = log_sum - torch.linalg.vecdot(probabilities, raw)
         chosen = (targets[part] if uniforms is None else inverse_transform(probabilities, uniforms[part]))[:, None]
         nll[part] = log_sum - raw.gather(1, chosen).squeeze(1)
-        probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
+        if len(error):
+            probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
+            # Where they are the same memory there is nothing to copy.
+            if scratch is not None:
+                error[part] = probabilities
 
 
 def loss_gradient(
@@ -106,6 +126,7 @@ def loss_gradient(
         vocabulary=scoring.vocabulary,
         gradient=True,
         uniforms=uniforms,
+        logits_dtype=scoring.logits_dtype,
     )
     assert losses.grad is not None
     grad, each = torch.zeros_like(hidden), losses.grad

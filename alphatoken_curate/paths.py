@@ -23,6 +23,7 @@ from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.losses import loss_gradient, positions
 from alphatoken_curate.plan import Batch
+from alphatoken_curate.precision import plain_products
 from alphatoken_curate.selection import Selection
 from alphatoken_curate.value_rows import find_value_rows
 
@@ -60,12 +61,14 @@ class _Stack:
 
 def _row_dots(stacked: Tensor, x: Tensor) -> Tensor:
     """Dot products: stacked (N, n d), x (N, k, d) -> (k, n, N), as batched products that write nothing in between."""
-    return torch.bmm(x, stacked.unflatten(1, (-1, x.shape[2])).transpose(1, 2)).permute(1, 2, 0)
+    with plain_products():
+        return torch.bmm(x, stacked.unflatten(1, (-1, x.shape[2])).transpose(1, 2)).permute(1, 2, 0)
 
 
 PREFIX_PAYS = 0.18
 """Share of the blocks a backward passes through (twice, for `exact`) from which a prompt without gradient pays for the
-second, smaller pass through the trunk that it takes. Measured on two CPU cores, half of each row prompt."""
+second, smaller pass through the trunk that it takes. Where the trunk is narrower than these blocks, they count twice.
+Measured on two CPU cores, half of each row prompt."""
 
 
 class PathScorer:
@@ -74,8 +77,8 @@ class PathScorer:
     def __init__(self, scoring: ScoringModel, directions: list[Direction], estimator: Estimator, window: int) -> None:
         self.scoring, self.estimator, self.window = scoring, estimator, window
         self.count = len(directions)
-        backwards = 2 if estimator == "exact" else 1
-        self.splits_prompt = backwards * scoring.layers / scoring.depth >= PREFIX_PAYS
+        passes = (2 if estimator == "exact" else 1) * (2 if scoring.narrow else 1)
+        self.splits_prompt = passes * scoring.layers / scoring.depth >= PREFIX_PAYS
         self.values: dict[int, tuple[int, Tensor]] = {}
         if estimator == "published":
             self.values = _value_maps(scoring)

@@ -8,7 +8,7 @@ below has them anyway, to tf32 on a card.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -42,11 +42,20 @@ def widen(base: Any, blocks: list[nn.Module], ids: Tensor) -> Callable[[], None]
     return undo
 
 
-@contextmanager
-def rounded_products() -> Iterator[None]:
+def rounded_products() -> AbstractContextManager[None]:
     """Float32 matrix products round their operands inside this block."""
+    return _products("bf16", "tf32")
+
+
+def plain_products() -> AbstractContextManager[None]:
+    """They do not inside this one: where a product reads more than it computes, rounding costs more than it saves."""
+    return _products("ieee", "ieee")
+
+
+@contextmanager
+def _products(cpu: str, cuda: str) -> Iterator[None]:
     backends: Any = torch.backends  # whose settings torch does not type
-    settings = ((backends.mkldnn.matmul, "bf16"), (backends.cuda.matmul, "tf32"))
+    settings = ((backends.mkldnn.matmul, cpu), (backends.cuda.matmul, cuda))
     before = [place.fp32_precision for place, _ in settings]
     try:
         for place, precision in settings:

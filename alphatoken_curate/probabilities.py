@@ -61,9 +61,9 @@ def _probabilities(
         scores = capped.mul_(rule.softcap)
     seen = _by_group(visible.to(scores.device), groups)
     if seen.dtype == torch.bool:
-        scores.masked_fill_(~seen, torch.finfo(scores.dtype).min)
-    else:
-        scores.add_(seen)
+        # Any score plus the least number is the least number; filling through a mask that broadcasts is slow.
+        seen = torch.zeros_like(seen, dtype=scores.dtype).masked_fill_(~seen, torch.finfo(scores.dtype).min)
+    scores.add_(seen)
     if sinks is None:
         return torch.softmax(scores, dim=-1), slope
     column = sinks.to(scores.dtype).reshape(1, -1, groups, 1, 1).expand(*scores.shape[:-1], 1)

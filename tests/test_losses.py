@@ -24,7 +24,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(("chunk", "piece"), [(1 << 20, 1 << 20), (4 * V, 2 * V), (1, 1), (10 * V, 3 * V)])
 def test_losses_entropy_and_gradient_against_autograd(chunk: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(losses._LOGITS_PER_CHUNK, "cpu", chunk)
+    monkeypatch.setitem(losses._BYTES_PER_CHUNK, "cpu", 8 * chunk)
     monkeypatch.setitem(losses._LOGITS_PER_SLICE, "cpu", piece)
     hidden, weight, targets = inputs()
     found = token_losses(lambda x: 3 * torch.tanh(x @ weight.t() / 3), hidden, targets, vocabulary=V, gradient=True)
@@ -40,6 +40,36 @@ def test_losses_entropy_and_gradient_against_autograd(chunk: int, piece: int, mo
 def test_without_a_gradient_none_is_made() -> None:
     hidden, weight, targets = inputs()
     assert token_losses(lambda x: x @ weight.t(), hidden, targets, vocabulary=V, gradient=False).grad is None
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 2 * 5 * V])
+def test_of_narrow_logits_only_the_error_is_rounded(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(losses._BYTES_PER_CHUNK, "cpu", chunk)
+    monkeypatch.setitem(losses._LOGITS_PER_SLICE, "cpu", 2 * V)
+    hidden, weight, targets = (x.float() if x.is_floating_point() else x for x in inputs())
+    errors = torch.empty(N, V)
+
+    def head(x: Tensor) -> Tensor:
+        return (x @ weight.t()).bfloat16()
+
+    def keep(part: slice, error: Tensor) -> None:
+        errors[part] = error
+
+    found = token_losses(head, hidden, targets, vocabulary=V, gradient=True, logits_dtype=torch.bfloat16)
+    for gradient in (True, False):
+        given = token_losses(head, hidden, targets, vocabulary=V, gradient=gradient, on_error=keep)
+        bare = token_losses(head, hidden, targets, vocabulary=V, gradient=False)
+        assert torch.equal(found.nll, given.nll) and torch.equal(found.nll, bare.nll)
+        assert torch.equal(found.entropy, given.entropy) and torch.equal(found.entropy, bare.entropy)
+    raw = head(hidden).double()
+    logs = torch.log_softmax(raw, dim=-1)
+    exact = logs.exp() - torch.nn.functional.one_hot(targets, V)
+    assert found.nll.dtype == torch.float32
+    assert torch.allclose(found.nll.double(), -logs.gather(1, targets[:, None]).squeeze(1), atol=1e-6)
+    assert torch.allclose(found.entropy.double(), -(logs.exp() * logs).sum(-1), atol=1e-6)
+    assert torch.allclose(errors.double(), exact, atol=1e-6)
+    assert found.grad is not None
+    assert torch.allclose(found.grad, errors.bfloat16().float() @ weight, atol=1e-6)
 
 
 def test_drawn_targets_follow_the_prediction_and_their_loss_is_that_of_the_draw() -> None:

@@ -15,6 +15,7 @@ from alphatoken_curate import capture, paths
 from alphatoken_curate.capture import ScoringModel
 from alphatoken_curate.paths import PathScorer
 from alphatoken_curate.plan import collate, plan_batches
+from alphatoken_curate.precision import rounded_products
 from alphatoken_curate.target import target_gradient
 from alphatoken_curate.tokens import TokenRow
 from alphatoken_curate.value_rows import find_value_rows
@@ -201,6 +202,26 @@ def test_s_computes_in_float32_whatever_the_model_does(estimator: Any, monkeypat
         assert (error.norm() / getattr(one, name).norm()).item() < 0.05
     lower.release_model()
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+
+
+def test_blocks_wider_than_the_trunk_count_twice_in_whether_a_prompt_apart_pays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = tiny_model("llama", dtype=torch.float32)
+    depth = plain.config.num_hidden_layers
+    monkeypatch.setattr(paths, "PREFIX_PAYS", 1.5 / depth)
+    for model, pays in ((plain, False), (copy.deepcopy(plain).to(torch.bfloat16), True)):
+        scoring = ScoringModel(model, 1)
+        assert PathScorer(scoring, [random_direction(scoring, 1)], "published", 4).splits_prompt is pays
+
+
+def test_dot_products_of_rows_are_not_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stacked, x = torch.randn(64, 2 * 96, generator=generator), torch.randn(64, 3, 96, generator=generator)
+    with rounded_products():
+        found = paths._row_dots(stacked, x)
+    wanted = (x.double()[:, :, None] * stacked.double().unflatten(1, (2, 96))[:, None]).sum(-1).permute(1, 2, 0)
+    assert_close(found.double(), wanted, 1e-6)
 
 
 @pytest.mark.usefixtures("all_float64")

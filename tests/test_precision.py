@@ -10,10 +10,12 @@ import torch
 from tiny import tiny_model, tiny_rows
 from torch import Tensor
 
-from alphatoken_curate.capture import ScoringModel
+from alphatoken_curate import attention
+from alphatoken_curate.capture import ScoringModel, probe_ids, probe_logits
+from alphatoken_curate.errors import ModelError
 from alphatoken_curate.paths import PathScorer
 from alphatoken_curate.plan import collate
-from alphatoken_curate.precision import rounded_products
+from alphatoken_curate.precision import plain_products, rounded_products
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "opt", "bloom", "gemma2", "mixtral"]
 SETTINGS: list[Any] = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
@@ -62,6 +64,9 @@ def test_products_round_inside_the_block_alone() -> None:
     before = [place.fp32_precision for place in SETTINGS]
     with pytest.raises(ZeroDivisionError), rounded_products():
         assert [place.fp32_precision for place in SETTINGS] == ["bf16", "tf32"]
+        with plain_products():
+            assert [place.fp32_precision for place in SETTINGS] == ["ieee", "ieee"]
+        assert [place.fp32_precision for place in SETTINGS] == ["bf16", "tf32"]
         raise ZeroDivisionError
     assert [place.fp32_precision for place in SETTINGS] == before
 
@@ -78,3 +83,34 @@ def test_a_wide_model_is_not_rounded() -> None:
     with narrow.products():
         narrow.hidden(torch.tensor([[3, 4, 5]]))
     assert seen[0] != "bf16" and seen[-2] != "bf16" and seen[-1] == "bf16"
+
+
+def sharp_model() -> Any:
+    """Its attention picks single keys, so that rounding decides which, and its logits change by a tenth and more."""
+    model = tiny_model("llama", dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(12)
+    return model.to(torch.bfloat16)
+
+
+def test_a_model_whose_own_rounding_is_large_is_captured() -> None:
+    model = sharp_model()
+    before = probe_logits(model)
+    scoring = ScoringModel(model, "all")
+    after = scoring._logits(scoring.hidden(probe_ids(model)))
+    change = (after - before).float().abs().max() / before.float().abs().max()
+    assert change > 5e-2
+    scoring.release_model()
+
+
+def test_a_narrow_model_whose_attention_is_another_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = attention.in_block
+
+    def wrong(*given: Any) -> Any:
+        probabilities, slope = true(*given)
+        return 1.05 * probabilities, slope
+
+    monkeypatch.setattr(attention, "in_block", wrong)
+    with pytest.raises(ModelError, match="logits change by"):
+        ScoringModel(tiny_model("llama", dtype=torch.float32).to(torch.bfloat16), "all")

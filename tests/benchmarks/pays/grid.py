@@ -1,0 +1,112 @@
+"""What is tried: selections by name, and which of them in which setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from selections import RHO1, Selection
+
+PUBLISHED: Mapping[str, Any] = {}
+EXACT = {"estimator": "exact"}
+INFLUENCE = {"estimator": "influence", "layers": "all"}
+ADAM = {"precondition": "adam", "precondition_rows": 64}
+EKFAC = {"precondition": "ekfac", "precondition_rows": 64}
+MEMORY = {"retention": "remember"}
+
+SELECTIONS: dict[str, Selection] = {
+    "all tokens": Selection(who="all"),
+    "oracle": Selection(who="oracle"),
+    **{f"random {keep}": Selection(mask={"by": "random", "keep": keep}) for keep in (0.5, 0.8)},
+    **{f"nll high {keep}": Selection(mask={"by": "nll", "keep": keep}) for keep in (0.5, 0.8)},
+    **{f"nll low {keep}": Selection(mask={"by": "-nll", "keep": keep}) for keep in (0.5, 0.8, 0.95)},
+    **{f"entropy {keep}": Selection(mask={"by": "entropy", "keep": keep}) for keep in (0.5, 0.8)},
+    **{
+        f"excess loss {keep}": Selection(score=RHO1, mask={"by": "nll - reference_nll", "keep": keep})
+        for keep in (0.5, 0.8)
+    },
+    **{
+        f"excess low {keep}": Selection(score=RHO1, mask={"by": "reference_nll - nll", "keep": keep})
+        for keep in (0.8, 0.95)
+    },
+    "reference low 0.95": Selection(score=RHO1, mask={"by": "-reference_nll", "keep": 0.95}),
+    **{
+        f"{name} {keep}": Selection(score=score, mask={"keep": keep})
+        for name, score in {
+            "published": PUBLISHED,
+            "exact": EXACT,
+            "influence": INFLUENCE,
+            "influence adam": {**INFLUENCE, **ADAM},
+            "influence ekfac": {**INFLUENCE, **EKFAC},
+        }.items()
+        for keep in (0.3, 0.5, 0.8, 0.9, 0.95, "positive")
+    },
+    **{
+        f"{name} {weights}": Selection(score=score, mask={"keep": 1.0, "weights": weights})
+        for name, score in {"published": PUBLISHED, "influence": INFLUENCE}.items()
+        for weights in ("rank", "sigmoid")
+    },
+    **{
+        f"{name} {keep} every {k}": Selection(score=score, mask={"keep": keep}, refresh=k)
+        for name, score in {"published": PUBLISHED, "influence": INFLUENCE}.items()
+        for keep in (0.5, 0.8)
+        for k in (4, 8, 16)
+    },
+}
+
+OUTCOME: dict[str, list[str]] = {
+    "corrupted": [
+        "all tokens",
+        "oracle",
+        "random 0.5",
+        "nll low 0.95",
+        "influence 0.8",
+        "published 0.5",
+        "excess low 0.95",
+        "influence positive",
+    ],
+    "clean": ["all tokens", "random 0.5", "published 0.5", "influence 0.8"],
+}
+
+ALL, HALF = {"layers": "all"}, {"layers": 15}
+KFAC = {"precondition": "kfac", "precondition_rows": 64}
+
+RANKINGS: dict[str, tuple[Mapping[str, Any], str]] = {
+    "published K=3": (PUBLISHED, "value"),
+    "published K=15": (HALF, "value"),
+    "published K=all": (ALL, "value"),
+    "exact direct K=3": (EXACT, "adapt_direct"),
+    "exact direct + causal K=3": (EXACT, "value"),
+    "exact direct K=all": ({**EXACT, **ALL}, "adapt_direct"),
+    "exact direct + causal K=all": ({**EXACT, **ALL}, "value"),
+    "influence K=3": ({"estimator": "influence"}, "value"),
+    "influence K=15": ({"estimator": "influence", **HALF}, "value"),
+    "influence K=all": (INFLUENCE, "value"),
+    "published K=3 adam": (ADAM, "value"),
+    "published K=3 kfac": (KFAC, "value"),
+    "published K=3 ekfac": (EKFAC, "value"),
+    "influence K=3 adam": ({"estimator": "influence", **ADAM}, "value"),
+    "influence K=3 ekfac": ({"estimator": "influence", **EKFAC}, "value"),
+    "influence K=all adam": ({**INFLUENCE, **ADAM}, "value"),
+    "influence K=all ekfac": ({**INFLUENCE, **EKFAC}, "value"),
+    "nll": (PUBLISHED, "nll"),
+    "entropy": (PUBLISHED, "entropy"),
+    "excess loss": (RHO1, "nll - reference_nll"),
+}
+"""Of each: what is scored, and the column or expression that ranks."""
+
+FIDELITY = ("clean", "corrupted")
+
+COUNTERFACTUAL: dict[str, list[str]] = {
+    "clean": [
+        "random",
+        "published K=3",
+        "exact direct K=all",
+        "influence K=all",
+        "influence K=all adam",
+        "nll",
+        "entropy",
+        "excess loss",
+    ],
+    "corrupted": ["random", "oracle", "influence K=all", "influence K=all adam", "nll", "excess loss"],
+}

@@ -1,0 +1,58 @@
+"""Results as JSON lines: each a benchmark's whole configuration, the versions it ran with, and what was found."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """All lines of a benchmark."""
+    path = RESULTS / f"{name}.jsonl"
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+
+
+def run(name: str, configs: Iterable[dict[str, Any]], work: Callable[[dict[str, Any]], Any], jobs: int) -> None:
+    """Run every configuration that has no line yet, `jobs` at a time on one thread each; a line for each as it ends."""
+    done = {_key(line["config"]) for line in read(name)}
+    wanted = list({_key(config): config for config in configs if _key(config) not in done}.values())
+    print(f"{name}: {len(done)} lines there, {len(wanted)} to run", flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        began = {pool.submit(_timed, work, config): config for config in wanted}
+        for n, future in enumerate(as_completed(began), start=1):
+            seconds, found = future.result()
+            line = {"config": began[future], "found": found, "seconds": round(seconds, 1), "versions": _versions()}
+            with (RESULTS / f"{name}.jsonl").open("ab") as sink:
+                sink.write(orjson.dumps(line, option=orjson.OPT_SORT_KEYS) + b"\n")
+            print(f"{n}/{len(wanted)} {seconds:.0f} s {began[future]}", flush=True)
+
+
+def chosen(configs: Sequence[dict[str, Any]], only: Sequence[str]) -> list[dict[str, Any]]:
+    """Those whose setting or selection is named; all where nothing is."""
+    return [c for c in configs if not only or c["setting"] in only or c.get("selection") in only]
+
+
+def _timed(work: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    found = work(config)
+    return time.perf_counter() - began, found
+
+
+def _key(config: dict[str, Any]) -> bytes:
+    return orjson.dumps(config, option=orjson.OPT_SORT_KEYS)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("alphatoken-curate", "torch", "transformers")}

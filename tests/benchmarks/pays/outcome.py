@@ -1,0 +1,76 @@
+"""Does training on a mask pay: target and retention loss after training, for each setting, selection and seed.
+
+    python tests/benchmarks/pays/outcome.py --data ../shared/data --jobs 2
+
+Resumable: a run that has a line in results/outcome.jsonl is not run again. `--only SETTING ... SELECTION ...` narrows,
+`--seeds` says how many. Equal steps and equal rate; every 16th step is measured, so that equal kept tokens can be read
+off the same lines (tables.py does).
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lines
+from grid import OUTCOME, SELECTIONS
+from selections import Refresher, trainable, weights_of
+from settings import setting
+from training import load, offered, train
+
+
+def one(data: str, work: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Train once."""
+    where, chosen = setting(config["setting"], Path(data)), SELECTIONS[config["selection"]]
+    weights = weights_of(chosen, where, Path(work), config["seed"])
+    refresher = Refresher(chosen, where, Path(work), config["seed"]) if chosen.refresh else None
+    try:
+        curve = train(
+            load(),
+            where,
+            weights,
+            seed=config["seed"],
+            measure_every=16,
+            measure_start=chosen.who == "all",
+            refresh_every=chosen.refresh,
+            refresh=refresher,
+        )
+    finally:
+        if refresher is not None:
+            refresher.close()
+    kept = sum(int((weight > 0).sum()) for weight in weights)
+    good = sum(int(((weight > 0) & row.good).sum()) for weight, row in zip(weights, where.train, strict=True))
+    bad = sum(int((row.response & ~row.good).sum()) for row in where.train)
+    return {
+        "curve": curve,
+        "response_tokens": trainable(where.train),
+        "offered": offered(where, config["seed"]),
+        "kept_tokens": kept,
+        "kept_bad": kept - good,
+        "bad_tokens": bad,
+    }
+
+
+def main() -> None:
+    """Run what has no line yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="../shared/data", help="folder of the real rows")
+    parser.add_argument("--work", default="pays.work", help="folder for scorings and checkpoints")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=[], help="names of settings and selections")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    configs = [
+        {"setting": where, "selection": name, **SELECTIONS[name].about(), "seed": seed}
+        for seed in range(args.seeds)
+        for where, names in OUTCOME.items()
+        for name in names
+        if not args.only or where in args.only or name in args.only
+    ]
+    lines.run("outcome", configs, partial(one, args.data, str(Path(args.work).resolve())), args.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Which tokens train: selections by name, each a scoring and a mask of the tool itself, and their weights.
+
+A scoring is made once for each setting and its settings, in a run folder under `--work`, and shared by the masks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from settings import MODEL, Row, Setting, records
+from training import Weights, load, train
+
+import alphatoken_curate as atc
+
+SCORE = {"dtype": "bfloat16", "batch_tokens": 2048, "fisher_rows": 64, "device": "cpu"}
+"""Settings that every scoring shares."""
+
+RHO1 = {"reference": "tuned"}
+"""A reference trained on rows of the target's task beside those that are selected from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Settings of `score` and `mask`, and how many steps later both are taken again (0: never).
+
+    `who`: `score`, or `all` response tokens, or the `oracle`'s.
+    """
+
+    who: str = "score"
+    score: Mapping[str, Any] = field(default_factory=dict)
+    mask: Mapping[str, Any] = field(default_factory=dict)
+    refresh: int = 0
+
+    def about(self) -> dict[str, Any]:
+        """What a result line says of it."""
+        return {"who": self.who, "score": dict(self.score), "mask": dict(self.mask), "refresh": self.refresh}
+
+
+def weights_of(chosen: Selection, setting: Setting, work: Path, seed: int) -> Weights:
+    """The weights of each training row's (or branch's) tokens."""
+    if chosen.who == "all":
+        return [row.response.astype(np.float32) for row in setting.train]
+    if chosen.who == "oracle":
+        return [(row.response & row.good).astype(np.float32) for row in setting.train]
+    run = scored(chosen.score, setting, work)
+    with _alone(run):
+        return masked(run, chosen, setting, seed)
+
+
+def masked(run: Path, chosen: Selection, setting: Setting, seed: int) -> Weights:
+    """Weights by a mask made now, of the newest scoring."""
+    found = atc.mask(run, atc.MaskConfig(**{"seed": seed, **chosen.mask}))
+    weights: Weights = [np.zeros(len(row.ids), np.float32) for row in setting.train]
+    for line in atc.scan(run, "train", mask=found.mask).collect().iter_rows(named=True):
+        for n, branch in enumerate(("chosen_", "rejected_") if setting.pairs else ("",)):
+            at = line["row_id"] * (2 if setting.pairs else 1) + n
+            weights[at][:] = line[f"{branch}loss_weight"]
+    return weights
+
+
+class Refresher:
+    """Scores again on the way: saves the model, refreshes a copy of its run, and makes the mask of what it finds."""
+
+    def __init__(self, chosen: Selection, setting: Setting, work: Path, seed: int) -> None:
+        self.chosen, self.setting, self.seed = chosen, setting, seed
+        origin = scored(chosen.score, setting, work)
+        self.run = work / f"refreshed-{origin.name}-{_digest(chosen.about(), seed)}"
+        shutil.rmtree(self.run, ignore_errors=True)
+        with _alone(origin):
+            shutil.copytree(origin, self.run)
+
+    def __call__(self, model: Any, step: int) -> Weights:
+        """New weights, at the model as it is."""
+        checkpoint = self.run.with_name(f"{self.run.name}-model")
+        save(model, checkpoint)
+        atc.refresh(self.run, str(checkpoint))
+        shutil.rmtree(checkpoint)
+        return masked(self.run, self.chosen, self.setting, self.seed)
+
+    def close(self) -> None:
+        """Remove what a refreshed run leaves."""
+        shutil.rmtree(self.run, ignore_errors=True)
+
+
+def scored(settings: Mapping[str, Any], setting: Setting, work: Path) -> Path:
+    """The run folder of a scoring, scored now if it is not there."""
+    about = {**SCORE, **settings}
+    run = work / f"{setting.name}-{_digest(about)}"
+    with _alone(run):
+        if not (run / "manifest.json").is_file():
+            files = written(setting, work)
+            given = {"model": MODEL, "target": str(files["target"]), **about}
+            if given.get("reference") == "tuned":
+                given["reference"] = str(tuned(setting, work))
+            if given.get("retention") == "remember":
+                given["retention"] = str(files["remember"])
+            atc.score(atc.ScoreConfig(data=(str(files["train"]),), **given), run)
+    return run
+
+
+def written(setting: Setting, work: Path) -> dict[str, Path]:
+    """Files of a setting's rows, as `score` reads them."""
+    parts = {"train": setting.train, "target": setting.target, "remember": setting.remember}
+    found = {name: work / f"{setting.name}-{name}.jsonl" for name in parts}
+    for name, rows in parts.items():
+        lines = records(rows, pairs=setting.pairs and name == "train")
+        content = b"".join(orjson.dumps(line) + b"\n" for line in lines)
+        if not found[name].is_file() or found[name].read_bytes() != content:
+            found[name].write_bytes(content)
+    return found
+
+
+def tuned(setting: Setting, work: Path) -> Path:
+    """Rho-1's reference: the model trained on clean rows of the target's task that no selection sees."""
+    folder = work / "tuned"
+    with _alone(folder):
+        if not folder.is_dir():
+            model, rows = load(), setting.beside
+            plain = Setting(
+                **{name: getattr(setting, name) for name in setting.__slots__} | {"name": "beside", "train": rows}
+            )
+            train(model, plain, [row.response.astype(np.float32) for row in rows], seed=0, measure_every=10**9)
+            save(model, folder)
+    return folder
+
+
+def save(model: Any, folder: Path) -> None:
+    """A checkpoint, whole once its folder is there."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    part.rename(folder)
+
+
+def trainable(rows: list[Row]) -> int:
+    """Response tokens of some rows."""
+    return sum(int(row.response.sum()) for row in rows)
+
+
+def _digest(*about: Any) -> str:
+    return hashlib.sha256(orjson.dumps(about, option=orjson.OPT_SORT_KEYS)).hexdigest()[:12]
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time inside, for one path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield

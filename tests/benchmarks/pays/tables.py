@@ -1,0 +1,170 @@
+"""Tables and figures from the result lines; nothing is typed by hand.
+
+python tests/benchmarks/pays/tables.py  # print the tables
+python tests/benchmarks/pays/tables.py --svg DIR  # and draw the outcomes
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import lines
+
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+"""Student's t at 95% for so many seeds."""
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, numbers to the right."""
+    out = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*out, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def with_interval(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, and where there are seeds enough the half width of its 95% interval."""
+    text = f"{mean(values):.{digits}f}"
+    if len(values) not in T95:
+        return text
+    return f"{text} ± {T95[len(values)] * stdev(values) / math.sqrt(len(values)):.{digits}f}"
+
+
+def fidelity(setting: str) -> str:
+    """Each ranking beside the exact effect, the nearest first."""
+    found = [line for line in lines.read("fidelity") if line["config"]["setting"] == setting]
+    names = ["spearman_plain", "positive_kept_plain", "spearman_adamw", "positive_kept_adamw", "bad_found"]
+    names = [name for name in names if any(name in line["found"] for line in found)]
+    found.sort(key=lambda line: -line["found"]["spearman_plain"])
+    rows = [[line["config"]["ranking"], *(f"{line['found'][name]:.2f}" for name in names)] for line in found]
+    return markdown(["ranking", *names], rows)
+
+
+def counterfactual(setting: str) -> str:
+    """The gap of each ranking at each share, and how far random drops spread."""
+    found = [line for line in lines.read("counterfactual") if line["config"]["setting"] == setting]
+    loss: dict[tuple[str, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in found:
+        c = line["config"]
+        loss[c["ranking"], c["share"]][c["without"]].append(line["found"]["target_loss"])
+    shares = sorted({share for _, share in loss if share})
+    rows = []
+    for name in dict.fromkeys(name for name, _ in loss if name != "random"):
+        gaps = [_gap(loss.get((name, share), {})) for share in shares]
+        rows.append([name, *("" if gap is None else f"{1000 * gap:+.1f}" for gap in gaps)])
+    noise = [loss.get(("random", share), {}).get("top", []) for share in shares]
+    spread = [f"± {2000 * math.sqrt(2) * stdev(x):.1f}" if len(x) > 1 else "" for x in noise]
+    rows.append(["random (twice the spread of a gap)", *spread])
+    return markdown(["ranking", *(f"{share:.0%}" for share in shares)], rows)
+
+
+def _gap(losses: dict[str, list[float]]) -> float | None:
+    return mean(losses["top"]) - mean(losses["bottom"]) if {"top", "bottom"} <= set(losses) else None
+
+
+def by_selection(setting: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """Results of each selection by seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for line in lines.read("outcome"):
+        if line["config"]["setting"] == setting:
+            found[line["config"]["selection"]][line["config"]["seed"]] = line["found"]
+    return found
+
+
+def outcome(setting: str) -> str:
+    """Losses after training beside training on all tokens, the best first."""
+    found = by_selection(setting)
+    plain = found.get("all tokens", {})
+    names = sorted(found, key=lambda name: mean(one["curve"][-1]["target_loss"] for one in found[name].values()))
+    has_bad = any(one["bad_tokens"] for one in plain.values())
+    more = ["dpo_loss", "pair_accuracy"] if setting == "preference" else ["token_accuracy"]
+    rows = [[name, *_outcome_row(found[name], plain, more, has_bad=has_bad)] for name in names]
+    head = ["selection", "seeds", "kept", *(["bad kept"] if has_bad else []), "target loss", "less than all tokens"]
+    return markdown([*head, "at equal kept tokens", "retention loss", *(name.replace("_", " ") for name in more)], rows)
+
+
+def _outcome_row(
+    mine: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]], more: Sequence[str], *, has_bad: bool
+) -> list[str]:
+    ends = {seed: one["curve"][-1] for seed, one in mine.items()}
+    both = [seed for seed in ends if seed in plain]
+    gained = [plain[s]["curve"][-1]["target_loss"] - ends[s]["target_loss"] for s in both]
+    level = [_at_kept(plain[s]["curve"], ends[s]["kept"]) - ends[s]["target_loss"] for s in both]
+    row = [str(len(ends)), f"{mean(e['kept'] for e in ends.values()) / _offered(mine):.0%}"]
+    if has_bad:
+        row.append(f"{mean(one['kept_bad'] / one['bad_tokens'] for one in mine.values()):.0%}")
+    row += [with_interval([e["target_loss"] for e in ends.values()])]
+    row += [with_interval(gained) if gained else "", with_interval(level) if level else ""]
+    return row + [with_interval([e[name] for e in ends.values()]) for name in ("retention_loss", *more)]
+
+
+def _offered(mine: dict[int, dict[str, Any]]) -> float:
+    """Response tokens of all steps, from the share of them that a static mask keeps."""
+    return mean(one["offered"] for one in mine.values())
+
+
+def _at_kept(curve: Sequence[dict[str, float]], kept: float) -> float:
+    """Target loss after so many tokens, between measurements by straight lines."""
+    for before, after in itertools.pairwise(curve):
+        if before["kept"] <= kept <= after["kept"]:
+            share = (kept - before["kept"]) / (after["kept"] - before["kept"])
+            return float(before["target_loss"] + share * (after["target_loss"] - before["target_loss"]))
+    return float(curve[-1]["target_loss"])
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def figure(setting: str) -> str:
+    """Target loss of each selection: a dot for each seed, its mean as a bar; the dashed line is all tokens."""
+    found = by_selection(setting)
+    ends = {name: [one["curve"][-1]["target_loss"] for one in seeds.values()] for name, seeds in found.items()}
+    names = sorted(ends, key=lambda name: mean(ends[name]))
+    low, high = min(min(x) for x in ends.values()), max(max(x) for x in ends.values())
+    left, width, line = 190, 420, 22
+
+    def x(value: float) -> float:
+        return left + width * (value - low) / ((high - low) or 1)
+
+    height = 40 + line * len(names)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 70} {height}" role="img"'
+        f' font-family="system-ui, sans-serif" font-size="12" fill="#777"><title>Target loss, {escape(setting)}</title>'
+    ]
+    if "all tokens" in ends:
+        at = x(mean(ends["all tokens"]))
+        parts.append(f'<path d="M{at:.1f} 8V{height - 28}" stroke="#777" stroke-dasharray="3 3"/>')
+    for n, name in enumerate(names):
+        y = 20 + line * n
+        parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
+        parts += [f'<circle cx="{x(v):.1f}" cy="{y}" r="3.5" fill="#2166ac" fill-opacity=".6"/>' for v in ends[name]]
+        at = x(mean(ends[name]))
+        parts.append(f'<path d="M{at:.1f} {y - 7}v14" stroke="#b2182b" stroke-width="2"/>')
+        parts.append(f'<text x="{left + width + 12}" y="{y + 4}">{mean(ends[name]):.3f}</text>')
+    parts.append(f'<text x="{left}" y="{height - 8}">target loss after training, nats a token</text></svg>')
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Print every table there are lines for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--svg", metavar="DIR", help="folder for figures")
+    args = parser.parse_args()
+    for name, table in (("fidelity", fidelity), ("counterfactual", counterfactual), ("outcome", outcome)):
+        for setting in dict.fromkeys(line["config"]["setting"] for line in lines.read(name)):
+            print(f"\n## {name}: {setting}\n\n{table(setting)}")
+    if args.svg:
+        folder = Path(args.svg)
+        folder.mkdir(parents=True, exist_ok=True)
+        for setting in dict.fromkeys(line["config"]["setting"] for line in lines.read("outcome")):
+            (folder / f"{setting}.svg").write_text(figure(setting) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""One training run with given token weights, and what it leaves: target loss, retention loss, answers.
+
+AdamW on all weights in float32, products in bfloat16 (autocast), constant rate. The loss of a step is the mean over its
+batch's tokens weighed by their weights. Every selection gets the same batches in the same order at one seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from settings import MODEL, Row, Setting
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from alphatoken_curate.models import find_model, load_model
+
+Weights = list[NDArray[np.float32]]
+"""Of each training row (or branch) the weight of each token, (T,); 0 off the response."""
+
+BETA = 0.1
+
+
+def load() -> Any:
+    """The model that every run starts from, trainable, float32."""
+    return copy.deepcopy(_start())
+
+
+@cache
+def _start() -> Any:
+    model = load_model(find_model(MODEL), dtype=torch.float32, device=torch.device("cpu")).requires_grad_(True)
+    model.hf_quantizer = None  # its weights are plain by now, but transformers saves nothing that was read from GGUF
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """nll in nats, whether the token is the likeliest, and the row of each response token of some rows: (N,) each."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    response = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.from_numpy(row.ids)
+        response[i, : len(row.ids)] = torch.from_numpy(row.response)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1][response[:, 1:]])
+    targets = ids[response]
+    nll = cross_entropy(logits.float(), targets, reduction="none")
+    return nll, logits.argmax(-1) == targets, response.nonzero()[:, 0]
+
+
+def measure(model: Any, setting: Setting, reference: Sequence[Tensor] | None = None) -> dict[str, float]:
+    """Mean loss over response tokens of held and retention rows, and of the last number of each held answer."""
+    with torch.no_grad():
+        found = dict[str, float]()
+        held = setting.held[::2] if setting.pairs else setting.held
+        nll, right, _ = _parts(model, held)
+        found["target_loss"], found["token_accuracy"] = float(nll.mean()), float(right.float().mean())
+        found["retention_loss"] = float(_parts(model, setting.retention)[0].mean())
+        if setting.pairs:
+            assert reference is not None
+            margins = [
+                BETA * float((a - b)[0] - (a - b)[1])
+                for a, b in zip(_pair_sums(model, setting.held), reference, strict=True)
+            ]
+            found["dpo_loss"] = float(np.mean([math.log1p(math.exp(-m)) for m in margins]))
+            found["pair_accuracy"] = float(np.mean([m > 0 for m in margins]))
+        return found
+
+
+def train(
+    model: Any,
+    setting: Setting,
+    weights: Weights,
+    *,
+    seed: int,
+    measure_every: int,
+    measure_start: bool = False,
+    refresh_every: int = 0,
+    refresh: Callable[[Any, int], Weights] | None = None,
+    steps: int | None = None,
+) -> list[dict[str, float]]:
+    """Train, and measure every so many steps, at the end and if asked at the start. `refresh` gives new weights."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=0.0, fused=True)
+    reference = reference_sums(model, setting)
+    order = batches(setting, seed)[:steps]
+    curve = [{"step": 0, "kept": 0, **measure(model, setting, reference[1])}] if measure_start else []
+    kept = 0
+    for step, chosen in enumerate(order, start=1):
+        if refresh is not None and step > 1 and (step - 1) % refresh_every == 0:
+            weights = refresh(model, step - 1)
+        loss, count = loss_of(model, setting, weights, chosen, reference[0])
+        kept += count
+        if count:
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        optimizer.zero_grad()
+        if step % measure_every == 0 or step == len(order):
+            curve.append({"step": step, "kept": kept, **measure(model, setting, reference[1])})
+    return curve
+
+
+def batches(setting: Setting, seed: int) -> list[list[int]]:
+    """Rows (or pairs) of each step."""
+    units = len(setting.train) // (2 if setting.pairs else 1)
+    draws = np.random.default_rng(seed)
+    order = np.concatenate([draws.permutation(units) for _ in range(setting.epochs)])
+    return [order[i : i + setting.batch].tolist() for i in range(0, len(order) - setting.batch + 1, setting.batch)]
+
+
+def offered(setting: Setting, seed: int) -> int:
+    """Response tokens of all steps, before any selection."""
+    size = 2 if setting.pairs else 1
+    units = [i for some in batches(setting, seed) for i in some]
+    return sum(int(setting.train[size * i + n].response.sum()) for i in units for n in range(size))
+
+
+def loss_of(
+    model: Any, setting: Setting, weights: Weights, chosen: list[int], reference: list[Tensor]
+) -> tuple[Tensor, int]:
+    """The loss of a step, and how many tokens train in it. DPO masks policy and reference alike."""
+    if setting.pairs:
+        parts = [_pair_loss(model, setting, weights, i, reference) for i in chosen]
+        return torch.stack([loss for loss, _ in parts]).mean(), sum(count for _, count in parts)
+    rows = [setting.train[i] for i in chosen]
+    weight = torch.from_numpy(np.concatenate([weights[i][setting.train[i].response] for i in chosen]))
+    nll, _, _ = losses(model, rows)
+    return (weight * nll).sum() / weight.sum().clamp(min=1e-9), int((weight > 0).sum())
+
+
+def _pair_loss(
+    model: Any, setting: Setting, weights: Weights, pair: int, reference: list[Tensor]
+) -> tuple[Tensor, int]:
+    rows, at = setting.train[2 * pair : 2 * pair + 2], (2 * pair, 2 * pair + 1)
+    nll, _, which = losses(model, rows)
+    weight = torch.from_numpy(np.concatenate([weights[i][row.response] for i, row in zip(at, rows, strict=True)]))
+    gained = weight * (reference[pair] - nll)
+    margin = BETA * (gained[which == 0].sum() - gained[which == 1].sum())
+    return -logsigmoid(margin), int((weight > 0).sum())
+
+
+def reference_sums(model: Any, setting: Setting) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each training pair the starting model's nll (N,); of each held pair its two branches' sums of log p (2,)."""
+    if not setting.pairs:
+        return [], []
+    with torch.no_grad():
+        train = [losses(model, setting.train[i : i + 2])[0] for i in range(0, len(setting.train), 2)]
+        return train, _pair_sums(model, setting.held)
+
+
+def _pair_sums(model: Any, rows: Sequence[Row]) -> list[Tensor]:
+    found = []
+    for i in range(0, len(rows), 2):
+        nll, _, which = losses(model, rows[i : i + 2])
+        found.append(-torch.stack([nll[which == 0].sum(), nll[which == 1].sum()]))
+    return found
+
+
+def _parts(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    order = sorted(rows, key=lambda row: len(row.ids))
+    parts = [losses(model, order[i : i + 8]) for i in range(0, len(order), 8)]
+    nll, right, which = (torch.cat(part) for part in zip(*parts, strict=True))
+    return nll, right, which
