@@ -1,7 +1,9 @@
 """Tables and figures from the result lines; nothing is typed by hand.
 
-python tests/benchmarks/pays/tables.py  # print the tables
-python tests/benchmarks/pays/tables.py --svg DIR  # and draw the outcomes
+Prints every table there are lines for. `--readme` writes those that README.md marks by `<!-- pays: NAME SETTING -->`;
+`--svg DIR` draws the outcomes:
+
+    python tests/benchmarks/pays/tables.py --readme
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -151,12 +154,25 @@ def figure(setting: str) -> str:
     return "\n".join(parts)
 
 
+TABLES = {"fidelity": fidelity, "counterfactual": counterfactual, "outcome": outcome}
+README = Path(__file__).parents[3] / "README.md"
+MARKED = re.compile(r"(<!-- pays: (\w+) (\w+) -->\n).*?(<!-- end of pays -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """A text with its marked tables as the lines have them now."""
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", text)
+
+
 def main() -> None:
     """Print every table there are lines for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", action="store_true", help="write the tables that README.md marks")
     parser.add_argument("--svg", metavar="DIR", help="folder for figures")
     args = parser.parse_args()
-    for name, table in (("fidelity", fidelity), ("counterfactual", counterfactual), ("outcome", outcome)):
+    if args.readme:
+        README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, table in TABLES.items():
         for setting in dict.fromkeys(line["config"]["setting"] for line in lines.read(name)):
             print(f"\n## {name}: {setting}\n\n{table(setting)}")
     if args.svg:
