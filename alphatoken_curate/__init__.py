@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alphatoken_curate.compare import Comparison, compare
     from alphatoken_curate.config import MaskConfig, ScoreConfig
     from alphatoken_curate.errors import (
         CurateError,
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from alphatoken_curate.memory import score_tokens
     from alphatoken_curate.refresh import RefreshSummary, refresh, watch
     from alphatoken_curate.remask import MaskSummary
+    from alphatoken_curate.report import report
     from alphatoken_curate.scan import scan, scan_tokens
     from alphatoken_curate.score import ScoreSummary, mask, score
     from alphatoken_curate.verify import verify
 
 _HOME = {
+    "Comparison": "compare",
     "CurateError": "errors",
     "FingerprintError": "errors",
     "InputError": "errors",
@@ -40,8 +43,10 @@ _HOME = {
     "ScoreSummary": "score",
     "StoredDataError": "errors",
     "UsageError": "errors",
+    "compare": "compare",
     "mask": "score",
     "refresh": "refresh",
+    "report": "report",
     "scan": "scan",
     "scan_tokens": "scan",
     "score": "score",
@@ -51,6 +56,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Comparison",
     "CurateError",
     "FingerprintError",
     "InputError",
@@ -62,8 +68,10 @@ __all__ = [
     "ScoreSummary",
     "StoredDataError",
     "UsageError",
+    "compare",
     "mask",
     "refresh",
+    "report",
     "scan",
     "scan_tokens",
     "score",

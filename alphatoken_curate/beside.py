@@ -23,6 +23,7 @@ from alphatoken_curate import manifest
 from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import StoredDataError
+from alphatoken_curate.pieces import pieces, vocabulary_table
 from alphatoken_curate.prepare import Prepared
 from alphatoken_curate.schema import VOCABULARY
 from alphatoken_curate.tokens import TokenRow
@@ -54,7 +55,7 @@ def write_beside(run: Path, prepared: Prepared, batch_tokens: int | None) -> boo
     if prepared.bad:
         makers["rejects.jsonl"] = lambda: _rejects(prepared)
     if prepared.tokenizer is not None:
-        makers[VOCABULARY] = lambda: _vocabulary(prepared.tokenizer)
+        makers[VOCABULARY] = lambda: _parquet(vocabulary_table(pieces(prepared.tokenizer)))
     sides = {TARGET_ROWS: prepared.target, RETENTION_ROWS: prepared.retention, PROMPT_ROWS: prepared.prompts}
     for name, side in sides.items():
         if side.files:
@@ -121,13 +122,6 @@ def _rejects(prepared: Prepared) -> bytes:
         line = {"file": bad.source, "line": bad.line, "row_id": bad.row_id, "reason": bad.reason}
         lines.append(orjson.dumps(line | {"message": bad.message, "excerpt": bad.excerpt}) + b"\n")
     return b"".join(lines)
-
-
-def _vocabulary(tokenizer: Any) -> bytes:
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return _parquet(
-        pa.table({"token_id": pa.array(range(len(texts)), pa.int32()), "text": pa.array(texts, pa.string())})
-    )
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -8,9 +8,10 @@ from pathlib import Path
 import orjson
 import pyarrow as pa
 
+from alphatoken_curate import masks
 from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.manifest import Manifest, Mask, components, layout
-from alphatoken_curate.schema import SIGNALS, Layout
+from alphatoken_curate.schema import SIGNALS, Layout, with_units
 
 NAME = "README.md"
 
@@ -77,12 +78,20 @@ def _body(manifest: Manifest) -> Iterator[str]:
     yield from ("", "## Generations and masks", "", *_generations(manifest))
     yield from ("", "## Loading", "", *_snippets(manifest))
     yield from ("", "## Columns", "", *_about_lists(columns))
-    yield from ("", f"`train`: {_TRAIN_ROWS[columns.kind]}", "", *_columns(columns.train))
+    yield from ("", f"`train`: {_TRAIN_ROWS[columns.kind]}", "", *_columns(_train(manifest, columns)))
     absent = set(SIGNALS) - set(components(manifest).signals)
     yield from ("", "`values`: every row read; lists of values are empty unless `status` is `scored`.")
     yield from ("The columns of other estimators are there too, and hold nulls alone.", "")
     yield from _columns(columns.values, [prefix + name for prefix in columns.branches for name in absent])
     yield from ("", "## What was run", "", *_run(manifest))
+
+
+def _train(manifest: Manifest, columns: Layout) -> pa.Schema:
+    """The columns of the newest mask."""
+    if not manifest.masks:
+        return columns.train
+    by, scale = (str(manifest.masks[-1].settings[name]) for name in ("by", "stability_scale"))
+    return with_units(columns.train, masks.units_of(by, scale))
 
 
 def _about_lists(columns: Layout) -> Iterator[str]:

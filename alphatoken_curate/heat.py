@@ -140,7 +140,8 @@ def readable(text: str, *, alone: bool = False, dots: bool = True) -> str:
     Newline is ⏎ and a line break, tab ⇥, other control characters their pictures (escape is ␛), C1, direction and
     other format characters ⟨U+202E⟩, spaces other than the usual one ␣, U+FFFD (a piece of a character that tokens
     split) ▯. Joiners stay inside text. `dots`: spaces at either end are ·. `alone`: shown apart from its neighbours:
-    no line break after ⏎, and a combining mark stands on ◌.
+    no line break after ⏎, a combining mark stands on ◌, and behind text of a right-to-left script stands U+200E, which
+    is not seen and keeps what comes next (numbers above all) to the right of it.
     """
     bare = text.strip(" ")
     start = len(text) - len(text.lstrip(" "))
@@ -151,6 +152,8 @@ def readable(text: str, *, alone: bool = False, dots: bool = True) -> str:
         shown = ("⏎" if alone else "⏎\n").join("".join(map(_glyph, line)) for line in lines)
     if alone and shown and unicodedata.category(shown[0]).startswith("M"):
         shown = "◌" + shown
+    if alone and any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in shown):
+        shown += "\u200e"
     space = "·" if dots else " "
     return space * start + shown + space * (len(text) - len(bare) - start)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from alphatoken_curate.errors import CurateError
 
 BINS_EACH_SIDE = 10
-"""Bins below and above 0; values beyond them are counted in two open bins."""
+"""Bins below and above 0, and twice as many where no number is below 0; two open bins count what lies beyond them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,15 @@ def empty_histogram(edges: tuple[float, ...], *, has_mask: bool) -> Histogram:
     return Histogram(edges=edges, count=none, kept=none if has_mask else None)
 
 
-def edges_for(reach: float) -> tuple[float, ...]:
-    """2 x BINS_EACH_SIDE + 1 edges round 0, in steps of 1, 2 or 5 times a power of ten, that go up to `reach` > 0."""
-    power = 10.0 ** math.floor(math.log10(reach / BINS_EACH_SIDE))
+def edges_for(reach: float, *, signed: bool = True) -> tuple[float, ...]:
+    """2 x BINS_EACH_SIDE + 1 edges round 0, in steps of 1, 2 or 5 times a power of ten, that go up to `reach` > 0.
+
+    `signed` False: all of them from 0 up, in finer steps.
+    """
+    first, last = (-BINS_EACH_SIDE, BINS_EACH_SIDE) if signed else (0, 2 * BINS_EACH_SIDE)
+    power = 10.0 ** math.floor(math.log10(reach / last))
     # 20 rather than 10 at the end: the power itself is rounded.
-    times = next(m for m in (1, 2, 5, 10, 20) if m * power * BINS_EACH_SIDE >= reach)
+    times = next(m for m in (1, 2, 5, 10, 20) if m * power * last >= reach)
     # Through text, so that an edge is the double nearest to the number that is shown.
     step = float(f"{times * power:.1e}")
-    return tuple(float(f"{i * step:.3e}") for i in range(-BINS_EACH_SIDE, BINS_EACH_SIDE + 1))
+    return tuple(float(f"{i * step:.3e}") for i in range(first, last + 1))

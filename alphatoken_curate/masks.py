@@ -253,6 +253,18 @@ def depends_on_value(by: str) -> bool:
     return "value" in _parse(by).meta.root_names()
 
 
+def units_of(by: str, stability_scale: str) -> str:
+    """Units of the number that `selection` gives."""
+    if by == "value" and stability_scale == "rms":
+        return "multiples of the RMS of an objective"
+    if by == "random":
+        return "0 to 1"
+    schema = PREFERENCE.values if by in PAIR_COLUMNS else SFT.values
+    if by in (*PAIR_COLUMNS, *SIGNALS):
+        return str(schema.field(by).metadata[b"units"].decode())
+    return by.removesuffix("_id") if by in INDEX_COLUMNS else "those of the --by expression"
+
+
 def selection(
     by: str,
     columns: Mapping[str, NDArray[Any]],

@@ -21,7 +21,7 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.fingerprint import Json, fingerprint
 from alphatoken_curate.manifest import Generation, Manifest, Mask, MaskFacts
 from alphatoken_curate.responses import Tokens, aligned, chosen_generations, load, table_of
-from alphatoken_curate.schema import SCHEMA_VERSION, Components, Layout
+from alphatoken_curate.schema import SCHEMA_VERSION, Components, Layout, with_units
 from alphatoken_curate.shards import Footer, Shard, TrainLists
 
 
@@ -122,6 +122,13 @@ def spreads(run: Path, config: MaskConfig) -> Spreads:
     )
 
 
+def keeps(
+    branches: Sequence[Tokens], layout: Layout, components: Components, config: MaskConfig
+) -> list[NDArray[np.bool_]]:
+    """Which tokens of each branch a mask of these settings would keep, (N,) bool each. Nothing is written."""
+    return [one.weight > 0 for one in _decide(branches, layout, components, config)]
+
+
 # ------------------------------------------------------------------------------------------------------ decide, write
 
 
@@ -179,6 +186,8 @@ def _write(
         rows_given_back=sum(one.given_back for one in decided),
     ).as_json()
     metadata = Footer(fields=about, facts=facts)
+    units = masks.units_of(config.by, config.stability_scale)
+    layout = replace(layout, train=with_units(layout.train, units))
     folder = shards.train_folder(run, number)
     sweep(folder)
     sweep(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from alphatoken_curate import heat
 from alphatoken_curate.files import visible
 from alphatoken_curate.heat import MIDDLE, PALETTE, Unit, readable
+from alphatoken_curate.row_search import Hit
 from alphatoken_curate.row_view import BranchView, RowView
 from alphatoken_curate.schema import SIGNALS
 
@@ -38,6 +40,52 @@ def has_palette(console: Console) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------- show a row
+
+
+def row_parts(
+    view: RowView, branch: str | None, columns: Sequence[str], widths: tuple[int, int], *, palette: bool, tokens: bool
+) -> Iterator[Text | Table]:
+    """All that is shown of a row, of the branch of this name or all, in order.
+
+    Without `tokens` the text once for each of the `columns` (by default the value), in lines of the first of `widths`;
+    with it a table of these columns (by default all), as wide as the second. Raises `UsageError` for a branch or column
+    that is not there.
+    """
+    from rich.text import Text
+
+    width, wide = widths
+    branches = view.chosen_branches(branch)
+    yield row_title(view)
+    if view.status != "scored":
+        yield why_without_values(view, width)
+        branches = tuple(one for one in branches if len(one.texts))
+        for one in branches:
+            gap = one is not branches[0] or tokens
+            yield from _branch_titles(view, one, gap=gap)
+            yield without_values(one, width)
+    elif tokens:
+        left_out: list[str] = []
+        for one in branches:
+            table, lost = token_table(view, one, columns, palette=palette, width=wide)
+            left_out += lost
+            yield from _branch_titles(view, one, gap=True)
+            yield Text()
+            yield table
+        yield Text("\n" + textwrap.fill(table_note(view, left_out), width))
+    else:
+        for place, column in enumerate(columns or ("value",)):
+            yield Text("\n" * (place > 0)).append_text(legend(view, column, width, palette=palette))
+            for one in branches:
+                yield from _branch_titles(view, one, gap=one is not branches[0])
+                yield (coloured_row if palette else plain_row)(view, one, column, width)
+
+
+def _branch_titles(view: RowView, branch: BranchView, *, gap: bool) -> Iterator[Text]:
+    """Of a pair, the title of this branch, below an empty line where there is a `gap`."""
+    from rich.text import Text
+
+    if branch.name:
+        yield Text("\n" * gap).append_text(branch_title(view, branch))
 
 
 def row_title(view: RowView) -> Text:
@@ -171,8 +219,10 @@ def _style(level: int, kept: bool) -> str:
 
 def _plain_cell(text: str, number: str, kept: bool, level: int) -> Cell:
     shown = f"{readable(text, alone=True)}:{number}"
-    colour = "blue" if level <= MIDDLE - 2 else "yellow" if level >= MIDDLE + 2 else ""
-    shown, style = (shown, f"bold {colour}") if kept else (f"~{shown}~", f"strike {colour}")
+    # Black on a light ground can be read whatever ground the terminal has.
+    ground = "cyan" if level <= MIDDLE - 2 else "yellow" if level >= MIDDLE + 2 else ""
+    colour = f"black on {ground}" if ground else "bold" if kept else ""
+    shown, style = (shown, colour) if kept else (f"~{shown}~", f"strike {colour}")
     return shown + ("\n" if "\n" in text else ""), style.strip()
 
 
@@ -233,23 +283,46 @@ def _first_line(cells: Sequence[Cell]) -> int:
     return cell_len("".join(text for text, _ in cells).split("\n", 1)[0])
 
 
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+def hit_text(hit: Hit, width: int) -> Text:
+    """A row that was searched for: which it is, and the text that was found with what stands around it."""
+    from rich.text import Text
+
+    own = f" · id {visible(hit.id)}" if hit.id is not None else ""
+    branch = f" · {hit.branch}" if hit.branch else ""
+    title = Text(f"row {hit.row_id} · {hit.status} · {visible(hit.source)}:{hit.line}{own}{branch}\n", "bold")
+    parts = ((hit.before, "dim"), (hit.found, "bold reverse"), (hit.after, "dim"))
+    cells = [(readable(text, alone=True, dots=False), style) for text, style in parts]
+    return title.append_text(_flow([[(word, style)] for text, style in cells for word in _split(text)], width))
+
+
+def _split(text: str) -> list[str]:
+    """Words, each with the space before it."""
+    return re.findall(r" *[^ ]+| +", text)
+
+
 # ---------------------------------------------------------------------------------------------------- a row's table
 
 
 def token_table(
-    view: RowView, branch: BranchView, column: str, *, palette: bool, width: int
+    view: RowView, branch: BranchView, chosen: Sequence[str], *, palette: bool, width: int
 ) -> tuple[Table, tuple[str, ...]]:
-    """One line per response token: position, text, whether it is kept, its weight, and every signal computed.
+    """One line per response token: position, text, whether it is kept, its weight, and the signals `chosen`, or all.
 
-    Text is coloured by `column` where there is a `palette`. Columns that do not fit `width` are left out, and named
-    beside the table.
+    Text is coloured by the first of them, or by value, where there is a `palette`. Columns that do not fit `width` are
+    left out, and named beside the table. Raises `UsageError` for signals that there are no numbers of.
     """
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
     at = np.flatnonzero(branch.response)
-    columns = [column for column in _columns(view, branch, at) if any(column.cells)]
+    for name in chosen:
+        view.column(branch, name)
+    columns = [column for column in _columns(view, branch, chosen, at) if any(column.cells)]
+    column = (*chosen, "value")[0]
     sizes = [max(cell_len(text) for text in (*column.head.split("\n"), *column.cells)) + 1 for column in columns]
     fits = max(2, int(np.searchsorted(np.cumsum(sizes), width, side="right")))
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
@@ -283,19 +356,21 @@ class _Column:
     cells: tuple[str, ...]
 
 
-def _columns(view: RowView, branch: BranchView, at: NDArray[np.intp]) -> Iterator[_Column]:
+def _columns(view: RowView, branch: BranchView, chosen: Sequence[str], at: NDArray[np.intp]) -> Iterator[_Column]:
     yield _Column("at", tuple(map(str, at)))
-    yield _Column("text", tuple(_shortened(readable(branch.texts[i], alone=True)) for i in at))
+    yield _Column("text", tuple(shortened(readable(branch.texts[i], alone=True)) for i in at))
     if branch.weight is not None:
         yield _Column("kept", tuple("yes" if branch.kept[i] else "no" for i in at))
         yield _Column("weight", tuple(f"{branch.weight[i]:.2f}" for i in at))
-    for name in filter(view.computed, _TABLE_ORDER):
+    # The weight stands where it always does.
+    for name in [name for name in chosen if name in _HEADS] if chosen else filter(view.computed, _TABLE_ORDER):
         unit = heat.unit_of(name, view.scale(name))
         power = f"\n1e{unit.exponent}" if unit.exponent else ""
         yield _Column(_HEADS[name] + power, tuple(unit.write(float(branch.signals[name][i])) for i in at))
 
 
-def _shortened(text: str, width: int = 24) -> str:
+def shortened(text: str, width: int = 24) -> str:
+    """Text in so many columns, … where some of it is cut off."""
     from rich.cells import cell_len, set_cell_size
 
     return text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from alphatoken_curate import manifest, shards
@@ -19,15 +17,16 @@ from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.heat import COLUMNS, scale_of
 from alphatoken_curate.manifest import Generation, Manifest, Mask
 from alphatoken_curate.scan import choose_generation
-from alphatoken_curate.schema import NOT_COMPUTED, PAIR_COLUMNS, SIGNALS, VOCABULARY, Layout
+from alphatoken_curate.schema import NOT_COMPUTED, PAIR_COLUMNS, SIGNALS, Layout
+from alphatoken_curate.words import read_vocabulary, spelled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BranchView:
     """One sequence of a row: T tokens, T = 0 where the row was rejected.
 
-    `name`: empty in SFT rows, else `chosen` or `rejected`; `token_ids` (T,) int32; `texts`: what each token decodes to
-    alone, `<ID>` where that is not known; `response` (T,) bool; `signals`: name -> (T,) float32, NaN off the response
+    `name`: empty in SFT rows, else `chosen` or `rejected`; `token_ids` (T,) int32; `texts`: what each adds to the
+    text (`words.spelled`); `response` (T,) bool; `signals`: name -> (T,) float32, NaN off the response
     and where not computed, empty unless the row is scored; `weight` (T,) float32 of the row's mask, None without one.
     """
 
@@ -125,7 +124,7 @@ def read_row(run: Path, *, row: int | None = None, id: str | None = None, genera
 
 def _number(run: Path, generation: Generation, layout: Layout, row: int | None, id: str | None) -> int:
     if (row is None) == (id is None):
-        raise UsageError("give either --row N or --id ID")
+        raise UsageError("give one of --row N, --id ID and --search TEXT")
     if row is not None:
         return row
     numbers: list[int] = []
@@ -169,7 +168,7 @@ def _branch(run: Path, prefix: str, record: Mapping[str, Any], weight: NDArray[n
     return BranchView(
         name=prefix.rstrip("_"),
         token_ids=ids,
-        texts=_texts(run, ids),
+        texts=tuple(spelled(ids, read_vocabulary(run, ids))),
         response=np.array(record[f"{prefix}response"], np.bool_),
         signals={name: np.array(record[prefix + name], np.float32) for name in SIGNALS} if scored else {},
         weight=weight,
@@ -190,20 +189,6 @@ def _weights(
     if len(weights) != 1 or any(len(weights[0][p]) != len(record[f"{p}input_ids"]) for p in names):
         raise StoredDataError(f"{path}: does not hold row {number} as values/ does; run `verify`")
     return weights[0]
-
-
-def _texts(run: Path, ids: NDArray[np.int32]) -> tuple[str, ...]:
-    path = run / VOCABULARY
-    known: dict[int, str] = {}
-    if path.is_file():
-        try:
-            table = pq.read_table(path, columns=["token_id", "text"])
-            wanted = table.filter(pc.is_in(table["token_id"], pa.array(np.unique(ids))))
-        except (OSError, pa.ArrowException, ValueError, KeyError) as error:
-            raise StoredDataError(f"{path}: damaged ({error}); delete it to see token ids in place of text") from error
-        known = dict(zip(wanted["token_id"].to_pylist(), wanted["text"].to_pylist(), strict=True))
-    # A token that decodes to nothing alone would be unseen.
-    return tuple(known.get(number) or f"<{number}>" for number in ids.tolist())
 
 
 def _reason(run: Path, number: int) -> str | None:

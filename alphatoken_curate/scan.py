@@ -16,8 +16,9 @@ import pyarrow as pa
 from alphatoken_curate import manifest
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.manifest import Generation, Manifest, Mask
-from alphatoken_curate.schema import PAIR_COLUMNS, VOCABULARY, Layout
+from alphatoken_curate.schema import PAIR_COLUMNS, Layout
 from alphatoken_curate.shards import Shard, read_footer
+from alphatoken_curate.words import scan_vocabulary
 
 T = TypeVar("T")
 
@@ -48,30 +49,27 @@ def scan(
 
 
 def scan_tokens(run: str | Path, *, generation: int | None = None, mask: int | None = None) -> pl.LazyFrame:
-    """One row per response token of the rows that were scored.
+    """One row per response token of the rows that were scored, and these columns, in this order.
 
-    row_id int64; in preference runs branch string, `chosen` or `rejected`; position int32, its index in the sequence;
-    token_id int32; text string, null where the run has no vocabulary; every signal of the run's estimator float32
-    (`schema.Components.signals`); in preference runs omega and margin float32 of the row; kept bool and loss_weight
-    float32 of the newest mask or the one given, null where there is none, and in rows that another generation of the
-    mask did not score. In order of row_id, chosen before rejected, then position. Raises as `scan`.
+    row_id int64; in preference runs branch string, `chosen` or `rejected`; generation int32; position int32, its index
+    in the sequence; token_id int32; text string, of the token alone (U+FFFD where it cuts a character), and class
+    string, one of `words.CLASSES`, both null where the run has no vocabulary; every signal of the run's estimator
+    float32 (`schema.Components.signals`); in preference runs omega and margin float32 of the row; kept bool and
+    loss_weight float32 of the newest mask or the one given, null where there is none, and in rows that another
+    generation of the mask did not score. In order of row_id, chosen before rejected, then position. Raises as `scan`.
     """
     folder = Path(run)
     stored = manifest.read(folder)
     layout, signals = manifest.layout(stored), manifest.components(stored).signals
-    values = _frame(folder, choose_generation(folder, stored, generation).shards, layout.values)
-    pair = layout.kind == "preference"
-    of_row = PAIR_COLUMNS if pair else ()
-    rows = values.filter(pl.col("status") == "scored").select("row_id", *of_row, *_token_lists(layout, signals))
-    lists = ["position", "token_id", "response", *signals, "loss_weight"]
-    tokens = _with_weight(folder, stored, layout, rows, mask).explode(lists, empty_as_null=False).filter("response")
-    # Both branches of a row went into one list, so that no sort is needed; the second begins where the first ends.
-    second = pl.col("position") >= pl.col("first")
-    branch = [pl.when(second).then(pl.lit("rejected")).otherwise(pl.lit("chosen")).alias("branch")] if pair else []
-    position = pl.col("position") - pl.when(second).then("first").otherwise(0) if pair else pl.col("position")
+    shown = choose_generation(folder, stored, generation)
+    values = _frame(folder, shown.shards, layout.values)
+    number = pl.lit(shown.generation, pl.Int32).alias("generation")
+    rows = values.filter(pl.col("status") == "scored").set_sorted("row_id")
+    tokens = _with_weight(folder, stored, layout, rows, mask).select(_entries(layout, signals)).filter("response")
+    branch, of_row = (["branch"], PAIR_COLUMNS) if layout.kind == "preference" else ([], ())
     kept = (pl.col("loss_weight") > 0).alias("kept")
     return _with_text(folder, tokens).select(
-        "row_id", *branch, position, "token_id", "text", *signals, *of_row, kept, "loss_weight"
+        "row_id", *branch, number, "position", "token_id", "text", "class", *signals, *of_row, kept, "loss_weight"
     )
 
 
@@ -97,34 +95,39 @@ def _chosen(run: Path, word: str, known: dict[int, T], number: int | None) -> T:
     raise UsageError(f"{run}: has no {word} {number}; it has {', '.join(map(str, known))}")
 
 
-def _token_lists(layout: Layout, signals: Sequence[str]) -> Iterator[pl.Expr]:
-    """`position` in what is a list of the tokens of all branches, its `length`, that of the `first`, and the lists."""
+def _entries(layout: Layout, signals: Sequence[str]) -> Iterator[pl.Expr]:
+    """Columns of the tokens of all rows: a row's branches one after the other, so that nothing has to be sorted.
+
+    Each is exploded by itself, not all of them at once: what is not asked for is then neither read nor exploded.
+    """
     lengths = [pl.col(f"{prefix}input_ids").list.len().cast(pl.Int32) for prefix in layout.branches]
-    length = pl.sum_horizontal(lengths).cast(pl.Int32)
-    yield lengths[0].alias("first")
-    yield length.alias("length")
-    yield pl.int_ranges(0, length, dtype=pl.Int32).alias("position")
-    yield _joined(layout, "input_ids").alias("token_id")
-    yield from (_joined(layout, name) for name in ("response", *signals))
-
-
-def _joined(layout: Layout, column: str) -> pl.Expr:
-    """The lists of a column: those of all branches, one after the other."""
-    if len(layout.branches) == 1:
-        return pl.col(column)
-    return pl.concat_list([prefix + column for prefix in layout.branches]).alias(column)
+    lists = {name: [pl.col(prefix + name) for prefix in layout.branches] for name in ("response", *signals)}
+    lists["loss_weight"] = [pl.col(f"{prefix}loss_weight") for prefix in layout.branches]
+    lists["token_id"] = [pl.col(f"{prefix}input_ids") for prefix in layout.branches]
+    lists["position"] = [pl.int_ranges(0, length, dtype=pl.Int32) for length in lengths]
+    of_row = ["row_id"]
+    if layout.kind == "preference":
+        named = zip(layout.branches, lengths, strict=True)
+        lists["branch"] = [pl.lit(prefix.rstrip("_")).repeat_by(length) for prefix, length in named]
+        of_row += PAIR_COLUMNS
+    lists |= {name: [pl.col(name).repeat_by(pl.sum_horizontal(lengths))] for name in of_row}
+    for name, parts in lists.items():
+        joined = parts[0] if len(parts) == 1 else pl.concat_list(parts)
+        yield joined.explode(empty_as_null=False).alias(name)
 
 
 def _with_weight(run: Path, stored: Manifest, layout: Layout, rows: pl.LazyFrame, mask: int | None) -> pl.LazyFrame:
-    """`loss_weight`: a list as long as the row's others, of nulls where the row has no weights."""
-    absent = pl.lit(None, pl.Float32).repeat_by("length")
+    """The loss weights of each branch: a list as long as the branch, of nulls where the row has no weights."""
+    names = {f"{prefix}loss_weight": f"{prefix}input_ids" for prefix in layout.branches}
+    absent = {name: pl.lit(None, pl.Float32).repeat_by(pl.col(ids).list.len()) for name, ids in names.items()}
     if mask is None and not stored.masks:
-        return rows.with_columns(absent.alias("loss_weight"))
-    train = _frame(run, choose_mask(run, stored, mask).shards, layout.train)
-    train = train.select("row_id", _joined(layout, "loss_weight"))
-    joined = rows.join(train, on="row_id", how="left", maintain_order="left")
-    weight = pl.col("loss_weight")
-    return joined.with_columns(pl.when(weight.is_null()).then(absent).otherwise(weight).alias("loss_weight"))
+        return rows.with_columns(**absent)
+    train = _frame(run, choose_mask(run, stored, mask).shards, layout.train).select("row_id", *names)
+    # Both are in order of row_id: then they are merged, and neither is held in memory.
+    joined = rows.join(train.set_sorted("row_id"), on="row_id", how="left", maintain_order="left")
+    return joined.with_columns(
+        pl.when(pl.col(name).is_null()).then(none).otherwise(pl.col(name)).alias(name) for name, none in absent.items()
+    )
 
 
 def _frame(run: Path, files: Sequence[Shard], schema: pa.Schema) -> pl.LazyFrame:
@@ -143,10 +146,7 @@ def _frame(run: Path, files: Sequence[Shard], schema: pa.Schema) -> pl.LazyFrame
 
 
 def _with_text(run: Path, tokens: pl.LazyFrame) -> pl.LazyFrame:
-    path = run / VOCABULARY
-    if not path.is_file():
-        return tokens.with_columns(pl.lit(None, pl.String).alias("text"))
-    vocabulary = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(
-        pl.col("token_id").cast(pl.Int32), pl.col("text").cast(pl.String)
-    )
+    vocabulary = scan_vocabulary(run)
+    if vocabulary is None:
+        return tokens.with_columns(pl.lit(None, pl.String).alias(name) for name in ("text", "class"))
     return tokens.join(vocabulary, on="token_id", how="left", maintain_order="left")

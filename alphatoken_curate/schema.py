@@ -19,7 +19,7 @@ STATUSES = ("scored", "target", "failed", "rejected")
 """What became of a row. Rows read == scored + target + failed + rejected."""
 
 VOCABULARY = "artifacts/vocab.parquet"
-"""In a run: token_id int32, text string, so that tokens are read without the tokenizer."""
+"""In a run: its tokens, so that they are read without the tokenizer."""
 
 COMPONENTS = ("adapt_direct", "adapt_causal", "stab_direct", "stab_causal")
 """The four components of a token's value (paper Eq. 8-11) by the estimators that part direct and causal path."""
@@ -115,6 +115,17 @@ class Layout:
     """train/mask=MMMM/part-NNNNN.parquet: one row per scored row, read by trainers as it is."""
 
 
+VOCABULARY_COLUMNS = pa.schema(
+    [
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("piece", pa.binary(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("special", pa.bool_(), nullable=False),
+    ]
+)
+"""Of the vocabulary: `piece` is the bytes of a token, `text` those alone, with U+FFFD where they cut a character."""
+
+
 def _field(name: str, kind: pa.DataType, *, units: str, doc: str, nullable: bool = False) -> pa.Field:
     return pa.field(name, kind, nullable=nullable, metadata={"units": units, "doc": doc})
 
@@ -197,6 +208,15 @@ def _layout(kind: str, branches: tuple[str, ...], extra: list[pa.Field]) -> Layo
         values=pa.schema([*_ROW, *lists(_VALUE_LISTS), *extra]),
         train=pa.schema([*_TRAIN_ROW, *lists(_TRAIN_LISTS)]),
     )
+
+
+def with_units(train: pa.Schema, units: str) -> pa.Schema:
+    """The columns of a mask whose `value`, the number it was made from, has these units."""
+    fields = []
+    for column in train:
+        signal = column.name.endswith("value") and column.type == _floats
+        fields.append(column.with_metadata({**column.metadata, b"units": units.encode()}) if signal else column)
+    return pa.schema(fields)
 
 
 SFT = _layout("sft", ("",), [])

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from alphatoken_curate.counting import GroupStats
 from alphatoken_curate.files import visible
 from alphatoken_curate.histogram import Histogram
 from alphatoken_curate.schema import components
-from alphatoken_curate.stats import SCALES, BranchStats, GenerationStats, Stats, objectives
+from alphatoken_curate.stats import SCALES, GenerationStats, Stats
+from alphatoken_curate.sums import MEANS, objectives
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,9 +26,17 @@ def stats_lines(found: Stats, width: int) -> Iterator[Text | Table]:
     several = len(found.generations) > 1
     shown = f" of generation {found.generation}" if several else ""
     yield _counts(found)
-    marks = "  (█ kept, ░ dropped)" if found.values.kept else ""
+    values = found.histograms["value"]
+    marks = "  (█ kept, ░ dropped)" if values.kept else ""
     yield Text(f"\nvalue{shown}, nats per unit step{marks}", "bold")
-    yield histogram_bars(found.values, width)
+    yield histogram_bars(values, width)
+    for name, groups in _groups(found).items():
+        yield Text(f"\nvalue by {name}, from {values.edges[0]:g} to {values.edges[-1]:g}", "bold")
+        yield _group_table(groups, width)
+    if found.scored_tokens:
+        units = ", ".join(name for name in MEANS if name in found.histograms)
+        yield Text(f"\nsignals{shown}, nats per unit step; {units} in nats", "bold")
+        yield _signal_table(found.histograms)
     yield Text(f"\nspread{shown}: RMS over {found.scored_tokens:,} tokens, nats per unit step", "bold")
     yield _spread_table(found)
     notes = [*_pair_notes(found), *_notes(found)]
@@ -84,7 +94,7 @@ def _counts(found: Stats) -> Table:
     return table
 
 
-def _kept(found: Stats | BranchStats) -> str:
+def _kept(found: Stats | GroupStats) -> str:
     if found.kept_tokens is None:
         return f"{found.scored_tokens:,} scored"
     share = "" if found.kept_share is None else f" ({found.kept_share:.1%})"
@@ -105,18 +115,86 @@ def histogram_bars(histogram: Histogram, width: int) -> Text:
     digits = max(len("tokens"), *(len(f"{count:,}") for count in histogram.count))
     most = max(histogram.count)
     room = max(8, min(60, width - left - digits - (7 if histogram.kept else 2)))
-    text = Text(f"{'':{left + room + 1}} {'tokens':>{digits}}{' kept' if histogram.kept else ''}", "bold")
+    text = Text().append(f"{'':{left + room + 1}} {'tokens':>{digits}}{' kept' if histogram.kept else ''}", "bold")
     for i in shown:
         count = histogram.count[i]
         kept = histogram.kept[i] if histogram.kept else count
         size = -(-count * room // most)
         # Any kept and any dropped token shows, however few.
         solid = size if kept == count else min(size - 1, -(-kept * size // max(1, count)))
-        text.append(f"\n{ranges[i]:>{left}} ", "not bold").append("█" * solid, "yellow").append(
-            "░" * (size - solid), "blue"
-        )
+        text.append(f"\n{ranges[i]:>{left}} ").append("█" * solid, "yellow").append("░" * (size - solid), "cyan")
         text.append(f"{' ' * (room - size)} {count:>{digits},}{_share(kept, count) if histogram.kept else '':>5}")
     return text
+
+
+# ------------------------------------------------------------------------------------------------ many histograms
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_MOST_GROUPS = 12
+
+
+def strip(histogram: Histogram) -> str:
+    """A block for each bin, as high as its tokens are many beside the fullest; blank where there is none, │ at 0."""
+    most = max(histogram.count)
+    blocks = [_BLOCKS[-(-count * len(_BLOCKS) // most) - 1] if count else " " for count in histogram.count]
+    if histogram.edges[0] < 0:
+        # Before the first bin that no value below 0 is counted in.
+        blocks.insert(histogram.edges.index(0.0) + 1, "│")
+    return "".join(blocks)
+
+
+def _groups(found: Stats) -> dict[str, list[tuple[str, GroupStats]]]:
+    """Groups of tokens whose values are told beside each other, where there is more than one."""
+    sources = [(end_of(visible(name)), one) for name, one in found.sources.items()]
+    generations = [(f"{one.generation} {end_of(visible(one.checkpoint))}", one.values) for one in found.generations]
+    groups = {"branch": list(found.branches.items()), "source": sources, "generation": generations}
+    return {name: members for name, members in groups.items() if len(members) > 1}
+
+
+def end_of(name: str, width: int = 24) -> str:
+    """The end of a long name, which tells files of one folder apart."""
+    from rich.cells import cell_len, set_cell_size
+
+    return name if cell_len(name) <= width else "…" + set_cell_size(name[::-1], width - 1)[::-1]
+
+
+def _group_table(groups: Sequence[tuple[str, GroupStats]], width: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    wide, masked = width >= 80, any(one.kept_share is not None for _, one in groups)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("", overflow="fold")
+    for head in ("tokens", *(["kept"] if masked else []), *(["mean", "RMS"] if wide else [])):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    most = sorted((one.scored_tokens for _, one in groups), reverse=True)[:_MOST_GROUPS]
+    shown = [(name, one) for name, one in groups if one.scored_tokens >= most[-1]][:_MOST_GROUPS]
+    for name, one in shown:
+        kept = "" if one.kept_share is None else f"{one.kept_share:.1%}"
+        sizes = [f"{one.mean or 0:+.3g}", f"{one.rms or 0:.3g}"] if wide else []
+        cells = [name, f"{one.scored_tokens:,}", *([kept] if masked else []), *sizes, strip(one.values)]
+        table.add_row(*map(Text, cells))
+    if len(groups) > len(shown):
+        table.add_row(Text(f"and {len(groups) - len(shown)} smaller ones, in --json"))
+    return table
+
+
+def _signal_table(histograms: Mapping[str, Histogram]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    for name, one in histograms.items():
+        table.add_row(*map(Text, (name, f"{one.edges[0]:g}", strip(one), f"{one.edges[-1]:g}")))
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------- spreads
 
 
 def _share(part: int, whole: int) -> str:

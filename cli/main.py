@@ -19,14 +19,25 @@ COMMANDS = {
     "score": "Value every response token; write values, a mask and loss weights.",
     "refresh": "Score the same rows again at a checkpoint, as a new generation.",
     "mask": "Make masks again from stored values. Loads no model.",
-    "show": "Show a row's tokens coloured by value.",
+    "show": "Show a row's tokens coloured by value; find rows by their text.",
     "stats": "Show how values are distributed and what stability changed.",
+    "compare": "Show two runs, or two generations of one, side by side.",
+    "report": "Write a run as one HTML page: charts, and rows coloured by value.",
     "verify": "Check every file of a run: digests, checksums, counts, alignment.",
 }
 
 EXIT_CODES = """
 Exit codes: 0 done, 1 internal error, 2 usage, 3 input refused, 4 stored data damaged or made with other settings,
 130 interrupted.
+"""
+
+
+_HELP = """Decide, offline, which response tokens deserve to train a language model.
+
+\b
+alphatoken-curate check data.jsonl
+alphatoken-curate score data.jsonl --target task.jsonl
+alphatoken-curate stats data.alphatoken
 """
 
 
@@ -47,16 +58,10 @@ class _Lazy(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Lazy, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Lazy, help=_HELP, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="alphatoken-curate", message="%(package)s %(version)s")
 def cli() -> None:
-    r"""Decide, offline, which response tokens deserve to train a language model.
-
-    \b
-    alphatoken-curate check data.jsonl
-    alphatoken-curate score data.jsonl --target task.jsonl
-    alphatoken-curate stats data.alphatoken
-    """
+    """All of the commands."""
 
 
 def main() -> NoReturn:

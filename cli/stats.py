@@ -1,21 +1,33 @@
-"""`alphatoken-curate stats`: a run in numbers, in the terminal or as JSON."""
+"""`alphatoken-curate stats`: a run in numbers, in the terminal, as JSON or as a picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from alphatoken_curate.stats import Stats
 
 
 @click.command(name="stats")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--generation", type=int, metavar="G", help="The scoring to show. Default: the newest.")
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers as one JSON object with sorted keys.")
-def command(run: Path, generation: int | None, as_json: bool) -> None:
-    """Show the run folder RUN in numbers: counts, a histogram of values, component spreads, generations and masks."""
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw all histograms into FILE instead.")
+@click.option(
+    "--png", type=click.Path(path_type=Path), metavar="FILE", help="The same as pixels; needs the extra [png]."
+)
+def command(run: Path, generation: int | None, as_json: bool, svg: Path | None, png: Path | None) -> None:
+    """Show the run folder RUN in numbers: counts, histograms, component spreads, generations and masks.
+
+    Histograms are of the value and of each of its components, and of the value by branch, source and generation.
+    """
     from alphatoken_curate.stats import stats
 
     found = stats(run, generation=generation)
+    _draw(found, run, svg, png)
     if as_json:
         from dataclasses import asdict
 
@@ -23,11 +35,24 @@ def command(run: Path, generation: int | None, as_json: bool) -> None:
 
         # As a dict: keys of a dataclass are not sorted.
         click.echo(orjson.dumps(asdict(found), option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2).decode())
-        return
-    from rich.console import Console
+    elif svg is None and png is None:
+        from rich.console import Console
 
-    from alphatoken_curate import stats_text
+        from alphatoken_curate import stats_text
 
-    console = Console(markup=False, highlight=False, emoji=False)
-    for part in stats_text.stats_lines(found, console.width):
-        console.print(part)
+        console = Console(markup=False, highlight=False, emoji=False)
+        for part in stats_text.stats_lines(found, console.width):
+            console.print(part)
+
+
+def _draw(found: Stats, run: Path, svg: Path | None, png: Path | None) -> None:
+    from alphatoken_curate import stats_picture
+    from alphatoken_curate.atomic import atomic_file
+
+    name = run.resolve().name
+    # Drawn before anything is written: matplotlib may be missing.
+    made = [(path, draw(found, name)) for path, draw in ((svg, stats_picture.svg), (png, stats_picture.png)) if path]
+    for path, content in made:
+        with atomic_file(path) as sink:
+            sink.write(content)
+        click.echo(f"Wrote {path}", err=True)

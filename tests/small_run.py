@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alphatoken_curate import card, composite, manifest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.manifest import Facts, Input, Plan
+from alphatoken_curate.pieces import Piece, vocabulary_table
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.schema import LAYOUTS, SCHEMA_VERSION, components
 from alphatoken_curate.shards import Branch, Footer, ValueRow, shard_name, values_folder, write_values
@@ -126,11 +126,12 @@ def write_generation(
 def write_vocabulary(run: Path) -> None:
     """artifacts/vocab.parquet."""
     (run / "artifacts").mkdir(parents=True)
-    texts = pa.array([f"<{i}>" for i in range(VOCABULARY)])
-    pq.write_table(
-        pa.table({"token_id": pa.array(range(VOCABULARY), pa.int32()), "text": texts}),
-        run / "artifacts" / "vocab.parquet",
-    )
+    write_pieces(run, [Piece(content=f"<{i}>".encode(), special=False) for i in range(VOCABULARY)])
+
+
+def write_pieces(run: Path, found: list[Piece]) -> None:
+    """artifacts/vocab.parquet of these tokens; another one there is replaced."""
+    pq.write_table(vocabulary_table(found), run / "artifacts" / "vocab.parquet")
 
 
 def small_run(

@@ -100,6 +100,14 @@ def test_it_has_counts_columns_with_units_and_settings(tmp_path: Path, kind: str
     assert ("A row is a pair of answers" in text) == ("`omega` = beta sigmoid(-margin)" in text) == (kind != "sft")
 
 
+def test_the_value_of_train_has_the_units_of_what_the_newest_mask_is_made_from(run: Path) -> None:
+    for by, units in (("entropy", "nats"), ("nll - reference_nll", "those of the --by expression")):
+        make_mask(run, MaskConfig(by=by))
+        train, values = card.render(manifest.read(run)).split("`values`: every row read")
+        assert f"| `value` | list of float | {units} |" in train
+        assert "| `value` | list of float | nats per unit step |" in values
+
+
 def test_names_cannot_become_markdown(run: Path) -> None:
     stored = manifest.read(run)
     nasty = "x\n```\n---\n<script>"

@@ -64,9 +64,10 @@ print("SECONDS", time.perf_counter() - began)
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     *text, heavy, seconds = done.stdout.splitlines()
     assert heavy == "HEAVY []"
-    assert float(seconds.split()[1]) < 2  # for eight of them; 0.2 where nothing else runs
+    assert float(seconds.split()[1]) < 2  # for ten of them; 0.2 where nothing else runs
     shown = "\n".join(text)
-    assert "Exit codes: 0 done" in shown and "alphatoken-curate score data.jsonl" in shown
+    assert "Exit codes: 0 done" in shown
+    assert "\n  alphatoken-curate check data.jsonl\n  alphatoken-curate score data.jsonl --target task.jsonl\n" in shown
     for name in COMMANDS:
         assert f"alphatoken-curate {name} [OPTIONS]" in shown
 

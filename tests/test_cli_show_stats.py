@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from rich.cells import cell_len
-from small_run import small_run, value_rows
+from small_run import small_run, value_rows, write_pieces
 from test_stats import with_stability
 
 from alphatoken_curate.cli.show import command as show
 from alphatoken_curate.cli.stats import command as stats
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
+from alphatoken_curate.pieces import Piece
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.row_view import BranchView, read_row
 from alphatoken_curate.schema import SIGNALS, components
 from alphatoken_curate.stats import stats as compute
+from alphatoken_curate.stats_picture import svg as draw
 
 COLOUR = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
 BRANCHES = ("chosen", "rejected")
@@ -148,6 +148,25 @@ def test_show_any_column_and_by_id(run: Path) -> None:
         assert f"text:{name}" in out
 
 
+def test_show_several_columns(run: Path) -> None:
+    out = invoke(show, run, "--row", 6, "--column", "nll", "--column", "adapt_direct").output
+    assert out.index("text:nll") < out.index("text:adapt_direct")
+    table = invoke(show, run, "--row", 6, "--column", "nll", "--column", "adapt_direct", "--tokens").output
+    assert table.split("\n\n")[1].split()[:7] == ["adapt", "at", "text", "kept", "weight", "nll", "direct"]
+
+
+def test_show_a_row_by_its_text(run: Path) -> None:
+    (branch,) = read_row(run, row=6).branches
+    words = "".join(branch.texts[1:5])
+    assert invoke(show, run, "--search", words).output == invoke(show, run, "--row", 6).output
+    out = invoke(show, run, "--search", "<").output
+    assert out.startswith("29 rows have it; show one with --row N\n\nrow 0 · scored · rows.jsonl:1 · id n0\n")
+    assert out.count("\nrow ") == 20
+    assert out.endswith("\nand 9 more: search for a longer text\n")
+    assert "no row has the text 'nowhere'" in str(invoke(show, run, "--search", "nowhere").exception)
+    assert invoke(show, run, "--search", "a", "--row", 1).exit_code == 2
+
+
 def test_show_tokens_through_a_pipe_leaves_nothing_out(run: Path) -> None:
     out = invoke(show, run, "--row", 8, "--tokens", COLUMNS="40").output
     lines = out.split("\n\n")[1].splitlines()
@@ -184,7 +203,7 @@ def test_help_names_every_column_and_imports_nothing_heavy() -> None:
     out = invoke(show, "--help").output
     assert all(re.search(rf"\b{name}\b", out.split("Columns:")[1]) for name in (*SIGNALS, "loss_weight"))
     code = (
-        "import sys; from alphatoken_curate.cli import show, stats;"
+        "import sys; from alphatoken_curate.cli import compare, show, stats;"
         " print([m for m in ('rich', 'numpy', 'polars', 'pyarrow', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
@@ -238,8 +257,9 @@ def test_stats_of_pairs_fit_and_tell_everything(pairs: Path, width: int) -> None
 
 
 def test_stats_bars_count_tokens_and_show_every_kept_and_dropped_one(run: Path) -> None:
-    found = compute(run).values
-    lines = [line for line in invoke(stats, run).output.splitlines() if set("█░") & set(line)][1:]
+    found = compute(run).histograms["value"]
+    out = invoke(stats, run).output.partition("\nsignals")[0]
+    lines = [line for line in out.splitlines() if set("█░") & set(line)][1:]
     counts = [count for count in found.count if count]
     assert [int(line.split()[-2].replace(",", "")) for line in lines] == counts
     kept = [kept for kept, count in zip(found.kept or (), found.count, strict=True) if count]
@@ -267,9 +287,7 @@ def test_stats_of_a_run_in_which_nothing_was_scored(tmp_path: Path) -> None:
 
 
 def test_hostile_text_in_a_run_commands_nothing(run: Path) -> None:
-    texts = pa.array(["\x1b]52;c;aGk=\x07[bold]\u202e"] * 50)
-    table = pa.table({"token_id": pa.array(range(50), pa.int32()), "text": texts})
-    pq.write_table(table, run / "artifacts/vocab.parquet")
+    write_pieces(run, [Piece(content="\x1b]52;c;aGk=\x07[bold]\u202e".encode(), special=False)] * 50)
     make_mask(run, MaskConfig(by="nll + 0 * length('\x1b]0;x\x07')"))
     for arguments in ([show, run, "--row", 6], [show, run, "--row", 6, "--tokens"], [stats, run]):
         for env in ({}, COLOUR):
@@ -277,3 +295,14 @@ def test_hostile_text_in_a_run_commands_nothing(run: Path) -> None:
             assert result.exit_code == 0
             assert not set("\x07\u202e") & set(result.output)
             assert "\x1b]" not in result.output
+
+
+def test_stats_draws_pictures_in_place_of_text(run: Path, tmp_path: Path) -> None:
+    svg, png = tmp_path / "new" / "a.svg", tmp_path / "a.png"
+    result = invoke(stats, run, "--svg", svg, "--png", png)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"Wrote {svg}\nWrote {png}\n"
+    assert svg.read_bytes() == draw(compute(run), "run")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    both = invoke(stats, run, "--svg", svg, "--json")
+    assert orjson.loads(both.stdout)["kind"] == "sft"

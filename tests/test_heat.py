@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.heat import (
@@ -176,6 +177,13 @@ def test_text_alone_has_no_line_break_and_its_marks_stand_on_a_circle() -> None:
     assert readable("\u0301a") == "\u0301a"
 
 
+@pytest.mark.parametrize("text", ["שלום", "مرحبا", " ١٢", "abc א"])
+def test_right_to_left_text_alone_ends_where_it_ends(text: str) -> None:
+    assert readable(text, alone=True) == readable(text) + "\u200e"
+    assert cell_len(readable(text, alone=True)) == cell_len(text)
+    assert "\u200e" not in readable(text) + readable("abc é 日本", alone=True)
+
+
 def test_spaces_can_be_left_as_they_are() -> None:
     assert readable("  a ", dots=False) == "  a "
 
@@ -189,4 +197,5 @@ def test_nothing_that_commands_a_terminal_gets_through(text: str) -> None:
     assert not text or shown
     alone = readable(text, alone=True)
     assert "\n" not in alone
+    assert "\u200e" not in alone.rstrip("·")[:-1]
     alone.encode()

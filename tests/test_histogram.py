@@ -41,6 +41,15 @@ def test_edges_reach_as_far_as_asked_with_round_steps(reach: float) -> None:
     assert f"{edges[BINS_EACH_SIDE + 1]:.0e}"[0] in "125"
 
 
+@given(st.floats(1e-30, 1e30))
+def test_edges_of_what_is_never_below_zero_begin_there(reach: float) -> None:
+    edges = edges_for(reach, signed=False)
+    assert len(edges) == 2 * BINS_EACH_SIDE + 1
+    assert edges[0] == 0
+    assert np.all(np.diff(edges) > 0)
+    assert reach * (1 - 1e-9) <= edges[-1] <= 2.5 * reach * (1 + 1e-9)
+
+
 def test_histograms_of_other_kinds_are_not_added() -> None:
     values = np.zeros(1, np.float32)
     one = histogram(values, None, (0.0, 1.0))

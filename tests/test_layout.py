@@ -20,13 +20,16 @@ CLI = ROOT / "cli"
 
 ORDER = """
     errors config fingerprint draws schema atomic progress
-    | files containers shapes pairs rows chat speller tokens plan
+    | files containers shapes pairs rows chat pieces speller tokens plan
     | tangents tangent_rules probabilities attention tangent_attention experts foreign blocks precision capture
     value_rows folders adapters models likeness checkpoints
     | losses selection target fisher generate precondition drift paths parameters influence composite preference signals
     | masks | sealed shards manifest card responses remask
     | artifacts budget meter prepare idle scorer trial job beside score refresh memory estimate check
-    | scan rules verify histogram stats heat row_view row_text stats_text
+    | words scan rules verify histogram sums counting stats heat row_view row_search row_text stats_text stats_picture
+    compare compare_text
+    | report_markup report_numbers report_chart report_tokens report_overview
+    report_relations report_rows report
 """
 """Each module imports only from those before it."""
 
@@ -164,7 +167,7 @@ def test_the_public_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = alphatoken_curate.nope
     # A function that shares its name with its module stays the function, whoever imports the module.
-    for name in ("score", "verify", "scan"):
+    for name in ("score", "verify", "scan", "compare"):
         importlib.import_module(f"alphatoken_curate.{name}")
         assert callable(getattr(alphatoken_curate, name)), name
 
@@ -201,6 +204,8 @@ def test_every_source_module_has_its_tests() -> None:
         "tangent_rules": "test_tangents",
         "probabilities": "test_attention",
         "selection": "test_paths",
+        "sums": "test_stats",
+        "counting": "test_stats",
     }
     for name in RANK:
         assert (ROOT / "tests" / f"{elsewhere.get(name, 'test_' + name)}.py").is_file(), name

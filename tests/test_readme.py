@@ -1,14 +1,25 @@
-"""What the README shows is what happens."""
+"""What the README shows is what happens.
+
+`python tests/test_readme.py` writes what the code below `<!-- test: question N -->` prints into README.md.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from real_run import real_run
 from small_run import small_run
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PATH = Path(__file__).parent.parent / "README.md"
+README = PATH.read_text(encoding="utf-8")
+QUESTION = re.compile(r"(<!-- test: question (\d) -->\n```python\n)(.*?)(```\n\n```text\n)(.*?)(```\n)", re.DOTALL)
 
 
 def block(mark: str) -> str:
@@ -30,7 +41,41 @@ def test_the_histogram_runs_as_printed_and_takes_six_lines_of_polars(
     assert "kept" in printed
 
 
+def answered(text: str) -> str:
+    """The README with the answers that its questions print, asked one after the other of the run of `real_run`."""
+    import polars as pl
+
+    known: dict[str, Any] = {}
+
+    def run(found: re.Match[str]) -> str:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(found[3], "README.md", "exec"), known)
+        return "".join((found[1], found[3], found[4], out.getvalue(), found[6]))
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pl.Config(tbl_width_chars=100):
+        real_run(Path("few.alphatoken"))
+        return QUESTION.sub(run, text)
+
+
+def test_six_questions_have_the_answers_that_are_printed() -> None:
+    assert [found[2] for found in QUESTION.finditer(README)] == list("123456")
+    assert answered(README) == README
+
+
+def test_an_answer_that_is_not_what_is_printed_is_seen() -> None:
+    (first, *_) = QUESTION.finditer(README)
+    wrong = README.replace(first[5], first[5].replace("│", "|", 1))
+    assert wrong != README
+    assert answered(wrong) == README
+
+
 def test_the_two_commands_are_there() -> None:
     assert "python -m venv" in block("ci: score")
     assert "alphatoken-curate score sample_data/sft.jsonl" in block("ci: score")
     assert block("ci: test").strip().endswith("pytest")
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    PATH.write_text(answered(README), encoding="utf-8")

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from small_run import small_run, value_row, value_rows, write_generation
@@ -568,3 +570,39 @@ def test_generations_of_an_influence_run_are_averaged(tmp_path: Path, kind: str)
                 values[same[0].row_id, int(at)] = float(np.float32(float(a) + 1.5 * float(b)))
         stored = trained(run).select("row_id", f"{prefix}value").rows()
         assert {(row_id, at): v for row_id, row in stored for at, v in enumerate(row) if v is not None} == values
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("config", "units"),
+    [
+        (MaskConfig(), "nats per unit step"),
+        (MaskConfig(stability_scale="rms"), "multiples of the RMS of an objective"),
+        (MaskConfig(by="entropy"), "nats"),
+        (MaskConfig(by="stab_causal"), "nats per unit step"),
+        (MaskConfig(by="random"), "0 to 1"),
+        (MaskConfig(by="token_id"), "token"),
+        (MaskConfig(by="position"), "position"),
+        (MaskConfig(by="nll - reference_nll"), "those of the --by expression"),
+        (MaskConfig(by="value + 1"), "those of the --by expression"),
+    ],
+)
+def test_the_footer_has_the_units_of_what_the_mask_was_made_from(
+    tmp_path: Path, kind: str, config: MaskConfig, units: str
+) -> None:
+    run = small_run(tmp_path / "a", kind=kind, config=config)
+    layout = LAYOUTS[kind]
+    for path in shards.listed(shards.train_folder(run, 0)).values():
+        with pq.ParquetFile(path) as file:
+            told = orjson.loads(file.metadata.metadata[b"alphatoken_curate.units"])
+            schema = file.schema_arrow
+        for prefix in layout.branches:
+            assert told[f"{prefix}value"] == schema.field(f"{prefix}value").metadata[b"units"].decode() == units
+            assert told[f"{prefix}loss_weight"] == "ratio"
+    assert verify(run) == []
+
+
+def test_a_mask_by_a_number_of_the_pair_has_its_units(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "a", kind="preference", config=MaskConfig(by="margin"))
+    with pq.ParquetFile(shards.train_folder(run, 0) / "part-00000.parquet") as file:
+        assert file.schema_arrow.field("chosen_value").metadata[b"units"] == b"beta x nats"

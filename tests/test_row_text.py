@@ -10,13 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alphatoken_curate.errors import UsageError
 from alphatoken_curate.heat import PALETTE
+from alphatoken_curate.row_search import Hit
 from alphatoken_curate.row_text import (
     branch_title,
     coloured_row,
     has_palette,
+    hit_text,
     legend,
     plain_row,
+    row_parts,
     row_title,
     table_note,
     token_table,
@@ -95,8 +99,8 @@ def coloured(view: RowView, column: str = "value", width: int = 80) -> Text:
     return coloured_row(view, view.branches[0], column, width)
 
 
-def table_of(view: RowView, *, palette: bool, width: int) -> tuple[Table, tuple[str, ...]]:
-    return token_table(view, view.branches[0], "value", palette=palette, width=width)
+def table_of(view: RowView, *columns: str, palette: bool, width: int) -> tuple[Table, tuple[str, ...]]:
+    return token_table(view, view.branches[0], columns, palette=palette, width=width)
 
 
 SMALL = row_of(
@@ -126,8 +130,9 @@ def test_plain_text_is_the_same_without_colours_and_with_sixteen() -> None:
     bare = printed(text, color_system=None)
     assert "\x1b" not in bare
     sixteen = printed(text, force_terminal=True, color_system="standard")
-    assert "\x1b[1;33mNo:+1.00" in sixteen
-    assert "\x1b[9;34m~·way:-0.50~" in sixteen
+    # Black on yellow and cyan, whatever ground the terminal has.
+    assert "\x1b[30;43mNo:+1.00" in sixteen
+    assert "\x1b[9;30;46m~·way:-0.50~" in sixteen
 
 
 def test_colours_follow_the_value_and_dropped_tokens_are_struck_through() -> None:
@@ -153,7 +158,7 @@ def test_both_branches_of_a_pair_are_coloured_on_one_scale() -> None:
     assert f"bold {PALETTE[4].text} on {PALETTE[4].background}" in styles[1]
     assert plain_row(view, other, "value", 80).plain == "[prompt]\na\n\n[response]\nc:-0.50"
     small = replace(other, signals=signals_of(PARTED, one.signals["value"] / 1000))
-    table, _ = token_table(view_of(one, small), small, "value", palette=False, width=200)
+    table, _ = token_table(view_of(one, small), small, (), palette=False, width=200)
     assert "+0.00" in printed(table, 200, color_system=None)
 
 
@@ -318,3 +323,80 @@ def test_the_table_has_the_signals_of_the_estimator(estimator: str, heads: str) 
     found = [str(column.header).replace("\n", " ") for column in table.columns]
     assert found[4:] == ["value", *heads.split("|"), "nll", "entropy", "ref nll"]
     assert left_out == ()
+
+
+def test_right_to_left_text_leaves_the_numbers_where_they_are() -> None:
+    view = row_of(["a", " שלום", "b"], [None, 1.0, -0.5], [False, True, True])
+    assert "·שלום\u200e:+1.00 b:-0.50" in plain(view).plain
+    line = next(
+        line for line in printed(table_of(view, palette=False, width=200)[0], 200).splitlines() if "שלום" in line
+    )
+    assert line.index("\u200e") < line.index("yes") < line.index("+1.00")
+    # In running text it reads as such text does.
+    assert coloured(view).plain == "a·שלוםb"
+
+
+def test_columns_of_the_table_by_choice() -> None:
+    table, _ = table_of(SMALL, "nll", "adapt_direct", palette=True, width=200)
+    assert [str(column.header) for column in table.columns] == ["at", "text", "kept", "weight", "nll", "adapt\ndirect"]
+    view = only(SMALL, signals={**SMALL.branches[0].signals, "nll": -SMALL.branches[0].signals["value"]})
+    styles = [
+        str(span.style) for span in next(iter(table_of(view, "nll", palette=True, width=200)[0].columns[1].cells)).spans
+    ]
+    assert styles == [f"bold {PALETTE[0].text} on {PALETTE[0].background}"]
+    with pytest.raises(UsageError, match="column: found 'no'"):
+        table_of(SMALL, "no", palette=False, width=200)
+    with pytest.raises(UsageError, match="drift_direct was not computed"):
+        none = np.full(8, np.nan, np.float32)
+        table_of(
+            only(SMALL, signals={**view.branches[0].signals, "drift_direct": none}),
+            "drift_direct",
+            palette=False,
+            width=99,
+        )
+
+
+def parts_of(view: RowView, *columns: str, tokens: bool = False, branch: str | None = None) -> list[str]:
+    parts = row_parts(view, branch, columns, (80, 200), palette=False, tokens=tokens)
+    return [printed(part, 200, color_system=None) for part in parts]
+
+
+def test_the_text_is_shown_once_for_each_column() -> None:
+    title, *rest = parts_of(SMALL, "nll", "value")
+    assert title.startswith("row 4 ")
+    assert ["text:nll" in part for part in rest] == [True, False, False, False]
+    assert ["text:value" in part for part in rest] == [False, False, True, False]
+    assert rest[1] == printed(plain(SMALL, "nll"), 200, color_system=None)
+    assert parts_of(SMALL)[1:] == [part.lstrip("\n") for part in rest[2:]]
+
+
+def hit(**changes: Any) -> Hit:
+    one = Hit(
+        row_id=7,
+        source="a.jsonl",
+        line=8,
+        id="x",
+        status="scored",
+        branch="",
+        before="…we ",
+        found="carry",
+        after=" it\n",
+    )
+    return replace(one, **changes)
+
+
+def test_a_row_that_was_searched_for_is_told_with_what_was_found() -> None:
+    assert hit_text(hit(), 80).plain == "row 7 · scored · a.jsonl:8 · id x\n…we carry it⏎"
+    (found,) = [span for span in hit_text(hit(), 80).spans if "reverse" in str(span.style)]
+    assert hit_text(hit(), 80).plain[found.start : found.end] == "carry"
+    assert "id" not in hit_text(hit(id=None, branch="rejected"), 80).plain
+    assert "a.jsonl:8 · rejected\n" in hit_text(hit(id=None, branch="rejected"), 80).plain
+
+
+@pytest.mark.parametrize("width", [20, 60])
+def test_what_was_found_fits_and_commands_nothing(width: int) -> None:
+    evil = hit(source=EVIL[0], id=EVIL[1], before=" ".join(EVIL), found="[bold]x", after="日本語 " * 20)
+    text = hit_text(evil, width)
+    assert not set("\x07\x9b\x1b\u202e\r\t") & set(text.plain)
+    assert "[bold]x" in text.plain.replace("\n", "")
+    assert max(map(cell_len, text.plain.splitlines()[1:])) <= width

@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from small_run import small_run, value_row, value_rows, write_generation
+from small_run import small_run, value_row, value_rows, write_generation, write_pieces
 
 from alphatoken_curate import manifest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
+from alphatoken_curate.pieces import Piece
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.row_view import BranchView, RowView, read_row
 from alphatoken_curate.scan import scan
@@ -155,7 +154,7 @@ def test_a_row_by_its_id(tmp_path: Path) -> None:
 def test_exactly_one_of_row_and_id(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     for given in ({}, {"row": 1, "id": "n2"}):
-        with pytest.raises(UsageError, match="--row N or --id ID"):
+        with pytest.raises(UsageError, match="one of --row N, --id ID and --search TEXT"):
             read_row(run, **given)
 
 
@@ -190,15 +189,21 @@ def test_tokens_without_text_are_shown_by_number(tmp_path: Path) -> None:
     path = run / "artifacts/vocab.parquet"
     ids = value_rows()[1].branches[0].input_ids
     numbers = tuple(f"<{number}>" for number in ids)
-    pq.write_table(pa.table({"token_id": pa.array([int(ids[0])], pa.int32()), "text": pa.array(["a"])}), path)
+    write_pieces(run, [Piece(content=b"a" if number == ids[0] else b"", special=False) for number in range(40)])
     assert read_row(run, row=1).branches[0].texts == tuple("a" if i == ids[0] else f"<{i}>" for i in ids)
-    pq.write_table(pa.table({"token_id": pa.array(ids, pa.int32()), "text": pa.array([""] * len(ids))}), path)
-    assert read_row(run, row=1).branches[0].texts == numbers
     path.unlink()
     assert read_row(run, row=1).branches[0].texts == numbers
     path.write_bytes(b"PAR1")
     with pytest.raises(StoredDataError, match=r"vocab\.parquet: damaged"):
         read_row(run, row=1)
+
+
+def test_a_character_that_tokens_split_is_read_whole(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run")
+    ids = value_rows()[1].branches[0].input_ids
+    contents = {int(ids[1]): b"\xe2", int(ids[2]): b"\x82", int(ids[3]): b"\xac!"}
+    write_pieces(run, [Piece(content=contents.get(number, b"a"), special=False) for number in range(50)])
+    assert read_row(run, row=1).branches[0].texts == ("a", "\ufffd", "\ufffd", "€!", *["a"] * (len(ids) - 4))
 
 
 def test_damage_is_found_in_what_is_read(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
-from small_run import scored, small_run, value_rows, write_generation
+from small_run import scored, small_run, value_rows, write_generation, write_pieces
 
 from alphatoken_curate import manifest, shards
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
+from alphatoken_curate.pieces import Piece
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.scan import scan, scan_tokens
 from alphatoken_curate.schema import PAIR_COLUMNS, Components, components
@@ -37,7 +38,7 @@ def weights(run: Path, mask: int) -> dict[tuple[int, str], list[float]]:
     return found
 
 
-def plain_tokens(run: Path, mask: int, rows: list[ValueRow]) -> list[dict[str, Any]]:
+def plain_tokens(run: Path, mask: int, rows: list[ValueRow], generation: int = 0) -> list[dict[str, Any]]:
     """The same table by loops over the rows that were written."""
     known = manifest.components(manifest.read(run))
     stored = weights(run, mask)
@@ -46,21 +47,22 @@ def plain_tokens(run: Path, mask: int, rows: list[ValueRow]) -> list[dict[str, A
         for row in rows
         if row.status == "scored"
         for prefix, branch in zip(manifest.layout(manifest.read(run)).branches, row.branches, strict=True)
-        for token in plain_branch(row, prefix, branch, known, stored.get((row.row_id, prefix)))
+        for token in plain_branch(row, prefix, branch, known, stored.get((row.row_id, prefix)), generation)
     ]
 
 
 def plain_branch(
-    row: ValueRow, prefix: str, branch: Branch, known: Components, weight: list[float] | None
+    row: ValueRow, prefix: str, branch: Branch, known: Components, weight: list[float] | None, generation: int
 ) -> Iterator[dict[str, Any]]:
     of_row = {"omega": row.omega, "margin": row.margin} if prefix else {}
     for i in np.flatnonzero(branch.response):
         token: dict[str, Any] = {
             "row_id": row.row_id,
             **({"branch": prefix[:-1]} if prefix else {}),
+            "generation": generation,
             "position": int(i),
         }
-        token |= {"token_id": int(branch.input_ids[i]), "text": f"<{branch.input_ids[i]}>"}
+        token |= {"token_id": int(branch.input_ids[i]), "text": f"<{branch.input_ids[i]}>", "class": "code"}
         token |= {name: float(branch.signals[name][i]) if name in branch.signals else None for name in known.signals}
         token |= of_row
         yield token | {"kept": weight and weight[i] > 0, "loss_weight": weight and weight[i]}
@@ -87,8 +89,9 @@ def test_scan_tokens_is_what_loops_give(run: Path) -> None:
             assert frame.collect(engine=engine).to_dicts() == want  # type: ignore[call-overload]
     pair = layout.kind == "preference"
     assert list(frame.collect_schema().items()) == [
-        ("row_id", pl.Int64), *([("branch", pl.String)] if pair else []), ("position", pl.Int32),
-        ("token_id", pl.Int32), ("text", pl.String), *((name, pl.Float32) for name in components("published").signals),
+        ("row_id", pl.Int64), *([("branch", pl.String)] if pair else []), ("generation", pl.Int32),
+        ("position", pl.Int32), ("token_id", pl.Int32), ("text", pl.String), ("class", pl.String),
+        *((name, pl.Float32) for name in components("published").signals),
         *(((name, pl.Float32) for name in PAIR_COLUMNS) if pair else ()),
         ("kept", pl.Boolean), ("loss_weight", pl.Float32),
     ]  # fmt: skip
@@ -104,7 +107,7 @@ def test_without_mask_vocabulary_or_reference_the_columns_stay(tmp_path: Path, k
     assert frame.height == sum(
         int(one.response.sum()) for row in rows if row.status == "scored" for one in row.branches
     )
-    for name in ("text", "kept", "loss_weight", "reference_nll"):
+    for name in ("text", "class", "kept", "loss_weight", "reference_nll"):
         assert frame[name].null_count() == frame.height
 
 
@@ -154,7 +157,7 @@ def test_rows_that_a_mask_of_several_generations_leaves_out_have_no_weight(tmp_p
         assert left_out.height > 1
         assert left_out["kept"].null_count() == left_out["loss_weight"].null_count() == left_out.height
         for number, rows in ((0, first), (3, again)):
-            want = plain_tokens(run, 1, rows)
+            want = plain_tokens(run, 1, rows, number)
             assert scan_tokens(run, generation=number).collect(engine="streaming").to_dicts() == want
         assert scan(run, "train").collect()["row_id"].to_list() == [0, 1, 2, 6, 8, 9, 10, 11]
 
@@ -193,7 +196,7 @@ def test_generations_are_told_apart(run: Path) -> None:
     manifest.write(run, manifest.rebuild(run))
     for number, seed in ((None, 1), (1, 1), (0, 0)):
         found = scan_tokens(run, generation=number).collect().to_dicts()
-        assert found == plain_tokens(run, 0, value_rows(seed=seed, kind=kind))
+        assert found == plain_tokens(run, 0, value_rows(seed=seed, kind=kind), seed)
 
 
 @pytest.mark.parametrize("estimator", ["influence", "exact+influence"])
@@ -208,3 +211,14 @@ def test_tokens_have_the_signals_of_the_estimator_and_rows_every_column(tmp_path
     assert whole.columns == manifest.layout(manifest.read(run)).values.names
     absent = components("published" if estimator == "influence" else "influence").adaptation[0]
     assert whole[absent].explode().drop_nulls().is_empty()
+
+
+def test_every_token_has_its_text_and_class(run: Path) -> None:
+    names = {0: (b"<|end|>", True, "special"), 1: (b" the", False, "words"), 2: (b"\xe2\x82", False, "words")}
+    names |= {3: (b"\n", False, "whitespace"), 4: (b" 7", False, "digits"), 5: (b").", False, "punctuation")}
+    write_pieces(run, [Piece(content=content, special=special) for content, special, _ in names.values()])
+    found = scan_tokens(run).select("token_id", "text", "class").unique().collect()
+    assert {0, 1, 2, 3, 4, 5, 6} & set(found["token_id"].to_list())
+    for number, text, kind in found.iter_rows():
+        content, _, wanted = names.get(number, (None, False, None))
+        assert (text, kind) == (None if content is None else content.decode("utf-8", "replace"), wanted)

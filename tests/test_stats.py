@@ -14,12 +14,14 @@ from small_run import scored, small_run, value_row, value_rows, write_generation
 
 from alphatoken_curate import composite, manifest
 from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.counting import GroupStats
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.scan import scan
 from alphatoken_curate.schema import COMPONENTS, SIGNALS, components
 from alphatoken_curate.shards import ValueRow
-from alphatoken_curate.stats import _Sums, stats
+from alphatoken_curate.stats import stats
+from alphatoken_curate.sums import Sums
 
 
 def flat(rows: list[ValueRow], name: str, branch: int | None = None) -> np.ndarray:
@@ -90,12 +92,45 @@ def test_all_numbers_against_numpy(tmp_path: Path, kind: str) -> None:
     check_spreads(found.rms, rows)
     for name in ("nll", "entropy", "reference_nll"):
         assert found.mean[name] == pytest.approx(flat(rows, name).mean(), rel=1e-12)
-    assert list(found.values.count) == by_numpy(value, found.values.edges)
-    assert found.values.kept is not None
-    assert list(found.values.kept) == by_numpy(value[kept], found.values.edges)
+    assert list(found.histograms["value"].count) == by_numpy(value, found.histograms["value"].edges)
+    assert found.histograms["value"].kept is not None
+    assert list(found.histograms["value"].kept) == by_numpy(value[kept], found.histograms["value"].edges)
     assert not found.stability_is_zero
     assert found.truncated_rows == 8
     assert found.truncated_tokens == 56
+
+
+def check_group(found: GroupStats, value: np.ndarray, kept: np.ndarray, edges: tuple[float, ...]) -> None:
+    """The numbers of a group against those of its tokens."""
+    assert (found.scored_tokens, found.kept_tokens) == (len(value), kept.sum())
+    assert found.kept_share == kept.sum() / len(value)
+    assert found.mean == pytest.approx(value.mean(), rel=1e-12)
+    assert found.rms == pytest.approx(rms(value), rel=1e-12)
+    assert found.values.edges == edges
+    assert list(found.values.count) == by_numpy(value, edges)
+    assert found.values.kept is not None
+    assert list(found.values.kept) == by_numpy(value[kept], edges)
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_every_signal_and_source_against_numpy(tmp_path: Path, kind: str) -> None:
+    rows = [replace(row, source=f"{'ba'[row.row_id % 2]}.jsonl") for row in value_rows(40, kind=kind)]
+    run = small_run(tmp_path / "run", rows, config=MaskConfig(keep=0.3), kind=kind)
+    found = stats(run)
+    kept = np.concatenate([kept_of(run, rows, branch) for branch in range(len(rows[0].branches))])
+    assert list(found.histograms) == ["nll", "entropy", "reference_nll", *COMPONENTS, "value"]
+    for name, one in found.histograms.items():
+        x = flat(rows, name)
+        assert list(one.count) == by_numpy(x, one.edges)
+        assert one.kept is not None
+        assert list(one.kept) == by_numpy(x[kept], one.edges)
+        assert (one.edges[0] == 0) == (name in ("nll", "entropy", "reference_nll"))
+    whose = [row.source for i in range(len(rows[0].branches)) for row in rows if row.status == "scored"
+             for _ in range(int(row.branches[i].response.sum()))]  # fmt: skip
+    assert list(found.sources) == ["b.jsonl", "a.jsonl"]
+    for name, group in found.sources.items():
+        mine = np.array(whose) == name
+        check_group(group, flat(rows, "value")[mine], kept[mine], found.histograms["value"].edges)
 
 
 def check_spreads(found: Mapping[str, float], rows: list[ValueRow]) -> None:
@@ -112,8 +147,7 @@ def test_branches_and_pairs_against_numpy(tmp_path: Path) -> None:
     assert list(found.branches) == ["chosen", "rejected"]
     for number, branch in enumerate(found.branches.values()):
         kept = kept_of(run, rows, number)
-        assert (branch.scored_tokens, branch.kept_tokens) == (len(kept), kept.sum())
-        assert branch.kept_share == kept.sum() / len(kept)
+        check_group(branch, flat(rows, "value", number), kept, found.histograms["value"].edges)
     pairs = [row for row in rows if row.status == "scored"]
     margin, omega = (np.array([getattr(row, name) for row in pairs], np.float32) for name in ("margin", "omega"))
     assert found.pairs is not None
@@ -187,7 +221,7 @@ def test_a_mask_that_keeps_all_leaves_stability_nothing_to_decide(tmp_path: Path
     found = stats(small_run(tmp_path / "run", config=MaskConfig(keep=1.0)))
     assert found.decisions_changed == {"none": 0, "rms": 0}
     assert found.kept_share == 1
-    assert found.values.kept == found.values.count
+    assert found.histograms["value"].kept == found.histograms["value"].count
 
 
 def test_no_stability_is_told(tmp_path: Path) -> None:
@@ -197,6 +231,7 @@ def test_no_stability_is_told(tmp_path: Path) -> None:
     assert found.rms["stability"] == 0
     assert found.decisions_changed == {"none": 0, "rms": 0}
     assert found.mean["reference_nll"] is None
+    assert "reference_nll" not in found.histograms
 
 
 def test_one_row_of_one_token(tmp_path: Path) -> None:
@@ -204,8 +239,8 @@ def test_one_row_of_one_token(tmp_path: Path) -> None:
     found = stats(small_run(tmp_path / "run", [row]))
     assert found.scored_tokens == found.kept_tokens == 1
     assert found.rms["value"] == pytest.approx(abs(float(row.branches[0].signals["value"][1])))
-    assert sum(found.values.count) == 1
-    assert found.values.count[0] == found.values.count[-1] == 0
+    assert sum(found.histograms["value"].count) == 1
+    assert found.histograms["value"].count[0] == found.histograms["value"].count[-1] == 0
 
 
 def test_no_scored_row(tmp_path: Path) -> None:
@@ -214,7 +249,9 @@ def test_no_scored_row(tmp_path: Path) -> None:
     assert found.kept_share is None
     assert set(found.rms.values()) == {0.0}
     assert set(found.mean.values()) == {None}
-    assert set(found.values.count) == {0}
+    assert {sum(one.count) for one in found.histograms.values()} == {0}
+    assert found.sources == {}
+    assert found.generations[0].values.mean is found.generations[0].values.rms is None
 
 
 def test_without_a_mask(tmp_path: Path) -> None:
@@ -223,7 +260,7 @@ def test_without_a_mask(tmp_path: Path) -> None:
     write_generation(run, rows)
     manifest.write(run, manifest.rebuild(run))
     found = stats(run)
-    assert found.kept_tokens is found.kept_share is found.values.kept is None
+    assert found.kept_tokens is found.kept_share is found.histograms["value"].kept is None
     assert found.masks == ()
     assert found.rms["value"] == pytest.approx(rms(flat(rows, "value")))
     assert found.decided_by_value
@@ -270,6 +307,9 @@ def test_spreads_of_each_generation_against_numpy(tmp_path: Path, kind: str) -> 
     ]  # fmt: skip
     for one in found.generations:
         check_spreads(one.rms, made[one.generation])
+        rows = made[one.generation]
+        kept = np.concatenate([kept_of(run, rows, branch) for branch in range(len(rows[0].branches))])
+        check_group(one.values, flat(rows, "value"), kept, found.histograms["value"].edges)
         assert (one.pairs is None) == (kind == "sft")
     assert found.generations[0].rms["stability"] == 0 < found.generations[1].rms["stability"]
     assert found.rms == found.generations[-1].rms
@@ -287,10 +327,10 @@ def test_one_generation_of_several(tmp_path: Path, kind: str) -> None:
         assert (found.generation, found.decided_generations) == (number, (number,))
         check_spreads(found.rms, rows)
         value = flat(rows, "value")
-        assert list(found.values.count) == by_numpy(value, found.values.edges)
+        assert list(found.histograms["value"].count) == by_numpy(value, found.histograms["value"].edges)
         kept = np.concatenate([kept_of(run, rows, branch) for branch in range(len(rows[0].branches))])
-        assert found.values.kept is not None
-        assert list(found.values.kept) == by_numpy(value[kept], found.values.edges)
+        assert found.histograms["value"].kept is not None
+        assert list(found.histograms["value"].kept) == by_numpy(value[kept], found.histograms["value"].edges)
         assert found.kept_tokens == kept.sum()
         assert found.rows_left_out == (0 if number == 4 else 1)
         assert found.decisions_changed == decisions(rows, 0.5)
@@ -331,8 +371,11 @@ def test_decisions_are_those_of_the_generations_of_the_mask(tmp_path: Path) -> N
 def test_counts_do_not_depend_on_shards(tmp_path: Path, kind: str) -> None:
     rows = value_rows(20, kind=kind)
     whole, cut = (stats(small_run(tmp_path / str(n), rows, per_shard=n, kind=kind)) for n in (20, 3))
-    assert whole.branches == cut.branches
-    assert whole.values == cut.values
+    for mine, other in ((whole.branches, cut.branches), (whole.sources, cut.sources)):
+        assert {name: one.values for name, one in mine.items()} == {name: one.values for name, one in other.items()}
+        for name, one in mine.items():
+            assert (one.mean, one.rms) == pytest.approx((other[name].mean, other[name].rms), rel=1e-13)
+    assert whole.histograms == cut.histograms
     assert whole.rms == pytest.approx(cut.rms, rel=1e-14)
     assert (whole.kept_tokens, whole.decisions_changed) == (cut.kept_tokens, cut.decisions_changed)
 
@@ -351,11 +394,11 @@ def test_json_has_every_field(tmp_path: Path, kind: str) -> None:
 
 @given(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=1, max_size=80))
 def test_the_closed_bins_cover_98_of_100_values(numbers: list[float]) -> None:
-    sums = _Sums(components("published"))
+    sums = Sums(components("published"))
     value = np.array(numbers, np.float32)
     nothing = dict.fromkeys(SIGNALS, np.zeros(len(value), np.float32))
     sums.add({**nothing, "value": value})
-    core = sums.core()
+    core = sums.core("value")
     sizes = np.sort(np.abs(value))
     needed = float(sizes[int(np.ceil(0.98 * len(sizes))) - 1]) or float(sizes[-1])
     assert needed < core or not value.any()
@@ -430,6 +473,7 @@ def test_spreads_are_of_the_signals_of_the_estimator(tmp_path: Path, estimator: 
     rows = value_rows(20, kind=kind, estimator=estimator)
     rows = [with_drift(row, known.drift) for row in rows] if drift else rows
     found = stats(small_run(tmp_path / "run", rows, generations=(0, 2)), generation=0)
+    assert set(found.histograms) == {*known.always, "reference_nll", *(known.drift if drift else ())}
     assert found.estimator == estimator
     objectives = {
         "adaptation": known.adaptation,

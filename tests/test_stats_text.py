@@ -8,10 +8,12 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from alphatoken_curate.counting import GroupStats
 from alphatoken_curate.histogram import Histogram
 from alphatoken_curate.schema import COMPONENTS, components
-from alphatoken_curate.stats import BranchStats, GenerationStats, MaskStats, PairStats, Stats
-from alphatoken_curate.stats_text import histogram_bars, stats_lines
+from alphatoken_curate.stats import GenerationStats, MaskStats, Stats
+from alphatoken_curate.stats_text import histogram_bars, stats_lines, strip
+from alphatoken_curate.sums import PairStats
 
 
 def bars(count: tuple[int, ...], kept: tuple[int, ...] | None, width: int = 40) -> list[str]:
@@ -44,6 +46,14 @@ def test_nothing_to_count() -> None:
     assert bars((0, 0, 0, 0), (0, 0, 0, 0)) == ["no scored tokens"]
 
 
+VALUES = Histogram(edges=(-1.0, 0.0, 1.0), count=(0, 50, 40, 10), kept=(0, 0, 40, 10))
+
+
+def group(tokens: int, kept: int | None) -> GroupStats:
+    share = None if kept is None else kept / tokens
+    return GroupStats(scored_tokens=tokens, kept_tokens=kept, kept_share=share, mean=0.25, rms=1.5, values=VALUES)
+
+
 PAIRS = PairStats(rows=40, omega=0.0478, margin=0.0912, margin_above_zero=0.625)
 
 
@@ -60,6 +70,7 @@ def generation(number: int, stability: float, **changes: Any) -> GenerationStats
         bytes=1000,
         rms=spread(stability),
         pairs=None,
+        values=group(100, 50),
     )
     return replace(one, **changes)
 
@@ -90,8 +101,9 @@ BASE = Stats(
     kept_share=0.5,
     rows_left_out=0,
     branches={},
+    sources={"a.jsonl": group(100, 50)},
     pairs=None,
-    values=Histogram(edges=(0.0,), count=(50, 50), kept=(0, 50)),
+    histograms={"nll": replace(VALUES, edges=(0.0, 1.0, 2.0)), "adapt_direct": VALUES, "value": VALUES},
     rms=spread(0.25),
     mean={"nll": 1.0},
     stability_is_zero=False,
@@ -152,8 +164,8 @@ def test_stability_is_seen_to_grow_over_generations(width: int) -> None:
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_pairs_have_margins_and_counts_of_each_branch(width: int) -> None:
     both = {
-        "chosen": BranchStats(scored_tokens=60, kept_tokens=30, kept_share=0.5),
-        "rejected": BranchStats(scored_tokens=40, kept_tokens=10, kept_share=0.25),
+        "chosen": group(60, 30),
+        "rejected": group(40, 10),
     }
     several = tuple(replace(one, pairs=PAIRS) for one in SEVERAL.generations)
     text = flowed(replace(SEVERAL, kind="preference", branches=both, pairs=PAIRS, generations=several), width)
@@ -250,3 +262,51 @@ def test_the_value_stands_under_the_sum() -> None:
     lines = shown(of_estimator("exact+influence")).partition("\nspread of generation")[2].splitlines()
     head, value = (next(line for line in lines if line.split()[:1] == [word]) for word in ("direct", "value"))
     assert head.index("sum") + len("sum") == len(value.rstrip())
+
+
+# ------------------------------------------------------------------------------------------------- many histograms
+
+
+def test_a_strip_has_a_block_for_each_bin_and_a_line_at_zero() -> None:
+    assert strip(Histogram(edges=(-1.0, 0.0, 1.0), count=(0, 1, 800, 200), kept=None)) == " ▁│█▂"
+    assert strip(Histogram(edges=(0.0, 1.0, 2.0), count=(0, 8, 4, 1), kept=None)) == " █▄▁"
+    assert strip(Histogram(edges=(-1.0, 0.0, 1.0), count=(0, 0, 0, 0), kept=None)) == "  │  "
+
+
+def test_every_signal_has_its_strip() -> None:
+    lines = shown(BASE).partition("\nsignals")[2].splitlines()
+    assert lines[0] == ", nats per unit step; nll in nats"
+    assert [line.split() for line in lines[1:4]] == [
+        ["nll", "0", "█▇▂", "2"], ["adapt_direct", "-1", "█│▇▂", "1"], ["value", "-1", "█│▇▂", "1"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_sources_branches_and_generations_are_told_apart(width: int) -> None:
+    sources = {f"a/very/long/path/to/some/rows/part-{i}.jsonl": group(100 + i, 50) for i in range(15)}
+    found = replace(SEVERAL, sources=sources, branches={"chosen": group(60, 30), "rejected": group(40, 10)})
+    text = shown(found, width)
+    assert "value by source, from -1 to 1" in text
+    lines = [line for line in text.splitlines() if "part-" in line]
+    assert [line.split()[1] for line in lines] == [str(100 + i) for i in range(3, 15)]
+    assert "and 3 smaller ones" in text
+    assert all("█│▇▂" in line and line.startswith("…") for line in lines)
+    assert all(("+0.25" in line) == (width >= 80) for line in lines)
+    chosen, rejected = (next(line for line in text.splitlines() if line.startswith(name)) for name in found.branches)
+    assert "50.0%" in chosen and "25.0%" in rejected
+    assert text.count("out/checkpoint-16") == (3 if width >= 80 else 2)
+
+
+def test_what_there_is_only_one_of_is_not_told_apart() -> None:
+    assert "value by" not in shown(BASE)
+    bare = replace(
+        SEVERAL, masks=(), generations=tuple(replace(one, values=group(9, None)) for one in SEVERAL.generations)
+    )
+    assert "kept" not in shown(bare).partition("value by generation")[2].splitlines()[1]
+
+
+def test_the_names_of_sources_command_nothing() -> None:
+    evil = {"\x1b]0;x\x07.jsonl": group(60, 30), "[bold]a\u202e": group(40, 10)}
+    text = shown(replace(BASE, sources=evil))
+    assert not set("\x1b\x07\u202e") & set(text)
+    assert "[bold]a" in text

@@ -1,0 +1,18 @@
+"""`alphatoken-curate report`: a run as one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="report")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Default: report.html in RUN.")
+def command(run: Path, output: Path | None) -> None:
+    """Write the run folder RUN as one HTML page: charts, and rows coloured by value. It opens without a network."""
+    from alphatoken_curate.report import report
+
+    path = report(run, output)
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser.")
