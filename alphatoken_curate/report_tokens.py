@@ -129,17 +129,13 @@ def read_tokens(run: Path) -> RunTokens:
         token_id=joined["token_id"].astype(np.int32),
         kind=token_classes(joined["token_id"], vocabulary),
         signals=computed,
-        weight=_weights(run, mask, layout, branches) if mask else None,
+        weight=_weights(run, mask, layout, starts, joined["row_id"], joined["position"]) if mask else None,
     )
 
 
 def masked(run: Path, tokens: RunTokens, mask: Mask) -> Floats:
     """The weights that another mask gives the same tokens, (N,) float32, NaN in rows that it leaves out."""
-    parts = []
-    for number in range(len(tokens.layout.branches)):
-        part = slice(tokens.starts[number], tokens.starts[number + 1])
-        parts.append(_branch_weights(run, mask, tokens.layout, number, tokens.row_id[part], tokens.position[part]))
-    return np.concatenate(parts)
+    return _weights(run, mask, tokens.layout, tokens.starts, tokens.row_id, tokens.position)
 
 
 def values_at(run: Path, tokens: RunTokens, generation: Generation) -> Floats:
@@ -149,15 +145,12 @@ def values_at(run: Path, tokens: RunTokens, generation: Generation) -> Floats:
     found = np.full(len(tokens), np.nan, np.float32)
     for number, one in enumerate(branches):
         part = slice(tokens.starts[number], tokens.starts[number + 1])
-        here, there = (np.isin(a, b) for a, b in _both_ways(tokens.row_id[part], one.columns["row_id"]))
+        mine, theirs = tokens.row_id[part], one.columns["row_id"]
+        here, there = np.isin(mine, theirs), np.isin(theirs, mine)
         if not np.array_equal(tokens.position[part][here], one.columns["position"][there]):
             raise StoredDataError(f"{run}: generation {generation.generation} holds other tokens; run `verify`")
         found[part][here] = one.columns["value"][there]
     return found
-
-
-def _both_ways(a: NDArray[np.int64], b: NDArray[np.int64]) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]:
-    return (a, b), (b, a)
 
 
 def _places(row_id: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -178,11 +171,17 @@ def token_classes(token_id: NDArray[Any], vocabulary: Vocabulary) -> NDArray[np.
     return np.where(there, found, NO_CLASS).astype(np.int8)[where]
 
 
-def _weights(run: Path, mask: Mask, layout: Layout, branches: Sequence[responses.Tokens]) -> Floats:
-    columns = [one.columns for one in branches]
-    found = [
-        _branch_weights(run, mask, layout, number, one["row_id"], one["position"]) for number, one in enumerate(columns)
-    ]
+def _weights(
+    run: Path,
+    mask: Mask,
+    layout: Layout,
+    starts: Sequence[int],
+    row_id: NDArray[np.int64],
+    position: NDArray[np.int32],
+) -> Floats:
+    """Of the tokens of all branches, which begin at `starts`."""
+    parts = [slice(*span) for span in pairwise(starts)]
+    found = [_branch_weights(run, mask, layout, i, row_id[part], position[part]) for i, part in enumerate(parts)]
     return np.concatenate(found)
 
 

@@ -5,7 +5,8 @@ Text comes from training data. Nothing here makes it safe to show: see `heat.rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -50,12 +51,9 @@ def read_vocabulary(run: Path, ids: Ids | None = None) -> Vocabulary:
     path = run / VOCABULARY
     if not path.is_file():
         return Vocabulary(pieces={}, texts={}, special=frozenset())
-    try:
+    with _sound(path):
         table = pq.read_table(path)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if not table.schema.equals(VOCABULARY_COLUMNS):
-        raise _damaged(path, f"its columns are not {', '.join(VOCABULARY_COLUMNS.names)}")
+        _check_columns(table.schema)
     if ids is not None:
         table = table.filter(pc.is_in(table["token_id"], pa.array(np.unique(ids), pa.int32())))
     numbers, pieces, texts = (table[name].to_pylist() for name in ("token_id", "piece", "text"))
@@ -75,12 +73,8 @@ def scan_vocabulary(run: Path) -> pl.LazyFrame | None:
     path = run / VOCABULARY
     if not path.is_file():
         return None
-    try:
-        schema = pq.read_schema(path)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if not schema.equals(VOCABULARY_COLUMNS):
-        raise _damaged(path, f"its columns are not {', '.join(VOCABULARY_COLUMNS.names)}")
+    with _sound(path):
+        _check_columns(pq.read_schema(path))
     vocabulary = pl.scan_parquet(path, glob=False, hive_partitioning=False)
     return vocabulary.select("token_id", "text", class_of(pl.col("text"), pl.col("special")).alias("class"))
 
@@ -108,9 +102,19 @@ def joined(ids: Ids, vocabulary: Vocabulary) -> str:
     return b"".join(vocabulary.pieces.get(int(number), b"") for number in ids).decode("utf-8", "replace")
 
 
-def _damaged(path: Path, found: str) -> StoredDataError:
+@contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """What cannot be read inside is a damaged vocabulary."""
     do = "delete it and run the `score` command again to have it anew; without it tokens are shown by their ids"
-    return StoredDataError(f"{path}: damaged ({found}); {do}")
+    try:
+        yield
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise StoredDataError(f"{path}: damaged ({error}); {do}") from error
+
+
+def _check_columns(schema: pa.Schema) -> None:
+    if not schema.equals(VOCABULARY_COLUMNS):
+        raise ValueError(f"its columns are not {', '.join(VOCABULARY_COLUMNS.names)}")
 
 
 def _joined(pieces: Sequence[bytes]) -> list[str]:

@@ -9,7 +9,6 @@ top (or bottom) share of the response tokens of those rows; the gap between the 
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,12 +73,8 @@ def _without(where: Setting, dropped: NDArray[np.bool_]) -> Weights:
 
 def main() -> None:
     """Run what has no line yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder of the real rows")
-    parser.add_argument("--work", default="pays.work", help="folder for scorings and checkpoints")
-    parser.add_argument("--only", nargs="+", default=[], help="names of settings and rankings")
+    parser = lines.parser(__doc__)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
-    parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     configs = [
         {"setting": where, "ranking": name, "share": share, "without": without, "seed": seed, "rows": ROWS}
@@ -95,7 +90,7 @@ def main() -> None:
         for where in COUNTERFACTUAL
         if not args.only or where in args.only
     ]
-    lines.run("counterfactual", configs, partial(one, args.data, str(Path(args.work).resolve())), args.jobs)
+    lines.run("counterfactual", configs, partial(one, args.data, str(args.work.resolve())), args.jobs)
 
 
 if __name__ == "__main__":

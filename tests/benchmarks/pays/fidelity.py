@@ -11,7 +11,6 @@ where tokens are known to be bad, the share of pairs (bad, good) that it orders 
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from settings import MODEL, Setting, setting
 
 from alphatoken_curate.capture import captured
+from alphatoken_curate.compare import spearman
 from alphatoken_curate.influence import make_scorer
 from alphatoken_curate.losses import row_means
 from alphatoken_curate.models import find_model, load_model
@@ -39,7 +39,7 @@ ROWS = 32
 EPS = 1e-8
 
 
-def one(data: str, work: str, config: dict[str, Any]) -> dict[str, float]:
+def one(data: str, work: str, config: dict[str, Any]) -> dict[str, float | None]:
     """Compare one ranking with the truth."""
     where = setting(config["setting"], Path(data))
     where = replace(where, name=f"{where.name}-{ROWS}", train=where.train[:ROWS])
@@ -48,7 +48,7 @@ def one(data: str, work: str, config: dict[str, Any]) -> dict[str, float]:
         np.savez(path, **truth(where))
     rank = ranking(where, config["ranking"], Path(work), 0)
     mine = np.concatenate([r[row.response] for r, row in zip(rank, where.train, strict=True)])
-    found = dict[str, float]()
+    found = dict[str, float | None]()
     with np.load(path) as stored:
         for name in ("plain", "adamw"):
             found[f"spearman_{name}"] = spearman(mine, stored[name])
@@ -88,18 +88,6 @@ def _rows(rows: Any) -> list[TokenRow]:
     ]
 
 
-def ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 0, ties by their mean."""
-    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
-    ends = np.cumsum(count)
-    return ((ends - count + ends - 1) / 2)[which]
-
-
-def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Rank correlation."""
-    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-
-
 def positive_kept(x: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
     """Share of all positive effect that lies in the top half by x."""
     top = np.argsort(x, kind="stable")[len(x) // 2 :]
@@ -108,26 +96,21 @@ def positive_kept(x: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
 
 def area(x: NDArray[np.float64], good: NDArray[np.bool_]) -> float:
     """Share of pairs of a good and a bad token in which the good one ranks higher; ties count half."""
-    rank = ranks(x)
-    bad = int((~good).sum())
-    return float((rank[good].sum() - good.sum() * (good.sum() - 1) / 2) / (good.sum() * bad))
+    bad = np.sort(x[~good])
+    below = np.searchsorted(bad, x[good], "left") + np.searchsorted(bad, x[good], "right")
+    return float(below.mean() / 2 / len(bad))
 
 
 def main() -> None:
     """Run what has no line yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder of the real rows")
-    parser.add_argument("--work", default="pays.work", help="folder for scorings and checkpoints")
-    parser.add_argument("--only", nargs="+", default=[], help="names of settings and rankings")
-    parser.add_argument("--jobs", type=int, default=1)
-    args = parser.parse_args()
+    args = lines.parser(__doc__).parse_args()
     configs = [
         {"setting": where, "ranking": name, "score": dict(RANKINGS[name][0]), "by": RANKINGS[name][1], "rows": ROWS}
         for where in FIDELITY
         for name in RANKINGS
         if not args.only or where in args.only or name in args.only
     ]
-    lines.run("fidelity", configs, partial(one, args.data, str(Path(args.work).resolve())), args.jobs)
+    lines.run("fidelity", configs, partial(one, args.data, str(args.work.resolve())), args.jobs)
 
 
 if __name__ == "__main__":

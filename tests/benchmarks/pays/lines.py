@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -39,9 +40,14 @@ def run(name: str, configs: Iterable[dict[str, Any]], work: Callable[[dict[str, 
             print(f"{n}/{len(wanted)} {seconds:.0f} s {began[future]}", flush=True)
 
 
-def chosen(configs: Sequence[dict[str, Any]], only: Sequence[str]) -> list[dict[str, Any]]:
-    """Those whose setting or selection is named; all where nothing is."""
-    return [c for c in configs if not only or c["setting"] in only or c.get("selection") in only]
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The flags that every benchmark here has."""
+    found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--data", default="../shared/data", help="folder of the real rows")
+    found.add_argument("--work", default="pays.work", type=Path, help="folder for scorings and checkpoints")
+    found.add_argument("--only", nargs="+", default=[], help="names of settings, selections and rankings")
+    found.add_argument("--jobs", type=int, default=1)
+    return found
 
 
 def _timed(work: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> tuple[float, Any]:

@@ -9,7 +9,6 @@ off the same lines (tables.py does).
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,12 +54,8 @@ def one(data: str, work: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run what has no line yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder of the real rows")
-    parser.add_argument("--work", default="pays.work", help="folder for scorings and checkpoints")
+    parser = lines.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=[], help="names of settings and selections")
-    parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     configs = [
         {"setting": where, "selection": name, **SELECTIONS[name].about(), "seed": seed}
@@ -69,7 +64,7 @@ def main() -> None:
         for name in names
         if not args.only or where in args.only or name in args.only
     ]
-    lines.run("outcome", configs, partial(one, args.data, str(Path(args.work).resolve())), args.jobs)
+    lines.run("outcome", configs, partial(one, args.data, str(args.work.resolve())), args.jobs)
 
 
 if __name__ == "__main__":

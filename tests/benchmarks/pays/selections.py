@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,7 @@ def tuned(setting: Setting, work: Path) -> Path:
     with _alone(folder):
         if not folder.is_dir():
             model, rows = load(), setting.beside
-            plain = Setting(
-                **{name: getattr(setting, name) for name in setting.__slots__} | {"name": "beside", "train": rows}
-            )
+            plain = replace(setting, name="beside", train=rows)
             train(model, plain, [row.response.astype(np.float32) for row in rows], seed=0, measure_every=10**9)
             save(model, folder)
     return folder
