@@ -354,7 +354,13 @@ def test_the_readme_says_what_to_do_and_what_was_done(
     done = export(run, trainer=trainer, output="out", max_length=6)
     text = (tmp_path / "out" / "README.md").read_text()
     place = "out" if trainer == "llamafactory" else f"out/{form.data}"
-    for line in (place, IN_WORDS[form.alignment], form.divides, *form.beware, *form.checked):
+    for line in (
+        place,
+        IN_WORDS[form.alignment],
+        "divides by nothing" if kind == "preference" else form.divides,
+        *form.beware,
+        *form.checked,
+    ):
         assert line in text, line
     assert f"- {done.rows} rows written" in text
     assert f"- {done.cut_rows} row" in text and "cut at the end to 6 tokens" in text

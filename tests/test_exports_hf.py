@@ -66,7 +66,7 @@ def test_the_readme_names_what_reads_it(tmp_path: Path) -> None:
     soft = small_run(tmp_path / "soft", config=SOFT)
     export(soft, trainer="hf", output=tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "SFTConfig(max_length=None)" in text and "export with `--strict`" in text
+    assert "WeightedSFTTrainer(model, args=SFTConfig(max_length=None)" in text and "AlphaTokenPlugin" in text
     assert "not all 0 or 1" in text and "alphatoken_curate.trainers" in text
     export(soft, trainer="hf", output=tmp_path / "strict", strict=True, binarize=True)
     text = (tmp_path / "strict" / "README.md").read_text()

@@ -85,6 +85,9 @@ def test_a_message_has_weight_0_where_none_of_its_tokens_is_left(tmp_path: Path)
     for row in (*by_message, *by_row):
         assert [{key: m[key] for key in ("role", "content")} for m in row["messages"]] == TWO
     assert all(weights(row) == [None] * 4 for row in by_row)
+    assert "Of 6 answers, 4 are to train." in (tmp_path / "out" / "README.md").read_text()
+    told = command("export", run, "--for", "jsonl-weights", "-o", tmp_path / "again").out
+    assert "answers  6, of which 4 have weight 1" in told
 
 
 def test_rows_without_a_token_are_dropped_and_others_stay_in_step(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ class ExportSummary:
     soft: bool
     cut_rows: int
     cut_tokens: int
+    answers: int
+    answers_trained: int
+    """Messages that respond, and those of them with weight 1; 0 but for `jsonl-weights`."""
     dropped: Mapping[str, int]
     """Rows left out, by reason (`exports.form.REASONS`)."""
 
@@ -176,6 +179,8 @@ def _summary(place: Path, form: Form, opened: TrainSet, tally: Tally) -> ExportS
         soft=tally.soft,
         cut_rows=tally.cut_rows,
         cut_tokens=tally.cut_tokens,
+        answers=tally.answers,
+        answers_trained=tally.answers_trained,
         dropped=dict(sorted(tally.dropped.items())),
     )
 

@@ -68,11 +68,16 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Kept:
-    """A row to write, `cut` tokens shorter than in the mask. `text`: what is written of it, where that is text."""
+    """A row to write, `cut` tokens shorter than in the mask.
+
+    Where text is written: `text`, what it is, of `answers` messages, of which `answers_trained` are to train.
+    """
 
     row: TrainRow
     cut: int = 0
     text: Any = None
+    answers: int = 0
+    answers_trained: int = 0
 
 
 Items = Iterator[Kept | Dropped]
@@ -120,7 +125,7 @@ class Form:
     destroys: str
     """What becomes of other weights where they do not."""
     divides: str
-    """What the trainer divides a loss by."""
+    """What the trainer divides the loss of SFT rows by."""
     columns: Callable[[Told], Iterator[str]]
     use: Callable[[Told], Iterator[str]]
     """Config lines."""

@@ -41,10 +41,23 @@ def _what(form: Form, told: Told, tally: Tally) -> Iterator[str]:
     mean = tally.weight_sum / tally.trained_tokens
     kind = "not all 0 or 1" if told.soft else "0 or 1"
     yield ""
-    yield f"Weights are {kind}: {_count(tally.trained_tokens, 'token')} to train of {tally.tokens:,}, sum of weights"
-    yield f"{tally.weight_sum:,.6g}, mean {mean:.6g}. In the run their mean over all trainable tokens is 1, so that a"
-    yield "loss divided by the count of tokens and one divided by the sum of weights agree on average."
-    yield f"This trainer divides by: {form.divides}."
+    yield (
+        f"Weights are {kind}: {tally.trained_tokens:,} of {tally.tokens:,} tokens are to train, with a sum of weights"
+        f" of {tally.weight_sum:,.6g} and a mean of {mean:.6g}. In the run the mean over all trainable tokens is 1, so"
+        " that a loss divided by their count and one divided by the sum of weights agree on average."
+    )
+    if form.pairs and told.kind == "preference":
+        yield _PAIRS
+    else:
+        yield f"The loss is divided by {form.divides}."
+    if tally.answers:
+        yield f"Of {_count(tally.answers, 'answer')}, {tally.answers_trained:,} are to train."
+
+
+_PAIRS = (
+    "DPO divides by nothing: it sums the log-probabilities of an answer, in the policy and in the reference, and a"
+    " masked token must leave both. Masks shorten the sums, so the same beta means a smaller margin."
+)
 
 
 def _rows(tally: Tally, settings: Mapping[str, Json]) -> Iterator[str]:
@@ -105,6 +118,7 @@ def record(form: Form, tally: Tally, opened: TrainSet, settings: Mapping[str, Js
             "longest": tally.longest,
         },
         "weights": {"sum": tally.weight_sum, "soft": tally.soft},
+        "answers": {"all": tally.answers, "trained": tally.answers_trained} if tally.answers else None,
     }
 
 

@@ -110,45 +110,75 @@ def _columns(told: Told) -> Iterator[str]:
 
 
 def _use(told: Told) -> Iterator[str]:
-    path = json.dumps(told.file(NAME))
-    load = f'rows = load_dataset("parquet", data_files={path}, split="train")'
     if told.kind == "preference":
-        yield from _use_pairs(told, load)
+        yield from _use_pairs(told)
         return
-    yield from ("TRL (1.16, 1.9 and 0.24 were run) and, with TRL's columns, Unsloth:", "", "```python")
-    yield from ("from datasets import load_dataset", "from trl import SFTConfig, SFTTrainer", "", load)
-    yield "# No cut by the trainer: it would cut ids and labels only. Packed: packing=True and"
-    yield f"# max_length={told.longest} or more, the longest row. Leave assistant_only_loss off."
-    yield "trainer = SFTTrainer(model, args=SFTConfig(max_length=None), train_dataset=rows)"
-    yield "```"
-    yield ""
-    yield "transformers' own `Trainer`: with `DataCollatorForSeq2Seq(tokenizer)`; it reads the first three columns."
-    yield ""
-    if told.strict:
-        yield from ("Axolotl (0.19 was run):", "", "```yaml", "datasets:")
-        yield f"  - {{path: {path}, ds_type: parquet, type: }}"
-        yield f"sequence_len: {told.longest} # or more: longer rows are dropped"
-        yield from ("```", "", f"Together: upload `{NAME}`.")
-    else:
-        yield "Axolotl and Together: export with `--strict`."
     if told.soft:
-        yield from ("", _WEIGHTS)
+        yield from (_WEIGHTS, "", "TRL, with weights:", "", *_sft(told, "alphatoken_curate.trainers", "Weighted"), "")
+    else:
+        yield from (
+            "TRL (1.16, 1.9 and 0.24 were run) and, with TRL's columns, Unsloth:",
+            "",
+            *_sft(told, "trl", ""),
+            "",
+        )
+    if told.strict:
+        yield "transformers' own `Trainer`: with `DataCollatorForSeq2Seq(tokenizer)`."
+        yield from ("", "Axolotl (0.19 was run):", "", "```yaml", *_axolotl(told), "```")
+        yield from ("", f"Together: upload `{NAME}`.")
+    else:
+        yield "transformers: `WeightedTrainer` of `alphatoken_curate.trainers`; or its own `Trainer` with"
+        yield "`DataCollatorForSeq2Seq(tokenizer)`, by labels alone."
+        yield from (
+            "",
+            "Axolotl, with weights (0.19; labels alone and Together: export with `--strict`):",
+            "",
+            "```yaml",
+        )
+        yield "plugins: [alphatoken_curate.trainers.axolotl.AlphaTokenPlugin]"
+        yield from (*_axolotl(told), "```")
 
 
 _WEIGHTS = (
-    "**These weights are not all 0 or 1.** The trainers above read `labels` and leave `loss_weight` out, so they train"
-    " every kept token alike. `alphatoken_curate.trainers` has the trainers that weigh; they read run folders as well."
+    "**These weights are not all 0 or 1.** Trainers of this family read `labels` and leave `loss_weight` out, and so"
+    " train every kept token alike. Those in `alphatoken_curate.trainers` weigh; they read run folders as well."
 )
 
 
-def _use_pairs(told: Told, load: str) -> Iterator[str]:
-    yield "TRL's `DPOTrainer` tokenises text and takes no tokens; the one in `alphatoken_curate.trainers` reads these"
-    yield from ("rows (or the run folder), and masks the reference's log-probabilities as it masks the policy's:", "")
-    yield from ("```python", "from datasets import load_dataset", "", load, "```", "")
-    yield "torchtune's DPO recipes know the columns `chosen_input_ids`, `chosen_labels` and the same of `rejected_`"
-    yield "(read in the source, not run)."
-    if told.soft:
-        yield from ("", "Weights are not all 0 or 1: only trainers that read `loss_weight` honour them.")
+def _load(told: Told) -> str:
+    return f'rows = load_dataset("parquet", data_files={json.dumps(told.file(NAME))}, split="train")'
+
+
+def _sft(told: Told, module: str, prefix: str) -> Iterator[str]:
+    name = f"{prefix}SFTTrainer"
+    yield from ("```python", "from datasets import load_dataset")
+    if prefix:
+        yield from ("from trl import SFTConfig", "", f"from {module} import {name}", "", _load(told))
+    else:
+        yield from (f"from {module} import SFTConfig, {name}", "", _load(told))
+    yield "# No cut by the trainer: it would cut ids and labels only. Packed: packing=True and"
+    yield f"# max_length={told.longest} or more, the longest row. Leave assistant_only_loss off."
+    yield f"trainer = {name}(model, args=SFTConfig(max_length=None), train_dataset=rows)"
+    yield "```"
+
+
+def _axolotl(told: Told) -> Iterator[str]:
+    yield "datasets:"
+    yield f"  - {{path: {json.dumps(told.file(NAME))}, ds_type: parquet, type: }}"
+    yield f"sequence_len: {told.longest} # or more: longer rows are dropped"
+
+
+def _use_pairs(told: Told) -> Iterator[str]:
+    yield "TRL's `DPOTrainer` tokenises text and takes no tokens. Its subclass `WeightedDPOTrainer` reads these rows,"
+    yield "as those of the run folder, and masks the reference's log-probabilities as it masks the policy's:"
+    if told.strict:
+        yield "(export without `--strict`: it needs the weights)"
+    yield from ("", "```python", "from datasets import load_dataset", "from trl import DPOConfig", "")
+    yield from ("from alphatoken_curate.trainers import WeightedDPOTrainer", "", _load(told))
+    yield "trainer = WeightedDPOTrainer(model, args=DPOConfig(max_length=None), train_dataset=rows)"
+    yield from ("```", "")
+    yield "torchtune's DPO recipes know the columns `chosen_input_ids`, `chosen_labels` and the same of `rejected_`,"
+    yield "without float weights (read in the source, not run)."
 
 
 FORM = Form(
@@ -166,7 +196,7 @@ FORM = Form(
     pairs=True,
     floats=lambda asked: not asked.strict,
     destroys="with --strict there are labels alone, which are on or off",
-    divides="the number of labels that are not -100, over the whole accumulation window; DPO sums and does not divide",
+    divides="the number of labels that are not -100, over the whole accumulation window",
     columns=_columns,
     use=_use,
     write=_write,

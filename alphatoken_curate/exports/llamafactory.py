@@ -133,8 +133,7 @@ FORM = Form(
     pairs=True,
     floats=lambda asked: False,
     destroys="LLaMA-Factory has labels alone, which are on or off, and crashes on a column of weights",
-    divides="the number of labels that are not -100; DPO sums the log-probabilities of those labels, so a masked token"
-    " leaves the pair, in the policy and in the reference alike",
+    divides="the number of labels that are not -100",
     columns=_columns,
     use=_use,
     write=_write,

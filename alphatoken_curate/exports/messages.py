@@ -56,7 +56,9 @@ def with_text(items: Items, opened: TrainSet) -> Items:
         if len(runs) < len(turns) and len(original.response) == most:
             yield Dropped(row_id=row_id, reason="cut_when_scored")
         else:
-            yield replace(item, text=_records(original, chat, turns, runs, item.row.branches[0].loss_weight))
+            text = _records(original, chat, turns, runs, item.row.branches[0].loss_weight)
+            trained = sum(message.get("weight", 0) for message in text[0]["messages"])
+            yield replace(item, text=text, answers=len(turns), answers_trained=trained)
     for _ in source:  # to the end, where the digests of what was read are compared
         pass
 
@@ -158,7 +160,7 @@ FORM = Form(
     pairs=False,
     floats=lambda asked: True,
     destroys="",
-    divides="not said by the services",
+    divides="what the service divides by, which it does not say",
     columns=_columns,
     use=_use,
     write=_write,

@@ -19,7 +19,10 @@ from alphatoken_curate.trainset import TrainBranch, TrainRow, TrainSet
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What was written and what was not. Tokens are of all branches; `weight_sum` is summed in float64."""
+    """What was written and what was not. Tokens are of all branches; `weight_sum` is summed in float64.
+
+    `answers`, of which `answers_trained` are to train: messages, where text is written.
+    """
 
     rows: int = 0
     tokens: int = 0
@@ -29,6 +32,8 @@ class Tally:
     cut_rows: int = 0
     cut_tokens: int = 0
     soft: bool = False
+    answers: int = 0
+    answers_trained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def count(self, kept: Kept) -> None:
@@ -36,6 +41,8 @@ class Tally:
         self.rows += 1
         self.cut_rows += kept.cut > 0
         self.cut_tokens += kept.cut
+        self.answers += kept.answers
+        self.answers_trained += kept.answers_trained
         for branch in kept.row.branches:
             weight = branch.loss_weight
             self.tokens += len(weight)

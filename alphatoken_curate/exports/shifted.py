@@ -222,8 +222,9 @@ def _tinker_use(told: Told) -> Iterator[str]:
         yield "data = [datum(row) for row in rows]"
     yield "```"
     if told.kind == "preference":
-        yield from ("", "In this order, chosen and rejected in turn, the cookbook's DPO loss takes them; it multiplies")
-        yield "each log-probability by its weight, in the reference as in the policy."
+        yield ""
+        yield "In this order, chosen and rejected in turn, the cookbook's DPO loss takes them: it multiplies each"
+        yield "log-probability by its weight, in the reference as in the policy."
 
 
 TINKER = Form(
@@ -235,7 +236,7 @@ TINKER = Form(
     pairs=True,
     floats=lambda asked: True,
     destroys="",
-    divides="nothing: `cross_entropy` sums, so a learning rate goes with the size of the batch. The cookbook's SFT"
+    divides="nothing (`cross_entropy` sums, so a learning rate goes with the size of the batch); the cookbook's SFT"
     ' default, `reduction="mean"`, scales each row to a sum of weights of 1',
     columns=_tinker_columns,
     use=_tinker_use,

@@ -70,7 +70,7 @@ FORM = Form(
     pairs=True,
     floats=lambda asked: asked.layout.kind == "sft",
     destroys="ms-swift's DPO masks where loss_scale is 0 and takes every other weight for 1",
-    divides="the number of tokens with a weight above 0, not the sum of weights; DPO sums and does not divide",
+    divides="the number of tokens with a weight above 0, not the sum of weights",
     columns=_columns,
     use=_use,
     write=_write,
