@@ -33,10 +33,12 @@ ORDER = """
     | trainset
     | exports.form exports.settle exports.hf exports.llamafactory exports.swift exports.shifted exports.unshifted
     exports.verl_dataset exports.originals exports.messages exports.guide exports.export
+    | trainers.loss trainers.collator trainers.dataset trainers.current trainers.heads trainers.hf trainers.sft
+    trainers.dpo trainers.refresh trainers.axolotl
 """
 """Each module imports only from those before it; those of a folder are named with it, `folder.module`."""
 
-FOLDERS: tuple[str, ...] = ("exports",)
+FOLDERS: tuple[str, ...] = ("exports", "trainers")
 """Groups of modules that outgrew a file or two."""
 
 RANK = {name: n for n, name in enumerate(ORDER.replace("|", " ").split())}
@@ -217,6 +219,8 @@ def test_every_source_module_has_its_tests() -> None:
         "probabilities": "test_attention",
         "selection": "test_paths",
         "sums": "test_stats",
+        "trainers.current": "test_trainers_refresh",
+        "trainers.heads": "test_trainers_sft",
         "counting": "test_stats",
         "exports.form": "test_exports_export",
         "exports.guide": "test_exports_export",
