@@ -78,6 +78,7 @@ OUTCOME: dict[str, list[str]] = {
         "published 0.5",
         "published ekfac 0.8",
         "influence positive",
+        "published 0.5 every 8",
     ],
     "mixture": [
         "all tokens",
@@ -89,7 +90,7 @@ OUTCOME: dict[str, list[str]] = {
         "published ekfac 0.5",
     ],
     "narrow": ["all tokens", "surprise low 0.8", "nll low 0.8", "random 0.5", "retention rms 0.5"],
-    "preference": ["all tokens", "random 0.5", "published 0.5"],
+    "preference": ["all tokens", "published 0.5", "surprise low 0.95"],
     "clean": ["all tokens", "random 0.5", "published 0.5", "influence 0.8", "surprise low 0.95"],
 }
 
