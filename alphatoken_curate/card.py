@@ -64,7 +64,7 @@ def _body(manifest: Manifest) -> Iterator[str]:
     yield (
         "Made by alphatoken-curate with the AlphaToken method ([arXiv 2606.01635](https://arxiv.org/abs/2606.01635))."
         " Every response token of the rows was given a value: how much a training step on it helps the target task,"
-        " and brings the model back toward its reference. The masks keep the tokens of highest value."
+        " and brings the model back toward its reference."
     )
     yield from ("", "## Rows and tokens", "", *_counts(manifest))
     columns = layout(manifest)
@@ -139,7 +139,8 @@ def _counts(manifest: Manifest) -> Iterator[str]:
 
 def _share(mask: Mask) -> str:
     share = f" ({mask.kept_tokens / mask.response_tokens:.1%})" if mask.response_tokens else ""
-    return f"{mask.kept_tokens:,} of {mask.response_tokens:,} response tokens train{share}"
+    by = f", the highest by `{mask.settings['by']}`"
+    return f"{mask.kept_tokens:,} of {mask.response_tokens:,} response tokens train{share}{by}"
 
 
 def _snippets(manifest: Manifest) -> Iterator[str]:

@@ -25,6 +25,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from alphatoken_curate import composite
+from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.draws import keyed_uniform
 from alphatoken_curate.errors import CurateError, StoredDataError, UsageError
 from alphatoken_curate.schema import NOT_COMPUTED, PAIR_COLUMNS, PREFERENCE, SFT, SIGNALS, Components, Layout
@@ -79,6 +80,16 @@ def parse_scope(scope: str) -> int:
     if kind == "batch" and size.isascii() and size.isdecimal() and len(size) <= 18 and int(size) > 0:
         return int(size)
     raise UsageError(f"scope: found {scope!r}; give `global`, `row` or `batch:N` with N rows, such as `batch:16`")
+
+
+def check_settings(config: MaskConfig, components: Components, layout: Layout) -> None:
+    """Raise `UsageError` for settings that no mask of such a run can be made with, before anything is read."""
+    parse_keep(config.keep)
+    parse_scope(config.scope)
+    columns_needed(config.by, components, layout)
+    if config.by == "-surprise" and (config.keep == "positive" or config.weights == "relu"):
+        setting = f"keep: {config.keep}" if config.keep == "positive" else f"weights: {config.weights}"
+        raise UsageError(f"{setting} keeps nothing by {config.by}, which is nowhere above 0; give `by: value` too")
 
 
 # ---------------------------------------------------------------------------------------------------------- the mask

@@ -75,7 +75,7 @@ def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
     """
     stored = manifest.read(run)
     layout, components = manifest.layout(stored), manifest.components(stored)
-    masks.parse_keep(config.keep), masks.parse_scope(config.scope), masks.columns_needed(config.by, components, layout)
+    masks.check_settings(config, components, layout)
     generations = chosen_generations(run, stored, config)
     about = _fields(config, generations)
     known = next((mask for mask in stored.masks if mask.fingerprint == fingerprint(about)), None)

@@ -115,8 +115,6 @@ def _bent_edges(axis: Axis) -> Numbers:
 
 def _decisions(found: Stats) -> Html:
     question = "How many decisions did stability change?"
-    if not found.decided_by_value:
-        return figure("decisions", question, "None: the mask does not select by the value.", Html(""))
     total = found.decided_tokens or 1
     changed = found.decisions_changed
     rows = [
@@ -127,6 +125,8 @@ def _decisions(found: Stats) -> Html:
         f" kept or dropped only because of stability; with both objectives brought to one scale it would be"
         f" {changed['rms']:,} ({share(changed['rms'] / total)})."
     )
+    if not found.decided_by_value:
+        told = f"None: the mask does not select by the value. In one that keeps the half of highest value: {told}"
     head = ("--stability-scale", "changed", "share", "")
     return figure("decisions", question, told, table("Decisions that stability changes", head, rows, class_="bars"))
 

@@ -21,6 +21,7 @@ from alphatoken_curate.generate import answer_room, chunks
 from alphatoken_curate.idle import idle
 from alphatoken_curate.job import Job, job_of, record
 from alphatoken_curate.manifest import Manifest
+from alphatoken_curate.masks import check_settings
 from alphatoken_curate.preference import Pairs
 from alphatoken_curate.prepare import (
     FISHER_DRAW,
@@ -32,6 +33,7 @@ from alphatoken_curate.prepare import (
 )
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.remask import MaskSummary, make_mask
+from alphatoken_curate.schema import LAYOUTS, components
 from alphatoken_curate.scorer import ReferencePass, ScorerSpec, ShardScorer, count_tokens, spec_of
 from alphatoken_curate.shards import Footer, Shard
 from alphatoken_curate.tokens import AnyRow, TokenRow, chosen
@@ -72,6 +74,7 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     listener = progress or Silent()
     folder = Path(run) if run is not None else default_run(config.data)
     prepared = prepare(config)
+    check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
     spec = spec_of(prepared, folder / "artifacts", _artifacts_of(config.reuse))
     _check_ours(folder)
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):

@@ -73,7 +73,7 @@ class Stats:
     `decisions_changed`: by --stability-scale, tokens that the newest mask's settings (the default settings where there
     is no mask) keep or drop only due to stability, of `decided_tokens` in `decided_generations`: those the mask was
     made from, or the one that was asked for. `decided_by_value`: whether these settings use the value; where they do
-    not, both numbers are 0.
+    not, both numbers are of the published mask, `by` value and `keep` 0.5.
     """
 
     kind: str
@@ -161,11 +161,12 @@ def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str,
         # Not as the mask was told: its `latest` may be a newer one by now.
         config = replace(config, generation=",".join(map(str, stored.masks[-1].generations)), aggregate="mean")
     by_value = masks.depends_on_value(config.by)
-    found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES] if by_value else []
-    changed = [one.decisions_changed for one in found] or [0] * len(SCALES)
+    if not by_value:
+        config = replace(config, by="value", keep=0.5, scope="global", weights="binary")
+    found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES]
     return {
-        "decisions_changed": dict(zip(SCALES, changed, strict=True)),
-        "decided_tokens": found[0].response_tokens if found else 0,
+        "decisions_changed": {scale: one.decisions_changed for scale, one in zip(SCALES, found, strict=True)},
+        "decided_tokens": found[0].response_tokens,
         "decided_generations": tuple(one.generation for one in responses.chosen_generations(run, stored, config)),
         "decided_by_value": by_value,
     }

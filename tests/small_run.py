@@ -23,6 +23,11 @@ BETA = 0.1
 FIELDS = {"schema_version": SCHEMA_VERSION, "seed": 3, "input": "sha256:" + "0" * 64}
 
 
+def published(**settings: Any) -> MaskConfig:
+    """The mask of the paper (Eq. 13), but for these settings."""
+    return MaskConfig(**{"keep": 0.5, "by": "value", **settings})
+
+
 def tokens(row_id: int, length: int, number: int = 0) -> Branch:
     """A sequence of `length` tokens whose last half or so responds, in two turns where it is long enough."""
     response = np.arange(length) >= max(1, length // 2)
@@ -158,6 +163,6 @@ def small_run(
     (run / "config.yaml").write_text("keep: 0.5\n")
     (run / "rejects.jsonl").write_text("{}\n")
     manifest.write(run, manifest.rebuild(run))
-    make_mask(run, config or MaskConfig())
+    make_mask(run, config or published())
     card.write(run, manifest.read(run))
     return run

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from decimal import ROUND_CEILING, Decimal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphatoken_curate import composite, masks
+from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import CurateError, StoredDataError, UsageError
-from alphatoken_curate.schema import COMPONENTS, NOT_COMPUTED, PREFERENCE, SIGNALS, components
+from alphatoken_curate.schema import COMPONENTS, NOT_COMPUTED, PREFERENCE, SFT, SIGNALS, components
 
 PARTED = components("published")
 
@@ -377,3 +379,10 @@ def test_a_component_that_is_missing_everywhere_is_damage() -> None:
     for estimator, name in (("published", "adapt_direct"), ("influence", "stab_influence")):
         with pytest.raises(StoredDataError, match=f"column {name} has no value at 50 of 50"):
             selected(name, {name: nothing}, components=components(estimator))
+
+
+@pytest.mark.parametrize("setting", [{"keep": "positive"}, {"weights": "relu"}])
+def test_what_would_keep_nothing_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="keeps nothing by -surprise"):
+        masks.check_settings(MaskConfig(**setting), PARTED, SFT)
+    masks.check_settings(MaskConfig(by="value", **setting), PARTED, SFT)

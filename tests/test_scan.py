@@ -11,10 +11,9 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
-from small_run import scored, small_run, value_rows, write_generation, write_pieces
+from small_run import published, scored, small_run, value_rows, write_generation, write_pieces
 
 from alphatoken_curate import manifest, shards
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.pieces import Piece
 from alphatoken_curate.remask import make_mask
@@ -80,7 +79,7 @@ def test_scan_gives_the_shards_in_order(run: Path) -> None:
 
 
 def test_scan_tokens_is_what_loops_give(run: Path) -> None:
-    make_mask(run, MaskConfig(keep=0.3, weights="rank"))
+    make_mask(run, published(keep=0.3, weights="rank"))
     layout = manifest.layout(manifest.read(run))
     for mask, newest in ((0, False), (1, True)):
         frame = scan_tokens(run, mask=None if newest else mask)
@@ -152,7 +151,7 @@ def test_rows_that_a_mask_of_several_generations_leaves_out_have_no_weight(tmp_p
         small_run(run, first)
         write_generation(run, again, number=3)
         manifest.write(run, manifest.rebuild(run))
-        make_mask(run, MaskConfig(generation="all"))
+        make_mask(run, published(generation="all"))
         left_out = scan_tokens(run, generation=0).filter(pl.col("row_id") == 4).collect()
         assert left_out.height > 1
         assert left_out["kept"].null_count() == left_out["loss_weight"].null_count() == left_out.height

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from small_run import small_run
+from small_run import published, small_run
 
-from alphatoken_curate import MaskConfig, mask
+from alphatoken_curate import mask
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.schema import LAYOUTS
 from alphatoken_curate.trainset import open_train
@@ -32,7 +32,7 @@ def test_a_mask_made_later_does_not_change_an_open_set(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     opened = open_train(run)
     before = [row.loss_weight.tolist() for found in opened.rows() for row in found.branches]
-    mask(run, MaskConfig(keep="0.1"))
+    mask(run, published(keep="0.1"))
     assert [row.loss_weight.tolist() for found in opened.rows() for row in found.branches] == before
     assert open_train(run).mask.mask > opened.mask.mask
     assert open_train(run, opened.mask.mask).mask == opened.mask
