@@ -18,7 +18,11 @@ from alphatoken_curate import mask
 from alphatoken_curate.errors import FingerprintError, StoredDataError, UsageError
 from alphatoken_curate.trainers import TrainDataset, WeightedCollator, as_dataset, weighted_loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),  # workers of loaders
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more of them than cores
+]
 
 COUNT = 23
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ import pytest
 import torch
 from hand import gradients, sft_loss, stored
 from tiny import tiny_model
+from tiny_files import token_records, write_jsonl
 from trainer_runs import ROWS, assert_close, settings, step, tiny, train_run
 from transformers import Trainer, TrainingArguments
 
+from alphatoken_curate import ScoreConfig, score
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.trainers import WeightedTrainer, as_dataset
+from alphatoken_curate.trainers import TrainDataset, WeightedTrainer, as_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,3 +148,42 @@ def test_what_would_leave_weights_aside_is_refused(run: Path, tmp_path: Path) ->
     careless = trainer(tmp_path, rows, data_collator=lambda features: {"labels": torch.zeros(1, 3, dtype=torch.long)})
     with pytest.raises(UsageError, match="a batch has no loss_weight"):
         careless.train()
+
+
+def test_streamed_rows_train_as_others(run: Path, tmp_path: Path) -> None:
+    data = TrainDataset(run, shards_at_once=1)
+    found = step(trainer(tmp_path, data, accumulation=4))
+    model = tiny()
+    loss = sft_loss(model, stored(run, 0), "count")
+    assert_close(found, loss, gradients(model, loss))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path, models: dict[str, str]) -> None:
+    """One step, divided by what both processes have; then two epochs, with the masks that the first process makes."""
+    run = train_run(tmp_path / "run", weights="rank")
+    scored = score(
+        ScoreConfig(
+            data=write_jsonl(tmp_path / "rows.jsonl", token_records(ROWS)),
+            target=write_jsonl(tmp_path / "target.jsonl", token_records(3, seed=5)),
+            model=models["base"],
+            layers=2,
+        ),
+        tmp_path / "scored",
+    ).run
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    told = [str(script), str(run), str(scored), models["base"], str(tmp_path)]
+    done = subprocess.run([*launch, *told], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    model = tiny()
+    for number, denominator in enumerate(("count", "sum")):
+        loss = sft_loss(model, stored(run, 0), denominator)
+        # Each process reports its own part, times the number of processes: the mean over them is the loss.
+        assert abs(sum(one["losses"][number] for one in found) / 2 - loss.item()) < 1e-6
+        wanted = gradients(model, loss)
+        for name, norm in found[0]["norms"][number].items():
+            assert abs(norm - wanted[name].norm().item()) < 2e-6 + 1e-5 * norm, name
+    assert [one["masks"] for one in found] == [[[0, 0], [1, 1]]] * 2
+    assert found[0]["last"] == found[1]["last"]

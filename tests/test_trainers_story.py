@@ -6,11 +6,13 @@ Once quickly with a tiny model, in the tests of `RefreshCallback`; here with Smo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hand import sft_loss, stored
-from tiny_files import command
+from tiny_files import command, quiet
+from transformers import AutoModelForCausalLM
 
 from alphatoken_curate import manifest, verify
 from alphatoken_curate.models import find_model, load_model
@@ -25,22 +27,31 @@ SAMPLES = Path(__file__).parents[1] / "sample_data"
 ROWS, STEPS, BATCH = 20, 20, 2
 
 
+def smollm2(folder: Path) -> Any:
+    """In float32, and read from safetensors: transformers trains nothing that was read from GGUF."""
+    read = load_model(find_model("smollm2-135m"), dtype=torch.float32, device=torch.device("cpu"))
+    read.hf_quantizer = None
+    del read.config.quantization_config
+    with quiet():
+        read.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 def test_story_of_smollm2_in_trl(tmp_path: Path, smollm2_tokenizer: object) -> None:
     from trl import SFTConfig
 
     run, out = tmp_path / "run", tmp_path / "out"
     data = tmp_path / "data.jsonl"
-    lines = [line for line in (SAMPLES / "sft.jsonl").read_text().splitlines() if len(line) < 700]
+    lines = [line for line in (SAMPLES / "sft.jsonl").read_text().splitlines() if len(line) < 500]
     data.write_text("\n".join(lines[:ROWS]) + "\n")
-    scored = command("score", data, "--target", SAMPLES / "target.jsonl", "--fisher-rows", 16, "-o", run)
+    target_rows = tmp_path / "target.jsonl"
+    target_rows.write_text("".join((SAMPLES / "target.jsonl").read_text().splitlines(keepends=True)[:8]))
+    scored = command("score", data, "--target", target_rows, "--fisher-rows", 8, "-o", run)
     assert scored.code == 0, scored.err
-    model = load_model(find_model("smollm2-135m"), dtype=torch.float32, device=torch.device("cpu")).requires_grad_(True)
-    # Its weights are plain tensors by now, but transformers saves nothing that was read from GGUF.
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    target = stored(run, 0)[:4]
+    model = smollm2(tmp_path / "model")
+    some = stored(run, 0)[:4]
     with torch.no_grad():
-        before = sft_loss(model, target, "count").item()
+        before = sft_loss(model, some, "count").item()
     callback = RefreshCallback(run)
     trainer = WeightedSFTTrainer(
         model=model,
@@ -71,7 +82,7 @@ def test_story_of_smollm2_in_trl(tmp_path: Path, smollm2_tokenizer: object) -> N
     assert callback.masks == [(0, 0), (1, 1)]
     assert len(manifest.read(run).generations) == 3 and verify(run) == []
     with torch.no_grad():
-        after = sft_loss(model, target, "count").item()
+        after = sft_loss(model, some, "count").item()
     assert after < before
     changed = [
         sum((a > 0) != (b > 0) for a, b in zip(first["loss_weight"], second["loss_weight"], strict=True))

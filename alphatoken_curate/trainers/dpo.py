@@ -43,12 +43,6 @@ class WeightedDPOTrainer(RowsMixin, DPOTrainer):  # type: ignore[misc]
             )
         return check_length(dataset, _IDS, args.max_length)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list(
-            dict.fromkeys([*self._signature_columns, "ref_chosen_logps", "ref_rejected_logps"])
-        )
-
     def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Weighted log-probabilities of both branches under the reference, (B,) each: what is precomputed."""
         with weighted_log_probs([self.accelerator.unwrap_model(model)], weight_of(inputs)):

@@ -2,7 +2,7 @@
 
 The loss of a step is the sum over all batches of its accumulation window, on all processes, divided by one number:
 the count of trainable tokens or the sum of weights of that window (`denominator`, see `trainers.loss`). Processes are
-counted as transformers does (`average_tokens_across_devices`); more than one process has not been run.
+counted as transformers does (`average_tokens_across_devices`). GPUs and tensor parallelism have not been run.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
 
     It never goes on by an old mask: what fails in a refresh fails the training, with the same error. Resumed from a
     checkpoint, training goes by the mask that was in force there, and the checkpoint's own refresh is finished first.
-    With several processes the first one scores and tells the others, which wait (`ddp_timeout`); not run yet.
+    With several processes the first one scores and tells the others, which wait (`ddp_timeout`).
     """
 
     def __init__(
