@@ -32,9 +32,9 @@ class MaskConfig:
     """How stored values become masks and loss weights (paper Eq. 12-13). None of it needs a model."""
 
     keep: float | Literal["positive"] = _option(
-        0.95,
+        1.0,
         "Share of response tokens to keep, 0 < share <= 1, or `positive`: those whose number by `--by` is above 0."
-        " As published: 0.5.",
+        " 1 keeps all; as published: 0.5.",
         kind="keep",
     )
     scope: str = _option(
@@ -44,9 +44,9 @@ class MaskConfig:
     )
     weights: str = _option("binary", "Loss weights of kept tokens.", choices=("binary", "rank", "sigmoid", "relu"))
     by: str = _option(
-        "-surprise",
-        "What to select by: `value` (as published), `random`, `surprise` (nll / (entropy + 0.1)), a stored column, or a"
-        ' polars SQL expression of them, such as "nll - reference_nll". The highest are kept.',
+        "value",
+        "What to select by: `value`, `random`, `surprise` (nll / (entropy + 0.1)), a stored column, or a polars SQL"
+        ' expression of them, such as "nll - reference_nll" or "-surprise". The highest are kept.',
     )
     stability_weight: float = _option(
         1.5,

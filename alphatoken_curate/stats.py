@@ -72,8 +72,8 @@ class Stats:
     is no token. `mean`: of nll, entropy and reference_nll in nats, None where there is none.
     `decisions_changed`: by --stability-scale, tokens that the newest mask's settings (the default settings where there
     is no mask) keep or drop only due to stability, of `decided_tokens` in `decided_generations`: those the mask was
-    made from, or the one that was asked for. `decided_by_value`: whether these settings use the value; where they do
-    not, both numbers are of the published mask, `by` value and `keep` 0.5.
+    made from, or the one that was asked for. `decided_by_value`: whether these settings select by the value; where they
+    do not, both numbers are of the published mask, `by` value and `keep` 0.5.
     """
 
     kind: str
@@ -160,7 +160,7 @@ def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str,
     elif stored.masks:
         # Not as the mask was told: its `latest` may be a newer one by now.
         config = replace(config, generation=",".join(map(str, stored.masks[-1].generations)), aggregate="mean")
-    by_value = masks.depends_on_value(config.by)
+    by_value = masks.depends_on_value(config.by) and masks.parse_keep(config.keep) != 1
     if not by_value:
         config = replace(config, by="value", keep=0.5, scope="global", weights="binary")
     found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES]

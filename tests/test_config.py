@@ -100,10 +100,10 @@ def test_the_defaults() -> None:
     assert (made.estimator, made.layers, made.window, made.stability_weight) == ("published", 3, 32, 1.5)
     assert made.parameters == "linear"
     assert (made.keep, made.scope, made.weights, made.by, made.stability_scale) == (
-        0.95,
+        1.0,
         "global",
         "binary",
-        "-surprise",
+        "value",
         "none",
     )
     assert (made.target_rows, made.fisher, made.fisher_rows, made.bad_rows) == (32, "sampled", 256, "refuse")

@@ -384,5 +384,5 @@ def test_a_component_that_is_missing_everywhere_is_damage() -> None:
 @pytest.mark.parametrize("setting", [{"keep": "positive"}, {"weights": "relu"}])
 def test_what_would_keep_nothing_is_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="keeps nothing by -surprise"):
-        masks.check_settings(MaskConfig(**setting), PARTED, SFT)
+        masks.check_settings(MaskConfig(by="-surprise", **setting), PARTED, SFT)
     masks.check_settings(MaskConfig(by="value", **setting), PARTED, SFT)

@@ -217,9 +217,11 @@ def test_decisions_that_stability_changed(tmp_path: Path, kind: str) -> None:
     assert 0 < expected["none"] < expected["rms"]
 
 
-def test_a_mask_that_keeps_all_leaves_stability_nothing_to_decide(tmp_path: Path) -> None:
+def test_where_a_mask_keeps_all_decisions_are_those_of_the_published_one(tmp_path: Path) -> None:
     found = stats(small_run(tmp_path / "run", config=published(keep=1.0)))
-    assert found.decisions_changed == {"none": 0, "rms": 0}
+    half = stats(small_run(tmp_path / "half"))
+    assert not found.decided_by_value and half.decided_by_value
+    assert found.decisions_changed == half.decisions_changed and half.decisions_changed["none"] > 0
     assert found.kept_share == 1
     assert found.histograms["value"].kept == found.histograms["value"].count
 
