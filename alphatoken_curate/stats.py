@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alphatoken_curate import manifest, masks, remask, responses
+from alphatoken_curate import criteria, manifest, remask, responses
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.counting import GroupStats, counted
 from alphatoken_curate.errors import StoredDataError
@@ -160,7 +160,7 @@ def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str,
     elif stored.masks:
         # Not as the mask was told: its `latest` may be a newer one by now.
         config = replace(config, generation=",".join(map(str, stored.masks[-1].generations)), aggregate="mean")
-    by_value = masks.depends_on_value(config.by)
+    by_value = criteria.depends_on_value(config.by)
     found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES] if by_value else []
     changed = [one.decisions_changed for one in found] or [0] * len(SCALES)
     return {
