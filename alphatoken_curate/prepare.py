@@ -25,7 +25,7 @@ from alphatoken_curate.models import (
     tokenizer_digest,
 )
 from alphatoken_curate.plan import sequences
-from alphatoken_curate.rows import BadRow, InputFile, ReadRows, kind_of, read_rows, refuse
+from alphatoken_curate.rows import BadRow, InputFile, RowStream, kind_of, refuse
 from alphatoken_curate.schema import SCHEMA_VERSION
 from alphatoken_curate.tokens import AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
 
@@ -78,7 +78,7 @@ def prepare(config: ScoreConfig) -> Prepared:
     """Read, check and tokenise everything. InputError names all bad rows at once, unless they are quarantined."""
     source = find_model(config.model)
     reader = _Reader(config, source)
-    found = read_rows(config.data)
+    found = RowStream(config.data)
     rows, unusable = reader.tokens(found)
     bad = sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
     sides = {"target": config.target, "retention": config.retention, "prompts": config.fisher_prompts}
@@ -88,7 +88,7 @@ def prepare(config: ScoreConfig) -> Prepared:
         raise refuse([*wanting, *reader.bad], can_quarantine=not reader.bad)
     if not rows:
         raise InputError(f"{', '.join(config.data)}: none of its {len(bad)} rows can be scored. Run check to see why.")
-    kind = kind_of(found.rows)
+    kind = kind_of(found.samples)
     held_out: list[AnyRow] = []
     if config.target is None:
         held_out = hold_out(rows, config.target_rows, config.seed)
@@ -100,7 +100,7 @@ def prepare(config: ScoreConfig) -> Prepared:
         tokenizer=reader.tokenizer,
         kind=kind,
         files=found.files,
-        rows_read=len(found.rows) + len(found.bad),
+        rows_read=found.read,
         rows=rows,
         held_out=held_out,
         bad=bad,
@@ -117,11 +117,11 @@ class _Reader:
         self._config = config
         self._vocabulary = _vocabulary(source, self.tokenizer)
 
-    def tokens(self, found: ReadRows) -> tuple[list[AnyRow], list[BadRow]]:
+    def tokens(self, found: RowStream) -> tuple[list[AnyRow], list[BadRow]]:
         """Tokens of rows that were read, and those that have none to score."""
         config = self._config
         return tokenise(
-            found.rows, self.tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=self._vocabulary
+            found, self.tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=self._vocabulary
         )
 
     def side(self, name: str, path: str | None) -> SideRows:
@@ -129,12 +129,12 @@ class _Reader:
         if path is None:
             return SideRows()
         if name == "prompts":
-            found = read_rows([path], also=("prompt",))
+            found = RowStream([path], also=("prompt",))
             rows, unusable = tokenise_prompts(
-                found.rows, self.tokenizer, max_length=self._config.max_length, vocab_size=self._vocabulary
+                found, self.tokenizer, max_length=self._config.max_length, vocab_size=self._vocabulary
             )
         else:
-            found = read_rows([path], also=("text",) if name == "retention" else ())
+            found = RowStream([path], also=("text",) if name == "retention" else ())
             both, unusable = self.tokens(found)
             rows = [chosen(row) for row in both]
         self.bad += sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
