@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from alphatoken_curate.atomic import digest
 from alphatoken_curate.chat import Tokenizer
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.draws import keyed_uniform
@@ -17,8 +18,8 @@ from alphatoken_curate.errors import InputError, UsageError
 from alphatoken_curate.fingerprint import Json
 from alphatoken_curate.models import (
     ModelSource,
-    digest_files,
     find_model,
+    generation_stops,
     load_tokenizer,
     model_config,
     model_digest,
@@ -184,18 +185,19 @@ def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -
         "seed": config.seed,
     }
     fields["reference"] = fields["model"] if reference == prepared.source else model_digest(reference)
-    return fields | _stability_fields(prepared) | _precondition_fields(config)
+    return fields | _stability_fields(prepared, reference) | _precondition_fields(config)
 
 
-def _stability_fields(prepared: Prepared) -> dict[str, Json]:
+def _stability_fields(prepared: Prepared, reference: ModelSource) -> dict[str, Json]:
     config = prepared.config
     estimated, generates = config.fisher in FISHER_MODES, config.fisher == "generate"
     lookahead = config.drift == "lookahead"
     return {
-        "fisher": config.fisher if estimated else digest_files([_file(config.fisher)]),
+        "fisher": config.fisher if estimated else f"sha256:{digest(_file(config.fisher))[1]}",
         "fisher_rows": config.fisher_rows if estimated else None,
         "fisher_prompts": prepared.prompts.digests,
         "fisher_new_tokens": config.fisher_new_tokens if generates else None,
+        "fisher_stops": generation_stops(reference) if generates else None,
         "prompt_tokens": _tokens_digest(prepared.prompts.rows),
         "drift": config.drift or ("weights" if config.retention is None else None),
         "lookahead_lr": config.lookahead_lr,
@@ -218,10 +220,10 @@ def _precondition_fields(config: ScoreConfig) -> dict[str, Json]:
 
 def _tokens_digest(rows: Sequence[TokenRow]) -> str | None:
     """Digest of the tokens themselves: a template that writes today's date changes them, and nothing else does."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for row in rows:
-        digest.update(len(row.input_ids).to_bytes(8, "little") + row.input_ids.tobytes() + row.response.tobytes())
-    return f"sha256:{digest.hexdigest()}" if rows else None
+        found.update(len(row.input_ids).to_bytes(8, "little") + row.input_ids.tobytes() + row.response.tobytes())
+    return f"sha256:{found.hexdigest()}" if rows else None
 
 
 def _vocabulary(source: ModelSource, tokenizer: Tokenizer | None) -> int | None:
