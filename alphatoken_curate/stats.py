@@ -2,7 +2,7 @@
 
 Read shard by shard: sums and sizes first, of each generation (`sums`), from which the edges of histograms follow, then
 their counts (`counting`). All add up exactly whatever the shards. Last comes `remask.spreads` for what stability
-decides; it alone holds the run's tokens in memory (about 70 bytes each).
+decides; it alone holds something of every response token: 14 bytes at most, and see `ranked` for an expression.
 """
 
 from __future__ import annotations
