@@ -182,6 +182,7 @@ def _check_same(run: Path, stored: Mapping[str, Json], fields: Mapping[str, Json
             f"{run}: it was made with other settings or inputs: {', '.join(names)}."
             " Give the ones it was made with, or another folder with -o.",
             names,
+            stored,
         )
 
 

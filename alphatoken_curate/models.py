@@ -40,6 +40,7 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _CHUNK_BYTES = 1 << 22
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,10 +187,14 @@ def check_remote_code(source: ModelSource, trust_remote_code: bool) -> None:
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """`sha256:` of the names and bytes of files, in the order given; the folder they lie in does not count."""
+    """`sha256:` of the names and bytes of files, in the order given; the folder they lie in does not count.
+
+    Nor does the name of a GGUF file, which is the user's own.
+    """
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
+        name = GGUF if path.suffix == GGUF else path.name
+        digest.update(name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
             while block := file.read(_CHUNK_BYTES):
                 digest.update(block)
@@ -197,15 +202,26 @@ def digest_files(files: Iterable[Path]) -> str:
 
 
 def model_digest(source: ModelSource) -> str:
-    """Digest of everything the weights and the architecture come from."""
+    """Digest of everything the weights and the architecture come from, and of the code that came with them."""
     return digest_files(_digested(source))
 
 
 def _digested(source: ModelSource) -> list[Path]:
     base = replace(source, adapter=None)
-    config = [] if base.gguf else [base.folder / "config.json"]
+    config = [] if base.gguf else [base.folder / "config.json", *_own_code(base)]
     adapter = [source.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if source.adapter else []
     return [*config, *base.weight_files(), *adapter]
+
+
+def _own_code(source: ModelSource) -> list[Path]:
+    """Files of Python beside a model that can only be loaded with them."""
+    return sorted(source.folder.glob("*.py")) if model_config(source).get("auto_map") else []
+
+
+def generation_stops(source: ModelSource) -> Any:
+    """The tokens that end an answer by generation_config.json; None where config.json, or a GGUF, says it alone."""
+    path = source.folder / "generation_config.json"
+    return json_object(path).get("eos_token_id") if source.gguf is None and path.is_file() else None
 
 
 def _same_files(files: list[Path], others: list[Path]) -> bool:

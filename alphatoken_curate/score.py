@@ -15,13 +15,13 @@ from alphatoken_curate.atomic import one_writer
 from alphatoken_curate.beside import write_beside
 from alphatoken_curate.budget import NAME as BUDGET
 from alphatoken_curate.budget import Budget
+from alphatoken_curate.changes import told_of_data
 from alphatoken_curate.config import MaskConfig, ScoreConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.generate import answer_room, chunks
 from alphatoken_curate.idle import idle
 from alphatoken_curate.job import Job, job_of, record
 from alphatoken_curate.manifest import Manifest
-from alphatoken_curate.masks import check_settings
 from alphatoken_curate.preference import Pairs
 from alphatoken_curate.prepare import (
     FISHER_DRAW,
@@ -32,7 +32,7 @@ from alphatoken_curate.prepare import (
     prepare,
 )
 from alphatoken_curate.progress import Progress, Silent
-from alphatoken_curate.remask import MaskSummary, make_mask
+from alphatoken_curate.remask import MaskSummary, check_settings, make_mask
 from alphatoken_curate.schema import LAYOUTS, components
 from alphatoken_curate.scorer import ReferencePass, ScorerSpec, ShardScorer, count_tokens, spec_of
 from alphatoken_curate.shards import Footer, Shard
@@ -79,11 +79,11 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     _check_ours(folder)
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
-    with one_writer(folder):
+    with one_writer(folder), told_of_data(folder, prepared):
         budget = Budget(folder, spec.store.fields, config.batch_tokens, listener)
         _tell(prepared, spec, listener)
         scored = run_generation(folder, job_of(prepared, spec), spec, budget, listener)
-        if write_beside(folder, prepared, budget.first) or scored:
+        if write_beside(folder, prepared, spec.dtype, budget.first) or scored:
             write_manifest(folder)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored)

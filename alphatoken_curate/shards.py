@@ -350,6 +350,7 @@ def committed(folder: Path, fields: Mapping[str, Json]) -> dict[int, Shard]:
             raise FingerprintError(
                 f"{path}: made with other {', '.join(names)}; use the settings it was made with, or another run folder",
                 names,
+                footer.fields,
             )
         found[index] = shard
     return found

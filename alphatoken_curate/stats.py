@@ -2,7 +2,7 @@
 
 Read shard by shard: sums and sizes first, of each generation (`sums`), from which the edges of histograms follow, then
 their counts (`counting`). All add up exactly whatever the shards. Last comes `remask.spreads` for what stability
-decides; it alone holds the run's tokens in memory (about 70 bytes each).
+decides; it alone holds something of every response token: 14 bytes at most, and see `ranked` for an expression.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alphatoken_curate import manifest, masks, remask, responses
+from alphatoken_curate import criteria, manifest, masks, remask, responses
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.counting import GroupStats, counted
 from alphatoken_curate.errors import StoredDataError
@@ -160,7 +160,7 @@ def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str,
     elif stored.masks:
         # Not as the mask was told: its `latest` may be a newer one by now.
         config = replace(config, generation=",".join(map(str, stored.masks[-1].generations)), aggregate="mean")
-    by_value = masks.depends_on_value(config.by) and masks.parse_keep(config.keep) != 1
+    by_value = criteria.depends_on_value(config.by) and masks.parse_keep(config.keep) != 1
     if not by_value:
         config = replace(config, by="value", keep=0.5, scope="global", weights="binary")
     found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES]

@@ -24,8 +24,8 @@ ORDER = """
     | tangents tangent_rules probabilities attention tangent_attention experts foreign blocks precision capture
     value_rows folders adapters models likeness checkpoints
     | losses selection target fisher generate precondition drift paths parameters influence composite preference signals
-    | masks | sealed shards manifest card responses remask
-    | artifacts budget meter prepare idle scorer trial job beside score refresh memory estimate check
+    | criteria masks | sealed shards manifest card responses ranked remask
+    | artifacts budget meter prepare idle scorer trial job beside changes score refresh memory estimate check
     | words scan rules verify histogram sums counting stats heat row_view row_search row_text stats_text stats_picture
     compare compare_text
     | report_markup report_numbers report_chart report_tokens report_overview
