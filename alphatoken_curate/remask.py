@@ -21,7 +21,7 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.fingerprint import Json, fingerprint
 from alphatoken_curate.manifest import Generation, Manifest, Mask, MaskFacts
 from alphatoken_curate.responses import Tokens, aligned, chosen_generations, load, table_of
-from alphatoken_curate.schema import SCHEMA_VERSION, Components, Layout, with_units
+from alphatoken_curate.schema import Components, Layout, with_units
 from alphatoken_curate.shards import Footer, Shard, TrainLists
 
 
@@ -77,7 +77,7 @@ def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
     layout, components = manifest.layout(stored), manifest.components(stored)
     masks.parse_keep(config.keep), masks.parse_scope(config.scope), masks.columns_needed(config.by, components, layout)
     generations = chosen_generations(run, stored, config)
-    about = _fields(config, generations)
+    about = _fields(config, generations, stored.schema_version)
     known = next((mask for mask in stored.masks if mask.fingerprint == fingerprint(about)), None)
     if known and all(_is_there(run, shard) for shard in known.shards):
         # One shard at a time: only the number of rows is wanted.
@@ -132,11 +132,11 @@ def keeps(
 # ------------------------------------------------------------------------------------------------------ decide, write
 
 
-def _fields(config: MaskConfig, generations: Sequence[Generation]) -> dict[str, Json]:
-    """What decides the mask, and nothing that this mask does not depend on."""
+def _fields(config: MaskConfig, generations: Sequence[Generation], version: int) -> dict[str, Json]:
+    """What decides the mask, and nothing that this mask does not depend on; `version`: that of the values."""
     share = masks.parse_keep(config.keep)
     about: dict[str, Json] = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": version,
         "generations": [one.generation for one in generations],
         "values": fingerprint({"shards": [shard.sha256 for one in generations for shard in one.shards]}),
         "keep": str(share) if share else "positive",
@@ -196,7 +196,9 @@ def _write(
     by_shard = zip(*map(_by_shard, scored.branches, decided), strict=True)
     for index, (row_ids, parts) in enumerate(zip(scored.row_ids, by_shard, strict=True)):
         path = folder / shards.shard_name(index)
-        if index not in done:
+        if index in done:
+            shards.check_rows(path, row_ids.tolist())
+        else:
             lists = _train_lists(run, files[index][0], row_ids, layout, parts)
             done[index] = shards.write_train(path, row_ids, lists, metadata, layout)
         group.append((shards.read_footer(path), done[index]))
@@ -301,7 +303,7 @@ def _branch_counts(run: Path, mask: Mask, layout: Layout) -> dict[str, BranchCou
     kept, response = dict.fromkeys(layout.branches, 0), dict.fromkeys(layout.branches, 0)
     for shard in mask.shards:
         for prefix in layout.branches:
-            table = shards.read(run / shard.path, layout.train, [prefix + "loss_mask", prefix + "value"])
+            table = shards.read_shard(run, shard, layout.train, [prefix + "loss_mask", prefix + "value"])
             kept[prefix] += int(shards.entries(table[prefix + "loss_mask"])[0].sum())
             value = pc.list_flatten(table[prefix + "value"])
             response[prefix] += len(value) - value.null_count
