@@ -1,7 +1,7 @@
 """Write an SFT and a preference run of the schema version in force, and what they hold as JSON, in one file: vN.tar.xz.
 
-Run it once for each schema version, with the last commit that has it, from `tests/`: `python data/make.py data`. Runs of
-earlier versions are kept for ever and never written again.
+Run it once for each schema version, with the last commit that has it, from `tests/`: `python data/make.py data`. Runs
+of earlier versions are kept for ever and never written again.
 """
 
 from __future__ import annotations
