@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
 import pytest
 from forks import Forks, Process
+from small_run import sealed_manifest
 from test_crash import assert_readable, temporaries
 from tiny_files import contents, token_records, write_jsonl
 
 from alphatoken_curate import manifest, shards, verify
+from alphatoken_curate.errors import StoredDataError
 
 SHARDS = 4
 SHARD = "part-00001.parquet"
@@ -73,12 +75,6 @@ class Bench:
     def scored(self, kind: str, run: Path) -> set[int]:
         """Shards of values/ that the command writes and that are there."""
         return set(shards.listed(shards.values_folder(run, 1 if kind == "refresh" else 0)))
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("forks")) as server:
-        yield server
 
 
 def bench_of(forks: Forks, folder: Path, models: dict[str, str], *, fake: bool) -> Bench:
@@ -248,3 +244,55 @@ def test_a_second_process_is_refused_while_the_first_writes(bench: Bench, tmp_pa
     assert f"{run}: another process is writing to it" in ended.meanwhile.err
     assert ended.code == 0 and contents(run) == contents(bench.whole("score"))
     assert manifest.read(run).counts.scored > 0
+
+
+# ------------------------------------------------------------------------------------------- what is met on resuming
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_shards_that_were_swapped_or_copied_before_the_end_are_refused(
+    kind: str, copied: bool, bench: Bench, tmp_path: Path
+) -> None:
+    bench.whole(kind)
+    run = bench.begun(kind, tmp_path / "run")
+    # Before the first manifest of each command, and of `mask` after its shards.
+    assert bench.run(kind, run, kill_at="before-manifest").code == -signal.SIGKILL
+    folder = shards.train_folder(run, 1) if kind == "mask" else shards.values_folder(run, kind == "refresh")
+    first, second = folder / "part-00000.parquet", folder / SHARD
+    contents_of = first.read_bytes(), second.read_bytes()
+    second.write_bytes(contents_of[0])
+    if not copied:
+        first.write_bytes(contents_of[1])
+    ended = bench.run(kind, run)
+    assert ended.code == 4, ended.err
+    assert "it was swapped or copied" in ended.err and "run the same command again" in ended.err
+    for path in (first, second):
+        path.unlink(missing_ok=True)
+    assert bench.run(kind, run).code == 0
+    assert contents(run) == contents(bench.whole(kind))
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_a_torn_manifest_is_made_anew_from_the_shards(kind: str, share: float, bench: Bench, tmp_path: Path) -> None:
+    bench.whole(kind)
+    run = Path(shutil.copytree(bench.whole("score"), tmp_path / "run"))
+    content = (run / "manifest.json").read_bytes()
+    (run / "manifest.json").write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(StoredDataError, match=r"manifest\.json: damaged .* made anew from the shards"):
+        manifest.read(run)
+    ended = bench.run(kind, run)
+    assert ended.code == 0, ended.err
+    assert "manifest.json was damaged" in ended.err
+    assert contents(run) == contents(bench.whole(kind))
+
+
+def test_a_manifest_of_a_later_release_is_left_alone(bench: Bench, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(bench.whole("score"), tmp_path / "run"))
+    later = sealed_manifest(orjson.loads((run / "manifest.json").read_bytes()) | {"schema_version": 99})
+    (run / "manifest.json").write_bytes(later)
+    for kind in COMMANDS:
+        ended = bench.run(kind, run)
+        assert ended.code == 4 and "schema version 99" in ended.err, ended.err
+    assert (run / "manifest.json").read_bytes() == later
