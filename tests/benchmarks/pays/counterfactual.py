@@ -83,12 +83,12 @@ def main() -> None:
         for name in names
         for without in ("top", "bottom")
         for seed in range(RANDOM_SEEDS if name == "random" else 1)
-        if not (name == "random" and without == "bottom") and (not args.only or where in args.only or name in args.only)
+        if not (name == "random" and without == "bottom") and lines.asked(args.only, COUNTERFACTUAL, where, name)
     ]
     configs += [
         {"setting": where, "ranking": "random", "share": 0.0, "without": "top", "seed": 0, "rows": ROWS}
         for where in COUNTERFACTUAL
-        if not args.only or where in args.only
+        if lines.asked(args.only, COUNTERFACTUAL, where, "random")
     ]
     lines.run("counterfactual", configs, partial(one, args.data, str(args.work.resolve())), args.jobs)
 
