@@ -224,9 +224,7 @@ def test_shards_that_are_not_the_ones_written(
     ended = command("verify", run)
     place = "train/mask=0001" if damage is of_another_folder and where == TRAIN else where
     assert ended.code == 4 and f"{place}/part-00001.parquet" in ended.err
-    must = (
-        ["scan", "stats", "search", "show", "report"] if folder == VALUES else ["scan train", "train", "show", "stats"]
-    )
+    must = {VALUES: ["scan", "stats", "search", "show", "report"], TRAIN: ["scan train", "train", "show", "stats"]}
     for reader in READERS:
         found = told(run, reader)
         assert found in (truth[reader], "refused"), reader
