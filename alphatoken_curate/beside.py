@@ -23,6 +23,7 @@ from alphatoken_curate import manifest
 from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import StoredDataError
+from alphatoken_curate.manifest import Manifest
 from alphatoken_curate.models import DEMO_MODEL
 from alphatoken_curate.pieces import pieces, vocabulary_table
 from alphatoken_curate.prepare import Prepared
@@ -73,9 +74,10 @@ def write_beside(run: Path, prepared: Prepared, dtype: str, batch_tokens: int | 
     return unfinished or bool(wanted)
 
 
-def read_side_rows(run: Path, name: str) -> list[TokenRow]:
-    """Rows kept under one of the names above. Raises StoredDataError where the file is missing or damaged."""
+def read_side_rows(run: Path, stored: Manifest, name: str) -> list[TokenRow]:
+    """Rows kept under one of the names above. Raises StoredDataError where it is not the file the manifest names."""
     path = run / name
+    manifest.check_file(run, stored, name)
     try:
         table = pq.read_table(path, schema=_SIDE)
     except (OSError, pa.ArrowException, ValueError) as error:

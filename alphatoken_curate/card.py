@@ -11,7 +11,7 @@ import pyarrow as pa
 from alphatoken_curate import criteria
 from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.manifest import Manifest, Mask, components, layout
-from alphatoken_curate.schema import SIGNALS, Layout, with_units
+from alphatoken_curate.schema import SIGNALS, Layout, lacks, with_units
 
 NAME = "README.md"
 
@@ -81,7 +81,10 @@ def _body(manifest: Manifest) -> Iterator[str]:
     yield from ("", f"`train`: {_TRAIN_ROWS[columns.kind]}", "", *_columns(_train(manifest, columns)))
     absent = set(SIGNALS) - set(components(manifest).signals)
     yield from ("", "`values`: every row read; lists of values are empty unless `status` is `scored`.")
-    yield from ("The columns of other estimators are there too, and hold nulls alone.", "")
+    yield from (
+        lacks(manifest.schema_version) or "The columns of other estimators are there too, and hold nulls alone.",
+        "",
+    )
     yield from _columns(columns.values, [prefix + name for prefix in columns.branches for name in absent])
     yield from ("", "## What was run", "", *_run(manifest))
 

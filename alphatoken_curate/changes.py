@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphatoken_curate import manifest, shards
+from alphatoken_curate import shards
+from alphatoken_curate.documents import decode
 from alphatoken_curate.errors import FingerprintError
 from alphatoken_curate.files import visible
 from alphatoken_curate.manifest import Facts
 from alphatoken_curate.prepare import Prepared
+from alphatoken_curate.records import read_records
 from alphatoken_curate.schema import LAYOUTS
 from alphatoken_curate.tokens import branches
 
@@ -105,10 +107,10 @@ def _stored(run: Path, kind: str) -> tuple[dict[str, list[_Line]], dict[str, int
     for index in range(len(paths)):
         if index not in paths:
             break
-        for row in shards.read_records(paths[index], LAYOUTS[kind]):
+        for row in read_records(run, shards.facts_of(paths[index])[1], LAYOUTS[kind]):
             parts = [(one.input_ids, one.response) for one in row.branches if len(one.input_ids)]
             lines.setdefault(row.source, []).append(_Line(line=row.line, key=_key(row.id, parts)))
-    facts = manifest.decode(Facts, dict(shards.read_footer(paths[0]).facts))
+    facts = decode(Facts, dict(shards.read_footer(paths[0]).facts))
     return lines, {one.source: one.rows for one in facts.inputs}
 
 

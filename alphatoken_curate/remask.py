@@ -25,7 +25,7 @@ from alphatoken_curate.fingerprint import Json, fingerprint
 from alphatoken_curate.manifest import Generation, Manifest, Mask, MaskFacts
 from alphatoken_curate.ranked import Files, Ranked, RankedBranch, ranked, sizes
 from alphatoken_curate.responses import Tokens, aligned, by_shard, chosen_generations, table_of
-from alphatoken_curate.schema import SCHEMA_VERSION, Components, Layout, with_units
+from alphatoken_curate.schema import Components, Layout, with_units
 from alphatoken_curate.shards import Footer, Shard, TrainLists
 
 
@@ -88,7 +88,7 @@ def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
     layout, components = manifest.layout(stored), manifest.components(stored)
     check_settings(config, components, layout)
     generations = chosen_generations(run, stored, config)
-    about = _fields(config, generations)
+    about = _fields(config, generations, stored.schema_version)
     known = next((mask for mask in stored.masks if mask.fingerprint == fingerprint(about)), None)
     if known and all(_is_there(run, shard) for shard in known.shards):
         several = aligned(run, generations) if len(generations) > 1 else ()
@@ -147,11 +147,11 @@ def keeps(
 # ------------------------------------------------------------------------------------------------------ decide, write
 
 
-def _fields(config: MaskConfig, generations: Sequence[Generation]) -> dict[str, Json]:
-    """What decides the mask, and nothing that this mask does not depend on."""
+def _fields(config: MaskConfig, generations: Sequence[Generation], version: int) -> dict[str, Json]:
+    """What decides the mask, and nothing that this mask does not depend on; `version`: that of the values."""
     share = masks.parse_keep(config.keep)
     about: dict[str, Json] = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": version,
         "generations": [one.generation for one in generations],
         "values": fingerprint({"shards": [shard.sha256 for one in generations for shard in one.shards]}),
         "keep": str(share) if share else "positive",
@@ -211,7 +211,9 @@ def _write(
     dealt = zip(*map(_by_shard, found.branches, decided), strict=True)
     for index, (row_ids, parts) in enumerate(zip(found.row_ids, dealt, strict=True)):
         path = folder / shards.shard_name(index)
-        if index not in done:
+        if index in done:
+            shards.check_rows(path, row_ids.tolist())
+        else:
             lists = _train_lists(run, files[index][0], row_ids, layout, parts)
             done[index] = shards.write_train(path, row_ids, lists, metadata, layout)
         group.append((shards.read_footer(path), done[index]))
@@ -311,7 +313,7 @@ def _branch_counts(run: Path, mask: Mask, layout: Layout) -> dict[str, BranchCou
     kept, response = dict.fromkeys(layout.branches, 0), dict.fromkeys(layout.branches, 0)
     for shard in mask.shards:
         for prefix in layout.branches:
-            table = shards.read(run / shard.path, layout.train, [prefix + "loss_mask", prefix + "value"])
+            table = shards.read_shard(run, shard, layout.train, [prefix + "loss_mask", prefix + "value"])
             kept[prefix] += int(shards.entries(table[prefix + "loss_mask"])[0].sum())
             value = pc.list_flatten(table[prefix + "value"])
             response[prefix] += len(value) - value.null_count

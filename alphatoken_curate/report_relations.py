@@ -253,7 +253,7 @@ def _types(tokens: RunTokens, slug: str, question: str, found: Sequence[Group], 
 def piece(tokens: RunTokens, token_id: int) -> Html:
     """A token type as it is seen: spaces as dots, bytes of a cut character by their numbers."""
     text = tokens.vocabulary.texts.get(token_id) or f"<{token_id}>"
-    if PART in text:
+    if PART in text and token_id in tokens.vocabulary.pieces:
         text = " ".join(f"{byte:02X}" for byte in tokens.vocabulary.pieces[token_id]) + " (bytes)"
     bare = text.strip(" ")
     before = len(text) - len(text.lstrip(" "))

@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from alphatoken_curate import manifest, shards
-from alphatoken_curate.atomic import digest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.manifest import Generation, Manifest
@@ -196,10 +195,7 @@ def _part(run: Path, shard: Shard, names: Sequence[str], layout: Layout) -> _Par
 
 def table_of(run: Path, shard: Shard, layout: Layout, columns: Sequence[str]) -> pa.Table:
     """`row_id` and these columns of a values shard. Raises `StoredDataError` where it is not the manifest's file."""
-    path = run / shard.path
-    if digest(path) != (shard.bytes, shard.sha256):
-        raise StoredDataError(f"{path}: not the file that the manifest names; run `verify`")
-    return shards.read(path, layout.values, ["row_id", *columns])
+    return shards.read_shard(run, shard, layout.values, ["row_id", *columns])
 
 
 def _flat(path: Path, table: pa.Table, names: Sequence[str], prefix: str) -> Columns:

@@ -80,6 +80,7 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
     with one_writer(folder), told_of_data(folder, prepared):
+        mend(folder, listener)
         budget = Budget(folder, spec.store.fields, config.batch_tokens, listener)
         _tell(prepared, spec, listener)
         scored = run_generation(folder, job_of(prepared, spec), spec, budget, listener)
@@ -143,6 +144,11 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
     foreign = sorted(set(done) - set(range(len(job.shards))))
     if foreign:
         raise StoredDataError(f"{folder / shards.shard_name(foreign[0])}: no shard of this run. Move it away.")
+    for index in done:
+        of_shard = job.shards[index]
+        shards.check_rows(
+            folder / shards.shard_name(index), sorted(r.row_id for r in (*of_shard.rows, *of_shard.beside))
+        )
     _check_stored(run, number, done)
     missing = [index for index in range(len(job.shards)) if index not in done]
     if not missing:
@@ -171,6 +177,12 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
         footer = Footer(fields=spec.store.fields, facts=told.as_json())
         shards.write_values(folder / shards.shard_name(index), ordered, footer, job.layout)
     return len(missing)
+
+
+def mend(run: Path, progress: Progress) -> None:
+    """Make a damaged manifest anew from the shards, and say so. Callers hold the run."""
+    if told := manifest.mend(run):
+        progress.note(told)
 
 
 def write_manifest(run: Path) -> None:
@@ -266,12 +278,13 @@ def _pairs(job: Job, scorer: ShardScorer, rows: Sequence[AnyRow]) -> Pairs | Non
 # -------------------------------------------------------------------------------------------------------------- masks
 
 
-def mask(run: Path | str, config: MaskConfig) -> MaskSummary:
+def mask(run: Path | str, config: MaskConfig, progress: Progress | None = None) -> MaskSummary:
     """Make masks and loss weights again from stored values: no model, seconds. See `MaskConfig` for the choices."""
     folder = Path(run)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
     with one_writer(folder):
+        mend(folder, progress or Silent())
         return mask_and_card(folder, config, stale=False)[0]
 
 

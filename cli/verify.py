@@ -8,6 +8,8 @@ import click
 
 from alphatoken_curate.errors import StoredDataError
 
+from .options import tell_version
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
@@ -15,6 +17,7 @@ def command(run: Path) -> None:
     """Check every file of RUN: digests, page checksums, schemas, counts and alignment. Exit 4 where one is wrong."""
     from alphatoken_curate.verify import verify
 
+    tell_version(run)
     problems = verify(run)
     for problem in problems:
         click.echo(f"{problem.file}: {problem.found}. {problem.do}", err=True)

@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
-from small_run import published, small_run, value_row, value_rows
+from small_run import published, small_run, value_row, value_rows, write_rejects
 from test_report_markup import Parsed
 
 from alphatoken_curate import manifest
@@ -67,7 +66,7 @@ def test_names_of_others_are_text(tmp_path: Path) -> None:
 def test_reasons_of_refusals_are_counted(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     lines = [{"reason": "empty"}, {"reason": "<i>"}, {"reason": "empty"}]
-    (run / "rejects.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    write_rejects(run, lines)
     assert cells(what_was_run(run, *read(run)))[1:] == [["empty", "2"], ["<i>", "1"]]
     (run / "rejects.jsonl").write_text("{")
     with pytest.raises(StoredDataError, match="damaged"):

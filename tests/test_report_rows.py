@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 import polars as pl
 import pytest
-from small_run import published, small_run, value_rows, write_pieces
+from small_run import published, small_run, value_rows, write_pieces, write_rejects
 
 from alphatoken_curate import heat, report_rows
 from alphatoken_curate.errors import StoredDataError
@@ -179,7 +179,7 @@ def test_split_characters_are_whole_and_special_tokens_stay_apart(tmp_path: Path
 def test_reasons_of_refused_rows_and_rows_left_out_of_the_mask(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     lines = [{"row_id": 3, "message": "no\x1b <b>"}, {"row_id": 99, "message": "other"}]
-    (run / "rejects.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    write_rejects(run, lines)
     assert about(packed(run))["reasons"] == {"3": "no␛ <b>"}
     tokens = read_tokens(run)
     assert tokens.weight is not None

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import published, small_run, value_row, value_rows, write_generation, write_pieces
+from small_run import (
+    published,
+    renamed,
+    small_run,
+    value_row,
+    value_rows,
+    write_generation,
+    write_pieces,
+    write_rejects,
+)
 
 from alphatoken_curate import manifest
 from alphatoken_curate.errors import StoredDataError, UsageError
@@ -51,7 +60,7 @@ def check_branch(view: RowView, branch: BranchView, written: Branch, weight: np.
 @pytest.mark.parametrize(("number", "status"), [(3, "rejected"), (5, "failed"), (7, "target")])
 def test_rows_that_were_not_scored(tmp_path: Path, number: int, status: str, kind: str) -> None:
     run = small_run(tmp_path / "run", kind=kind)
-    (run / "rejects.jsonl").write_text('{"row_id": 1, "message": "no"}\n{"row_id": 3, "message": "no answer"}\n')
+    write_rejects(run, [{"row_id": 1, "message": "no"}, {"row_id": 3, "message": "no answer"}])
     view = read_row(run, row=number)
     assert view.status == status
     assert (view.mask, view.mask_generations, view.left_out) == (None, (), False)
@@ -129,9 +138,12 @@ def test_a_rejected_row_without_its_reason(tmp_path: Path) -> None:
     assert read_row(run, row=3).reason is None
     (run / "rejects.jsonl").unlink()
     assert read_row(run, row=3).reason is None
-    (run / "rejects.jsonl").write_text("{")
-    with pytest.raises(StoredDataError, match=r"rejects\.jsonl: damaged"):
-        read_row(run, row=3)
+    for renames in (False, True):
+        (run / "rejects.jsonl").write_text("{")
+        if renames:
+            renamed(run)
+        with pytest.raises(StoredDataError, match=r"rejects\.jsonl: damaged"):
+            read_row(run, row=3)
 
 
 @pytest.mark.parametrize("number", [-1, 12, 10**20])

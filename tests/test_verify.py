@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pytest
-from small_run import published, small_run, value_rows, write_generation
+from small_run import published, sealed_manifest, small_run, value_rows, write_generation
 
 from alphatoken_curate import card, manifest, shards
 from alphatoken_curate.remask import make_mask
@@ -218,10 +218,10 @@ def test_a_mask_that_names_a_missing_generation(tmp_path: Path) -> None:
     run = small_run(tmp_path, generations=(0, 2), config=published(generation="all"))
     whole: Any = orjson.loads((run / "manifest.json").read_bytes())
     whole["masks"][0]["generations"] = [0, 1]
-    (run / "manifest.json").write_bytes(orjson.dumps(whole))
+    (run / "manifest.json").write_bytes(sealed_manifest(whole))
     assert "mask 0 has 3 shards of generations 0, 1" in found(run, "manifest.json")
     whole["masks"][0]["generations"] = [2]
-    (run / "manifest.json").write_bytes(orjson.dumps(whole))
+    (run / "manifest.json").write_bytes(sealed_manifest(whole))
     assert "its `masks` are not what the shards say" in found(run, "manifest.json")
     shutil.rmtree(run / "values/generation=0")
     (run / "manifest.json").unlink()
@@ -260,8 +260,9 @@ def test_a_changed_manifest_is_found(run: Path, place: tuple[Any, ...], value: A
     for key in place[:-1]:
         part = part[key]
     part[place[-1]] = value
-    (run / "manifest.json").write_bytes(orjson.dumps(whole))
-    assert "manifest.json" in files(run)
+    for content in (sealed_manifest(whole), orjson.dumps(whole)):
+        (run / "manifest.json").write_bytes(content)
+        assert "manifest.json" in files(run)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 1_000_000, b"null"], ids=range(4))

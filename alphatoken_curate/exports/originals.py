@@ -70,7 +70,7 @@ def _stored(opened: TrainSet) -> Iterator[_Place]:
     """Where each row came from, of the newest generation that the mask was made of: all have the same rows."""
     columns = ["row_id", "source", "line", "response"]
     for shard in choose_generation(opened.run, opened.stored, opened.mask.generations[-1]).shards:
-        table = shards.read(opened.run / shard.path, opened.layout.values, columns)
+        table = shards.read_shard(opened.run, shard, opened.layout.values, columns)
         flat, lengths = entries(table["response"])
         responses = np.split(flat.astype(np.bool_), np.cumsum(lengths)[:-1])
         names = (table[name].to_pylist() for name in columns[:3])
