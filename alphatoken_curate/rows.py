@@ -50,11 +50,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from alphatoken_curate.containers import Meter, RawRow, RowFault, raw_rows
+from alphatoken_curate.containers import Meter, RawRow, RowFault
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.files import find_files, visible
 from alphatoken_curate.pairs import PREFERENCE, PROMPT_LIKE
 from alphatoken_curate.shapes import OPEN, SFT, SIDE, Also, AnyRecord, Pair, Shapes, wrong
+from alphatoken_curate.tables import raw_rows
+
+MAX_BAD_ROWS = 1_000_000
+"""Most bad rows that are told one by one; a file with more is not what it should be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +148,11 @@ def _sort(raws: Iterable[RawRow], source: str, also: tuple[Also, ...], result: R
                     excerpt=raw.excerpt,
                 )
             )
+            if len(result.bad) > MAX_BAD_ROWS:
+                raise InputError(
+                    f"{visible(source)}: more than {MAX_BAD_ROWS:,} rows cannot be used, the last at line {raw.line}:"
+                    f" {fault.reason}: {fault.message}. This is not the data it should be; name other files."
+                ) from None
 
 
 def refuse(bad: Sequence[BadRow], limit: int = 20, *, can_quarantine: bool = True) -> InputError:
