@@ -73,7 +73,7 @@ def _parquet_rows(file: DataFile, meter: Meter, keys: Collection[str]) -> Iterat
                     # columns left unread count as keys without a value
                     whole = record if isinstance(record, RowFault) else dict.fromkeys(names) | record
                     yield RawRow(line, whole, {} if isinstance(record, RowFault) else record)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, LookupError, ValueError, OverflowError) as error:
         message = f"{visible(file.path)}: not a whole Parquet file: {visible(str(error))}. Get the file again."
         raise InputError(message) from error
 
