@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         StoredDataError,
         UsageError,
     )
+    from alphatoken_curate.exports.export import ExportSummary, export
     from alphatoken_curate.memory import score_tokens
     from alphatoken_curate.refresh import RefreshSummary, refresh, watch
     from alphatoken_curate.remask import MaskSummary
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Comparison": "compare",
     "CurateError": "errors",
+    "ExportSummary": "exports.export",
     "FingerprintError": "errors",
     "InputError": "errors",
     "MaskConfig": "config",
@@ -44,6 +46,7 @@ _HOME = {
     "StoredDataError": "errors",
     "UsageError": "errors",
     "compare": "compare",
+    "export": "exports.export",
     "mask": "score",
     "refresh": "refresh",
     "report": "report",
@@ -58,6 +61,7 @@ _HOME = {
 __all__ = [
     "Comparison",
     "CurateError",
+    "ExportSummary",
     "FingerprintError",
     "InputError",
     "MaskConfig",
@@ -69,6 +73,7 @@ __all__ = [
     "StoredDataError",
     "UsageError",
     "compare",
+    "export",
     "mask",
     "refresh",
     "report",

@@ -14,6 +14,7 @@ that order this is "the lower index first", which is what every sort here does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,6 +35,11 @@ Bools = NDArray[np.bool_]
 
 INDEX_COLUMNS = ("row_id", "position", "token_id")
 """Columns that an expression may name besides those of values/; int64, int32, int32."""
+
+EXPRESSIONS = {"surprise": "(nll / (entropy + 0.1))"}
+"""Names that `by` may use for an expression. `surprise` is what a token cost over what the model expected any to cost:
+about 1 on average, high where the model was sure of another token, as it is at a wrong label. The 0.1 nats keep a
+token that the model was sure of from being judged by the rounding of its entropy."""
 
 _MAX_EXPRESSION = 10_000
 
@@ -259,6 +265,8 @@ def units_of(by: str, stability_scale: str) -> str:
         return "multiples of the RMS of an objective"
     if by == "random":
         return "0 to 1"
+    if by.removeprefix("-") == "surprise":
+        return "ratio"
     schema = PREFERENCE.values if by in PAIR_COLUMNS else SFT.values
     if by in (*PAIR_COLUMNS, *SIGNALS):
         return str(schema.field(by).metadata[b"units"].decode())
@@ -279,7 +287,8 @@ def selection(
     """The number to select on, one per response token: (n,) float32, finite.
 
     `by` is `value` (recombined from the stored components with this stability weight and these scales), `random` (a
-    draw in [0, 1] keyed by seed, row_id, position and branch), a stored column, or a polars SQL expression of them.
+    draw in [0, 1] keyed by seed, row_id, position and branch), a stored column, one of `EXPRESSIONS`, or a polars SQL
+    expression of all these but `random`.
     `columns` holds at least `columns_needed(by, components, layout)`, each (n,), of the branch with that index in the
     layout; `components` are those of the run's estimator. Raises `UsageError` for an expression that cannot be read,
     names a column that is unknown or was not computed, or does not give one finite number per token; `StoredDataError`
@@ -309,8 +318,11 @@ def _drawn(seed: int, columns: Mapping[str, NDArray[Any]], branch: int) -> NDArr
 def _parse(by: str) -> pl.Expr:
     if len(by) > _MAX_EXPRESSION:
         raise UsageError(f"by: an expression of {len(by)} characters; at most {_MAX_EXPRESSION} are read")
+    expanded = by
+    for name, expression in EXPRESSIONS.items():
+        expanded = re.sub(rf"\b{name}\b", expression, expanded)
     try:
-        return pl.sql_expr(by)
+        return pl.sql_expr(expanded)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise UsageError(
             f"by: {by!r} is not a polars SQL expression ({error}); give `value`, `random`, a column or an expression"
@@ -324,7 +336,7 @@ def _named(by: str, known: Sequence[str], components: Components) -> set[str]:
     unknown = sorted(named - set(known))
     if unknown or not named:
         found = f"names no column {', '.join(map(repr, unknown))}" if unknown else "names no column at all"
-        raise UsageError(f"by: {by!r} {found}; the columns are {', '.join(known)}")
+        raise UsageError(f"by: {by!r} {found}; the columns are {', '.join((*known, *EXPRESSIONS))}")
     for name in sorted(named & (set(SIGNALS) - set(components.signals))):
         raise UsageError(f"by: {name} was not computed: {NOT_COMPUTED[name]}")
     return named

@@ -24,6 +24,7 @@ COMMANDS = {
     "stats": "Show how values are distributed and what stability changed.",
     "compare": "Show two runs, or two generations of one, side by side.",
     "report": "Write a run as one HTML page: charts, and rows coloured by value.",
+    "export": "Write the rows of a mask as files that another trainer reads.",
     "verify": "Check every file of a run: digests, checksums, counts, alignment.",
 }
 

@@ -31,10 +31,14 @@ ORDER = """
     | report_markup report_numbers report_chart report_tokens report_overview
     report_relations report_rows report
     | trainset
+    | exports.form exports.settle exports.hf exports.llamafactory exports.swift exports.shifted exports.unshifted
+    exports.verl_dataset exports.originals exports.messages exports.guide exports.export
+    | trainers.loss trainers.collator trainers.dataset trainers.current trainers.heads trainers.hf trainers.sft
+    trainers.dpo trainers.refresh trainers.axolotl
 """
 """Each module imports only from those before it; those of a folder are named with it, `folder.module`."""
 
-FOLDERS: tuple[str, ...] = ()
+FOLDERS: tuple[str, ...] = ("exports", "trainers")
 """Groups of modules that outgrew a file or two."""
 
 RANK = {name: n for n, name in enumerate(ORDER.replace("|", " ").split())}
@@ -216,7 +220,13 @@ def test_every_source_module_has_its_tests() -> None:
         "probabilities": "test_attention",
         "selection": "test_paths",
         "sums": "test_stats",
+        "trainers.current": "test_trainers_refresh",
+        "trainers.heads": "test_trainers_sft",
         "counting": "test_stats",
+        "exports.form": "test_exports_export",
+        "exports.guide": "test_exports_export",
+        "exports.originals": "test_exports_messages",
+        "exports.verl_dataset": "test_exports_unshifted",
     }
     for name in RANK:
         assert (ROOT / "tests" / f"{elsewhere.get(name, 'test_' + name.replace('.', '_'))}.py").is_file(), name

@@ -234,6 +234,16 @@ def test_columns_and_expressions() -> None:
     assert all(selected(by).dtype == np.float32 for by in ("nll", "position", "token_id + 1", "value"))
 
 
+def test_surprise_is_loss_over_what_was_expected() -> None:
+    c = stored() | {"entropy": np.linspace(0, 9, 50, dtype=np.float32)}
+    surprise = c["nll"].astype(np.float64) / (c["entropy"] + 0.1)
+    np.testing.assert_allclose(selected("surprise", c), surprise, rtol=1e-6)
+    np.testing.assert_allclose(selected("1 - 2 * surprise", c), 1 - 2 * surprise, rtol=1e-6, atol=1e-6)
+    assert masks.columns_needed("-surprise", PARTED) == ("nll", "entropy")
+    assert not masks.depends_on_value("-surprise")
+    assert [masks.units_of(by, "none") for by in ("surprise", "-surprise")] == ["ratio", "ratio"]
+
+
 def test_only_what_is_needed_is_asked_for() -> None:
     assert masks.columns_needed("random", PARTED) == ("row_id", "position")
     assert masks.columns_needed("nll - reference_nll", PARTED) == ("nll", "reference_nll")
@@ -265,7 +275,7 @@ def test_random_depends_on_seed_row_and_position_alone() -> None:
         ("nll; drop table x", "not a polars SQL expression"),
         ("read_parquet('x')", "not a polars SQL expression"),
         ("(" * 5000 + "nll" + ")" * 5000, "at most"),
-        ("surprise + nll", "'surprise'; the columns are row_id, position, token_id, nll"),
+        ("boredom + nll", "'boredom'; the columns are row_id, position, token_id, nll"),
         ("1", "names no column"),
         ("COLUMNS('n.*')", "names no column"),
         ("sum(nll)", "one number per token"),

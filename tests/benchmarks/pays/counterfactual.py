@@ -34,7 +34,7 @@ def one(data: str, work: str, config: dict[str, Any]) -> dict[str, Any]:
     where = setting(config["setting"], Path(data))
     rank = ranking(where, config["ranking"], Path(work), config["seed"])
     where = replace(where, train=where.train[:ROWS], epochs=1)
-    flat = np.concatenate([r[row.response] for r, row in zip(rank, where.train, strict=True)])
+    flat = np.concatenate([r[row.response] for r, row in zip(rank[:ROWS], where.train, strict=True)])
     count = round(config["share"] * len(flat))
     order = np.argsort(flat, kind="stable")
     dropped = np.zeros(len(flat), np.bool_)
@@ -83,12 +83,12 @@ def main() -> None:
         for name in names
         for without in ("top", "bottom")
         for seed in range(RANDOM_SEEDS if name == "random" else 1)
-        if not (name == "random" and without == "bottom") and (not args.only or where in args.only or name in args.only)
+        if not (name == "random" and without == "bottom") and lines.asked(args.only, COUNTERFACTUAL, where, name)
     ]
     configs += [
         {"setting": where, "ranking": "random", "share": 0.0, "without": "top", "seed": 0, "rows": ROWS}
         for where in COUNTERFACTUAL
-        if not args.only or where in args.only
+        if lines.asked(args.only, COUNTERFACTUAL, where, "random")
     ]
     lines.run("counterfactual", configs, partial(one, args.data, str(args.work.resolve())), args.jobs)
 

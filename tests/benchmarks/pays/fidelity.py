@@ -108,7 +108,7 @@ def main() -> None:
         {"setting": where, "ranking": name, "score": dict(RANKINGS[name][0]), "by": RANKINGS[name][1], "rows": ROWS}
         for where in FIDELITY
         for name in RANKINGS
-        if not args.only or where in args.only or name in args.only
+        if lines.asked(args.only, FIDELITY, where, name)
     ]
     lines.run("fidelity", configs, partial(one, args.data, str(args.work.resolve())), args.jobs)
 

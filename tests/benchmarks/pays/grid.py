@@ -13,13 +13,20 @@ INFLUENCE = {"estimator": "influence", "layers": "all"}
 ADAM = {"precondition": "adam", "precondition_rows": 64}
 EKFAC = {"precondition": "ekfac", "precondition_rows": 64}
 MEMORY = {"retention": "remember"}
+SURPRISE = "nll / (entropy + 0.1)"
+"""A token's loss over what the model expected it to be: high where the model was sure of another token."""
 
 SELECTIONS: dict[str, Selection] = {
     "all tokens": Selection(who="all"),
     "oracle": Selection(who="oracle"),
     **{f"random {keep}": Selection(mask={"by": "random", "keep": keep}) for keep in (0.5, 0.8)},
     **{f"nll high {keep}": Selection(mask={"by": "nll", "keep": keep}) for keep in (0.5, 0.8)},
-    **{f"nll low {keep}": Selection(mask={"by": "-nll", "keep": keep}) for keep in (0.5, 0.8, 0.95)},
+    **{f"nll low {keep}": Selection(mask={"by": "-nll", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
+    **{f"surprise low {keep}": Selection(mask={"by": f"-{SURPRISE}", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
+    "all, then surprise low 0.95": Selection(
+        mask={"by": f"-{SURPRISE}", "keep": 0.95, "generation": "latest"}, refresh=16, warm=True
+    ),
+    "all, then published 0.5": Selection(mask={"keep": 0.5}, refresh=16, warm=True),
     **{f"entropy {keep}": Selection(mask={"by": "entropy", "keep": keep}) for keep in (0.5, 0.8)},
     **{
         f"excess loss {keep}": Selection(score=RHO1, mask={"by": "nll - reference_nll", "keep": keep})
@@ -38,8 +45,16 @@ SELECTIONS: dict[str, Selection] = {
             "influence": INFLUENCE,
             "influence adam": {**INFLUENCE, **ADAM},
             "influence ekfac": {**INFLUENCE, **EKFAC},
+            "published ekfac": EKFAC,
         }.items()
         for keep in (0.3, 0.5, 0.8, 0.9, 0.95, "positive")
+    },
+    **{
+        f"{name} {keep}": Selection(
+            score={"estimator": estimator, **MEMORY}, mask={"keep": keep, "stability_scale": "rms"}
+        )
+        for name, estimator in {"retention rms": "published", "influence retention rms": "influence"}.items()
+        for keep in (0.5, 0.8)
     },
     **{
         f"{name} {weights}": Selection(score=score, mask={"keep": 1.0, "weights": weights})
@@ -61,11 +76,35 @@ OUTCOME: dict[str, list[str]] = {
         "random 0.5",
         "nll low 0.95",
         "influence 0.8",
+        "surprise low 0.95",
+        "nll low 0.9",
+        "excess loss 0.8",
         "published 0.5",
-        "excess low 0.95",
+        "published ekfac 0.8",
         "influence positive",
+        "published 0.5 every 8",
+        "all, then surprise low 0.95",
+        "all, then published 0.5",
     ],
-    "clean": ["all tokens", "random 0.5", "published 0.5", "influence 0.8"],
+    "mixture": [
+        "all tokens",
+        "oracle",
+        "published 0.5",
+        "influence 0.5",
+        "random 0.5",
+        "nll low 0.5",
+        "published ekfac 0.5",
+    ],
+    "narrow": ["all tokens", "surprise low 0.8", "nll low 0.8", "random 0.5", "retention rms 0.5"],
+    "preference": ["all tokens", "published 0.5", "surprise low 0.95"],
+    "clean": [
+        "all tokens",
+        "random 0.5",
+        "published 0.5",
+        "influence 0.8",
+        "surprise low 0.95",
+        "all, then surprise low 0.95",
+    ],
 }
 
 ALL, HALF = {"layers": "all"}, {"layers": 15}
@@ -98,15 +137,6 @@ RANKINGS: dict[str, tuple[Mapping[str, Any], str]] = {
 FIDELITY = ("clean", "corrupted")
 
 COUNTERFACTUAL: dict[str, list[str]] = {
-    "clean": [
-        "random",
-        "published K=3",
-        "exact direct K=all",
-        "influence K=all",
-        "influence K=all adam",
-        "nll",
-        "entropy",
-        "excess loss",
-    ],
+    "clean": ["random", "influence K=all", "published K=3", "nll", "influence K=all adam"],
     "corrupted": ["random", "oracle", "influence K=all", "influence K=all adam", "nll", "excess loss"],
 }

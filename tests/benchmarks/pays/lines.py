@@ -6,7 +6,7 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -45,9 +45,16 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--data", default="../shared/data", help="folder of the real rows")
     found.add_argument("--work", default="pays.work", type=Path, help="folder for scorings and checkpoints")
-    found.add_argument("--only", nargs="+", default=[], help="names of settings, selections and rankings")
+    found.add_argument("--only", nargs="+", default=[], help="settings, and selections or rankings")
     found.add_argument("--jobs", type=int, default=1)
     return found
+
+
+def asked(only: Sequence[str], settings: Iterable[str], setting: str, name: str) -> bool:
+    """Whether `--only` lets this one pass: the settings it names and the others it names narrow apart."""
+    where = set(only) & set(settings)
+    names = set(only) - where
+    return (not where or setting in where) and (not names or name in names)
 
 
 def _timed(work: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> tuple[float, Any]:

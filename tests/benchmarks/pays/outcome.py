@@ -62,7 +62,7 @@ def main() -> None:
         for seed in range(args.seeds)
         for where, names in OUTCOME.items()
         for name in names
-        if not args.only or where in args.only or name in args.only
+        if lines.asked(args.only, OUTCOME, where, name)
     ]
     lines.run("outcome", configs, partial(one, args.data, str(args.work.resolve())), args.jobs)
 

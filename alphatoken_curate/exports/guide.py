@@ -1,0 +1,126 @@
+"""The README and the record beside an export: how to use it, what is in it, what is not and why, where it is from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from alphatoken_curate.exports.form import IN_WORDS, REASONS, Form, Told
+from alphatoken_curate.exports.settle import Tally
+from alphatoken_curate.fingerprint import Json
+from alphatoken_curate.trainset import TrainSet
+
+RECORD, README, DROPPED = "export.json", "README.md", "dropped.jsonl"
+
+
+def readme(form: Form, told: Told, tally: Tally, opened: TrainSet, settings: Mapping[str, Json]) -> str:
+    """README.md of an export."""
+    lines = [*_head(form), *_use(form, told), *_what(form, told, tally), *_rows(tally, settings)]
+    return "\n".join([*lines, *_origin(opened), ""])
+
+
+def _head(form: Form) -> Iterator[str]:
+    if form.data.endswith((".parquet", ".jsonl")):
+        # So that `load_dataset` of the folder finds the rows and not the record beside them.
+        yield from ("---", "configs:", "- config_name: default", f"  data_files: {json.dumps(form.data)}", "---", "")
+    yield from (f"# Tokens to train, for {form.reader}", "")
+    yield f"Written by `alphatoken-curate export --for {form.name}` and read back before it appeared."
+
+
+def _use(form: Form, told: Told) -> Iterator[str]:
+    yield from ("", "## Use", "", *form.use(told))
+    if form.beware:
+        yield from ("", *(f"- {sentence}" for sentence in form.beware))
+    yield from ("", "The form was checked against: " + "; ".join(f"{n} {how}" for n, how in form.checked.items()) + ".")
+
+
+def _what(form: Form, told: Told, tally: Tally) -> Iterator[str]:
+    yield from ("", "## What is in it", "", *form.columns(told), "")
+    yield IN_WORDS[form.alignment] if form.cuts else "Tokens are not in these files; weights are those of messages."
+    mean = tally.weight_sum / tally.trained_tokens
+    kind = "not all 0 or 1" if told.soft else "0 or 1"
+    yield ""
+    yield (
+        f"Weights are {kind}: {tally.trained_tokens:,} of {tally.tokens:,} tokens are to train, with a sum of weights"
+        f" of {tally.weight_sum:,.6g} and a mean of {mean:.6g}. In the run the mean over all trainable tokens is 1, so"
+        " that a loss divided by their count and one divided by the sum of weights agree on average."
+    )
+    if form.pairs and told.kind == "preference":
+        yield _PAIRS
+    else:
+        yield f"The loss is divided by {form.divides}."
+    if tally.answers:
+        yield f"Of {_count(tally.answers, 'answer')}, {tally.answers_trained:,} are to train."
+
+
+_PAIRS = (
+    "DPO divides by nothing: it sums the log-probabilities of an answer, in the policy and in the reference, and a"
+    " masked token must leave both. Masks shorten the sums, so the same beta means a smaller margin."
+)
+
+
+def _rows(tally: Tally, settings: Mapping[str, Json]) -> Iterator[str]:
+    yield from ("", "## Rows", "", f"- {_count(tally.rows, 'row')} written, in the order of the run (`row_id`)")
+    if tally.cut_rows:
+        most = settings["max_length"]
+        yield f"- {_count(tally.cut_rows, 'row')} cut at the end to {most} tokens, {tally.cut_tokens:,} tokens in all"
+    for reason, count in sorted(tally.dropped.items()):
+        yield f"- {_count(count, 'row')} dropped, `{reason}`: {REASONS[reason]}"
+    yield f"- each of those dropped is named in `{DROPPED}`" if tally.dropped else "- none dropped"
+
+
+def _origin(opened: TrainSet) -> Iterator[str]:
+    mask, digests = opened.mask, opened.stored.digests
+    yield from ("", "## Where it is from", "")
+    yield f"- run `{run_fingerprint(opened)}`"
+    yield f"- mask {mask.mask} `{mask.fingerprint}`"
+    yield f"- tokenizer `{digests.get('tokenizer')}`, chat template `{digests.get('template')}`: train the same"
+    yield from ("", f"`{RECORD}` has the settings of the mask, all counts, and the digest of every file.")
+
+
+def run_fingerprint(opened: TrainSet) -> str:
+    """That of the newest generation the mask was made of."""
+    known = {one.generation: one.fingerprint for one in opened.stored.generations}
+    return known[opened.mask.generations[-1]]
+
+
+def record(form: Form, tally: Tally, opened: TrainSet, settings: Mapping[str, Json]) -> dict[str, Any]:
+    """export.json, without `files`."""
+    mask = opened.mask
+    known = {one.generation: one for one in opened.stored.generations}
+    return {
+        "trainer": form.name,
+        "kind": opened.layout.kind,
+        "alignment": form.alignment,
+        "checked_against": dict(form.checked),
+        "settings": dict(settings),
+        "run": {
+            "fingerprint": run_fingerprint(opened),
+            "generations": [
+                {"generation": n, "checkpoint": known[n].checkpoint, "fingerprint": known[n].fingerprint}
+                for n in mask.generations
+            ],
+            "digests": dict(opened.stored.digests),
+            "inputs": [{"source": one.source, "digest": one.digest} for one in opened.stored.inputs],
+        },
+        "mask": {"mask": mask.mask, "fingerprint": mask.fingerprint, "settings": dict(mask.settings)},
+        "rows": {
+            "read": sum(shard.rows for shard in mask.shards),
+            "written": tally.rows,
+            "cut": tally.cut_rows,
+            "dropped": dict(sorted(tally.dropped.items())),
+        },
+        "tokens": {
+            "written": tally.tokens,
+            "trained": tally.trained_tokens,
+            "cut": tally.cut_tokens,
+            "longest": tally.longest,
+        },
+        "weights": {"sum": tally.weight_sum, "soft": tally.soft},
+        "answers": {"all": tally.answers, "trained": tally.answers_trained} if tally.answers else None,
+    }
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"

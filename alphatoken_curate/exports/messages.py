@@ -1,0 +1,174 @@
+"""`jsonl-weights`: chats as text for services that tokenise themselves, where tokens can only be weighed in groups.
+
+Two files of the same rows, since services take one or the other: a 0/1 `weight` on each assistant message, 0 where the
+mask left none of its tokens (OpenAI, Mistral); or a float `weight` on each row, the mean over its response tokens
+(Fireworks). Assistant messages are matched to the runs of response tokens, in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from alphatoken_curate.atomic import atomic_file
+from alphatoken_curate.errors import StoredDataError, UsageError
+from alphatoken_curate.exports.form import (
+    TOKEN_ALIGNED,
+    Asked,
+    Dropped,
+    Form,
+    Items,
+    Kept,
+    Told,
+    jsonl_rows,
+    unlike,
+)
+from alphatoken_curate.exports.originals import Original, originals
+from alphatoken_curate.shapes import Messages, Tokens
+from alphatoken_curate.trainset import TrainSet
+
+BY_MESSAGE, BY_ROW = "messages.jsonl", "samples.jsonl"
+
+
+def with_text(items: Items, opened: TrainSet) -> Items:
+    """Each row with its chat and weights, as they are written. Raises `UsageError` for rows that are no chats."""
+    source = originals(opened)
+    settings = opened.stored.settings
+    last_only, most = settings.get("turns") == "last", settings.get("max_length")
+    for item in items:
+        if isinstance(item, Dropped):
+            yield item
+            continue
+        row_id = item.row.row_id
+        original = next((one for one in source if one.row_id == row_id), None)
+        if original is None or len(original.response) != len(item.row.branches[0].input_ids):
+            raise StoredDataError(f"{opened.run}: row {row_id} of train/ is not in values/; run `verify`")
+        chat = _chat(original)
+        turns = _turns(chat, last_only)
+        runs = _runs(original.response)
+        if len(runs) < len(turns) and len(original.response) == most:
+            yield Dropped(row_id=row_id, reason="cut_when_scored")
+        else:
+            text = _records(original, chat, turns, runs, item.row.branches[0].loss_weight)
+            trained = sum(message.get("weight", 0) for message in text[0]["messages"])
+            yield replace(item, text=text, answers=len(turns), answers_trained=trained)
+    for _ in source:  # to the end, where the digests of what was read are compared
+        pass
+
+
+def _chat(original: Original) -> Messages:
+    record = original.record
+    if isinstance(record, Messages):
+        return record
+    kind = "pre-tokenised (input_ids + labels)" if isinstance(record, Tokens) else "raw text (prompt + completion)"
+    raise UsageError(
+        f"{original.place}: {kind}, with no messages to weigh; --for jsonl-weights takes chats. Export tokens, such as"
+        " --for hf."
+    )
+
+
+def _turns(chat: Messages, last_only: bool) -> list[int]:
+    """The messages that respond, as they were told apart for scoring."""
+    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    return [i for i in answers if i >= chat.respond_from][-1 if last_only else 0 :]
+
+
+def _runs(response: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """[start, end) of each run of response tokens."""
+    edges = np.flatnonzero(np.diff(response.astype(np.int8), prepend=0, append=0))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+def _records(
+    original: Original,
+    chat: Messages,
+    turns: list[int],
+    runs: list[tuple[int, int]],
+    weight: NDArray[np.float32],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row as it stands in either file."""
+    if len(runs) != len(turns):
+        raise UsageError(
+            f"{original.place}: {len(turns)} answers and {len(runs)} runs of response tokens, so which token is of"
+            " which message cannot be told. Export tokens, such as --for hf."
+        )
+    alive = {turn for turn, (start, end) in zip(turns, runs, strict=True) if weight[start:end].any()}
+    messages = [
+        {**message, "weight": int(i in alive)} if message["role"] == "assistant" else message
+        for i, message in enumerate(chat.messages)
+    ]
+    rest = {"tools": chat.tools} if chat.tools else {}
+    mean = float(weight[original.response].mean(dtype=np.float64))
+    return {"messages": messages, **rest}, {"messages": chat.messages, **rest, "weight": mean}
+
+
+def _write(folder: Path, batches: Iterator[list[Kept]], asked: Asked) -> None:
+    with atomic_file(folder / BY_MESSAGE) as messages, atomic_file(folder / BY_ROW) as samples:
+        for kept in (kept for rows in batches for kept in rows):
+            for sink, record in zip((messages, samples), kept.text, strict=True):
+                sink.write(_line(record, kept.row.row_id))
+
+
+def _line(record: Mapping[str, Any], row_id: int) -> bytes:
+    try:
+        return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_PASSTHROUGH_DATETIME)
+    except TypeError as error:
+        found = f"a message of row {row_id} holds what JSON has no form for ({error})"
+        raise UsageError(f"{found}; take it out and score again, or export tokens, such as --for hf.") from error
+
+
+def _check(folder: Path, rows: Iterator[Kept], asked: Asked) -> None:
+    found = [jsonl_rows(folder / name) for name in (BY_MESSAGE, BY_ROW)]
+    for kept in rows:
+        for stored, wanted in zip(found, kept.text, strict=True):
+            if next(stored, None) != wanted:
+                raise unlike(folder, f"row_id {kept.row.row_id} is not as the mask has it")
+    if any(next(stored, None) is not None for stored in found):
+        raise unlike(folder, "it holds more rows than were written")
+
+
+def _columns(told: Told) -> Iterator[str]:
+    yield f"- `{BY_MESSAGE}`: `messages`, with `weight` 0 or 1 on each assistant message; `tools` where there are some"
+    yield f"- `{BY_ROW}`: `messages`, `tools`, and a float `weight` on the row"
+
+
+def _use(told: Told) -> Iterator[str]:
+    yield f"OpenAI, Mistral and services with their format: upload {json.dumps(told.file(BY_MESSAGE))}. A message has"
+    yield "weight 0 where the mask left none of its tokens, or where it was not to respond; otherwise all of it trains."
+    yield ""
+    yield f"Fireworks: upload {json.dumps(told.file(BY_ROW))}. The weight is the mean loss weight over the row's"
+    yield "response tokens, those dropped by the mask counted as 0."
+
+
+FORM = Form(
+    name="jsonl-weights",
+    reader="hosted services that take chats: OpenAI, Mistral, Fireworks",
+    checked={
+        "openai": "its API description, 2026-11, documentation",
+        "mistral": "secondary source, not verified",
+        "fireworks": "its documentation, 2026-11",
+    },
+    data=BY_MESSAGE,
+    alignment=TOKEN_ALIGNED,
+    pairs=False,
+    floats=lambda asked: True,
+    destroys="",
+    divides="what the service divides by, which it does not say",
+    columns=_columns,
+    use=_use,
+    write=_write,
+    check=_check,
+    beware=(
+        "A token mask cannot be sent to these services: where a message keeps one token, all of it trains.",
+        "The service tokenises by its own model and template: values are those of yours.",
+    ),
+    cuts=False,
+    refine=with_text,
+)

@@ -1,0 +1,104 @@
+"""The rows a run was made of, read once more where they lie: they must be what they were when they were scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alphatoken_curate import shards
+from alphatoken_curate.atomic import digest
+from alphatoken_curate.beside import CONFIG
+from alphatoken_curate.config import load_settings
+from alphatoken_curate.containers import Meter, RowFault, raw_rows
+from alphatoken_curate.errors import InputError, UsageError
+from alphatoken_curate.files import DataFile, find_files, visible
+from alphatoken_curate.manifest import Input
+from alphatoken_curate.rows import normalise
+from alphatoken_curate.scan import choose_generation
+from alphatoken_curate.shapes import AnyRecord
+from alphatoken_curate.shards import entries
+from alphatoken_curate.trainset import TrainSet
+
+
+class Original(NamedTuple):
+    """A row of the input with its response mask (T,) bool as stored; `record` is None where it was a bad row."""
+
+    row_id: int
+    place: str
+    record: AnyRecord | None
+    response: NDArray[np.bool_]
+
+
+class _Place(NamedTuple):
+    row_id: int
+    source: str
+    line: int
+    response: NDArray[np.bool_]
+
+
+def originals(opened: TrainSet) -> Iterator[Original]:
+    """Every row that was read, in order. Raises `UsageError` where the files are gone or are others now."""
+    stored = _stored(opened)
+    for file, known in _files(opened):
+        meter = Meter(file)
+        for raw in raw_rows(file, meter, ()):
+            place = next(stored, None)
+            if place is None or (place.source, place.line) != (known.source, raw.line):
+                raise _changed(file, "its rows are others")
+            where = f"{visible(known.source)}:{raw.line}"
+            yield Original(place.row_id, where, _record(raw.record), place.response)
+        if meter.digest != known.digest:
+            raise _changed(file, f"its digest is {meter.digest}, the run has {known.digest}")
+    if next(stored, None) is not None:
+        raise UsageError(f"{opened.run}: its files hold fewer rows than were scored; restore them, or score again.")
+
+
+def _record(raw: dict[str, Any] | RowFault) -> AnyRecord | None:
+    if isinstance(raw, RowFault):
+        return None
+    try:
+        return normalise(raw)[1]
+    except RowFault:
+        return None
+
+
+def _stored(opened: TrainSet) -> Iterator[_Place]:
+    """Where each row came from, of the newest generation that the mask was made of: all have the same rows."""
+    columns = ["row_id", "source", "line", "response"]
+    for shard in choose_generation(opened.run, opened.stored, opened.mask.generations[-1]).shards:
+        table = shards.read(opened.run / shard.path, opened.layout.values, columns)
+        flat, lengths = entries(table["response"])
+        responses = np.split(flat.astype(np.bool_), np.cumsum(lengths)[:-1])
+        names = (table[name].to_pylist() for name in columns[:3])
+        yield from (_Place(*row) for row in zip(*names, responses, strict=True))
+
+
+def _files(opened: TrainSet) -> list[tuple[DataFile, Input]]:
+    """The files that config.yaml names, each with what the manifest says of it; those on disk are checked first."""
+    names = load_settings(opened.run / CONFIG).get("data")
+    again = "Restore it, or score again; every other export reads the run alone."
+    if not isinstance(names, list) or not names:
+        raise UsageError(f"{opened.run / CONFIG}: names no data, so the original rows cannot be found. {again}")
+    try:
+        found = find_files([str(name) for name in names])
+    except InputError as error:
+        raise UsageError(f"the original rows cannot be found: {error} {again}") from error
+    inputs = opened.stored.inputs
+    if [file.source for file in found] != [known.source for known in inputs]:
+        sources = ", ".join(visible(known.source) for known in inputs)
+        raise UsageError(f"the original rows are not those that were scored: the run was made of {sources}. {again}")
+    for file, known in zip(found, inputs, strict=True):
+        if not file.is_hub and digest(Path(file.path)) != (known.bytes, known.digest.removeprefix("sha256:")):
+            raise _changed(file, "its digest is not that in the manifest")
+    return list(zip(found, inputs, strict=True))
+
+
+def _changed(file: DataFile, found: str) -> UsageError:
+    return UsageError(
+        f"{visible(file.path)}: changed since it was scored ({found}). Restore it, or score again; every other export"
+        " reads the run alone."
+    )

@@ -1,0 +1,198 @@
+"""The rows of a mask as datasets: `TrainDataset` streams them for any loop, `as_dataset` is for Trainer and TRL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset, get_worker_info
+
+from alphatoken_curate.errors import FingerprintError, UsageError
+from alphatoken_curate.trainset import TrainRow, TrainSet, open_train
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LISTS = ("input_ids", "labels", "loss_weight")
+"""Of each branch of a row."""
+
+SAME = ("seed", "shuffle", "world", "shards_at_once", "batch_size", "max_length")
+"""Settings that decide which row comes when; a state goes on only with those it was made with."""
+
+
+def as_dataset(run: str | Path, mask: int | None = None, *, max_length: int | None = None) -> Dataset:
+    """The rows of the newest mask, or the one given, as a `datasets.Dataset`: memory-mapped, in order of row_id.
+
+    Columns: row_id, and of each branch (`chosen_` and `rejected_` before the names in preference runs) input_ids,
+    labels and loss_weight. The bytes of all shards are checked; datasets keeps a copy of them in its cache. Longer
+    sequences are cut to `max_length` tokens at the end, ids, labels and weights alike; no row is left out, those
+    that have nothing left to train give nothing. Raises `UsageError` where there is no such mask or it has no row,
+    `StoredDataError` for shards that are damaged.
+    """
+    from datasets import Dataset
+
+    opened = open_train(run, mask)
+    names = [prefix + name for prefix in opened.layout.branches for name in LISTS]
+    paths = [str(path) for path in opened.files()]
+    if not any(shard.rows for shard in opened.mask.shards):
+        raise UsageError(f"{run}: mask {opened.mask.mask} has no row to train on")
+    rows = Dataset.from_parquet(paths, columns=["row_id", *names])
+    return rows if max_length is None else rows.map(_cut, fn_kwargs={"names": names, "max_length": max_length})
+
+
+def _cut(row: Mapping[str, Any], names: list[str], max_length: int) -> dict[str, Any]:
+    return {name: row[name][:max_length] for name in names}
+
+
+class TrainDataset(IterableDataset[dict[str, Any]]):
+    """The rows of a mask, read shard by shard, shuffled, shared out among ranks, resumable to the row.
+
+    An item is `{"row_id": int, "input_ids": int64 (T,), "labels": int64 (T,), "loss_weight": float32 (T,)}`, in
+    preference runs with `chosen_` and `rejected_` before the names of lists: what `WeightedCollator` and
+    `PreferenceCollator` take.
+
+        data = TrainDataset("runs/a", batch_size=8, rank=rank, world=world)
+        loader = DataLoader(data, batch_size=8, collate_fn=WeightedCollator(), num_workers=2)
+        for epoch in range(data.epoch, 3):
+            data.set_epoch(epoch)
+            for batch in loader: ...
+
+    Order: by (seed, epoch) shards are drawn in random order, and rows among `shards_at_once` of them, which is what
+    memory holds; each rank gets every `world`-th row. All ranks get equally many: up to world - 1 rows of an epoch,
+    other ones each time, are left out. Rank and world are told, never guessed: leave them at 0 and 1 under
+    Accelerate or Trainer, which share out by themselves. Workers of a DataLoader share the rank's rows out in blocks of
+    `batch_size`, so that batches come in the same order with any number of them (give the loader the same). With
+    `persistent_workers` a new epoch or mask does not reach them: leave that off.
+
+    Raises `UsageError` for numbers that cannot be, else as `open_train`.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        mask: int | None = None,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        shards_at_once: int = 4,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int = 1,
+        max_length: int | None = None,
+    ) -> None:
+        if not 0 <= rank < world or shards_at_once < 1 or batch_size < 1:
+            raise UsageError(
+                f"TrainDataset: rank {rank} of world {world}, {shards_at_once} shards at once, batches of {batch_size};"
+                " ranks count from 0, the others from 1"
+            )
+        self.run, self.rank = Path(run), rank
+        self.seed, self.shuffle, self.world, self.shards_at_once = seed, shuffle, world, shards_at_once
+        self.batch_size, self.max_length = batch_size, max_length
+        self.epoch = 0
+        self._opened = open_train(run, mask)
+        self._next: TrainSet | None = None
+        self._start, self._done = 0, 0
+
+    @property
+    def mask(self) -> int:
+        """Number of the mask that the rows of this epoch are of."""
+        return self._opened.mask.mask
+
+    def __len__(self) -> int:
+        """Rows of an epoch, for this rank."""
+        return sum(shard.rows for shard in self._opened.mask.shards) // self.world
+
+    def use_mask(self, mask: int | None = None) -> None:
+        """Go on with another mask, by default the newest one, when the next epoch begins. Raises as `open_train`."""
+        self._next = open_train(self.run, mask)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch; nothing changes where it has begun already, so that a resumed one goes on."""
+        if epoch != self.epoch:
+            self._begin(epoch)
+
+    def state_dict(self, rows: int | None = None) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on behind the last row that was given out; the same for all ranks.
+
+        `rows`: how many rows of this epoch this rank has trained on. Needed with DataLoader workers, which read ahead
+        in copies of this object; a loader that asks its workers for their states, as torchdata's does, needs no number.
+        """
+        start, done = (self._start, self._done) if rows is None else (rows, 0)
+        following = self._next.mask.mask if self._next is not None else None
+        return {
+            **{name: getattr(self, name) for name in SAME},
+            "mask": self.mask,
+            "mask_fingerprint": self._opened.mask.fingerprint,
+            "next_mask": following,
+            "epoch": self.epoch,
+            "start": start,
+            "done": done,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called, by its mask. Raises `UsageError` for a state of another order."""
+        other = [name for name in SAME if state[name] != getattr(self, name)]
+        if other:
+            found = ", ".join(f"{name} {state[name]!r}, here {getattr(self, name)!r}" for name in other)
+            raise UsageError(f"the state is of another order of rows: {found}. Make the dataset as it was made then.")
+        opened = open_train(self.run, state["mask"])
+        if opened.mask.fingerprint != state["mask_fingerprint"]:
+            raise FingerprintError(
+                f"{self.run}: mask {state['mask']} is not the one that the state was made with; name that run",
+                ("mask",),
+            )
+        self._opened = opened
+        self._next = open_train(self.run, state["next_mask"]) if state["next_mask"] is not None else None
+        self.epoch, self._start, self._done = state["epoch"], state["start"], state["done"]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows of this epoch that are left; behind the last one the next epoch begins by itself."""
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        passed = 0
+        for group, places in self._groups(number, count):
+            skipped = min(len(places), max(0, self._done - passed))
+            passed += skipped
+            rows: list[TrainRow] = []
+            if skipped < len(places):
+                rows = [row for index in group for row in self._opened.read(self._opened.mask.shards[index])]
+            for place in places[skipped:]:
+                passed += 1
+                self._done = passed
+                yield _item(rows[place], self._opened, self.max_length)
+        if worker is None:
+            self._begin(self.epoch + 1)
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch, self._start, self._done = epoch, 0, 0
+        if self._next is not None:
+            self._opened, self._next = self._next, None
+
+    def _groups(self, worker: int, workers: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Indices of shards that are held together, and the places in them of this worker's rows, in their order."""
+        shards = self._opened.mask.shards
+        draw = np.random.default_rng((self.seed, self.epoch))
+        order = draw.permutation(len(shards)) if self.shuffle else np.arange(len(shards))
+        before, whole = 0, len(self) * self.world
+        for first in range(0, len(order), self.shards_at_once):
+            group = order[first : first + self.shards_at_once]
+            held = sum(shards[index].rows for index in group)
+            places = draw.permutation(held) if self.shuffle else np.arange(held)
+            number = before + np.arange(held)
+            own = (number % self.world == self.rank) & (number < whole)
+            of_rank = number // self.world - self._start
+            yield group, places[own & (of_rank >= 0) & (of_rank // self.batch_size % workers == worker)]
+            before += held
+
+
+def _item(row: TrainRow, opened: TrainSet, max_length: int | None) -> dict[str, Any]:
+    item: dict[str, Any] = {"row_id": row.row_id}
+    for prefix, branch in zip(opened.layout.branches, row.branches, strict=True):
+        item[prefix + "input_ids"] = torch.from_numpy(branch.input_ids[:max_length].astype(np.int64))
+        item[prefix + "labels"] = torch.from_numpy(branch.labels[:max_length].copy())
+        item[prefix + "loss_weight"] = torch.from_numpy(branch.loss_weight[:max_length].copy())
+    return item

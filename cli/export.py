@@ -1,0 +1,65 @@
+"""alphatoken-curate export: a run as files that another trainer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+TRAINERS = ("hf", "llamafactory", "ms-swift", "levanter", "tinker", "megatron", "verl", "skyrl", "jsonl-weights")
+
+_HELP = """Write the rows of the run folder RUN, with their mask and weights, as files that another trainer reads.
+
+\b
+hf             transformers, TRL, Unsloth; with --strict Axolotl and Together
+llamafactory   LLaMA-Factory, from tokenized_path
+ms-swift       ms-swift, JSON lines
+levanter, tinker, megatron, verl, skyrl
+jsonl-weights  OpenAI, Mistral, Fireworks: weights of messages and of rows
+
+The folder gets a README with the config lines to use, and export.json with origin, counts and digests. Preference
+pairs: hf, llamafactory, ms-swift and tinker.
+"""
+
+
+@click.command(name="export", help=_HELP)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--for", "trainer", type=click.Choice(TRAINERS), required=True, help="Who is to read the files.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", required=True, help="A new folder for them."
+)
+@click.option("--mask", type=int, metavar="N", help="The mask to export. Default: the newest.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Cut rows at the end to N tokens, weights too; rows left with nothing to train are dropped and named.",
+)
+@click.option("--strict", is_flag=True, help="Of hf: input_ids, attention_mask and labels alone (Axolotl, Together).")
+@click.option("--binarize", is_flag=True, help="Make every weight above 0 a 1, for trainers that destroy other ones.")
+def command(run: Path, **asked: Any) -> None:
+    """Export, and say what was written."""
+    from alphatoken_curate.exports.export import export
+
+    done = export(run, **asked)
+    click.echo(f"Wrote {done.path}/ for {done.trainer}, of mask {done.mask}")
+    for line in _summary(done):
+        click.echo(line)
+
+
+def _summary(done: Any) -> Iterator[str]:
+    yield f"  rows     {done.rows:,}"
+    yield (
+        f"  tokens   {done.tokens:,}, of which {done.trained_tokens:,} train; sum of weights {done.weight_sum:,.6g}"
+        f"{'' if done.soft else ' (all 0 or 1)'}"
+    )
+    if done.answers:
+        yield f"  answers  {done.answers:,}, of which {done.answers_trained:,} have weight 1"
+    if done.cut_rows:
+        yield f"  cut      {done.cut_rows:,} rows, {done.cut_tokens:,} tokens"
+    told = ", ".join(f"{reason} {count:,}" for reason, count in done.dropped.items())
+    yield f"  dropped  {sum(done.dropped.values()):,} rows{f': {told}; see {done.path}/dropped.jsonl' if told else ''}"
+    yield f"  data     {done.data}"
+    yield f"Next: the config lines in {done.path}/README.md"

@@ -1,0 +1,240 @@
+"""Rows of a mask as datasets: their order, ranks, workers, and going on to the row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hand import sft_loss, stored
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_run import small_run, value_row
+from torch.utils.data import DataLoader
+from trainer_runs import tiny
+
+from alphatoken_curate import MaskConfig, mask
+from alphatoken_curate.errors import FingerprintError, StoredDataError, UsageError
+from alphatoken_curate.trainers import TrainDataset, WeightedCollator, as_dataset, weighted_loss
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),  # workers of loaders
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more of them than cores
+]
+
+COUNT = 23
+
+
+def made(folder: Path, kind: str = "sft", count: int = COUNT) -> Path:
+    rows = [value_row(i, 3 + (i * 5) % 9, kind=kind) for i in range(count)]
+    return small_run(folder, rows, kind=kind, config=MaskConfig(weights="rank"), per_shard=4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("run") / "run")
+
+
+def seen(data: Any) -> list[int]:
+    return [item["row_id"] for item in data]
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_rows_are_those_of_the_files(tmp_path: Path, kind: str) -> None:
+    run = made(tmp_path / "run", kind)
+    rows = stored(run, 0)
+    branches = ("",) if kind == "sft" else ("chosen_", "rejected_")
+    names = [branch + name for branch in branches for name in ("input_ids", "labels", "loss_weight")]
+    whole = as_dataset(run)
+    assert whole.column_names == ["row_id", *names]
+    assert whole[:] == {name: [row[name] for row in rows] for name in ["row_id", *names]}
+    for item, row in zip(TrainDataset(run, shuffle=False), rows, strict=True):
+        assert list(item) == ["row_id", *names]
+        assert {name: one.tolist() for name, one in item.items() if name != "row_id"} == {n: row[n] for n in names}
+        assert all(item[n].dtype == (torch.float32 if n.endswith("weight") else torch.int64) for n in names)
+
+
+def test_lists_are_cut_alike(run: Path) -> None:
+    rows = {row["row_id"]: row for row in stored(run, 0)}
+    for data in (as_dataset(run, max_length=5), TrainDataset(run, max_length=5)):
+        for item in data:
+            for name in ("input_ids", "labels", "loss_weight"):
+                assert list(item[name]) == rows[int(item["row_id"])][name][:5]
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own(run: Path) -> None:
+    data = TrainDataset(run, seed=3, shards_at_once=2)
+    orders = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        orders.append(seen(data))
+        assert sorted(orders[-1]) == list(range(COUNT)) and len(data) == COUNT
+    assert orders[0] != orders[1] != orders[2] and orders[0] != sorted(orders[0])
+    assert seen(TrainDataset(run, seed=3, shards_at_once=2)) == orders[0]
+    assert seen(TrainDataset(run, seed=4, shards_at_once=2)) != orders[0]
+    # Without being told, the next pass is the next epoch.
+    again = TrainDataset(run, seed=3, shards_at_once=2)
+    assert [seen(again), seen(again)] == orders[:2] and again.epoch == 2
+
+
+def test_no_more_shards_are_held_than_said(run: Path) -> None:
+    """Rows that come together are of that many shards."""
+    for shards, limit in ((1, 1), (3, 3)):
+        order = seen(TrainDataset(run, shards_at_once=shards))
+        for first in range(0, COUNT, 4 * shards):
+            together = {row_id // 4 for row_id in order[first : first + 4 * shards]}
+            assert len(together) <= limit + 1  # the last shard is shorter, and may come first
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_ranks_share_the_rows_out(run: Path, world: int) -> None:
+    left_out = set()
+    for epoch in range(4):
+        parts = []
+        for rank in range(world):
+            data = TrainDataset(run, rank=rank, world=world)
+            data.set_epoch(epoch)
+            parts.append(seen(data))
+        assert {len(part) for part in parts} == {COUNT // world}
+        joined = [row for part in parts for row in part]
+        assert len(set(joined)) == len(joined)
+        left_out |= set(range(COUNT)) - set(joined)
+    assert len(left_out) > COUNT % world or COUNT % world == 0  # other rows each time
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_are_the_same_with_any_number_of_workers(run: Path, workers: int) -> None:
+    def loader(count: int) -> DataLoader[Any]:
+        data = TrainDataset(run, batch_size=2, rank=1, world=2)
+        return DataLoader(data, batch_size=2, num_workers=count, collate_fn=WeightedCollator())
+
+    for found, wanted in zip(loader(workers), loader(0), strict=True):
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@given(st.integers(0, COUNT), st.integers(1, 3), st.integers(1, 4), st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_a_resumed_epoch_goes_on_at_the_next_row(run: Path, stop: int, world: int, batch: int, shuffle: bool) -> None:
+    def dataset() -> TrainDataset:
+        return TrainDataset(run, seed=1, shuffle=shuffle, rank=world - 1, world=world, batch_size=batch)
+
+    data = dataset()
+    data.set_epoch(5)
+    whole = seen(data)
+    data.set_epoch(5)
+    stop = min(stop, len(whole))
+    rows = iter(data)
+    before = [next(rows)["row_id"] for _ in range(stop)]
+    later = dataset()
+    later.load_state_dict(data.state_dict())
+    later.set_epoch(5)
+    assert before + seen(later) == whole
+    told = dataset()
+    told.set_epoch(5)
+    told.load_state_dict(told.state_dict(rows=stop))
+    assert before + seen(told) == whole
+    # Resumed twice, the second time within what the first left.
+    if stop + 2 <= len(whole):
+        third = dataset()
+        third.load_state_dict({**data.state_dict(), "start": 0, "done": stop})
+        more = iter(third)
+        next(more)
+        fourth = dataset()
+        fourth.load_state_dict(third.state_dict())
+        assert seen(fourth) == whole[stop + 1 :]
+
+
+def test_a_state_at_the_end_is_the_beginning_of_the_next_epoch(run: Path) -> None:
+    data = TrainDataset(run)
+    seen(data)
+    later = TrainDataset(run)
+    later.load_state_dict(data.state_dict())
+    data.set_epoch(1)
+    assert later.epoch == 1 and seen(later) == seen(data)
+
+
+def test_workers_states_go_on_too(run: Path) -> None:
+    """As torchdata's loader does: each worker's own copy gives its state, and takes it."""
+    from unittest import mock
+
+    def copies(states: list[dict[str, Any]] | None, take: int) -> tuple[list[list[int]], list[dict[str, Any]]]:
+        found, kept = [], []
+        for number in range(2):
+            data = TrainDataset(run, batch_size=3)
+            if states:
+                data.load_state_dict(states[number])
+            info = mock.Mock(id=number, num_workers=2)
+            with mock.patch("alphatoken_curate.trainers.dataset.get_worker_info", return_value=info):
+                rows = iter(data)
+                got = [item["row_id"] for _, item in zip(range(take), rows, strict=False)]
+            found.append(got)
+            kept.append(data.state_dict())
+        return found, kept
+
+    whole, _ = copies(None, COUNT)
+    first, states = copies(None, 4)
+    rest, _ = copies(states, COUNT)
+    assert [a + b for a, b in zip(first, rest, strict=True)] == whole
+    assert sorted(row for part in whole for row in part) == list(range(COUNT))
+
+
+def test_another_mask_comes_with_the_next_epoch(tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    data = TrainDataset(run)
+    rows = iter(data)
+    next(rows)
+    mask(run, MaskConfig(keep=0.2))
+    data.use_mask()
+    assert data.mask == 0
+    state = data.state_dict()
+    first = {row["row_id"]: row["loss_weight"] for row in stored(run, 0)}
+    assert all(item["loss_weight"].tolist() == first[item["row_id"]] for item in rows)
+    second = {row["row_id"]: row["loss_weight"] for row in stored(run, 1)}
+    assert data.mask == 1 and first != second
+    assert all(item["loss_weight"].tolist() == second[item["row_id"]] for item in data)
+    # Resumed before the swap: the rest of the epoch by the old mask, the next one by the new.
+    later = TrainDataset(run)
+    assert later.mask == 1
+    later.load_state_dict(state)
+    assert later.mask == 0 and all(item["loss_weight"].tolist() == first[item["row_id"]] for item in later)
+    assert later.mask == 1
+
+
+def test_what_does_not_go_together_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="rank 2 of world 2"):
+        TrainDataset(run, rank=2, world=2)
+    with pytest.raises(UsageError, match="has no mask 4"):
+        TrainDataset(run, 4)
+    with pytest.raises(UsageError, match="has no mask 4"):
+        TrainDataset(run).use_mask(4)
+    with pytest.raises(UsageError, match="seed 1, here 0"):
+        TrainDataset(run).load_state_dict(TrainDataset(run, seed=1).state_dict())
+    other = made(tmp_path / "other", count=9)
+    with pytest.raises(FingerprintError, match="mask 0 is not the one"):
+        TrainDataset(other).load_state_dict(TrainDataset(run).state_dict())
+
+
+def test_a_damaged_or_empty_mask_is_refused(tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    path = sorted((run / "train" / "mask=0000").iterdir())[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+    with pytest.raises(StoredDataError, match=path.name):
+        as_dataset(run)
+    with pytest.raises(StoredDataError, match=path.name):
+        list(TrainDataset(run))
+    nothing = small_run(tmp_path / "nothing", [value_row(0, 4, "failed")])
+    with pytest.raises(UsageError, match="no row to train on"):
+        as_dataset(nothing)
+    assert list(TrainDataset(nothing)) == []
+
+
+def test_a_plain_loop_has_the_loss_by_hand(run: Path) -> None:
+    model = tiny()
+    data = TrainDataset(run, batch_size=COUNT)
+    (batch,) = DataLoader(data, batch_size=COUNT, collate_fn=WeightedCollator())
+    labels, weight = batch.pop("labels"), batch.pop("loss_weight")
+    found = weighted_loss(model(**batch).logits, labels, weight)
+    assert abs(found.item() - sft_loss(model, stored(run, 0), "count").item()) < 1e-6

@@ -1,0 +1,143 @@
+"""TRL's DPOTrainer with masks and weights on both branches, against the computation by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hand import dpo_loss, gradients, stored
+from tiny_files import perturbed
+from trainer_runs import ROWS, assert_close, settings, step, tiny, tokenizer, train_run
+from trl import DPOConfig
+
+from alphatoken_curate.errors import UsageError
+from alphatoken_curate.trainers import WeightedDPOTrainer, as_dataset
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"),  # TRL's own call
+]
+
+BETA = 0.5
+_BRANCHES = ("chosen", "rejected")
+
+
+@pytest.fixture(scope="module", params=["binary", "rank"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_run(tmp_path_factory.mktemp("runs") / "run", kind="preference", weights=request.param)
+
+
+def policy() -> Any:
+    """Another model than the reference, so that margins are not 0."""
+    return perturbed(tiny(), scale=0.2)
+
+
+def trainer(out: Path, rows: Any, *, accumulation: int = 1, model: Any = None, **more: Any) -> WeightedDPOTrainer:
+    more = {"max_length": None, "activation_checkpointing": False, "beta": BETA, **more}
+    peft = {"peft_config": more.pop("peft_config")} if "peft_config" in more else {"ref_model": tiny()}
+    return WeightedDPOTrainer(
+        model=model or policy(),
+        args=DPOConfig(**settings(out, accumulation, **more)),
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        **peft,
+    )
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_step_is_that_computed_by_hand(run: Path, tmp_path: Path, accumulation: int, precomputed: bool) -> None:
+    made = trainer(tmp_path, as_dataset(run), accumulation=accumulation, precompute_ref_log_probs=precomputed)
+    assert ("ref_chosen_logps" in made.train_dataset.column_names) == precomputed
+    model = policy()
+    loss = dpo_loss(model, tiny(), stored(run, 0), BETA)
+    assert abs(loss.item() - dpo_loss(tiny(), tiny(), stored(run, 0), BETA).item()) > 0.003  # the margins are not 0
+    assert_close(step(made), loss, gradients(model, loss))
+
+
+def test_the_reference_is_masked_as_the_policy_is(run: Path, tmp_path: Path) -> None:
+    """Without masks the reference's sums are others, so that the test above can fail."""
+    rows = stored(run, 0)
+    whole = [
+        {**row, **{f"{b}_loss_weight": [0.0] + [1.0] * (len(row[f"{b}_input_ids"]) - 1) for b in _BRANCHES}}
+        for row in rows
+    ]
+    masked, unmasked = dpo_loss(policy(), tiny(), rows, BETA), dpo_loss(policy(), tiny(), whole, BETA)
+    assert abs(masked - unmasked) > 0.01
+    same = trainer(tmp_path, as_dataset(run), model=tiny())
+    assert step(same).loss == pytest.approx(0.6931471805599453, abs=1e-7)
+
+
+def test_an_adapters_reference_is_the_model_without_it(run: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    made = trainer(tmp_path, as_dataset(run), model=tiny(), peft_config=lora)
+    assert made.ref_model is None
+    with torch.no_grad():
+        wanted = dpo_loss(made.model, tiny(), stored(run, 0), BETA).item()
+    assert abs(wanted - 0.6931471805599453) > 1e-3
+    assert abs(step(made).loss - wanted) < 1e-6
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_a_masked_last_token_changes_nothing(run: Path, tmp_path: Path, precomputed: bool) -> None:
+    """It is no context of any other: exactly the same loss and gradients."""
+    rows = as_dataset(run)
+    found = step(trainer(tmp_path, rows, precompute_ref_log_probs=precomputed))
+    touched = 0
+
+    def other(row: dict[str, Any]) -> dict[str, Any]:
+        nonlocal touched
+        changed = {}
+        for branch in _BRANCHES:
+            ids = list(row[f"{branch}_input_ids"])
+            if row[f"{branch}_loss_weight"][-1] == 0:
+                ids[-1] = (ids[-1] + 7) % 50
+                touched += 1
+            changed[f"{branch}_input_ids"] = ids
+        return changed
+
+    changed = step(
+        trainer(
+            tmp_path, Dataset.from_list([{**row, **other(row)} for row in rows]), precompute_ref_log_probs=precomputed
+        )
+    )
+    assert touched > 2
+    assert changed.loss == found.loss
+    assert all(torch.equal(changed.gradients[name], one) for name, one in found.gradients.items())
+
+
+def test_losses_that_divide_count_kept_tokens(tmp_path: Path) -> None:
+    run = train_run(tmp_path / "run", kind="preference")
+    found = step(trainer(tmp_path, as_dataset(run), loss_type=["sigmoid_norm"]))
+    rows = stored(run, 0)
+    for row in rows:
+        for branch in _BRANCHES:
+            kept = sum(one > 0 for one in row[f"{branch}_loss_weight"])
+            row[f"{branch}_loss_weight"] = [one / kept for one in row[f"{branch}_loss_weight"]]
+    assert abs(found.loss - dpo_loss(policy(), tiny(), rows, BETA).item()) < 1e-6
+
+
+def test_the_loss_of_evaluation_is_that_computed_by_hand(run: Path, tmp_path: Path) -> None:
+    rows = as_dataset(run)
+    made = trainer(tmp_path, rows, per_device_eval_batch_size=ROWS)
+    assert abs(made.evaluate(rows)["eval_loss"] - dpo_loss(policy(), tiny(), stored(run, 0), BETA).item()) < 1e-6
+
+
+def test_what_would_leave_weights_aside_is_refused(run: Path, tmp_path: Path) -> None:
+    rows = as_dataset(run)
+    with pytest.raises(UsageError, match="8 of 8 rows are longer than max_length=7"):
+        trainer(tmp_path, rows, max_length=7)
+    with pytest.raises(UsageError, match="use_weighting=True"):
+        trainer(tmp_path, rows, use_weighting=True)
+    with pytest.raises(UsageError, match="the train dataset has no chosen_loss_weight"):
+        trainer(tmp_path, rows.remove_columns(["chosen_loss_weight"]))
+    cut = step(trainer(tmp_path, as_dataset(run, max_length=7), max_length=7))
+    short = [
+        {name: value[:7] if isinstance(value, list) else value for name, value in row.items()} for row in stored(run, 0)
+    ]
+    assert abs(cut.loss - dpo_loss(policy(), tiny(), short, BETA).item()) < 1e-6
