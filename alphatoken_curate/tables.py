@@ -26,7 +26,7 @@ from alphatoken_curate.files import DataFile, visible
 
 _PARQUET = b"PAR1"
 _FOREIGN = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"\x89HDF": "HDF5"}
-_PARQUET_BATCH_ROWS, _PARQUET_FEWEST_ROWS = 256, 8
+_PARQUET_BATCH_ROWS, _PARQUET_FEWEST_ROWS = 64, 8
 
 
 def raw_rows(file: DataFile, meter: Meter, keys: Collection[str]) -> Iterator[RawRow]:
@@ -79,13 +79,12 @@ def _parquet_rows(file: DataFile, meter: Meter, keys: Collection[str]) -> Iterat
 
 
 def _batches(table: Any, columns: list[str] | None, meter: Meter) -> Iterator[Any]:
-    """Batches of all row groups. A value is no larger than its unpacked column, but may be repeated in each row."""
+    """Batches of all row groups. A value is no larger than its unpacked group, but may be repeated in each row."""
     for group in range(table.num_row_groups):
-        about = table.metadata.row_group(group)
-        parts = [about.column(i) for i in range(about.num_columns)]
-        sizes = [p.total_uncompressed_size for p in parts if not columns or p.path_in_schema.split(".")[0] in columns]
-        meter.allow(sum(sizes))
-        rows = min(_PARQUET_BATCH_ROWS, max(_PARQUET_FEWEST_ROWS, MAX_RATIO_FLOOR_BYTES // max([1, *sizes])))
+        # Not what the footer says of each column: where that is damaged, Arrow ends the process.
+        size = max(1, table.metadata.row_group(group).total_byte_size)
+        meter.allow(size)
+        rows = min(_PARQUET_BATCH_ROWS, max(_PARQUET_FEWEST_ROWS, MAX_RATIO_FLOOR_BYTES // size))
         for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
             meter.give(batch.nbytes)
             yield batch

@@ -481,9 +481,9 @@ def test_few_rows_are_unpacked_at_once_where_one_may_be_large(tmp_path: Path, mo
 
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", spied)
     assert len(read_rows([str(tmp_path / "rows.parquet")]).rows) == 600
-    monkeypatch.setattr(tables, "MAX_RATIO_FLOOR_BYTES", 30_000)
+    monkeypatch.setattr(tables, "MAX_RATIO_FLOOR_BYTES", 200_000)
     assert [row.line for row in read_rows([str(tmp_path / "rows.parquet")]).rows] == list(range(1, 601))
-    assert asked[:2] == [256, 256] and all(8 <= size < 100 for size in asked[2:])
+    assert asked[:2] == [64, 64] and all(8 <= size < 64 for size in asked[2:])
 
 
 def test_more_bad_rows_than_can_be_told_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
