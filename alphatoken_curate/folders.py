@@ -61,6 +61,27 @@ def json_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def refuse_other_weights(folder: Path) -> None:
+    """Raise ModelError where an index names weights that are no safetensors file of this folder.
+
+    transformers would read them whatever they are: a pickle, or a file elsewhere that no digest covers.
+    """
+    named = {"config.json": [json_object(folder / "config.json").get("transformers_weights")]}
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        listed = json_object(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ModelError(f"{index}: not an index of weights: no weight_map in it.")
+        named[index.name] = list(listed.values())
+    for place, names in named.items():
+        for name in names:
+            plain = isinstance(name, str) and not {"/", "\\"} & set(name)
+            if name is not None and not (plain and name.endswith((".safetensors", ".safetensors.index.json"))):
+                raise ModelError(
+                    f"{folder}: {place} takes weights from {name!r}, which is no safetensors file of this folder."
+                    " Save the model again with save_pretrained."
+                )
+
+
 def checked(folder: Path) -> Path:
     """The folder, once it is known to hold a whole model in safetensors. Raises ModelError where it does not."""
     if not (folder / "config.json").is_file():
@@ -68,6 +89,7 @@ def checked(folder: Path) -> Path:
     if not model_weights(folder):
         refuse_pickles(folder)
         raise ModelError(f"{folder}: no *.safetensors file in it.")
+    refuse_other_weights(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
             f"{folder}: it holds a whole model and an adapter ({ADAPTER_CONFIG}), so what to load is not clear."

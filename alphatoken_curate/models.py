@@ -10,6 +10,7 @@ import gc
 import hashlib
 import importlib
 import importlib.metadata
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _CHUNK_BYTES = 1 << 22
 GGUF = ".gguf"
+_OWN_ATTENTIONS = ("eager", "sdpa", "flex_attention", "None")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,11 +181,26 @@ def check_remote_code(source: ModelSource, trust_remote_code: bool) -> None:
     from transformers import CONFIG_MAPPING
 
     config = model_config(source)
+    if asked := sorted(set(_attentions(config)) - set(_OWN_ATTENTIONS)):
+        raise ModelError(
+            f"{source.name}: its config.json asks for the attention {asked[0]!r}, and transformers loads what it does"
+            " not have from the Hub, as code. Remove attn_implementation there; if you trust it, add"
+            " --trust-remote-code."
+        )
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise ModelError(
             f"{source.name}: loading it runs Python code that came with it ({config['auto_map']})."
             " Read that code; if you trust it, add --trust-remote-code."
         )
+
+
+def _attentions(value: Any) -> Iterator[str]:
+    """Every attention that a config, or one within it, names."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key in ("attn_implementation", "_attn_implementation"):
+            yield from map(str, item.values() if isinstance(item, dict) else [item])
+        else:
+            yield from _attentions(item)
 
 
 def digest_files(files: Iterable[Path]) -> str:
@@ -291,7 +308,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 home.folder, trust_remote_code=trust_remote_code, **home.load_options
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _unreadable() as error:
         raise ModelError(f"{source.name}: transformers cannot load its tokenizer: {error!r}") from error
     return tokenizer
 
@@ -327,10 +344,11 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
                 output_loading_info=True,
                 **source.load_options,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _unreadable() as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ModelError(f"{source.name}: transformers cannot load it: {error}") from error
+        told = str(error) if isinstance(error, OSError | RuntimeError | SafetensorError) else repr(error)
+        raise ModelError(f"{source.name}: transformers cannot load it: {told}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # transformers would make these up at random, with a warning.
@@ -339,6 +357,15 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
             " Name a whole causal language model."
         )
     return model
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What transformers and its readers raise of files that are not what they should be."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    builtin = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+    return (*builtin, TypeError, ValueError, struct.error, SafetensorError, StrictDataclassError)
 
 
 @contextmanager

@@ -50,11 +50,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from alphatoken_curate.containers import Meter, RawRow, RowFault, raw_rows
+from alphatoken_curate.containers import Meter, RawRow, RowFault
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.files import find_files, visible
 from alphatoken_curate.pairs import PREFERENCE, PROMPT_LIKE
 from alphatoken_curate.shapes import OPEN, SFT, SIDE, Also, AnyRecord, Pair, Shapes, wrong
+from alphatoken_curate.tables import raw_rows
+
+MAX_BAD_ROWS = 1_000_000
+"""Most bad rows that are told one by one; a file with more is not what it should be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,10 +147,19 @@ class RowStream:
                         excerpt=raw.excerpt,
                     )
                 )
+                self._check_bad(source)
                 continue
             row = Row(row_id=row_id, source=source, line=raw.line, id=name, shape=shape, record=record)
             self._samples.setdefault(isinstance(record, Pair), row)
             yield row
+
+    def _check_bad(self, source: str) -> None:
+        if len(self.bad) > MAX_BAD_ROWS:
+            last = self.bad[-1]
+            raise InputError(
+                f"{visible(source)}: more than {MAX_BAD_ROWS:,} rows cannot be used, the last at line {last.line}:"
+                f" {last.reason}: {last.message}. This is not the data it should be; name other files."
+            )
 
     @property
     def samples(self) -> list[Row]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from alphatoken_curate.errors import StoredDataError
+from alphatoken_curate.files import legible
 
 from .options import tell_version
 
@@ -20,7 +21,7 @@ def command(run: Path) -> None:
     tell_version(run)
     problems = verify(run)
     for problem in problems:
-        click.echo(f"{problem.file}: {problem.found}. {problem.do}", err=True)
+        click.echo(legible(f"{problem.file}: {problem.found}. {problem.do}"), err=True)
     if problems:
         raise StoredDataError(f"{run}: {len(problems)} problems found.")
     click.echo(f"{run}: every file is as it was written, and every row is accounted for.")

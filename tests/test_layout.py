@@ -20,7 +20,7 @@ CLI = ROOT / "cli"
 
 ORDER = """
     errors config fingerprint documents draws schema atomic progress
-    | files containers shapes pairs rows chat pieces speller tokens plan
+    | files containers tables shapes pairs rows chat pieces speller tokens plan
     | tangents tangent_rules probabilities attention tangent_attention experts foreign blocks precision capture
     value_rows folders adapters models likeness checkpoints
     | losses selection target fisher generate precondition drift paths parameters influence composite preference signals
@@ -206,6 +206,7 @@ def test_every_source_module_has_its_tests() -> None:
         "files": "test_rows",
         "folders": "test_models",
         "containers": "test_rows",
+        "tables": "test_rows",
         "chat": "test_tokens",
         "fingerprint": "test_manifest",
         "documents": "test_manifest",
