@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from alphatoken_curate.errors import ModelError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
+_OWN_ATTENTIONS = ("eager", "sdpa", "flex_attention", "None")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.gguf"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
@@ -112,3 +114,21 @@ def download(hub_id: str, revision: str | None, local: bool) -> Path:
         raise ModelError(
             f"{hub_id}: no such folder here, and the Hub did not give it ({reason}). Check the name, or the network."
         ) from error
+
+
+def check_attentions(name: str, config: Any) -> None:
+    """Refuse a config that asks for an attention which transformers would load from the Hub, as code."""
+    if asked := sorted(set(_attentions(config)) - set(_OWN_ATTENTIONS)):
+        raise ModelError(
+            f"{name}: its config.json asks for the attention {asked[0]!r}, and transformers loads what it does not have"
+            " from the Hub, as code. Remove attn_implementation there; if you trust it, add --trust-remote-code."
+        )
+
+
+def _attentions(value: Any) -> Iterator[str]:
+    """Every attention that a config, or one within it, names."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key in ("attn_implementation", "_attn_implementation"):
+            yield from map(str, item.values() if isinstance(item, dict) else [item])
+        else:
+            yield from _attentions(item)

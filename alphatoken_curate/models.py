@@ -23,6 +23,7 @@ from alphatoken_curate.errors import ModelError, UsageError
 from alphatoken_curate.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    check_attentions,
     checked,
     download,
     is_adapter,
@@ -42,7 +43,6 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _CHUNK_BYTES = 1 << 22
 GGUF = ".gguf"
-_OWN_ATTENTIONS = ("eager", "sdpa", "flex_attention", "None")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,26 +181,12 @@ def check_remote_code(source: ModelSource, trust_remote_code: bool) -> None:
     from transformers import CONFIG_MAPPING
 
     config = model_config(source)
-    if asked := sorted(set(_attentions(config)) - set(_OWN_ATTENTIONS)):
-        raise ModelError(
-            f"{source.name}: its config.json asks for the attention {asked[0]!r}, and transformers loads what it does"
-            " not have from the Hub, as code. Remove attn_implementation there; if you trust it, add"
-            " --trust-remote-code."
-        )
+    check_attentions(source.name, config)
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise ModelError(
             f"{source.name}: loading it runs Python code that came with it ({config['auto_map']})."
             " Read that code; if you trust it, add --trust-remote-code."
         )
-
-
-def _attentions(value: Any) -> Iterator[str]:
-    """Every attention that a config, or one within it, names."""
-    for key, item in value.items() if isinstance(value, dict) else ():
-        if key in ("attn_implementation", "_attn_implementation"):
-            yield from map(str, item.values() if isinstance(item, dict) else [item])
-        else:
-            yield from _attentions(item)
 
 
 def digest_files(files: Iterable[Path]) -> str:
