@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 from pathlib import Path
@@ -47,6 +48,16 @@ def test_the_command_of_the_readme_has_the_flags(tmp_path: Path, kind: str, comm
     found = shlex.split((place / "README.md").read_text().split("```sh\n")[1].split("```")[0].replace("\\\n", " "))
     assert found[:2] == command
     assert found[found.index("--dataset") + 1] == str(place / "train.jsonl")
-    for flag in ("--is_binary_loss_scale", "--use_chat_template"):
-        assert found[found.index(flag) + 1] == "false"
+    assert found[found.index("--is_binary_loss_scale") + 1] == "false"
+    assert found[found.index("--external_plugins") + 1] == str(place / "swift_template.py")
+    assert found[found.index("--template") + 1] == "tokens"
     assert ("--rlhf_type" in found) == (kind == "preference")
+
+
+def test_the_template_adds_no_token_of_its_own(tmp_path: Path) -> None:
+    export(small_run(tmp_path / "run"), trainer="ms-swift", output=tmp_path / "out")
+    tree = ast.parse((tmp_path / "out" / "swift_template.py").read_text())
+    (made,) = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "TemplateMeta")
+    assert [ast.literal_eval(argument) for argument in made.args] == ["tokens"]
+    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in made.keywords}
+    assert given == {"prefix": [], "prompt": ["{{QUERY}}"], "chat_sep": None, "suffix": []}

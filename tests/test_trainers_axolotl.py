@@ -26,6 +26,10 @@ class StandIn(Trainer):
 
     steps = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -44,6 +48,22 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, trainers.__name__, trainers)
     yield importlib.import_module("alphatoken_curate.trainers.axolotl")
     sys.modules.pop("alphatoken_curate.trainers.axolotl")
+
+
+def test_micro_batches_are_divided_by_the_tokens_of_all(
+    plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in transformers before 5.20, which Axolotl pins: only what the model accepts says who divides.
+    monkeypatch.setattr(plugin.WeightedAxolotlTrainer, "loss_is_scaled_for_ga", None)
+    run, own = train_run(tmp_path / "run", weights="rank"), plugin.AlphaTokenPlugin()
+    made = own.get_trainer_cls({})(
+        model=tiny(),
+        args=TrainingArguments(**settings(tmp_path, 4)),
+        train_dataset=as_dataset(run),
+        data_collator=DataCollatorForSeq2Seq(tokenizer()),
+    )
+    own.post_trainer_create({}, made)
+    assert abs(step(made).loss - sft_loss(tiny(), stored(run, 0), "count").item()) < 1e-6
 
 
 @pytest.mark.parametrize("denominator", [None, "count", "sum"])

@@ -196,7 +196,8 @@ FORM = Form(
     pairs=True,
     floats=lambda asked: not asked.strict,
     destroys="with --strict there are labels alone, which are on or off",
-    divides="the number of labels that are not -100, over the whole accumulation window",
+    divides="the number of labels that are not -100, over the whole accumulation window; Axolotl (0.19) without the"
+    " plugin over each micro-batch, and takes the mean of these, where few labels count as much as many",
     columns=_columns,
     use=_use,
     write=_write,

@@ -1,4 +1,9 @@
-"""`ms-swift`: JSON lines whose one assistant message is `token_ids` with a `loss_scale` for each."""
+"""`ms-swift`: JSON lines whose one assistant message is `token_ids` with a `loss_scale` for each.
+
+They need a template of their own, which is written beside them. Every template that ms-swift has, also where
+`--use_chat_template false` empties it, ends a row with the tokenizer's end token at weight 1, puts a begin token before
+it where the tokenizer has one, and gives weight 1 to an end token that is masked right behind a trained token.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.exports.form import (
     TOKEN_ALIGNED,
     Asked,
@@ -22,6 +28,13 @@ from alphatoken_curate.exports.form import (
 )
 
 NAME = "train.jsonl"
+TEMPLATE, TEMPLATE_CODE = "tokens", "swift_template.py"
+_CODE = f'''"""A template of ms-swift for rows that are tokens already: it adds none, and leaves their weights alone."""
+
+from swift.template import TemplateMeta, register_template
+
+register_template(TemplateMeta("{TEMPLATE}", prefix=[], prompt=["{{{{QUERY}}}}"], chat_sep=None, suffix=[]))
+'''
 _KEYS = ("messages", "rejected_messages")
 
 
@@ -39,6 +52,8 @@ def _seen(record: dict[str, Any]) -> Seen:
 
 def _write(folder: Path, batches: Iterator[list[Kept]], asked: Asked) -> None:
     write_jsonl(folder / NAME, (_record(kept) for rows in batches for kept in rows))
+    with atomic_file(folder / TEMPLATE_CODE) as sink:
+        sink.write(_CODE.encode())
 
 
 def _check(folder: Path, rows: Iterator[Kept], asked: Asked) -> None:
@@ -55,10 +70,13 @@ def _use(told: Told) -> Iterator[str]:
     pair = told.kind == "preference"
     command = "swift rlhf --rlhf_type dpo" if pair else "swift sft"
     yield from ("```sh", f"{command} --model MODEL --dataset {shlex.quote(told.file(NAME))} \\")
-    yield f"    --use_chat_template false --is_binary_loss_scale false --max_length {told.longest}"
+    yield f"    --external_plugins {shlex.quote(told.file(TEMPLATE_CODE))} --template {TEMPLATE} \\"
+    yield f"    --is_binary_loss_scale false --max_length {told.longest}"
     yield from ("```", "")
     yield "`--is_binary_loss_scale false`: without it every weight above 0 becomes 1, without a word."
-    yield "`--use_chat_template false`: the rows hold all of the chat already."
+    yield f"`--template {TEMPLATE}`: the rows hold all of the chat already. ms-swift's own templates, with"
+    yield "`--use_chat_template false` too, add an end token that trains, and train one that the mask leaves out."
+    yield "Answer with the model's own template, `swift infer --template ...`."
 
 
 FORM = Form(

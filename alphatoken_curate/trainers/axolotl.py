@@ -30,6 +30,12 @@ class AlphaTokenArgs(BaseModel):
 class WeightedAxolotlTrainer(AxolotlTrainer, WeightedTrainer):  # type: ignore[misc]
     """Axolotl's trainer, whose own steps end in `WeightedTrainer.compute_loss` in place of the plain one."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Axolotl has each micro-batch divided by its own tokens and their sum by the number of them. Ours is divided by
+        # what the whole window has; the transformers of Axolotl (5.16) has no other way to be told than this.
+        self.model_accepts_loss_kwargs = True
+
 
 class AlphaTokenPlugin(BasePlugin):  # type: ignore[misc]
     """Gives Axolotl's SFT a weighted loss. Raises `UsageError` for what has a loss of its own."""

@@ -34,7 +34,7 @@ def one(data: str, work: str, config: dict[str, Any]) -> dict[str, Any]:
     where = setting(config["setting"], Path(data))
     rank = ranking(where, config["ranking"], Path(work), config["seed"])
     where = replace(where, train=where.train[:ROWS], epochs=1)
-    flat = np.concatenate([r[row.response] for r, row in zip(rank, where.train, strict=True)])
+    flat = np.concatenate([r[row.response] for r, row in zip(rank[:ROWS], where.train, strict=True)])
     count = round(config["share"] * len(flat))
     order = np.argsort(flat, kind="stable")
     dropped = np.zeros(len(flat), np.bool_)

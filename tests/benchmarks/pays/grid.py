@@ -23,6 +23,10 @@ SELECTIONS: dict[str, Selection] = {
     **{f"nll high {keep}": Selection(mask={"by": "nll", "keep": keep}) for keep in (0.5, 0.8)},
     **{f"nll low {keep}": Selection(mask={"by": "-nll", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
     **{f"surprise low {keep}": Selection(mask={"by": f"-{SURPRISE}", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
+    "all, then surprise low 0.95": Selection(
+        mask={"by": f"-{SURPRISE}", "keep": 0.95, "generation": "latest"}, refresh=16, warm=True
+    ),
+    "all, then published 0.5": Selection(mask={"keep": 0.5}, refresh=16, warm=True),
     **{f"entropy {keep}": Selection(mask={"by": "entropy", "keep": keep}) for keep in (0.5, 0.8)},
     **{
         f"excess loss {keep}": Selection(score=RHO1, mask={"by": "nll - reference_nll", "keep": keep})
@@ -79,6 +83,8 @@ OUTCOME: dict[str, list[str]] = {
         "published ekfac 0.8",
         "influence positive",
         "published 0.5 every 8",
+        "all, then surprise low 0.95",
+        "all, then published 0.5",
     ],
     "mixture": [
         "all tokens",
@@ -91,7 +97,14 @@ OUTCOME: dict[str, list[str]] = {
     ],
     "narrow": ["all tokens", "surprise low 0.8", "nll low 0.8", "random 0.5", "retention rms 0.5"],
     "preference": ["all tokens", "published 0.5", "surprise low 0.95"],
-    "clean": ["all tokens", "random 0.5", "published 0.5", "influence 0.8", "surprise low 0.95"],
+    "clean": [
+        "all tokens",
+        "random 0.5",
+        "published 0.5",
+        "influence 0.8",
+        "surprise low 0.95",
+        "all, then surprise low 0.95",
+    ],
 }
 
 ALL, HALF = {"layers": "all"}, {"layers": 15}

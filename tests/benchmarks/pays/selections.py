@@ -32,22 +32,24 @@ RHO1 = {"reference": "tuned"}
 class Selection:
     """Settings of `score` and `mask`, and how many steps later both are taken again (0: never).
 
-    `who`: `score`, or `all` response tokens, or the `oracle`'s.
+    `who`: `score`, or `all` response tokens, or the `oracle`'s. `warm`: all response tokens until the first refresh.
     """
 
     who: str = "score"
     score: Mapping[str, Any] = field(default_factory=dict)
     mask: Mapping[str, Any] = field(default_factory=dict)
     refresh: int = 0
+    warm: bool = False
 
     def about(self) -> dict[str, Any]:
         """What a result line says of it."""
-        return {"who": self.who, "score": dict(self.score), "mask": dict(self.mask), "refresh": self.refresh}
+        about = {"who": self.who, "score": dict(self.score), "mask": dict(self.mask), "refresh": self.refresh}
+        return about | {"warm": True} if self.warm else about
 
 
 def weights_of(chosen: Selection, setting: Setting, work: Path, seed: int) -> Weights:
     """The weights of each training row's (or branch's) tokens."""
-    if chosen.who == "all":
+    if chosen.who == "all" or chosen.warm:
         return [row.response.astype(np.float32) for row in setting.train]
     if chosen.who == "oracle":
         return [(row.response & row.good).astype(np.float32) for row in setting.train]
