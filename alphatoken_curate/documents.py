@@ -28,15 +28,14 @@ def sealed(document: Mapping[str, Json]) -> bytes:
 
 
 def unsealed(content: bytes) -> dict[str, Json]:
-    """What `sealed` was given. Raises `Unreadable` where a byte is not as it was written."""
+    """What `sealed` was given. Raises `Unreadable` where a byte is not as it was written, if it has a seal."""
     try:
         found = orjson.loads(content)
         if not isinstance(found, dict):
             raise Unreadable("it is not an object")
-        seal = found.get(SEAL)
         document = {name: value for name, value in found.items() if name != SEAL}
-        # The same JSON can be written in other bytes.
-        if _written(found) != content or (SEAL in found and seal != fingerprint(document)):
+        # Bytes are compared too: the same JSON can be written in others.
+        if SEAL in found and (found[SEAL] != fingerprint(document) or _written(found) != content):
             raise Unreadable("it is not as it was written")
     except (orjson.JSONDecodeError, orjson.JSONEncodeError) as error:
         raise Unreadable(str(error)) from error
