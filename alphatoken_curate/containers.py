@@ -42,7 +42,7 @@ MAX_NESTING = 128
 CHUNK_BYTES = 2**20
 """What is read at once."""
 
-_ZSTD_CHUNK_BYTES = 2**11  # a Zstandard block of 4 bytes may hold 128 KiB: small bites bound what one call returns
+_ZSTD_CHUNK_BYTES = 2**9  # a Zstandard block of 4 bytes may hold 128 KiB: small bites bound what one call returns
 _ZSTD_WINDOW_BYTES = 2**27
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _STRINGS = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)

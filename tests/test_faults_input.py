@@ -237,7 +237,10 @@ class Fake:
 
     def _of(self, row: AnyRow) -> RowResult:
         names = ("nll", "entropy", *components(self.spec.config.estimator).of_value, "value")
-        parts = tuple({name: np.where(p.response, p.input_ids, np.nan) for name in names} for p in branches(row))
+        parts = tuple(
+            {name: np.where(p.response, p.input_ids, np.nan).astype(np.float32) for name in names}
+            for p in branches(row)
+        )
         pair = len(parts) > 1
         return RowResult(branches=parts, omega=0.05 if pair else None, margin=0.0 if pair else None)
 
@@ -481,7 +484,7 @@ def test_few_rows_are_unpacked_at_once_where_one_may_be_large(tmp_path: Path, mo
 
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", spied)
     assert len(read_rows([str(tmp_path / "rows.parquet")]).rows) == 600
-    monkeypatch.setattr(tables, "MAX_RATIO_FLOOR_BYTES", 200_000)
+    monkeypatch.setattr(tables, "MAX_RATIO_FLOOR_BYTES", 50_000)
     assert [row.line for row in read_rows([str(tmp_path / "rows.parquet")]).rows] == list(range(1, 601))
     assert asked[:2] == [64, 64] and all(8 <= size < 64 for size in asked[2:])
 
