@@ -50,6 +50,7 @@ _SAMPLES = (
     "fisher_rows",
     "fisher_prompts",
     "fisher_new_tokens",
+    "fisher_stops",
     "prompt_tokens",
     "tokens",
     "seed",

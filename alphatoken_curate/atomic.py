@@ -3,8 +3,8 @@
 The rename is the only commit point. A temp file is named `.<name>.<random>.tmp`; who holds a run (`one_writer`) may
 sweep those that a killed writer left behind.
 
-Test hook: with ALPHATOKEN_CURATE_KILL_AT=<point>[:n] in the environment the process ends itself by SIGKILL when it
-passes that point for the n-th time (default: the first).
+Test hook: with ALPHATOKEN_CURATE_KILL_AT=<point>[@<file name>][:n] in the environment the process ends itself by
+SIGKILL when it passes that point, of a file of that name where one is given, for the n-th time (default: the first).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
 _passed: Counter[str] = Counter()
 
 
-def kill_point(name: str) -> None:
+def kill_point(name: str, path: Path | None = None) -> None:
     """Test hook, see the top of this module: a place where a test may have the process killed."""
     wanted, _, count = os.environ.get(KILL_AT, "").partition(":")
-    if wanted == name:
-        _passed[name] += 1
-        if _passed[name] == int(count or 1):
+    if wanted == name or (path is not None and wanted == f"{name}@{path.name}"):
+        _passed[wanted] += 1
+        if _passed[wanted] == int(count or 1):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -69,7 +69,7 @@ class Sink(io.RawIOBase):
         view = memoryview(data).cast("B")
         half = len(view) // 2
         self._write(view[:half])
-        kill_point("mid-write")
+        kill_point("mid-write", self._path)
         self._write(view[half:])
         return len(view)
 
@@ -86,8 +86,9 @@ class Sink(io.RawIOBase):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; without `sync` the bytes may not be on disk yet."""
-        self._file.close()
+        """Close the file; without `sync` the bytes may not be on disk yet. Raises `CurateError` as `sync` does."""
+        with _refusal(self._path):
+            self._file.close()
         super().close()
 
 
@@ -103,17 +104,17 @@ def atomic_file(path: Path) -> Iterator[Sink]:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with Sink(path, descriptor) as sink:
-            kill_point("after-temp-open")
+            kill_point("after-temp-open", path)
             yield sink
             sink.sync()
-            kill_point("after-fsync")
-        kill_point("after-close")
+            kill_point("after-fsync", path)
+        kill_point("after-close", path)
         with _refusal(path):
             os.replace(temporary, path)
-        kill_point("after-rename")
-        _sync_folder(path.parent)
+            kill_point("after-rename", path)
+            _sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)  # gone already where it was renamed
+        _remove(temporary)  # gone already where it was renamed
 
 
 def digest(path: Path) -> tuple[int, str]:
@@ -132,10 +133,16 @@ def sweep(folder: Path) -> int:
     """Remove temp files of writers that were killed; returns how many. Call it only while holding the run."""
     if not folder.is_dir():
         return 0
-    stale = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+    return sum(_remove(path) for path in folder.iterdir() if TEMPORARY.fullmatch(path.name))
+
+
+def _remove(temporary: Path) -> bool:
+    """Remove a temp file, where the disk lets us: what is left is swept by the next writer, and `verify` names it."""
+    try:
+        temporary.unlink()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -152,7 +159,8 @@ def one_writer(run: Path) -> Iterator[None]:
         return
     import fcntl
 
-    folder = os.open(run, os.O_RDONLY)
+    with _refusal(run):
+        folder = os.open(run, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

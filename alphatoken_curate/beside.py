@@ -21,8 +21,10 @@ import yaml
 
 from alphatoken_curate import manifest
 from alphatoken_curate.atomic import atomic_file
-from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import StoredDataError
+from alphatoken_curate.manifest import Manifest
+from alphatoken_curate.models import DEMO_MODEL
 from alphatoken_curate.pieces import pieces, vocabulary_table
 from alphatoken_curate.prepare import Prepared
 from alphatoken_curate.schema import VOCABULARY
@@ -36,6 +38,9 @@ PROMPT_ROWS = "artifacts/prompt_rows.parquet"
 _PLACES = ("model", "reference", "target", "fisher", "fisher_prompts", "retention")
 """Settings that may name a file or folder."""
 
+_NAMES = {"model": (DEMO_MODEL,), "reference": (DEMO_MODEL,), "fisher": FISHER_MODES}
+"""What they may name that is none, whatever lies in the working folder."""
+
 _SIDE = pa.schema(
     [
         pa.field("row_id", pa.int64(), nullable=False),
@@ -45,13 +50,13 @@ _SIDE = pa.schema(
 )
 
 
-def write_beside(run: Path, prepared: Prepared, batch_tokens: int | None) -> bool:
+def write_beside(run: Path, prepared: Prepared, dtype: str, batch_tokens: int | None) -> bool:
     """Write what lies beside the shards; returns whether the manifest must be written after it.
 
-    `batch_tokens`: the budget the run was begun with, which config.yaml names in place of `auto`. In a finished run
-    they stay as they are, and only what was lost is written again.
+    `dtype` and `batch_tokens`: what the run was begun with, which config.yaml names in place of `auto`: another device
+    would choose others. In a finished run they stay as they are, and only what was lost is written again.
     """
-    makers: dict[str, Callable[[], bytes]] = {CONFIG: lambda: _config_yaml(prepared.config, batch_tokens)}
+    makers: dict[str, Callable[[], bytes]] = {CONFIG: lambda: _config_yaml(prepared.config, dtype, batch_tokens)}
     if prepared.bad:
         makers["rejects.jsonl"] = lambda: _rejects(prepared)
     if prepared.tokenizer is not None:
@@ -69,9 +74,10 @@ def write_beside(run: Path, prepared: Prepared, batch_tokens: int | None) -> boo
     return unfinished or bool(wanted)
 
 
-def read_side_rows(run: Path, name: str) -> list[TokenRow]:
-    """Rows kept under one of the names above. Raises StoredDataError where the file is missing or damaged."""
+def read_side_rows(run: Path, stored: Manifest, name: str) -> list[TokenRow]:
+    """Rows kept under one of the names above. Raises StoredDataError where it is not the file the manifest names."""
     path = run / name
+    manifest.check_file(run, stored, name)
     try:
         table = pq.read_table(path, schema=_SIDE)
     except (OSError, pa.ArrowException, ValueError) as error:
@@ -99,12 +105,13 @@ def _side_rows(rows: Sequence[TokenRow]) -> bytes:
     return _parquet(pa.table(columns, schema=_SIDE))
 
 
-def _config_yaml(config: ScoreConfig, batch_tokens: int | None) -> bytes:
+def _config_yaml(config: ScoreConfig, dtype: str, batch_tokens: int | None) -> bytes:
     # What was taken over from another run is here now.
     settings: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ScoreConfig) if f.name != "reuse"}
     settings["data"] = [_place(name) for name in config.data]
     for name in _PLACES:
-        settings[name] = _place(settings[name])
+        settings[name] = settings[name] if settings[name] in _NAMES.get(name, ()) else _place(settings[name])
+    settings["dtype"] = dtype
     settings["batch_tokens"] = batch_tokens or config.batch_tokens
     head = b"# Replay this run: alphatoken-curate score --config THIS FILE -o ANOTHER FOLDER\n"
     return head + yaml.safe_dump(settings, sort_keys=True).encode()

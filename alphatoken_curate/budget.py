@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import orjson
-
 from alphatoken_curate.atomic import atomic_file
+from alphatoken_curate.documents import Unreadable, decode, sealed, unsealed
 from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError
-from alphatoken_curate.fingerprint import Json, canonical, differing
-from alphatoken_curate.manifest import Plan, decode
+from alphatoken_curate.fingerprint import Json, differing
+from alphatoken_curate.manifest import Plan
 from alphatoken_curate.models import free_memory
 from alphatoken_curate.progress import Progress
+from alphatoken_curate.schema import SCHEMA_VERSION
 
 NAME = "run.json"
 """In artifacts/: the run's fingerprint fields and its plan, written before anything is computed.
@@ -154,14 +154,14 @@ class Budget:
 
     def _write(self) -> None:
         with atomic_file(self.path) as sink:
-            sink.write(canonical(asdict(self._record)) + b"\n")
+            sink.write(sealed(asdict(self._record)))
 
     def _read(self) -> _Record | None:
         if not self.path.is_file():
             return None
         try:
-            found = decode(_Record, orjson.loads(self.path.read_bytes()))
-        except ValueError:
+            found = decode(_Record, unsealed(self.path.read_bytes()))
+        except Unreadable:
             found = None
         if found is None or not _is_sound(found):
             raise StoredDataError(f"{self.path}: damaged. Delete it and run the same command again.")
@@ -175,13 +175,26 @@ def _is_sound(record: _Record) -> bool:
     return settled and min(counts, default=1) > 0 and all(shard.isdecimal() for shard in record.shards)
 
 
+def older(run: Path, version: object) -> FingerprintError:
+    """The error of a run of another schema version, which can be read and masked, and not gone on with."""
+    return FingerprintError(
+        f"{run}: schema version {version}, and this release writes {SCHEMA_VERSION}: the two do not go into one run."
+        " It can be read, masked, verified and exported as it is. To score its rows anew, name another folder:"
+        f" alphatoken-curate score --config {run}/config.yaml -o ANOTHER",
+        ("schema_version",),
+    )
+
+
 def _check_same(run: Path, stored: Mapping[str, Json], fields: Mapping[str, Json]) -> None:
+    if stored.get("schema_version") != fields.get("schema_version"):
+        raise older(run, stored.get("schema_version"))
     names = _causes(differing(stored, fields), stored, fields)
     if names:
         raise FingerprintError(
             f"{run}: it was made with other settings or inputs: {', '.join(names)}."
             " Give the ones it was made with, or another folder with -o.",
             names,
+            stored,
         )
 
 

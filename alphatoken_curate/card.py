@@ -8,10 +8,10 @@ from pathlib import Path
 import orjson
 import pyarrow as pa
 
-from alphatoken_curate import masks
+from alphatoken_curate import criteria
 from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.manifest import Manifest, Mask, components, layout
-from alphatoken_curate.schema import SIGNALS, Layout, with_units
+from alphatoken_curate.schema import SIGNALS, Layout, lacks, with_units
 
 NAME = "README.md"
 
@@ -64,7 +64,7 @@ def _body(manifest: Manifest) -> Iterator[str]:
     yield (
         "Made by alphatoken-curate with the AlphaToken method ([arXiv 2606.01635](https://arxiv.org/abs/2606.01635))."
         " Every response token of the rows was given a value: how much a training step on it helps the target task,"
-        " and brings the model back toward its reference. The masks keep the tokens of highest value."
+        " and brings the model back toward its reference."
     )
     yield from ("", "## Rows and tokens", "", *_counts(manifest))
     columns = layout(manifest)
@@ -81,7 +81,10 @@ def _body(manifest: Manifest) -> Iterator[str]:
     yield from ("", f"`train`: {_TRAIN_ROWS[columns.kind]}", "", *_columns(_train(manifest, columns)))
     absent = set(SIGNALS) - set(components(manifest).signals)
     yield from ("", "`values`: every row read; lists of values are empty unless `status` is `scored`.")
-    yield from ("The columns of other estimators are there too, and hold nulls alone.", "")
+    yield from (
+        lacks(manifest.schema_version) or "The columns of other estimators are there too, and hold nulls alone.",
+        "",
+    )
     yield from _columns(columns.values, [prefix + name for prefix in columns.branches for name in absent])
     yield from ("", "## What was run", "", *_run(manifest))
 
@@ -91,7 +94,7 @@ def _train(manifest: Manifest, columns: Layout) -> pa.Schema:
     if not manifest.masks:
         return columns.train
     by, scale = (str(manifest.masks[-1].settings[name]) for name in ("by", "stability_scale"))
-    return with_units(columns.train, masks.units_of(by, scale))
+    return with_units(columns.train, criteria.units_of(by, scale))
 
 
 def _about_lists(columns: Layout) -> Iterator[str]:
@@ -139,7 +142,8 @@ def _counts(manifest: Manifest) -> Iterator[str]:
 
 def _share(mask: Mask) -> str:
     share = f" ({mask.kept_tokens / mask.response_tokens:.1%})" if mask.response_tokens else ""
-    return f"{mask.kept_tokens:,} of {mask.response_tokens:,} response tokens train{share}"
+    by = f", the highest by `{mask.settings['by']}`"
+    return f"{mask.kept_tokens:,} of {mask.response_tokens:,} response tokens train{share}{by}"
 
 
 def _snippets(manifest: Manifest) -> Iterator[str]:

@@ -29,7 +29,10 @@ Tokenizer = Any
 
 # noncharacters of Unicode, kept free for use inside a program
 _OPEN, _CLOSE, MARK = "\ufdd0", "\ufdd1", "\ufdd2"
+_ESCAPED_MARK = r"\ufdd2"  # as a template writes it that turns text to ASCII
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+# what a template can raise that is written for other rows, or in bad faith; it runs in a sandbox
+_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # a block tag for a block tag, so that jinja trims white space around both alike
 _MACRO = "{% macro __response() %}" + _OPEN + "{{ caller() }}" + _CLOSE + "{% endmacro %}\n"
 
@@ -106,7 +109,7 @@ class ChatTemplate:
             text, spans = self._spans_by_marks(template, messages, tools, answers, respond)
         else:
             text, spans = self._spans_by_prefix(messages, tools, respond)
-        return RenderedText(text=text, spans=spans, marked=marked)
+        return _rendered(text, spans, marked)
 
     def render_prompt(self, record: Prompt) -> RenderedText:
         """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
@@ -115,15 +118,16 @@ class ChatTemplate:
                 raise _no_template()
             return unanswered(record.plain)
         messages, tools, marked = self._hidden(record.messages, record.tools)
-        return RenderedText(text=self._apply(messages, tools, prompt=True), spans=[], marked=marked)
+        return _rendered(self._apply(messages, tools, prompt=True), [], marked)
 
     def _hidden(self, messages: list[Any], tools: list[Any] | None) -> tuple[list[Any], list[Any] | None, bool]:
         """Messages and tools with the special tokens hidden that they spell, and whether there is one."""
-        texts = list(_strings(messages)) + list(_strings(tools))
+        texts = [*_strings([_but_role(message) for message in messages]), *_strings(tools)]
         if any(mark in text for text in texts for mark in (_OPEN, _CLOSE, MARK)):
             raise RowFault("noncharacter", "the text has one of U+FDD0 to U+FDD2, which are no characters; remove it")
         if any(self._specials.search(text) for text in texts):
-            return self._marked(messages), self._marked(tools), True
+            hidden = [{"role": message["role"], **self._marked(_but_role(message))} for message in messages]
+            return hidden, self._marked(tools), True
         return messages, tools, False
 
     def _marked(self, value: Any) -> Any:
@@ -133,7 +137,7 @@ class ChatTemplate:
         if isinstance(value, list):
             return [self._marked(item) for item in value]
         if isinstance(value, dict):
-            return {key: item if key == "role" else self._marked(item) for key, item in value.items()}
+            return {self._marked(key): self._marked(item) for key, item in value.items()}
         return value
 
     def _apply(self, messages: list[Any], tools: Any, *, prompt: bool = False, template: str | None = None) -> str:
@@ -145,7 +149,7 @@ class ChatTemplate:
                     messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
                 )
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (*_TEMPLATE_FAULTS, jinja2.TemplateError) as error:
             raise RowFault("template_error", f"the chat template fails: {visible(str(error))}") from error
 
     def _spans_by_marks(
@@ -207,6 +211,12 @@ class ChatTemplate:
         return length
 
 
+def _rendered(text: str, spans: list[tuple[int, int]], marked: bool) -> RenderedText:
+    if marked and _ESCAPED_MARK in text:
+        raise _not_splittable("it escapes the characters of text that spells a special token")
+    return RenderedText(text=text, spans=spans, marked=marked)
+
+
 def _answer(message: dict[str, Any]) -> str:
     return str(message.get("content") or "").strip()
 
@@ -216,15 +226,21 @@ def _shared(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
+def _but_role(message: dict[str, Any]) -> dict[str, Any]:
+    """The message without its role, which is one of a few words that templates compare."""
+    return {key: item for key, item in message.items() if key != "role"}
+
+
 def _strings(value: Any) -> Iterator[str]:
-    """Every text within a value, those under `role` excepted."""
+    """Every text within a value, keys included: templates write tools and calls as JSON."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
     elif isinstance(value, dict):
-        yield from (text for key, item in value.items() if key != "role" for text in _strings(item))
+        yield from value
+        yield from (text for item in value.values() for text in _strings(item))
 
 
 def _no_template() -> RowFault:

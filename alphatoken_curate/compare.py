@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alphatoken_curate import manifest, masks, remask, responses
+from alphatoken_curate import criteria, manifest, remask, responses
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.fingerprint import Json
@@ -199,7 +199,7 @@ class _Scoring:
     def load(self, names: Sequence[str]) -> list[Columns]:
         """Of each branch these signals, row_id, position, token_id, and which tokens are kept."""
         config, known = newest_settings(self.stored), manifest.components(self.stored)
-        needed = masks.columns_needed(config.by, known, self.layout)
+        needed = criteria.columns_needed(config.by, known, self.layout)
         wanted = tuple(dict.fromkeys((*names, "token_id", *needed)))
         scored = responses.load(self.run, [[shard] for shard in self.generation.shards], wanted, self.layout)
         kept = remask.keeps(scored.branches, self.layout, known, config)

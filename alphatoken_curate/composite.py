@@ -6,7 +6,7 @@ All arrays are aligned; NaN stands for "no value here" (off the response, or a s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,27 +52,69 @@ def objective(signals: Mapping[str, NDArray[np.floating[Any]]], names: Sequence[
     return total
 
 
+class Rms:
+    """Root of the mean square of all that is added and is not NaN, in float64; 0 where there is nothing."""
+
+    def __init__(self) -> None:
+        self._largest, self._squares, self._count = 0.0, 0.0, 0
+
+    def add(self, part: NDArray[np.floating[Any]]) -> None:
+        """Numbers of any shape."""
+        present = part[~np.isnan(part)].astype(np.float64)
+        largest = float(np.abs(present).max(initial=0.0))
+        if largest > self._largest:  # squares are of multiples of the largest, so that they neither vanish nor overflow
+            self._squares *= (self._largest / largest) ** 2
+            self._largest = largest
+        if self._largest:
+            self._squares += float(np.square(present / self._largest).sum())
+        self._count += len(present)
+
+    @property
+    def value(self) -> float:
+        """Of all that was added until now."""
+        return self._largest * math.sqrt(self._squares / self._count) if self._largest else 0.0
+
+
 def rms(*parts: NDArray[np.floating[Any]]) -> float:
     """Root of the mean square of all entries of all arrays that are not NaN, in float64; 0 where there are none."""
-    present = [part[~np.isnan(part)].astype(np.float64) for part in parts]
-    largest = max((float(np.abs(part).max(initial=0.0)) for part in present), default=0.0)
-    if largest == 0.0:
-        return 0.0
-    squares = sum(float(np.square(part / largest).sum()) for part in present)
-    return largest * math.sqrt(squares / sum(len(part) for part in present))
+    found = Rms()
+    for part in parts:
+        found.add(part)
+    return found.value
 
 
-def objective_scales(branches: Sequence[Mapping[str, Floats]], components: Components) -> Scales:
-    """The divisors of `--stability-scale rms`: each objective's RMS over the response tokens of all branches together.
+class Sizes:
+    """How large the components of the value and its objectives are, over all tokens that are added."""
 
-    Each branch: at least the components by name, (N,) each. An objective that is 0 everywhere (stability, where model
-    and reference are the same) keeps the divisor 1.
-    """
-    adaptation = rms(*(objective(one, components.adaptation) for one in branches))
-    stability = rms(*(objective(one, components.stability) for one in branches))
-    return Scales(adaptation=adaptation or 1.0, stability=stability or 1.0)
+    def __init__(self, components: Components) -> None:
+        self._components = components
+        self._each = {name: Rms() for name in components.of_value}
+        self._adaptation, self._stability = Rms(), Rms()
+
+    def add(self, signals: Mapping[str, Floats]) -> None:
+        """Tokens: at least the components by name, (N,) each."""
+        for name, found in self._each.items():
+            found.add(signals[name])
+        self._adaptation.add(objective(signals, self._components.adaptation))
+        self._stability.add(objective(signals, self._components.stability))
+
+    @property
+    def spreads(self) -> dict[str, float]:
+        """RMS of each component of the value, in stored order: what each contributes before it is weighed."""
+        return {name: found.value for name, found in self._each.items()}
+
+    @property
+    def scales(self) -> Scales:
+        """The divisors of `--stability-scale rms`: each objective's RMS over the response tokens of all branches.
+
+        An objective that is 0 everywhere (stability, where model and reference are the same) keeps the divisor 1.
+        """
+        return Scales(adaptation=self._adaptation.value or 1.0, stability=self._stability.value or 1.0)
 
 
-def spreads(branches: Sequence[Mapping[str, Floats]], components: Components) -> dict[str, float]:
-    """RMS of each component of the value, in stored order: what each contributes before it is weighed."""
-    return {name: rms(*(one[name] for one in branches)) for name in components.of_value}
+def sizes(branches: Iterable[Mapping[str, Floats]], components: Components) -> Sizes:
+    """Those of all branches together. Each branch: at least the components by name, (N,) each."""
+    found = Sizes(components)
+    for one in branches:
+        found.add(one)
+    return found

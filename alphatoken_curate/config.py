@@ -32,8 +32,9 @@ class MaskConfig:
     """How stored values become masks and loss weights (paper Eq. 12-13). None of it needs a model."""
 
     keep: float | Literal["positive"] = _option(
-        0.5,
-        "Share of response tokens to keep, 0 < share <= 1, or `positive`: those whose value is above 0.",
+        1.0,
+        "Share of response tokens to keep, 0 < share <= 1, or `positive`: those whose number by `--by` is above 0."
+        " 1 keeps all; as published: 0.5.",
         kind="keep",
     )
     scope: str = _option(

@@ -1,9 +1,10 @@
-"""Open files by what they hold and read them as a stream of raw rows.
+"""Read files of JSON lines, packed or not, as a stream of raw rows.
 
-What a file holds is told by its first bytes, not by its name: a `.jsonl` that is really gzip, Zstandard or Parquet is
-read as such. Everything is read in pieces, so that memory does not grow with the file, and the digest of the bytes as
-stored is taken on the way. Two caps stand against hostile files: a line may hold `MAX_LINE_BYTES`, and what comes out
-of a file may not exceed `MAX_RATIO` times its stored size (once past `MAX_RATIO_FLOOR_BYTES`) nor `MAX_DATA_BYTES`.
+What a file holds is told by its first bytes, not by its name: a `.jsonl` that is really gzip, Zstandard or Parquet
+(see `tables`) is read as such. Everything is read in pieces, so that memory does not grow with the file, and the digest
+of the bytes as stored is taken on the way. Two caps stand against hostile files: a row may hold `MAX_LINE_BYTES`, and
+what comes out of a file may not exceed `MAX_RATIO` times its stored size (once past `MAX_RATIO_FLOOR_BYTES`) nor
+`MAX_DATA_BYTES`.
 
 JSON is read by the standard library's C scanner with a hook that sees each object's pairs, which costs 7 ns a byte and
 finds repeated keys, which faster parsers drop in silence. One fault stays within its own line.
@@ -17,7 +18,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from alphatoken_curate.errors import InputError
@@ -32,18 +33,18 @@ MAX_DATA_BYTES = 64 * 2**30
 MAX_RATIO = 100
 """Most bytes that may come out of one stored byte."""
 
-MAX_RATIO_FLOOR_BYTES = 2**30
+MAX_RATIO_FLOOR_BYTES = 2**28
 """Below this much decompressed data the ratio is not looked at."""
 
 MAX_NESTING = 128
 """Deepest nesting of lists and objects within a row."""
 
-_CHUNK_BYTES = 2**20
-_ZSTD_CHUNK_BYTES = 2**11  # a Zstandard block of 4 bytes may hold 128 KiB: small bites bound what one call returns
+CHUNK_BYTES = 2**20
+"""What is read at once."""
+
+_ZSTD_CHUNK_BYTES = 2**9  # a Zstandard block of 4 bytes may hold 128 KiB: small bites bound what one call returns
 _ZSTD_WINDOW_BYTES = 2**27
-_PARQUET_BATCH_ROWS = 256
-_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-_FOREIGN = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"\x89HDF": "HDF5"}
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _STRINGS = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
@@ -72,7 +73,7 @@ class RawRow(NamedTuple):
         """The row's first characters, control characters made visible."""
         if isinstance(self.stored, bytes):
             return visible(self.stored[: 4 * EXCERPT_CHARS].decode(errors="replace"))
-        return visible(_as_json(self.stored))
+        return visible(as_json(self.stored))
 
 
 class Meter:
@@ -92,10 +93,14 @@ class Meter:
     def give(self, size: int) -> None:
         """Count `size` bytes of decompressed data."""
         self._data_bytes += size
+        self.allow(0)
+
+    def allow(self, size: int) -> None:
+        """Raise InputError where `size` bytes more would be too many."""
         allowed = max(MAX_RATIO_FLOOR_BYTES, MAX_RATIO * self.stored_bytes)
-        if self._data_bytes > min(allowed, MAX_DATA_BYTES):
+        if self._data_bytes + size > min(allowed, MAX_DATA_BYTES):
             raise InputError(
-                f"{visible(self._file.path)}: {self.stored_bytes} stored bytes hold more than {self._data_bytes} bytes,"
+                f"{visible(self._file.path)}: {self.stored_bytes} stored bytes hold {self._data_bytes + size} or more,"
                 " as a decompression bomb does. If it is what you mean to read, store it uncompressed or in parts."
             )
 
@@ -108,32 +113,9 @@ class Meter:
 # --- reading ---
 
 
-def raw_rows(file: DataFile, meter: Meter, keys: Collection[str]) -> Iterator[RawRow]:
-    """The rows of a file in order, faulty ones as a `RowFault`; `meter` has seen the whole file at the end.
-
-    Of a Parquet file only the columns named in `keys` are read (all, where it has none of them).
-
-    Raises InputError, naming the file, where it is torn, damaged, too large or of a kind that is not read.
-    """
-    try:
-        if file.is_hub:
-            yield from _hub_rows(file, meter)
-            return
-        with open(file.path, "rb") as stored:
-            magic = stored.read(8)
-        foreign = next((kind for start, kind in _FOREIGN.items() if magic.startswith(start)), None)
-        if foreign:
-            raise InputError(f"{visible(file.path)}: this is a {foreign} file, which is not read. Unpack it first.")
-        if magic.startswith(_PARQUET) or file.path.endswith(".parquet"):
-            yield from _parquet_rows(file, meter, keys)
-        else:
-            yield from _json_rows(_chunks(file, meter, magic))
-    except OSError as error:
-        raise InputError(f"{visible(file.path)}: cannot be read: {error.strerror or error}.") from error
-
-
-def _json_rows(chunks: Iterable[bytes]) -> Iterator[RawRow]:
-    for number, line in _lines(chunks):
+def json_rows(file: DataFile, meter: Meter, magic: bytes) -> Iterator[RawRow]:
+    """The rows of a file of JSON lines, packed or not as its first bytes `magic` tell; see `tables.raw_rows`."""
+    for number, line in _lines(_chunks(file, meter, magic)):
         data = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if data.strip():
             yield RawRow(number, _caught(parse_line, data), data)
@@ -150,6 +132,9 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers, without their ends; of one that is too long only the first bytes, one too many."""
     number, held = 0, bytearray()
     for chunk in chunks:
+        if not held and not chunk.strip(b"\n"):
+            number += len(chunk)  # nothing but empty lines, of which a few packed bytes may hold millions
+            continue
         first, *others = chunk.split(b"\n")
         held += first[: MAX_LINE_BYTES + 1 - len(held)]
         for other in others:
@@ -160,7 +145,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number + 1, bytes(held)
 
 
-class _Metered(io.RawIOBase):
+class Metered(io.RawIOBase):
     """A stored file whose every byte passes the meter."""
 
     def __init__(self, path: str, meter: Meter) -> None:
@@ -168,27 +153,30 @@ class _Metered(io.RawIOBase):
         self._meter = meter
 
     def readable(self) -> bool:
+        """It is read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; the number of bytes read."""
         count = self._stored.readinto(buffer) or 0
         self._meter.take(memoryview(buffer)[:count])
         return count
 
     def close(self) -> None:
+        """Close the file."""
         self._stored.close()
         super().close()
 
 
 def _chunks(file: DataFile, meter: Meter, magic: bytes) -> Iterator[bytes]:
     """The file's text in pieces, decompressed."""
-    with _Metered(file.path, meter) as stored:
+    with Metered(file.path, meter) as stored:
         if magic.startswith(_GZIP):
             pieces = _gzip_chunks(stored)
         elif magic.startswith(_ZSTD):
             pieces = _zstd_chunks(stored)
         else:
-            pieces = iter(lambda: stored.read(_CHUNK_BYTES) or b"", b"")
+            pieces = iter(lambda: stored.read(CHUNK_BYTES) or b"", b"")
         try:
             for piece in pieces:
                 meter.give(len(piece))
@@ -203,7 +191,7 @@ class _ZstdError(Exception):
 
 def _gzip_chunks(stored: io.RawIOBase) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=stored) as unpacked:
-        while chunk := unpacked.read(_CHUNK_BYTES):
+        while chunk := unpacked.read(CHUNK_BYTES):
             yield chunk
 
 
@@ -244,7 +232,7 @@ def parse_json(data: bytes) -> Any:
     not_a_number, duplicate_key, integer_too_large, lone_surrogate.
     """
     if len(data) > MAX_LINE_BYTES:
-        raise RowFault("line_too_long", f"the line holds more than {MAX_LINE_BYTES} bytes")
+        raise too_long()
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -275,6 +263,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+def too_long() -> RowFault:
+    """The fault of a row that is larger than any that is read."""
+    return RowFault("line_too_long", f"the row holds more than {MAX_LINE_BYTES} bytes")
+
+
 def _too_large() -> RowFault:
     return RowFault("integer_too_large", "an integer does not fit 64 bits; write it as a string")
 
@@ -303,83 +296,6 @@ def _check_surrogates(value: Any) -> None:
         raise RowFault("lone_surrogate", "a \\ud800-\\udfff escape stands alone: it is half a character") from None
 
 
-# --- columnar sources ---
-
-
-def _parquet_rows(file: DataFile, meter: Meter, keys: Collection[str]) -> Iterator[RawRow]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    with _Metered(file.path, meter) as stored:
-        while stored.read(_CHUNK_BYTES):
-            pass
-    line = 0
-    try:
-        with parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
-            names = table.schema_arrow.names
-            if len(set(names)) != len(names):
-                raise InputError(f"{visible(file.path)}: two columns have one name. Rename one of them.")
-            columns = [name for name in names if name in keys] or None
-            for batch in table.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):
-                meter.give(batch.nbytes)
-                for record in _batch_records(batch):
-                    line += 1
-                    # columns left unread count as keys without a value
-                    whole = record if isinstance(record, RowFault) else dict.fromkeys(names) | record
-                    yield RawRow(line, whole, {} if isinstance(record, RowFault) else record)
-    except (pa.ArrowException, OSError) as error:
-        message = f"{visible(file.path)}: not a whole Parquet file: {visible(str(error))}. Get the file again."
-        raise InputError(message) from error
-
-
-def _batch_records(batch: Any) -> Iterator[dict[str, Any] | RowFault]:
-    try:
-        records = batch.to_pylist()
-    except (ValueError, OverflowError) as error:
-        if batch.num_rows == 1:
-            is_text = isinstance(error, UnicodeDecodeError)
-            reason = "invalid_utf8" if is_text else "unreadable_value"
-            yield RowFault(reason, "a text column holds bytes that are not UTF-8" if is_text else visible(str(error)))
-            return
-        for row in range(batch.num_rows):
-            yield from _batch_records(batch.slice(row, 1))
-        return
-    yield from (without_nulls(record) for record in records)
-
-
-def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the null keys of nested objects left out: columns give every object the keys of all others."""
-    return {key: _pruned(value) for key, value in record.items()}
-
-
-def _pruned(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _pruned(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list) and value and isinstance(value[0], dict | list):
-        return [_pruned(item) for item in value]
-    return value
-
-
-def _hub_rows(file: DataFile, meter: Meter) -> Iterator[RawRow]:
-    """Rows of a Hugging Face dataset; the digest is of the rows as JSON lines with sorted keys."""
-    try:
-        import datasets
-    except ImportError as error:
-        message = f"{file.path}: no such file; reading it from the Hub needs `pip install datasets`."
-        raise InputError(message) from error
-    name, _, split = file.path.partition(":")
-    try:
-        table = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"{file.path}: no such file or folder, and the Hugging Face dataset {name!r} (split {split or 'train'!r})"
-            f" cannot be read: {visible(str(error))}"
-        ) from error
-    for number, row in enumerate(table):
-        record = without_nulls(row)
-        meter.take(_as_json(record).encode(errors="surrogatepass") + b"\n")
-        yield RawRow(number + 1, record, record)
-
-
-def _as_json(record: Mapping[str, Any]) -> str:
+def as_json(record: Mapping[str, Any]) -> str:
+    """A record as one line with sorted keys."""
     return json.dumps(record, ensure_ascii=False, sort_keys=True, default=str)

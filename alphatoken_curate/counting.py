@@ -134,7 +134,7 @@ def _group(values: Histogram, totals: Sequence[float], squares: Sequence[float])
 
 def _sources(run: Path, shard: Shard, layout: Layout) -> tuple[list[str], NDArray[np.int64]]:
     """The sources of a shard's scored rows, and which of them each row is from."""
-    table = shards.read(run / shard.path, layout.values, ["status", "source"])
+    table = shards.read_shard(run, shard, layout.values, ["status", "source"])
     column = pc.dictionary_encode(table.filter(pc.equal(table["status"], "scored"))["source"]).combine_chunks()
     return column.dictionary.to_pylist(), column.indices.to_numpy().astype(np.int64)
 
@@ -145,7 +145,7 @@ def _kept(
     """Which tokens of each branch the mask keeps, and how many rows are not in it: none may be missing if `in_all`."""
     path = run / shard.path
     names = [f"{prefix}loss_mask" for prefix in layout.branches]
-    table = shards.read(path, layout.train, ["row_id", *names])
+    table = shards.read_shard(run, shard, layout.train, ["row_id", *names])
     row_ids = table["row_id"].to_numpy()
     lost = int((~np.isin(scored.row_ids[0], row_ids)).sum())
     kept = []

@@ -13,6 +13,8 @@ A message says where, what was found and what to do. An interrupt (exit 130) is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class CurateError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line ends with."""
@@ -47,8 +49,12 @@ class StoredDataError(CurateError):
 
 
 class FingerprintError(StoredDataError):
-    """A run folder exists, made with other settings or inputs; `fields` names what differs."""
+    """A run folder exists, made with other settings or inputs.
 
-    def __init__(self, message: str, fields: tuple[str, ...]) -> None:
+    `fields` names what differs; `stored`: the values that all fields have there, where they are known.
+    """
+
+    def __init__(self, message: str, fields: tuple[str, ...], stored: Mapping[str, object] | None = None) -> None:
         super().__init__(message)
         self.fields = fields
+        self.stored = stored or {}

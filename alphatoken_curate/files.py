@@ -38,6 +38,11 @@ def visible(text: str, limit: int = EXCERPT_CHARS) -> str:
     return shown if len(text) <= limit and len(shown) <= limit else shown[: limit - 1] + "…"
 
 
+def legible(text: str) -> str:
+    r"""`text` whole, lines kept, with what `visible` escapes escaped: what a terminal may be sent."""
+    return "\n".join(_UNSEEN.sub(lambda m: f"\\u{ord(m[0]):04x}", line) for line in text.split("\n"))
+
+
 def find_files(data: Sequence[str]) -> list[DataFile]:
     """The files that `data` names, in that order; folders and globs give theirs sorted by relative path.
 

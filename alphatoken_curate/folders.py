@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from alphatoken_curate.errors import ModelError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
+_OWN_ATTENTIONS = ("eager", "sdpa", "flex_attention", "None")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.gguf"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
@@ -61,6 +63,27 @@ def json_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def refuse_other_weights(folder: Path) -> None:
+    """Raise ModelError where an index names weights that are no safetensors file of this folder.
+
+    transformers would read them whatever they are: a pickle, or a file elsewhere that no digest covers.
+    """
+    named = {"config.json": [json_object(folder / "config.json").get("transformers_weights")]}
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        listed = json_object(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ModelError(f"{index}: not an index of weights: no weight_map in it.")
+        named[index.name] = list(listed.values())
+    for place, names in named.items():
+        for name in names:
+            plain = isinstance(name, str) and not {"/", "\\"} & set(name)
+            if name is not None and not (plain and name.endswith((".safetensors", ".safetensors.index.json"))):
+                raise ModelError(
+                    f"{folder}: {place} takes weights from {name!r}, which is no safetensors file of this folder."
+                    " Save the model again with save_pretrained."
+                )
+
+
 def checked(folder: Path) -> Path:
     """The folder, once it is known to hold a whole model in safetensors. Raises ModelError where it does not."""
     if not (folder / "config.json").is_file():
@@ -68,6 +91,7 @@ def checked(folder: Path) -> Path:
     if not model_weights(folder):
         refuse_pickles(folder)
         raise ModelError(f"{folder}: no *.safetensors file in it.")
+    refuse_other_weights(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
             f"{folder}: it holds a whole model and an adapter ({ADAPTER_CONFIG}), so what to load is not clear."
@@ -90,3 +114,21 @@ def download(hub_id: str, revision: str | None, local: bool) -> Path:
         raise ModelError(
             f"{hub_id}: no such folder here, and the Hub did not give it ({reason}). Check the name, or the network."
         ) from error
+
+
+def check_attentions(name: str, config: Any) -> None:
+    """Refuse a config that asks for an attention which transformers would load from the Hub, as code."""
+    if asked := sorted(set(_attentions(config)) - set(_OWN_ATTENTIONS)):
+        raise ModelError(
+            f"{name}: its config.json asks for the attention {asked[0]!r}, and transformers loads what it does not have"
+            " from the Hub, as code. Remove attn_implementation there; if you trust it, add --trust-remote-code."
+        )
+
+
+def _attentions(value: Any) -> Iterator[str]:
+    """Every attention that a config, or one within it, names."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key in ("attn_implementation", "_attn_implementation"):
+            yield from map(str, item.values() if isinstance(item, dict) else [item])
+        else:
+            yield from _attentions(item)

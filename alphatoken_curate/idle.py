@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
-from alphatoken_curate.masks import depends_on_value
+from alphatoken_curate.criteria import depends_on_value
 
 
 def _has_drift(config: ScoreConfig) -> bool:

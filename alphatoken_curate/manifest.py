@@ -7,20 +7,17 @@ absolute path: the same inputs and settings give the same bytes.
 from __future__ import annotations
 
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import orjson
+from typing import TypeVar
 
 from alphatoken_curate import shards
 from alphatoken_curate.atomic import atomic_file, digest, kill_point
+from alphatoken_curate.documents import Unreadable, decode, sealed, unsealed
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.fingerprint import Json, differing
-from alphatoken_curate.schema import BY_ESTIMATOR, LAYOUTS, SCHEMA_VERSION, STATUSES, Components, Layout
+from alphatoken_curate.schema import BY_ESTIMATOR, LAYOUTS, STATUSES, VERSIONS, Components, Layout
 from alphatoken_curate.shards import Footer, Shard
 
 NAME = "manifest.json"
@@ -164,26 +161,59 @@ def write(run: Path, manifest: Manifest) -> None:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json: sorted keys, indented, a newline at the end."""
-    # As a dict: orjson leaves the fields of a dataclass in their own order.
-    return orjson.dumps(asdict(manifest), option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    """The bytes of manifest.json: a sealed document."""
+    return sealed(asdict(manifest))
 
 
 def read(run: Path) -> Manifest:
-    """manifest.json, read strictly. Raises `StoredDataError` for anything that is not exactly a manifest."""
+    """manifest.json, read strictly, of any schema version there ever was.
+
+    Raises `StoredDataError` for anything that is not exactly a manifest.
+    """
+    try:
+        return _read(run / NAME)
+    except Unreadable as error:
+        do = "run the `score`, `refresh` or `mask` command that came last again: it is made anew from the shards"
+        raise StoredDataError(f"{run / NAME}: damaged ({error}); {do}") from error
+
+
+def mend(run: Path) -> str | None:
+    """Make a damaged manifest anew from the shards; returns what was found, None where there is no damage.
+
+    Callers hold the run. Raises `StoredDataError` where the shards do not make one, or another release wrote it.
+    """
     path = run / NAME
+    if not path.is_file():
+        return None
+    try:
+        _read(path)
+    except Unreadable as error:
+        try:
+            write(run, rebuild(run))
+        except StoredDataError as also:
+            raise StoredDataError(f"{path}: damaged ({error}), and not made anew: {also}; or delete it first") from also
+        return f"{path} was damaged ({error}): it is made anew from the shards."
+    return None
+
+
+def _read(path: Path) -> Manifest:
     try:
         if (size := path.stat().st_size) > _MAX_BYTES:
-            raise _Unreadable(f"{size} bytes; a manifest has at most {_MAX_BYTES}")
-        manifest = decode(Manifest, orjson.loads(path.read_bytes()))
-        for what in _contradictions(manifest):
-            raise _Unreadable(what)
+            raise Unreadable(f"{size} bytes; a manifest has at most {_MAX_BYTES}")
+        document = unsealed(path.read_bytes())
     except FileNotFoundError as error:
         raise StoredDataError(f"{path}: missing: no finished run; run the `score` command that makes it") from error
     except OSError as error:
         raise StoredDataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    except (orjson.JSONDecodeError, _Unreadable, RecursionError) as error:
-        raise StoredDataError(f"{path}: damaged ({error}); delete it and run the same command again") from error
+    version = document.get("schema_version")
+    if type(version) is int and version not in VERSIONS:
+        known = ", ".join(map(str, VERSIONS))
+        raise StoredDataError(
+            f"{path}: schema version {version}; this release reads {known}: use the one that wrote it"
+        )
+    manifest = decode(Manifest, document)
+    for what in _contradictions(manifest):
+        raise Unreadable(what)
     return manifest
 
 
@@ -205,51 +235,7 @@ def _of_setting(stored: Manifest, name: str, known: Mapping[str, T]) -> T:
     raise StoredDataError(f"{NAME}: damaged ({odd}); delete it and run the same command again")
 
 
-class _Unreadable(ValueError):
-    pass
-
-
-def decode(kind: type[T], value: object) -> T:
-    """JSON as orjson reads it -> a dataclass, each key and type checked. Raises `ValueError` that says where."""
-    return typing.cast("T", _decode(kind, value, ""))
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind):
-        return _decode_object(typing.cast("type[Any]", kind), value, where)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return value if value is None else _decode(arguments[0], value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if type(value) is kind and (kind is not int or 0 <= value < 1 << 63):
-        return value
-    raise _Unreadable(f"{where or 'it'} is {str(value)[:80]!r}, not {getattr(kind, '__name__', kind)}")
-
-
-def _decode_object(kind: type[Any], value: Any, where: str) -> Any:
-    hints = _hints(kind)
-    if not isinstance(value, dict):
-        raise _Unreadable(f"{where or 'it'} is not an object")
-    if odd := sorted(value.keys() ^ hints.keys()):
-        verb = "has an unknown" if odd[0] in value else "lacks the"
-        raise _Unreadable(f"{where or 'it'} {verb} key {odd[0][:80]!r}")
-    return kind(**{name: _decode(hint, value[name], f"{where}.{name}".lstrip(".")) for name, hint in hints.items()})
-
-
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    """Field -> type; `Json` stands for anything, which `Any` says here."""
-    found = typing.get_type_hints(kind, localns={"Json": Any})
-    return {item.name: found[item.name] for item in fields(kind)}
-
-
 def _contradictions(manifest: Manifest) -> Iterator[str]:
-    if manifest.schema_version != SCHEMA_VERSION:
-        yield f"schema version {manifest.schema_version}; this release reads {SCHEMA_VERSION}"
     folders = [f"values/generation={g.generation}/" for g in manifest.generations]
     folders += [f"train/mask={m.mask:04d}/" for m in manifest.masks]
     groups: list[Generation | Mask] = [*manifest.generations, *manifest.masks]
@@ -296,19 +282,20 @@ def rebuild(run: Path) -> Manifest:
     Generations and masks that were begun and not finished are left out. Raises `StoredDataError` where no generation
     is whole, or a shard is damaged or was made with other settings than those beside it.
     """
-    generations, newest = [], None
+    generations: list[Generation] = []
+    newest: tuple[int, Facts, Counts] | None = None
     for number, folder in _numbered(run / "values", r"generation=(0|[1-9][0-9]*)"):
         group = _group(folder)
         told = [_facts_in(Facts, folder, footer) for footer, _ in group]
         counts = _counts([footer.counts for footer, _ in group], told)
         if group and counts.read == sum(item.rows for item in told[0].inputs):
             generations.append(_generation(number, group, told))
-            newest = told[0], counts
+            newest = group[0][0].version, told[0], counts
     if newest is None:
         raise StoredDataError(f"{run}: holds no finished values; run the `score` command that makes them")
-    first, counts = newest
+    version, first, counts = newest
     return Manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=version,
         inputs=first.inputs,
         digests=first.digests,
         settings=first.settings,
@@ -324,6 +311,13 @@ def file_of(run: Path, path: str) -> File:
     """Size and sha256 of a file, named relative to its run. Raises `StoredDataError` where it cannot be read."""
     size, sha256 = digest(run / path)
     return File(path=path, bytes=size, sha256=sha256)
+
+
+def check_file(run: Path, stored: Manifest, path: str) -> None:
+    """Raise `StoredDataError` where a file that is no shard is not the one that the manifest names."""
+    named = next((file for file in stored.files if file.path == path), None)
+    if named is None or file_of(run, path) != named:
+        raise StoredDataError(f"{run / path}: damaged: it is not the file that the manifest names; `verify` names all")
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
@@ -345,7 +339,7 @@ def _group(folder: Path) -> list[tuple[Footer, Shard]]:
 def _facts_in(kind: type[T], folder: Path, footer: Footer) -> T:
     try:
         return decode(kind, dict(footer.facts))
-    except _Unreadable as error:
+    except Unreadable as error:
         raise StoredDataError(f"{folder}: the facts in a shard's footer cannot be read ({error})") from error
 
 

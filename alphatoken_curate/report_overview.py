@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import orjson
 
 from alphatoken_curate import report_chart as chart
-from alphatoken_curate.errors import StoredDataError
+from alphatoken_curate.manifest import Manifest
 from alphatoken_curate.report_markup import (
     NONE,
     Html,
@@ -29,7 +29,8 @@ from alphatoken_curate.report_markup import (
 )
 from alphatoken_curate.report_numbers import Floats, overlaid, symmetric_edges
 from alphatoken_curate.report_tokens import RunTokens
-from alphatoken_curate.schema import STATUSES
+from alphatoken_curate.row_view import rejects
+from alphatoken_curate.schema import STATUSES, lacks
 from alphatoken_curate.stats import Stats
 from alphatoken_curate.sums import objectives
 
@@ -90,9 +91,11 @@ def what_was_run(run: Path, tokens: RunTokens, found: Stats) -> Html:
     if found.truncated_rows:
         cut = f"{counted(found.truncated_tokens, 'token')} of {counted(found.truncated_rows, 'row')}, by --max-length"
         told.append(("Cut", cut))
+    if (absent := lacks(stored.schema_version)) is not None:
+        told.append(("Columns", absent))
     told.append(("Fingerprint", tag("code", tokens.generation.fingerprint.removeprefix("sha256:")[:16])))
     told.append(("Made with", ", ".join(f"{name} {version}" for name, version in sorted(stored.versions.items()))))
-    return joined([facts(told), _refused(run, found)])
+    return joined([facts(told), _refused(run, stored, found)])
 
 
 def _status(status: str) -> str:
@@ -135,19 +138,11 @@ def _mask(tokens: RunTokens) -> Html:
     return joined([f"number {tokens.mask.mask}: {kept} by ", by, rest])
 
 
-def _refused(run: Path, found: Stats) -> Html | None:
+def _refused(run: Path, stored: Manifest, found: Stats) -> Html | None:
     """Why rows were refused, the commonest reasons first."""
     if not found.rows["rejected"]:
         return None
-    reasons: dict[str, int] = {}
-    path = run / "rejects.jsonl"
-    try:
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
-            record = orjson.loads(line)
-            if isinstance(record, dict) and "reason" in record:
-                reasons[str(record["reason"])] = reasons.get(str(record["reason"]), 0) + 1
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise StoredDataError(f"{path}: damaged ({error}); run `verify`") from error
+    reasons = Counter(str(one["reason"]) for one in rejects(run, stored) if "reason" in one)
     if not reasons:
         return None
     ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:_MOST_REASONS]

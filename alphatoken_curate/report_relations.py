@@ -115,8 +115,6 @@ def _bent_edges(axis: Axis) -> Numbers:
 
 def _decisions(found: Stats) -> Html:
     question = "How many decisions did stability change?"
-    if not found.decided_by_value:
-        return figure("decisions", question, "None: the mask does not select by the value.", Html(""))
     total = found.decided_tokens or 1
     changed = found.decisions_changed
     rows = [
@@ -127,6 +125,9 @@ def _decisions(found: Stats) -> Html:
         f" kept or dropped only because of stability; with both objectives brought to one scale it would be"
         f" {changed['rms']:,} ({share(changed['rms'] / total)})."
     )
+    if not found.decided_by_value:
+        why = "keeps every token" if found.kept_share == 1 or not found.masks else "does not select by the value"
+        told = f"None: the mask {why}. In one that keeps the half of highest value: {told}"
     head = ("--stability-scale", "changed", "share", "")
     return figure("decisions", question, told, table("Decisions that stability changes", head, rows, class_="bars"))
 
@@ -252,7 +253,7 @@ def _types(tokens: RunTokens, slug: str, question: str, found: Sequence[Group], 
 def piece(tokens: RunTokens, token_id: int) -> Html:
     """A token type as it is seen: spaces as dots, bytes of a cut character by their numbers."""
     text = tokens.vocabulary.texts.get(token_id) or f"<{token_id}>"
-    if PART in text:
+    if PART in text and token_id in tokens.vocabulary.pieces:
         text = " ".join(f"{byte:02X}" for byte in tokens.vocabulary.pieces[token_id]) + " (bytes)"
     bare = text.strip(" ")
     before = len(text) - len(text.lstrip(" "))

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from alphatoken_curate import heat, shards
 from alphatoken_curate.draws import keyed_uniform
-from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.report_overview import NAMES
 from alphatoken_curate.report_tokens import Floats, RunTokens, token_classes
+from alphatoken_curate.row_view import rejects
 from alphatoken_curate.schema import SFT, STATUSES
 from alphatoken_curate.words import CLASSES, PART, spelled
 
@@ -97,7 +97,7 @@ def pack_rows(run: Path, tokens: RunTokens) -> PackedRows:
         "branches": [prefix.rstrip("_") for prefix in tokens.layout.branches],
         "statuses": STATUSES,
         "sources": [heat.readable(source, alone=True, dots=False) for source in tokens.rows.sources],
-        "reasons": _reasons(run, set(chosen.tolist())),
+        "reasons": _reasons(run, tokens, set(chosen.tolist())),
         "masked": tokens.weight is not None,
         "exact": exact,
         **texts,
@@ -131,7 +131,7 @@ def drawn_rows(lengths: NDArray[np.int64], most_rows: int, most_tokens: int) -> 
 def _tables(run: Path, tokens: RunTokens, lists: Sequence[str]) -> Iterator[pa.Table]:
     names = ["row_id", *(prefix + name for prefix in tokens.layout.branches for name in lists)]
     for shard in tokens.generation.shards:
-        yield shards.read(run / shard.path, tokens.layout.values, names)
+        yield shards.read_shard(run, shard, tokens.layout.values, names)
 
 
 def _sequences(run: Path, tokens: RunTokens, chosen: NDArray[np.int64]) -> list[list[_Sequence]]:
@@ -332,14 +332,8 @@ def _numbers(values: Floats) -> list[float | None]:
     return [None if np.isnan(one) else float(one) for one in values]
 
 
-def _reasons(run: Path, chosen: set[int]) -> dict[str, str]:
+def _reasons(run: Path, tokens: RunTokens, chosen: set[int]) -> dict[str, str]:
     """Why rows were refused, by their number."""
-    path, found = run / "rejects.jsonl", {}
-    try:
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
-            record = orjson.loads(line)
-            if isinstance(record, dict) and record.get("row_id") in chosen:
-                found[str(record["row_id"])] = heat.readable(str(record.get("message")), alone=True, dots=False)
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise StoredDataError(f"{path}: damaged ({error}); run `verify`") from error
-    return found
+    lines = [one for one in rejects(run, tokens.stored) if one.get("row_id") in chosen]
+    told = {one["row_id"]: str(one.get("message")) for one in lines}
+    return {str(number): heat.readable(why, alone=True, dots=False) for number, why in told.items()}

@@ -164,6 +164,8 @@ def token_classes(token_id: NDArray[Any], vocabulary: Vocabulary) -> NDArray[np.
     """The class of each token, (n,) in `words.CLASSES`, `NO_CLASS` where it is not in the vocabulary."""
     numbers, where = np.unique(token_id, return_inverse=True)
     known = [int(number) for number in numbers]
+    if vocabulary.special is None:  # then what looks like code may be the end of a turn
+        return np.full(len(where), NO_CLASS, np.int8)
     texts = [vocabulary.texts.get(number, "") for number in known]
     number_of = {name: i for i, name in enumerate(CLASSES)}
     found = [number_of[name] for name in classes(texts, [number in vocabulary.special for number in known])]
@@ -192,7 +194,7 @@ def _branch_weights(
     name = layout.branches[branch] + "loss_weight"
     found = np.full(len(row_id), np.nan, np.float32)
     for shard in mask.shards:
-        table = shards.read(run / shard.path, layout.train, ["row_id", name])
+        table = shards.read_shard(run, shard, layout.train, ["row_id", name])
         rows = table["row_id"].to_numpy()
         if not len(rows):
             continue
@@ -208,7 +210,7 @@ def _branch_weights(
 
 def _rows(run: Path, generation: Generation, layout: Layout) -> RowTable:
     names = ["row_id", "source", "line", "id", "status", *(n for n in PAIR_COLUMNS if n in layout.values.names)]
-    tables = [shards.read(run / shard.path, layout.values, names) for shard in generation.shards]
+    tables = [shards.read_shard(run, shard, layout.values, names) for shard in generation.shards]
     table = pa.concat_tables(tables).combine_chunks()
     if not np.array_equal(table["row_id"].to_numpy(), np.arange(table.num_rows)):
         raise StoredDataError(f"{run}: row ids are not 0, 1 and so on; run `verify`")

@@ -1,12 +1,12 @@
 """The response tokens of the scored rows of a run, from one generation or averaged over several. No model is needed.
 
 Memory grows with the response tokens that are read and the columns that are asked for, not with the rows or the
-generations: several are averaged shard by shard.
+generations: several are averaged shard by shard. `by_shard` holds one shard at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from alphatoken_curate import manifest, shards
-from alphatoken_curate.atomic import digest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.manifest import Generation, Manifest
@@ -37,6 +36,10 @@ class Tokens:
     row: NDArray[np.int64]
     columns: Mapping[str, NDArray[Any]]
     per_shard: tuple[int, ...]
+
+    def lengths(self, rows: int) -> NDArray[np.int64]:
+        """(R,) tokens of each of `rows` scored rows."""
+        return np.bincount(self.row, minlength=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -90,22 +93,38 @@ def load(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str], la
     float32; NaN where null in any, but for reference_nll. Raises `StoredDataError` where a file is not the one the
     manifest names or generations do not hold the same tokens.
     """
-    names = tuple(dict.fromkeys(("row_id", "position", *columns)))
-    found: list[dict[str, list[NDArray[Any]]]] = [{name: [] for name in ("row", *names)} for _ in layout.branches]
+    names = ("row", *_names(columns))
+    found: list[dict[str, list[NDArray[Any]]]] = [{name: [] for name in names} for _ in layout.branches]
     row_ids: list[NDArray[np.int64]] = []
-    rows, last, left_out = 0, -1, 0
+    rows, left_out = 0, 0
+    for part in by_shard(run, files, columns, layout):
+        for lists, tokens in zip(found, part.branches, strict=True):
+            for name, arrays in lists.items():
+                arrays.append(tokens.row + rows if name == "row" else tokens.columns[name])
+        row_ids += part.row_ids
+        rows, left_out = rows + len(part.row_ids[0]), left_out + part.left_out
+    return Scored(row_ids=tuple(row_ids), branches=tuple(map(_joined, found)), left_out=left_out)
+
+
+def by_shard(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str], layout: Layout) -> Iterator[Scored]:
+    """What `load` reads, one shard after the other, so that no more than one is held. `row` counts from 0 in each."""
+    last = -1
     for group in files:
-        part, lost = _averaged(run, group, names, layout)
+        part, left_out = _averaged(run, group, _names(columns), layout)
         if len(part.row_ids) and (part.row_ids[0] <= last or np.any(np.diff(part.row_ids) <= 0)):
             raise StoredDataError(f"{run / group[0].path}: row ids do not ascend; run `verify`")
-        for lists, branch in zip(found, part.branches, strict=True):
-            branch["row"] = branch["row"] + rows
-            for name, arrays in lists.items():
-                arrays.append(branch[name])
-        row_ids.append(part.row_ids)
-        rows, last = rows + len(part.row_ids), int(part.row_ids[-1]) if len(part.row_ids) else last
-        left_out += lost
-    return Scored(row_ids=tuple(row_ids), branches=tuple(map(_joined, found)), left_out=left_out)
+        last = int(part.row_ids[-1]) if len(part.row_ids) else last
+        tokens = tuple(
+            Tokens(
+                row=one["row"], columns={name: one[name] for name in one if name != "row"}, per_shard=(len(one["row"]),)
+            )
+            for one in part.branches
+        )
+        yield Scored(row_ids=(part.row_ids,), branches=tokens, left_out=left_out)
+
+
+def _names(columns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("row_id", "position", *columns)))
 
 
 _SAME = "reference_nll"
@@ -176,10 +195,7 @@ def _part(run: Path, shard: Shard, names: Sequence[str], layout: Layout) -> _Par
 
 def table_of(run: Path, shard: Shard, layout: Layout, columns: Sequence[str]) -> pa.Table:
     """`row_id` and these columns of a values shard. Raises `StoredDataError` where it is not the manifest's file."""
-    path = run / shard.path
-    if digest(path) != (shard.bytes, shard.sha256):
-        raise StoredDataError(f"{path}: not the file that the manifest names; run `verify`")
-    return shards.read(path, layout.values, ["row_id", *columns])
+    return shards.read_shard(run, shard, layout.values, ["row_id", *columns])
 
 
 def _flat(path: Path, table: pa.Table, names: Sequence[str], prefix: str) -> Columns:

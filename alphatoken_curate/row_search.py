@@ -54,12 +54,17 @@ def search_rows(run: Path, text: str, *, generation: int | None = None) -> Itera
     shown = choose_generation(run, stored, generation)
     vocabulary = read_vocabulary(run)
     if not vocabulary.pieces:
-        raise UsageError(f"{run}: has no text to search: its rows were given as tokens. Give --row N or --id ID")
+        why = (
+            "it is of a schema version that kept no pieces of text"
+            if vocabulary.texts
+            else "its rows were given as tokens"
+        )
+        raise UsageError(f"{run}: has no text to search: {why}. Give --row N or --id ID")
     pattern = re.compile(re.escape(text), re.IGNORECASE)
     pieces = _pieces(vocabulary)
     for shard in shown.shards:
         names = [f"{prefix}input_ids" for prefix in layout.branches]
-        table = shards.read(run / shard.path, layout.values, [*_ROW, *names])
+        table = shards.read_shard(run, shard, layout.values, [*_ROW, *names])
         spelled = zip(*(_texts(table[name], pieces) for name in names), strict=True)
         for row, texts in zip(table.select(_ROW).to_pylist(), spelled, strict=True):
             hits = (_hit(row, prefix, pattern.search(one)) for prefix, one in zip(layout.branches, texts, strict=True))

@@ -115,7 +115,7 @@ def read_row(run: Path, *, row: int | None = None, id: str | None = None, genera
     number = _number(run, scoring, layout, row, id)
     index = _shard_of(run, scoring, number)
     path = run / scoring.shards[index].path
-    table = shards.read(path, layout.values)
+    table = shards.read_shard(run, scoring.shards[index], layout.values)
     found = table.filter(pc.equal(table["row_id"], number)).to_pylist()
     if len(found) != 1:
         raise StoredDataError(f"{path}: holds row {number} {len(found)} times; run `verify`")
@@ -129,7 +129,7 @@ def _number(run: Path, generation: Generation, layout: Layout, row: int | None, 
         return row
     numbers: list[int] = []
     for shard in generation.shards:
-        table = shards.read(run / shard.path, layout.values, ["row_id", "id"])
+        table = shards.read_shard(run, shard, layout.values, ["row_id", "id"])
         numbers += table.filter(pc.equal(table["id"], id))["row_id"].to_pylist()
     if len(numbers) != 1:
         have = f"rows {', '.join(map(str, numbers[:20]))} have" if numbers else "no row has"
@@ -146,7 +146,7 @@ def _shard_of(run: Path, generation: Generation, number: int) -> int:
 
 
 def _view(run: Path, stored: Manifest, scoring: Generation, index: int, record: Mapping[str, Any]) -> RowView:
-    layout = manifest.layout(stored)
+    layout, number = manifest.layout(stored), record["row_id"]
     mask = stored.masks[-1] if stored.masks and record["status"] == "scored" else None
     weights = _weights(run, mask, index, layout, record, scoring.generation) if mask else None
     branches = tuple(_branch(run, prefix, record, weights[prefix] if weights else None) for prefix in layout.branches)
@@ -158,7 +158,7 @@ def _view(run: Path, stored: Manifest, scoring: Generation, index: int, record: 
         branches=branches,
         mask=mask.mask if mask else None,
         mask_generations=mask.generations if mask else (),
-        reason=_reason(run, record["row_id"]) if record["status"] == "rejected" else None,
+        reason=_reason(run, stored, number) if record["status"] == "rejected" else None,
     )
 
 
@@ -181,7 +181,7 @@ def _weights(
     """Weights of each branch by its prefix; None where another generation of the mask did not score the row."""
     number, path = record["row_id"], run / mask.shards[index].path
     names = {prefix: f"{prefix}loss_weight" for prefix in layout.branches}
-    table = shards.read(path, layout.train, ["row_id", *names.values()])
+    table = shards.read_shard(run, mask.shards[index], layout.train, ["row_id", *names.values()])
     found = table.filter(pc.equal(table["row_id"], number)).to_pylist()
     if not found and mask.generations != (generation,):
         return None
@@ -191,15 +191,21 @@ def _weights(
     return weights[0]
 
 
-def _reason(run: Path, number: int) -> str | None:
+def rejects(run: Path, stored: Manifest) -> list[dict[str, Any]]:
+    """The lines of rejects.jsonl, none where there is no such file.
+
+    Raises `StoredDataError` where it is not the file that the run wrote.
+    """
     path = run / "rejects.jsonl"
     if not path.is_file():
-        return None
+        return []
+    manifest.check_file(run, stored, path.name)
     try:
-        for line in path.read_bytes().splitlines():
-            found = orjson.loads(line)
-            if isinstance(found, dict) and found.get("row_id") == number:
-                return str(found.get("message"))
+        found = [orjson.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, orjson.JSONDecodeError) as error:
         raise StoredDataError(f"{path}: damaged ({error}); run `verify`") from error
-    return None
+    return [record for record in found if isinstance(record, dict)]
+
+
+def _reason(run: Path, stored: Manifest, number: int) -> str | None:
+    return next((str(one.get("message")) for one in rejects(run, stored) if one.get("row_id") == number), None)

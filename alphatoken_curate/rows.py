@@ -45,16 +45,20 @@ Bad rows are collected, never raised one by one, and take up a `row_id` like any
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from alphatoken_curate.containers import Meter, RawRow, RowFault, raw_rows
+from alphatoken_curate.containers import Meter, RawRow, RowFault
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.files import find_files, visible
 from alphatoken_curate.pairs import PREFERENCE, PROMPT_LIKE
 from alphatoken_curate.shapes import OPEN, SFT, SIDE, Also, AnyRecord, Pair, Shapes, wrong
+from alphatoken_curate.tables import raw_rows
+
+MAX_BAD_ROWS = 1_000_000
+"""Most bad rows that are told one by one; a file with more is not what it should be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,50 +104,81 @@ class ReadRows:
     files: list[InputFile]
 
 
-def read_rows(data: Sequence[str], also: tuple[Also, ...] = ()) -> ReadRows:
-    """Read every row that `data` names (see `find_files`); `also` names shapes that are not read otherwise.
+class RowStream:
+    """Rows of `data` (see `find_files`) one by one; `also` names shapes that are not read otherwise.
 
-    Raises InputError where nothing is found, a file is torn or is not what it should be, or there is no row at all.
+    What was read beside them until then: `bad` rows, whole `files`, and how many rows of both kinds were `read`.
     """
-    result = ReadRows(rows=[], bad=[], files=[])
-    for file in find_files(data):
-        meter = Meter(file)
-        _sort(raw_rows(file, meter, _keys(also)), file.source, also, result)
-        digest, size = meter.digest, meter.stored_bytes
-        result.files.append(InputFile(path=file.path, source=file.source, digest=digest, bytes=size))
-    if not result.rows and not result.bad:
-        raise InputError(f"No row in {', '.join(visible(file.path) for file in result.files[:20])}. Name other data.")
-    return result
+
+    def __init__(self, data: Sequence[str], also: tuple[Also, ...] = ()) -> None:
+        self.bad: list[BadRow] = []
+        self.files: list[InputFile] = []
+        self.read = 0
+        self._data, self._also = data, also
+        self._samples: dict[bool, Row] = {}
+
+    def __iter__(self) -> Iterator[Row]:
+        """Once. Raises InputError where nothing is found, a file is torn or is not what it should be, or no row is."""
+        for file in find_files(self._data):
+            meter = Meter(file)
+            yield from self.sort(raw_rows(file, meter, _keys(self._also)), file.source)
+            digest, size = meter.digest, meter.stored_bytes
+            self.files.append(InputFile(path=file.path, source=file.source, digest=digest, bytes=size))
+        if not self.read:
+            raise InputError(f"No row in {', '.join(visible(file.path) for file in self.files[:20])}. Name other data.")
+
+    def sort(self, raws: Iterable[RawRow], source: str) -> Iterator[Row]:
+        """The good ones of these rows; the others are put with the bad ones."""
+        for raw in raws:
+            row_id, self.read = self.read, self.read + 1
+            try:
+                if isinstance(raw.record, RowFault):
+                    raise raw.record
+                shape, record = normalise(raw.record, self._also)
+                name = _id(raw.record)
+            except RowFault as fault:
+                self.bad.append(
+                    BadRow(
+                        row_id=row_id,
+                        source=source,
+                        line=raw.line,
+                        reason=fault.reason,
+                        message=fault.message,
+                        excerpt=raw.excerpt,
+                    )
+                )
+                self._check_bad(source)
+                continue
+            row = Row(row_id=row_id, source=source, line=raw.line, id=name, shape=shape, record=record)
+            self._samples.setdefault(isinstance(record, Pair), row)
+            yield row
+
+    def _check_bad(self, source: str) -> None:
+        if len(self.bad) > MAX_BAD_ROWS:
+            last = self.bad[-1]
+            raise InputError(
+                f"{visible(source)}: more than {MAX_BAD_ROWS:,} rows cannot be used, the last at line {last.line}:"
+                f" {last.reason}: {last.message}. This is not the data it should be; name other files."
+            )
+
+    @property
+    def samples(self) -> list[Row]:
+        """The first SFT row and the first preference row until now."""
+        return list(self._samples.values())
+
+
+def read_rows(data: Sequence[str], also: tuple[Also, ...] = ()) -> ReadRows:
+    """Every row of a `RowStream` at once. Raises as it does."""
+    stream = RowStream(data, also)
+    rows = list(stream)
+    return ReadRows(rows=rows, bad=stream.bad, files=stream.files)
 
 
 def rows_of(records: Sequence[Mapping[str, Any]], source: str, also: tuple[Also, ...] = ()) -> ReadRows:
     """Rows that are in memory already, read as those of a file `source` would be, one a line."""
-    result = ReadRows(rows=[], bad=[], files=[])
-    _sort((RawRow(line, dict(record), record) for line, record in enumerate(records, 1)), source, also, result)
-    return result
-
-
-def _sort(raws: Iterable[RawRow], source: str, also: tuple[Also, ...], result: ReadRows) -> None:
-    """Put each row with the good or the bad ones of `result`."""
-    for raw in raws:
-        row_id = len(result.rows) + len(result.bad)
-        try:
-            if isinstance(raw.record, RowFault):
-                raise raw.record
-            shape, record = normalise(raw.record, also)
-            name = _id(raw.record)
-            result.rows.append(Row(row_id=row_id, source=source, line=raw.line, id=name, shape=shape, record=record))
-        except RowFault as fault:
-            result.bad.append(
-                BadRow(
-                    row_id=row_id,
-                    source=source,
-                    line=raw.line,
-                    reason=fault.reason,
-                    message=fault.message,
-                    excerpt=raw.excerpt,
-                )
-            )
+    stream = RowStream((), also)
+    rows = list(stream.sort((RawRow(line, dict(record), record) for line, record in enumerate(records, 1)), source))
+    return ReadRows(rows=rows, bad=stream.bad, files=[])
 
 
 def refuse(bad: Sequence[BadRow], limit: int = 20, *, can_quarantine: bool = True) -> InputError:

@@ -14,6 +14,18 @@ import pyarrow as pa
 from alphatoken_curate.errors import UsageError
 
 SCHEMA_VERSION = 2
+"""Of what is written."""
+
+_ADDED = {
+    2: (
+        *("adapt_upstream", "adapt_influence", "stab_upstream", "stab_influence", "drift_influence"),
+        *("piece", "special"),
+    ),
+}
+"""By schema version, the columns that it brought, without the prefix of a branch."""
+
+VERSIONS = (1, *_ADDED)
+"""What is read: every schema version there ever was."""
 
 STATUSES = ("scored", "target", "failed", "rejected")
 """What became of a row. Rows read == scored + target + failed + rejected."""
@@ -99,6 +111,21 @@ def components(estimator: str) -> Components:
     if estimator not in BY_ESTIMATOR:
         raise UsageError(f"estimator: found {estimator!r}; give one of {', '.join(BY_ESTIMATOR)}")
     return BY_ESTIMATOR[estimator]
+
+
+def absent(version: int) -> frozenset[str]:
+    """The columns that files of a schema version lack, without the prefix of a branch: their readers give nulls."""
+    return frozenset(name for later, names in _ADDED.items() if later > version for name in names)
+
+
+def lacking(columns: pa.Schema, version: int) -> dict[str, str]:
+    """The columns of a layout that files of a schema version lack, each with one whose lists are as long."""
+    lacks, found = absent(version), {}
+    for name in columns.names:
+        prefix = next((one for one in PREFERENCE.branches if name.startswith(one)), "")
+        if name.removeprefix(prefix) in lacks:
+            found[name] = f"{prefix}value"
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -227,3 +254,9 @@ LAYOUTS = {layout.kind: layout for layout in (SFT, PREFERENCE)}
 
 SIGNALS = tuple(field.name for field in _VALUE_LISTS if field.type == _floats)
 """Names of the per-token float columns of values/, in stored order, without the prefix of a branch."""
+
+
+def lacks(version: int) -> str | None:
+    """What a run of an early schema version lacks, to be told; None where it lacks nothing."""
+    names = [name for name in (*SIGNALS, *VOCABULARY_COLUMNS.names) if name in absent(version)]
+    return f"Schema version {version}, which had no columns {', '.join(names)}: they are null." if names else None

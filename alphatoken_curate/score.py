@@ -15,6 +15,7 @@ from alphatoken_curate.atomic import one_writer
 from alphatoken_curate.beside import write_beside
 from alphatoken_curate.budget import NAME as BUDGET
 from alphatoken_curate.budget import Budget
+from alphatoken_curate.changes import told_of_data
 from alphatoken_curate.config import MaskConfig, ScoreConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.generate import answer_room, chunks
@@ -31,7 +32,8 @@ from alphatoken_curate.prepare import (
     prepare,
 )
 from alphatoken_curate.progress import Progress, Silent
-from alphatoken_curate.remask import MaskSummary, make_mask
+from alphatoken_curate.remask import MaskSummary, check_settings, make_mask
+from alphatoken_curate.schema import LAYOUTS, components
 from alphatoken_curate.scorer import ReferencePass, ScorerSpec, ShardScorer, count_tokens, spec_of
 from alphatoken_curate.shards import Footer, Shard
 from alphatoken_curate.tokens import AnyRow, TokenRow, chosen
@@ -72,15 +74,17 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     listener = progress or Silent()
     folder = Path(run) if run is not None else default_run(config.data)
     prepared = prepare(config)
+    check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
     spec = spec_of(prepared, folder / "artifacts", _artifacts_of(config.reuse))
     _check_ours(folder)
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
-    with one_writer(folder):
+    with one_writer(folder), told_of_data(folder, prepared):
+        mend(folder, listener)
         budget = Budget(folder, spec.store.fields, config.batch_tokens, listener)
         _tell(prepared, spec, listener)
         scored = run_generation(folder, job_of(prepared, spec), spec, budget, listener)
-        if write_beside(folder, prepared, budget.first) or scored:
+        if write_beside(folder, prepared, spec.dtype, budget.first) or scored:
             write_manifest(folder)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored)
@@ -140,6 +144,11 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
     foreign = sorted(set(done) - set(range(len(job.shards))))
     if foreign:
         raise StoredDataError(f"{folder / shards.shard_name(foreign[0])}: no shard of this run. Move it away.")
+    for index in done:
+        of_shard = job.shards[index]
+        shards.check_rows(
+            folder / shards.shard_name(index), sorted(r.row_id for r in (*of_shard.rows, *of_shard.beside))
+        )
     _check_stored(run, number, done)
     missing = [index for index in range(len(job.shards)) if index not in done]
     if not missing:
@@ -168,6 +177,12 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
         footer = Footer(fields=spec.store.fields, facts=told.as_json())
         shards.write_values(folder / shards.shard_name(index), ordered, footer, job.layout)
     return len(missing)
+
+
+def mend(run: Path, progress: Progress) -> None:
+    """Make a damaged manifest anew from the shards, and say so. Callers hold the run."""
+    if told := manifest.mend(run):
+        progress.note(told)
 
 
 def write_manifest(run: Path) -> None:
@@ -263,12 +278,13 @@ def _pairs(job: Job, scorer: ShardScorer, rows: Sequence[AnyRow]) -> Pairs | Non
 # -------------------------------------------------------------------------------------------------------------- masks
 
 
-def mask(run: Path | str, config: MaskConfig) -> MaskSummary:
+def mask(run: Path | str, config: MaskConfig, progress: Progress | None = None) -> MaskSummary:
     """Make masks and loss weights again from stored values: no model, seconds. See `MaskConfig` for the choices."""
     folder = Path(run)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
     with one_writer(folder):
+        mend(folder, progress or Silent())
         return mask_and_card(folder, config, stale=False)[0]
 
 

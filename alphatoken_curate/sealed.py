@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from alphatoken_curate.atomic import Sink
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.fingerprint import Json, canonical, fingerprint
-from alphatoken_curate.schema import SCHEMA_VERSION
+from alphatoken_curate.schema import SCHEMA_VERSION, VERSIONS
 
 T = TypeVar("T")
 
@@ -79,8 +79,9 @@ def about(path: Path, metadata: pq.FileMetaData) -> dict[str, Any]:
     told = {key.removeprefix(prefix).decode(): orjson.loads(text) for key, text in stored.items()}
     if told.pop("seal", None) != fingerprint(told):
         raise damaged(path, "its footer is not as it was written")
-    if told["schema_version"] != SCHEMA_VERSION:
-        raise StoredDataError(f"{path}: schema version {told['schema_version']}; this release reads {SCHEMA_VERSION}")
+    if told["schema_version"] not in VERSIONS:
+        known = ", ".join(map(str, VERSIONS))
+        raise StoredDataError(f"{path}: schema version {told['schema_version']}; this release reads {known}")
     if told["counts"]["rows"] != metadata.num_rows:
         raise damaged(path, "its number of rows is not as it was written")
     return told

@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from alphatoken_curate import sealed
-from alphatoken_curate.atomic import atomic_file
+from alphatoken_curate.atomic import atomic_file, digest
 from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError
 from alphatoken_curate.fingerprint import Json, differing, fingerprint
-from alphatoken_curate.schema import IGNORE_INDEX, PAIR_COLUMNS, SCHEMA_VERSION, SIGNALS, STATUSES, Layout
+from alphatoken_curate.schema import IGNORE_INDEX, PAIR_COLUMNS, SCHEMA_VERSION, SIGNALS, STATUSES, Layout, lacking
 
 SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
-_ROW = ("row_id", "source", "line", "id", "status")
+OF_ROW = ("row_id", "source", "line", "id", "status")
+"""Columns of values/ that say which row it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,11 +79,15 @@ class TrainLists:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footer:
-    """What a shard says of itself. `fields` decide its bytes; `facts` are told along; `counts` are set on writing."""
+    """What a shard says of itself. `fields` decide its bytes; `facts` are told along.
+
+    `counts` and the schema `version` are set on writing.
+    """
 
     fields: Mapping[str, Json]
     facts: Mapping[str, Json] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+    version: int = SCHEMA_VERSION
 
     @property
     def fingerprint(self) -> str:
@@ -143,7 +148,7 @@ def values_table(records: Sequence[ValueRow], layout: Layout) -> pa.Table:
     schema = layout.values
     columns = {
         name: pa.array([getattr(record, name) for record in records], schema.field(name).type)
-        for name in (*_ROW, *PAIR_COLUMNS)
+        for name in (*OF_ROW, *PAIR_COLUMNS)
         if name in schema.names
     }
     scored = np.array([record.status == "scored" for record in records], np.bool_)
@@ -268,53 +273,70 @@ def _shard(path: Path, counts: Mapping[str, int], size: int, sha256: str) -> Sha
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def read(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """The shard's table (or some columns of it), its pages checked against their checksums and the digest of them all.
+def read_shard(run: Path, shard: Shard, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """`read` of a shard that the manifest names. Raises `StoredDataError` also where the file is another."""
+    return read(run / shard.path, schema, columns, named=shard)
 
-    Raises `StoredDataError`, which names the file, for anything missing, damaged or of another schema.
+
+def read(
+    path: Path, schema: pa.Schema, columns: Sequence[str] | None = None, *, named: Shard | None = None
+) -> pa.Table:
+    """The table (or some columns of it) of a shard, once all of its bytes have been checked.
+
+    Columns that its schema version did not have are null. `named`: the file it must be. Raises `StoredDataError`, which
+    names the file, for anything missing, damaged or of another schema.
     """
 
     def table(file: pq.ParquetFile) -> pa.Table:
-        if not file.schema_arrow.equals(schema):
-            found = f"its columns are not those that the run's kind of rows has in schema version {SCHEMA_VERSION}"
-            raise StoredDataError(f"{path}: {found}; move it out of the run folder")
         about = sealed.about(path, file.metadata)
-        sealed.check_body(path, about["body"])
-        result = file.read(columns=None if columns is None else list(columns))
+        lacks = lacking(schema, about["schema_version"])
+        if not file.schema_arrow.equals(pa.schema([column for column in schema if column.name not in lacks])):
+            found = f"those that the run's kind of rows has in schema version {about['schema_version']}"
+            raise StoredDataError(f"{path}: its columns are not {found}; move it out of the run folder")
+        _check_named(path, named, sealed.check_body(path, about["body"]))
+        wanted = [name for name in schema.names if columns is None or name in columns]
+        absent = {name: lacks[name] for name in wanted if name in lacks}
+        result = file.read(columns=list(dict.fromkeys(absent.get(name, name) for name in wanted)))
         if result.num_rows != about["counts"]["rows"]:
             raise sealed.damaged(path, f"{result.num_rows} rows of {about['counts']['rows']}")
         result.validate(full=True)
-        return result
+        return _with_nulls(result, schema, absent).select(wanted) if absent else result
 
     return sealed.opened(path, table)
 
 
-def read_records(path: Path, layout: Layout) -> list[ValueRow]:
-    """The records of a values shard: what `write_values` was given. Raises as `read`.
-
-    Signals are NaN where null; those that are null everywhere in a row are left out.
-    """
-    table = read(path, layout.values)
-    branches = [_branches(table, prefix) for prefix in layout.branches]
-    rows = table.select([name for name in (*_ROW, *PAIR_COLUMNS) if name in table.column_names]).to_pylist()
-    return [ValueRow(**row, branches=tuple(one[i] for one in branches)) for i, row in enumerate(rows)]
+def check(run: Path, shard: Shard) -> None:
+    """Raise `StoredDataError` where a file is not, byte by byte, the one that the manifest names."""
+    _check_named(run / shard.path, shard, digest(run / shard.path))
 
 
-def _branches(table: pa.Table, prefix: str) -> list[Branch]:
-    def rows_of(name: str, kind: type[np.generic]) -> list[NDArray[Any]]:
-        flat, lengths = entries(table[prefix + name])
-        return np.split(flat.astype(kind), np.cumsum(lengths)[:-1])
+def _check_named(path: Path, named: Shard | None, found: tuple[int, str]) -> None:
+    if named is not None and found != (named.bytes, named.sha256):
+        raise StoredDataError(f"{path}: not the file that the manifest names; `verify` says what is damaged")
 
-    ids, response = rows_of("input_ids", np.int32), rows_of("response", np.bool_)
-    signals = {name: rows_of(name, np.float32) for name in SIGNALS}
-    return [
-        Branch(
-            input_ids=ids[i],
-            response=response[i],
-            signals={name: rows[i] for name, rows in signals.items() if not np.isnan(rows[i]).all()},
-        )
-        for i in range(table.num_rows)
-    ]
+
+def _with_nulls(table: pa.Table, schema: pa.Schema, absent: Mapping[str, str]) -> pa.Table:
+    """With these columns, each aligned with the one beside it: null at every token."""
+    for name, beside in absent.items():
+        flat, lengths = entries(table[beside])
+        nulls = _lists(np.zeros(len(flat), np.float32), lengths, schema, name, null=np.ones(len(flat), np.bool_))
+        table = table.append_column(schema.field(name), nulls)
+    return table
+
+
+def check_rows(path: Path, row_ids: Sequence[int]) -> None:
+    """Raise `StoredDataError` where a shard found on disk begins or ends with other rows than these, which ascend."""
+
+    def ends(file: pq.ParquetFile) -> tuple[int, ...]:
+        if not file.metadata.num_rows:
+            return ()
+        found = file.metadata.row_group(0).column(0).statistics
+        return found.min, found.max
+
+    found, wanted = sealed.opened(path, ends), (*row_ids[:1], *row_ids[-1:])
+    if found != wanted:
+        told = [" to ".join(map(str, one)) or "none" for one in (found, wanted)]
+        raise sealed.damaged(path, f"it holds rows {told[0]}, not {told[1]}: it was swapped or copied")
 
 
 def read_footer(path: Path) -> Footer:
@@ -333,7 +355,7 @@ def facts_of(path: Path) -> tuple[Footer, Shard]:
 
 
 def _footer(about: Mapping[str, Any]) -> Footer:
-    return Footer(fields=about["fields"], facts=about["facts"], counts=about["counts"])
+    return Footer(fields=about["fields"], facts=about["facts"], counts=about["counts"], version=about["schema_version"])
 
 
 def committed(folder: Path, fields: Mapping[str, Json]) -> dict[int, Shard]:
@@ -350,6 +372,7 @@ def committed(folder: Path, fields: Mapping[str, Json]) -> dict[int, Shard]:
             raise FingerprintError(
                 f"{path}: made with other {', '.join(names)}; use the settings it was made with, or another run folder",
                 names,
+                footer.fields,
             )
         found[index] = shard
     return found

@@ -2,7 +2,7 @@
 
 Read shard by shard: sums and sizes first, of each generation (`sums`), from which the edges of histograms follow, then
 their counts (`counting`). All add up exactly whatever the shards. Last comes `remask.spreads` for what stability
-decides; it alone holds the run's tokens in memory (about 70 bytes each).
+decides; it alone holds something of every response token: 14 bytes at most, and see `ranked` for an expression.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alphatoken_curate import manifest, masks, remask, responses
+from alphatoken_curate import criteria, manifest, masks, remask, responses
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.counting import GroupStats, counted
 from alphatoken_curate.errors import StoredDataError
@@ -72,8 +72,8 @@ class Stats:
     is no token. `mean`: of nll, entropy and reference_nll in nats, None where there is none.
     `decisions_changed`: by --stability-scale, tokens that the newest mask's settings (the default settings where there
     is no mask) keep or drop only due to stability, of `decided_tokens` in `decided_generations`: those the mask was
-    made from, or the one that was asked for. `decided_by_value`: whether these settings use the value; where they do
-    not, both numbers are 0.
+    made from, or the one that was asked for. `decided_by_value`: whether these settings select by the value; where they
+    do not, both numbers are of the published mask, `by` value and `keep` 0.5.
     """
 
     kind: str
@@ -160,12 +160,13 @@ def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str,
     elif stored.masks:
         # Not as the mask was told: its `latest` may be a newer one by now.
         config = replace(config, generation=",".join(map(str, stored.masks[-1].generations)), aggregate="mean")
-    by_value = masks.depends_on_value(config.by)
-    found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES] if by_value else []
-    changed = [one.decisions_changed for one in found] or [0] * len(SCALES)
+    by_value = criteria.depends_on_value(config.by) and masks.parse_keep(config.keep) != 1
+    if not by_value:
+        config = replace(config, by="value", keep=0.5, scope="global", weights="binary")
+    found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES]
     return {
-        "decisions_changed": dict(zip(SCALES, changed, strict=True)),
-        "decided_tokens": found[0].response_tokens if found else 0,
+        "decisions_changed": {scale: one.decisions_changed for scale, one in zip(SCALES, found, strict=True)},
+        "decided_tokens": found[0].response_tokens,
         "decided_generations": tuple(one.generation for one in responses.chosen_generations(run, stored, config)),
         "decided_by_value": by_value,
     }

@@ -62,7 +62,7 @@ class Sums:
         for shard in generation.shards:
             for tokens in responses.load(run, [[shard]], (*sums.signals, *MEANS), layout).branches:
                 sums.add(tokens.columns)
-            table = shards.read(run / shard.path, layout.values, names)
+            table = shards.read_shard(run, shard, layout.values, names)
             sums.rows.update(table["status"].to_pylist())
             for name in names[1:]:
                 numbers = table[name].drop_null().to_numpy().astype(np.float64)

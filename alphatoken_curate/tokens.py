@@ -8,7 +8,7 @@ tokens are left are refused, as rows without an answer are: nothing can be learn
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -75,9 +75,11 @@ def chosen(row: AnyRow) -> TokenRow:
 
 
 def tokenise(
-    rows: Sequence[Row], tokenizer: Tokenizer | None, *, max_length: int, turns: str, vocab_size: int | None
+    rows: Iterable[Row], tokenizer: Tokenizer | None, *, max_length: int, turns: str, vocab_size: int | None
 ) -> tuple[list[AnyRow], list[BadRow]]:
     """Tokens of every row, in order, and the rows that have none that respond or cannot be tokenised, with reasons.
+
+    Rows are taken as they are needed, and not kept: of a `RowStream` some thousand are held at a time.
 
     `turns` is "all" or "last" (assistant turns that respond). Rows are cut at the right to `max_length` tokens, each
     branch of a pair by itself. A pair is bad where one of its branches is. `vocab_size`, where given, bounds every
@@ -95,7 +97,7 @@ def tokenise(
 
 
 def tokenise_prompts(
-    rows: Sequence[Row], tokenizer: Tokenizer | None, *, max_length: int, vocab_size: int | None
+    rows: Iterable[Row], tokenizer: Tokenizer | None, *, max_length: int, vocab_size: int | None
 ) -> tuple[list[TokenRow], list[BadRow]]:
     """Tokens of the prompt of every row, in order, of which none responds, and the rows that have none, with reasons.
 
@@ -116,7 +118,7 @@ def tokenise_prompts(
 # --- text to tokens ---
 
 
-def _spelled(rows: Sequence[Row], speller: Speller | None) -> Iterator[tuple[Row, list[Spelled | RowFault]]]:
+def _spelled(rows: Iterable[Row], speller: Speller | None) -> Iterator[tuple[Row, list[Spelled | RowFault]]]:
     """Every row with the tokens of each of its branches, or why there are none."""
     waiting = iter(rows)
     while batch := list(islice(waiting, _BATCH_ROWS)):

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate import manifest, shards
-from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.manifest import Manifest, Mask
 from alphatoken_curate.scan import choose_mask
 from alphatoken_curate.schema import Layout
@@ -59,20 +58,13 @@ class TrainSet:
 
     def files(self) -> list[Path]:
         """The shards in order of row_id, every byte checked. Raises `StoredDataError` as `read` does."""
-        found = []
         for shard in self.mask.shards:
-            path = self.run / shard.path
-            if shards.facts_of(path)[1] != shard:
-                raise StoredDataError(f"{path}: not the file that the manifest names; run `verify`")
-            found.append(path)
-        return found
+            shards.check(self.run, shard)
+        return [self.run / shard.path for shard in self.mask.shards]
 
     def read(self, shard: Shard) -> list[TrainRow]:
         """The rows of one of the mask's shards. Raises `StoredDataError` where it is missing, damaged or another."""
-        path = self.run / shard.path
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise StoredDataError(f"{path}: missing or not {shard.bytes} bytes, as the manifest has it; run `verify`")
-        table = shards.read(path, self.layout.train)
+        table = shards.read_shard(self.run, shard, self.layout.train)
         lists = [
             [_split(table, prefix + name) for name in ("input_ids", "labels", "loss_weight")]
             for prefix in self.layout.branches

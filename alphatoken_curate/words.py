@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from alphatoken_curate import manifest
 from alphatoken_curate.errors import StoredDataError
-from alphatoken_curate.schema import VOCABULARY, VOCABULARY_COLUMNS
+from alphatoken_curate.schema import VOCABULARY, VOCABULARY_COLUMNS, absent
 
 PART = "\ufffd"
 """The text of a token that ends no character: it is a part of one that a later token ends."""
@@ -35,48 +36,50 @@ class Vocabulary:
     """Tokens by id: the `pieces` of text they stand for, their `texts` alone, and which are `special`.
 
     A text has U+FFFD where its piece cuts a character. Spaces in front of words are there. Tokens that stand for
-    nothing, and all of a run that was given as tokens, are missing or empty.
+    nothing, and all of a run that was given as tokens, are missing or empty. The vocabulary of an early run has texts
+    alone: no pieces, and which are special is None.
     """
 
     pieces: Mapping[int, bytes]
     texts: Mapping[int, str]
-    special: frozenset[int]
+    special: frozenset[int] | None
 
 
 def read_vocabulary(run: Path, ids: Ids | None = None) -> Vocabulary:
     """The tokens of a run, or only those of `ids`; none where it has no vocabulary.
 
-    Raises `StoredDataError` where it is damaged.
+    Raises `StoredDataError` where it is not the one that the run wrote.
     """
     path = run / VOCABULARY
     if not path.is_file():
         return Vocabulary(pieces={}, texts={}, special=frozenset())
-    with _sound(path):
+    with _sound(run):
         table = pq.read_table(path)
-        _check_columns(table.schema)
+        whole = _is_whole(table.schema)
     if ids is not None:
         table = table.filter(pc.is_in(table["token_id"], pa.array(np.unique(ids), pa.int32())))
-    numbers, pieces, texts = (table[name].to_pylist() for name in ("token_id", "piece", "text"))
-    special = table["token_id"].filter(table["special"]).to_pylist()
+    numbers = table["token_id"].to_pylist()
     return Vocabulary(
-        pieces=dict(zip(numbers, pieces, strict=True)),
-        texts=dict(zip(numbers, texts, strict=True)),
-        special=frozenset(special),
+        pieces=dict(zip(numbers, table["piece"].to_pylist(), strict=True)) if whole else {},
+        texts=dict(zip(numbers, table["text"].to_pylist(), strict=True)),
+        special=frozenset(table["token_id"].filter(table["special"]).to_pylist()) if whole else None,
     )
 
 
 def scan_vocabulary(run: Path) -> pl.LazyFrame | None:
     """token_id int32, text and class string of the tokens of a run; None where it has no vocabulary.
 
-    Raises `StoredDataError` where it is damaged.
+    That of an early run does not say which tokens are special: class is null. Raises `StoredDataError` where it is not
+    the one that the run wrote.
     """
     path = run / VOCABULARY
     if not path.is_file():
         return None
-    with _sound(path):
-        _check_columns(pq.read_schema(path))
+    with _sound(run):
+        whole = _is_whole(pq.read_schema(path))
     vocabulary = pl.scan_parquet(path, glob=False, hive_partitioning=False)
-    return vocabulary.select("token_id", "text", class_of(pl.col("text"), pl.col("special")).alias("class"))
+    kind = class_of(pl.col("text"), pl.col("special")) if whole else pl.lit(None, pl.String)
+    return vocabulary.select("token_id", "text", kind.alias("class"))
 
 
 def spelled(ids: Ids, vocabulary: Vocabulary) -> list[str]:
@@ -89,8 +92,8 @@ def spelled(ids: Ids, vocabulary: Vocabulary) -> list[str]:
     texts = [vocabulary.texts.get(number) or f"<{number}>" for number in numbers]
     # Only tokens that are no text by themselves can share a character, and only with their neighbours.
     for cut, places in groupby(range(len(texts)), key=lambda place: PART in texts[place]):
-        if cut:
-            run = list(places)
+        run = list(places)
+        if cut and all(numbers[place] in vocabulary.pieces for place in run):
             joined = _joined([vocabulary.pieces[numbers[place]] for place in run])
             for place, text in zip(run, joined, strict=True):
                 texts[place] = text or PART
@@ -103,18 +106,23 @@ def joined(ids: Ids, vocabulary: Vocabulary) -> str:
 
 
 @contextmanager
-def _sound(path: Path) -> Iterator[None]:
-    """What cannot be read inside is a damaged vocabulary."""
+def _sound(run: Path) -> Iterator[None]:
+    """What is not the vocabulary that the run wrote, or cannot be read inside, is damaged."""
     do = "delete it and run the `score` command again to have it anew; without it tokens are shown by their ids"
     try:
+        manifest.check_file(run, manifest.read(run), VOCABULARY)
         yield
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise StoredDataError(f"{path}: damaged ({error}); {do}") from error
+        raise StoredDataError(f"{run / VOCABULARY}: damaged ({error}); {do}") from error
 
 
-def _check_columns(schema: pa.Schema) -> None:
-    if not schema.equals(VOCABULARY_COLUMNS):
+def _is_whole(schema: pa.Schema) -> bool:
+    """Whether a vocabulary has all columns, or those of schema version 1."""
+    if schema.equals(VOCABULARY_COLUMNS):
+        return True
+    if schema.names != [name for name in VOCABULARY_COLUMNS.names if name not in absent(1)]:
         raise ValueError(f"its columns are not {', '.join(VOCABULARY_COLUMNS.names)}")
+    return False
 
 
 def _joined(pieces: Sequence[bytes]) -> list[str]:

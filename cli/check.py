@@ -9,6 +9,7 @@ import click
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import InputError
+from alphatoken_curate.files import legible
 
 from .options import config_options, read_config
 
@@ -62,7 +63,7 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
     if found.bad:
         click.echo(f"bad rows         {len(found.bad):>12,}   set aside with --bad-rows quarantine")
         for bad in found.bad[:20]:
-            click.echo(f"  {bad.source}:{bad.line}: {bad.reason}: {bad.message}")
+            click.echo(legible(f"  {bad.source}:{bad.line}: {bad.reason}: {bad.message}"))
         if len(found.bad) > 20:
             click.echo(f"  and {len(found.bad) - 20} more")
     if found.estimate is not None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .options import tell_version
+
 
 @click.command(name="compare")
 @click.argument("run", type=click.Path(path_type=Path))
@@ -24,6 +26,9 @@ def command(run: Path, other: Path | None, generations: str | None, changed: int
     """
     from alphatoken_curate.compare import compare
 
+    for one in (run, other):
+        if one is not None:
+            tell_version(one)
     found = compare(run, other, generations=_numbers(generations), changed=changed)
     if as_json:
         from dataclasses import asdict

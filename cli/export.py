@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .options import tell_version
+
 TRAINERS = ("hf", "llamafactory", "ms-swift", "levanter", "tinker", "megatron", "verl", "skyrl", "jsonl-weights")
 
 _HELP = """Write the rows of the run folder RUN, with their mask and weights, as files that another trainer reads.
@@ -43,6 +45,7 @@ def command(run: Path, **asked: Any) -> None:
     """Export, and say what was written."""
     from alphatoken_curate.exports.export import export
 
+    tell_version(run)
     done = export(run, **asked)
     click.echo(f"Wrote {done.path}/ for {done.trainer}, of mask {done.mask}")
     for line in _summary(done):

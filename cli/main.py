@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from alphatoken_curate.errors import CurateError
+from alphatoken_curate.files import legible
 
 from .interrupts import interruptible
 
@@ -84,7 +85,7 @@ def _run() -> int:
         return error.exit_code
     except CurateError as error:
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-        click.echo(str(error), err=True)
+        click.echo(legible(str(error)), err=True)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; keep Python from complaining when it closes stdout.

@@ -10,7 +10,7 @@ import click
 
 from alphatoken_curate.config import MaskConfig
 
-from .options import config_options, read_config
+from .options import config_options, read_config, tell_version
 
 
 @click.command()
@@ -26,7 +26,11 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
 
     from alphatoken_curate.score import mask
 
-    made = mask(run, config)
+    from .terminal import Listener
+
+    tell_version(run)
+    with Listener() as listener:
+        made = mask(run, config, listener)
     verb = "Wrote" if made.created else "Already there:"
     click.echo(f"{verb} mask {made.mask} in {made.path}/")
     for line in summary(made):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .options import tell_version
+
 
 @click.command(name="report")
 @click.argument("run", type=click.Path(path_type=Path))
@@ -14,5 +16,6 @@ def command(run: Path, output: Path | None) -> None:
     """Write the run folder RUN as one HTML page: charts, and rows coloured by value. It opens without a network."""
     from alphatoken_curate.report import report
 
+    tell_version(run)
     path = report(run, output)
     click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser.")

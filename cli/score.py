@@ -45,6 +45,8 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     click.echo(
         f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {_first(done)}"
     )
+    if mask.kept_tokens == mask.response_tokens:
+        click.echo(f"Every token trains until you choose: alphatoken-curate mask {done.run} --keep 0.5 --by value")
 
 
 def _aside(counts: Any) -> list[tuple[str, int]]:

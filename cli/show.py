@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .options import tell_version
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -48,6 +50,7 @@ def command(
     """Show row N of the run folder RUN: its tokens coloured by value, and which of them the newest mask keeps."""
     from alphatoken_curate.row_view import read_row
 
+    tell_version(run)
     console = _console()
     if search is not None and row is None and own_id is None:
         row = _searched(console, run, search, generation)

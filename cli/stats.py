@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .options import tell_version
+
 if TYPE_CHECKING:
     from alphatoken_curate.stats import Stats
 
@@ -26,6 +28,7 @@ def command(run: Path, generation: int | None, as_json: bool, svg: Path | None, 
     """
     from alphatoken_curate.stats import stats
 
+    tell_version(run)
     found = stats(run, generation=generation)
     _draw(found, run, svg, png)
     if as_json:

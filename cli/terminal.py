@@ -10,6 +10,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from alphatoken_curate.files import legible
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -62,10 +64,11 @@ class Listener:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+        told = f"! {legible(text)}"
         if self._bar is not None:
-            self._bar.console.print(f"! {text}", style="yellow", markup=False, highlight=False)
+            self._bar.console.print(told, style="yellow", markup=False, highlight=False, emoji=False)
         else:
-            click.echo(f"! {text}", err=True)
+            click.echo(told, err=True)
 
     def _rate(self, now: float) -> float:
         return self._done / max(now - self._began, 1e-9)

@@ -7,6 +7,9 @@ from pathlib import Path
 import click
 
 from alphatoken_curate.errors import StoredDataError
+from alphatoken_curate.files import legible
+
+from .options import tell_version
 
 
 @click.command()
@@ -15,9 +18,10 @@ def command(run: Path) -> None:
     """Check every file of RUN: digests, page checksums, schemas, counts and alignment. Exit 4 where one is wrong."""
     from alphatoken_curate.verify import verify
 
+    tell_version(run)
     problems = verify(run)
     for problem in problems:
-        click.echo(f"{problem.file}: {problem.found}. {problem.do}", err=True)
+        click.echo(legible(f"{problem.file}: {problem.found}. {problem.do}"), err=True)
     if problems:
         raise StoredDataError(f"{run}: {len(problems)} problems found.")
     click.echo(f"{run}: every file is as it was written, and every row is accounted for.")

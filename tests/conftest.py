@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from tiny_files import save_models
 from torch import Tensor
 
@@ -50,6 +51,13 @@ def all_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of tiny models on disk: base, tuned and broken (see `tiny_files.save_models`)."""
     return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs commands as processes of their own; what they import is imported once."""
+    with Forks(tmp_path_factory.mktemp("forks")) as server:
+        yield server
 
 
 @pytest.fixture

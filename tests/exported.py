@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from small_run import published
 
-from alphatoken_curate import MaskConfig
 from alphatoken_curate.exports.export import FORMS
 
 Predictions = dict[tuple[int, int], float]
@@ -23,8 +23,8 @@ Row = tuple[Predictions, ...]
 
 TOKEN_FORMS = sorted(FORMS.keys() - {"jsonl-weights"})
 FOR_PAIRS = ["hf", "llamafactory", "ms-swift", "tinker"]
-SOFT = MaskConfig(keep=0.6, weights="rank")
-HALF = MaskConfig(keep=0.5)
+SOFT = published(keep=0.6, weights="rank")
+HALF = published(keep=0.5)
 
 
 def truth(run: Path, *, mask: int = 0, max_length: int | None = None, binarize: bool = False) -> list[Row]:

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import faults
+
 import alphatoken_curate
 
 _IMPORTS = (
@@ -100,16 +102,20 @@ class Forks:
         said: str = "",
         signal: int = 9,
         meanwhile: Sequence[object] = (),
+        fake: bool = False,
+        log: Path | None = None,
+        refuse: tuple[str, str] | None = None,
     ) -> None:
         """A command that is sent `signal` `after` so many seconds, once a file is there or once it `said` some words.
 
         With `meanwhile` it is stopped at that moment for as long as another command takes, then goes on. With `kill_at`
-        it kills itself.
+        it kills itself. `fake`, `log`, `refuse`: `fake_scorer`, `log_scoring` and `refuse` of `faults`.
         """
         assert self._server.stdin is not None
         order = {"arguments": [str(a) for a in arguments], "kill_at": kill_at, "after": after, "signal": signal}
         order |= {"once": None if once is None else str(once), "said": said, "err": str(self._folder / "stderr")}
         order |= {"out": str(self._folder / "stdout"), "meanwhile": [str(a) for a in meanwhile]}
+        order |= {"fake": fake, "log": None if log is None else str(log), "refuse": refuse}
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
 
@@ -125,6 +131,12 @@ def _child(order: dict[str, Any]) -> None:
     from alphatoken_curate.atomic import KILL_AT
     from alphatoken_curate.cli.main import main
 
+    if order.get("fake"):
+        faults.fake_scorer()
+    if order.get("log"):
+        faults.log_scoring(Path(order["log"]))
+    if order.get("refuse"):
+        faults.refuse(*order["refuse"])
     os.environ[KILL_AT] = order["kill_at"]
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_APPEND), descriptor)
@@ -161,7 +173,8 @@ def _fork(order: dict[str, Any]) -> dict[str, Any]:
                 other = _meanwhile(child, order)
             else:
                 os.kill(child, order["signal"])
-        time.sleep(0.005)
+        left = order["after"] - past
+        time.sleep(min(0.005, left) if left > 0 else 0.005)
     told = {name: Path(order[name]).read_text() for name in ("out", "err")}
     seconds = time.monotonic() - began
     return {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "meanwhile": other, **told}

@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import orjson
-from small_run import scored, small_run, write_pieces
+from small_run import scored, small_run, write_pieces, write_rejects
 
 from alphatoken_curate import manifest
 from alphatoken_curate.pieces import Piece
@@ -60,8 +59,7 @@ def hostile_run(run: Path) -> Path:
     )
     small_run(run, [*rows, refused])
     write_pieces(run, pieces)
-    reject = {"row_id": len(rows), "reason": PAYLOADS[3], "message": PAYLOADS[4]}
-    (run / "rejects.jsonl").write_bytes(orjson.dumps(reject))
+    write_rejects(run, [{"row_id": len(rows), "reason": PAYLOADS[3], "message": PAYLOADS[4]}])
     stored = manifest.read(run)
     changed = replace(
         stored,

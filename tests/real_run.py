@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from small_run import FIELDS, facts, paired, write_pieces
+from small_run import FIELDS, facts, paired, published, write_pieces
 
 from alphatoken_curate import card, composite, manifest
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.pieces import Piece
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.schema import LAYOUTS, components
@@ -60,7 +59,7 @@ def real_run(run: Path, kind: str = "sft") -> Path:
     everything = [Piece(content=pieces.get(i, b""), special=i in special) for i in range(max(pieces) + 1)]
     write_pieces(run, everything)
     manifest.write(run, manifest.rebuild(run))
-    make_mask(run, MaskConfig())
+    make_mask(run, published())
     card.write(run, manifest.read(run))
     return run
 

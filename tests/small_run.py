@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow.parquet as pq
 
 from alphatoken_curate import card, composite, manifest
 from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.documents import sealed
 from alphatoken_curate.manifest import Facts, Input, Plan
 from alphatoken_curate.pieces import Piece, vocabulary_table
 from alphatoken_curate.remask import make_mask
@@ -21,6 +23,11 @@ from alphatoken_curate.shards import Branch, Footer, ValueRow, shard_name, value
 VOCABULARY = 50
 BETA = 0.1
 FIELDS = {"schema_version": SCHEMA_VERSION, "seed": 3, "input": "sha256:" + "0" * 64}
+
+
+def published(**settings: Any) -> MaskConfig:
+    """The mask of the paper (Eq. 13), but for these settings."""
+    return MaskConfig(**{"keep": 0.5, "by": "value", **settings})
 
 
 def tokens(row_id: int, length: int, number: int = 0) -> Branch:
@@ -132,6 +139,24 @@ def write_vocabulary(run: Path) -> None:
 def write_pieces(run: Path, found: list[Piece]) -> None:
     """artifacts/vocab.parquet of these tokens; another one there is replaced."""
     pq.write_table(vocabulary_table(found), run / "artifacts" / "vocab.parquet")
+    renamed(run)
+
+
+def write_rejects(run: Path, lines: Sequence[object]) -> None:
+    """rejects.jsonl of these."""
+    (run / "rejects.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    renamed(run)
+
+
+def renamed(run: Path) -> None:
+    """Have the manifest, if there is one, name the files of the run as they are now."""
+    if (run / manifest.NAME).is_file():
+        manifest.write(run, replace(manifest.read(run), files=manifest.rebuild(run).files))
+
+
+def sealed_manifest(whole: dict[str, Any]) -> bytes:
+    """A manifest that says this, as if a run had written it."""
+    return sealed({name: value for name, value in whole.items() if name != "seal"})
 
 
 def small_run(
@@ -158,6 +183,6 @@ def small_run(
     (run / "config.yaml").write_text("keep: 0.5\n")
     (run / "rejects.jsonl").write_text("{}\n")
     manifest.write(run, manifest.rebuild(run))
-    make_mask(run, config or MaskConfig())
+    make_mask(run, config or published())
     card.write(run, manifest.read(run))
     return run

@@ -221,3 +221,22 @@ def test_the_damaged_records_are_nearly_sound(tmp_path: Path) -> None:
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / "run.json").write_bytes(SHARD % b'{"batch_tokens": 9, "halvings": 0}')
     assert budget(tmp_path, fields={}).plan(0) == Plan(batch_tokens=9)
+
+
+def test_every_flipped_bit_of_a_record_is_seen(tmp_path: Path) -> None:
+    budget(tmp_path).spend(fails(0, MemoryError()), 0)
+    path = tmp_path / "artifacts" / "run.json"
+    whole = path.read_bytes()
+    for bit in range(len(whole) * 8):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(StoredDataError, match=r"run\.json: damaged"):
+            budget(tmp_path)
+
+
+def test_the_record_of_another_schema_version_is_told(tmp_path: Path) -> None:
+    budget(tmp_path, fields=FIELDS | {"schema_version": 1}).spend(fails(0, MemoryError()), 0)
+    with pytest.raises(FingerprintError, match="schema version 1, and this release writes") as caught:
+        budget(tmp_path, fields=FIELDS | {"schema_version": 2})
+    assert caught.value.fields == ("schema_version",)

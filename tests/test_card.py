@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_run import small_run, value_rows, write_generation
+from small_run import published, small_run, value_rows, write_generation
 
 from alphatoken_curate import card, manifest
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.schema import BY_ESTIMATOR, LAYOUTS, SIGNALS, components
 
@@ -24,7 +23,7 @@ def test_load_dataset_reads_the_folder_offline(tmp_path: Path, monkeypatch: pyte
     import datasets
 
     run, layout = small_run(tmp_path / "a", kind=kind), LAYOUTS[kind]
-    made = make_mask(run, MaskConfig(keep=0.2))
+    made = make_mask(run, published(keep=0.2))
     card.write(run, manifest.read(run))
     cache = str(tmp_path / "cache")
     train = datasets.load_dataset(str(run), split="train", cache_dir=cache)
@@ -38,7 +37,7 @@ def test_load_dataset_reads_the_folder_offline(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_front_matter_names_the_newest(run: Path) -> None:
-    make_mask(run, MaskConfig(keep=0.2))
+    make_mask(run, published(keep=0.2))
     text = card.render(manifest.read(run))
     configs = yaml.safe_load(text.split("---")[1])["configs"]
     assert [(one["config_name"], one.get("default"), one["data_files"][0]["path"]) for one in configs] == [
@@ -48,8 +47,8 @@ def test_the_front_matter_names_the_newest(run: Path) -> None:
 
 
 def test_generations_and_masks_are_listed(tmp_path: Path) -> None:
-    run = small_run(tmp_path, generations=(0, 3), config=MaskConfig(generation="all"))
-    made = make_mask(run, MaskConfig(generation="0"))
+    run = small_run(tmp_path, generations=(0, 3), config=published(generation="all"))
+    made = make_mask(run, published(generation="0"))
     text = card.render(manifest.read(run))
     assert (
         'generation 0: checkpoint "base"\ngeneration 3: checkpoint "checkpoint-3"\nmask 0: mean of generations 0, 3; '
@@ -75,7 +74,7 @@ def test_a_card_is_current_until_a_newer_mask(run: Path) -> None:
     with (run / "README.md").open("a") as file:
         file.write("\nMy own words.\n")
     assert card.is_current(run, manifest.read(run))
-    make_mask(run, MaskConfig(keep=0.2))
+    make_mask(run, published(keep=0.2))
     assert not card.is_current(run, manifest.read(run))
     (run / "README.md").write_bytes(b"\xff")
     assert not card.is_current(run, manifest.read(run))
@@ -102,7 +101,7 @@ def test_it_has_counts_columns_with_units_and_settings(tmp_path: Path, kind: str
 
 def test_the_value_of_train_has_the_units_of_what_the_newest_mask_is_made_from(run: Path) -> None:
     for by, units in (("entropy", "nats"), ("nll - reference_nll", "those of the --by expression")):
-        make_mask(run, MaskConfig(by=by))
+        make_mask(run, published(by=by))
         train, values = card.render(manifest.read(run)).split("`values`: every row read")
         assert f"| `value` | list of float | {units} |" in train
         assert "| `value` | list of float | nats per unit step |" in values

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from exported import SOFT, read, truth
-from small_run import small_run
+from small_run import published, small_run
 from tiny_files import command, contents
 
-from alphatoken_curate import MaskConfig, mask
+from alphatoken_curate import mask
 
 
 def test_it_says_what_was_written_and_what_comes_next(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_it_says_what_was_written_and_what_comes_next(tmp_path: Path) -> None:
 
 def test_flags_reach_the_export(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", config=SOFT)
-    mask(run, MaskConfig(keep=0.2))
+    mask(run, published(keep=0.2))
     plain = command("export", run, "--for", "hf", "-o", tmp_path / "plain", "--mask", 0)
     assert plain.code == 0 and "(all 0 or 1)" not in plain.out and "dropped  0 rows\n" in plain.out
     assert read("hf", tmp_path / "plain") == truth(run, mask=0)

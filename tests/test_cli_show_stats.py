@@ -11,12 +11,11 @@ import orjson
 import pytest
 from click.testing import CliRunner, Result
 from rich.cells import cell_len
-from small_run import small_run, value_rows, write_pieces
+from small_run import published, small_run, value_rows, write_pieces
 from test_stats import with_stability
 
 from alphatoken_curate.cli.show import command as show
 from alphatoken_curate.cli.stats import command as stats
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.pieces import Piece
 from alphatoken_curate.remask import make_mask
@@ -221,7 +220,7 @@ def test_stats_json_is_what_the_library_computes(run: Path, pairs: Path) -> None
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_stats_fit_and_tell_everything(run: Path, width: int) -> None:
-    make_mask(run, MaskConfig(keep=0.2))
+    make_mask(run, published(keep=0.2))
     out = invoke(stats, run, COLUMNS=str(width)).output
     found = compute(run)
     assert max(map(cell_len, out.splitlines())) <= width
@@ -276,7 +275,7 @@ def test_stats_say_what_to_do_where_stability_is_nothing(tmp_path: Path) -> None
 
 
 def test_stats_say_where_stability_cannot_matter(run: Path) -> None:
-    make_mask(run, MaskConfig(by="nll"))
+    make_mask(run, published(by="nll"))
     assert "mask 1 does not select by value" in " ".join(invoke(stats, run).output.split())
 
 
@@ -288,7 +287,7 @@ def test_stats_of_a_run_in_which_nothing_was_scored(tmp_path: Path) -> None:
 
 def test_hostile_text_in_a_run_commands_nothing(run: Path) -> None:
     write_pieces(run, [Piece(content="\x1b]52;c;aGk=\x07[bold]\u202e".encode(), special=False)] * 50)
-    make_mask(run, MaskConfig(by="nll + 0 * length('\x1b]0;x\x07')"))
+    make_mask(run, published(by="nll + 0 * length('\x1b]0;x\x07')"))
     for arguments in ([show, run, "--row", 6], [show, run, "--row", 6, "--tokens"], [stats, run]):
         for env in ({}, COLOUR):
             result = invoke(*arguments, **env)

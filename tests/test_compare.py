@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_run import scored, small_run, value_rows, write_generation
+from small_run import published, scored, small_run, value_rows, write_generation
 
 from alphatoken_curate import manifest
 from alphatoken_curate.compare import Comparison, compare, spearman
@@ -73,7 +73,7 @@ def check(found: Comparison, one: dict[Key, float], other: dict[Key, float]) -> 
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_two_generations_of_a_run_against_loops(tmp_path: Path, kind: str) -> None:
     rows = value_rows(30, kind=kind)
-    run = small_run(tmp_path / "run", rows, kind=kind, config=MaskConfig(keep=0.4), generations=(0, 2, 5))
+    run = small_run(tmp_path / "run", rows, kind=kind, config=published(keep=0.4), generations=(0, 2, 5))
     again = {number: [scored(row, seed=number) if row.status == "scored" else row for row in rows] for number in (2, 5)}
     found = compare(run)
     assert (found.first.generation, found.second.generation) == (0, 5)
@@ -97,7 +97,7 @@ def test_masks_are_those_that_the_newest_settings_make_of_each(tmp_path: Path, k
     run = small_run(tmp_path / "run", value_rows(30, kind=kind), kind=kind, generations=(0, 2))
     settings = {"keep": 0.3, "scope": "batch:4", "weights": "rank"}
     for number, generation in ((1, "0"), (2, "2")):
-        assert make_mask(run, MaskConfig(**settings, generation=generation)).mask == number
+        assert make_mask(run, published(**settings, generation=generation)).mask == number
     found = compare(run).masks
     one, other = kept_of(run, 1), kept_of(run, 2)
     assert (found.both, found.only_first, found.only_second) == (len(one & other), len(one - other), len(other - one))
@@ -111,7 +111,7 @@ def test_masks_are_those_that_the_newest_settings_make_of_each(tmp_path: Path, k
 
 def test_independent_halves_overlap_by_a_third(tmp_path: Path) -> None:
     rows = value_rows(40)
-    run = small_run(tmp_path / "run", rows, config=MaskConfig(keep=0.5, allow_empty_rows=True), generations=(0, 3))
+    run = small_run(tmp_path / "run", rows, config=published(keep=0.5, allow_empty_rows=True), generations=(0, 3))
     found = compare(run).masks
     assert found.by_chance == pytest.approx(1 / 3, abs=0.01)
     assert found.jaccard is not None
@@ -120,9 +120,9 @@ def test_independent_halves_overlap_by_a_third(tmp_path: Path) -> None:
 
 def test_two_runs_with_settings_and_estimators_of_their_own(tmp_path: Path) -> None:
     rows = value_rows(20)
-    one = small_run(tmp_path / "one", rows, config=MaskConfig(keep=0.2))
+    one = small_run(tmp_path / "one", rows, config=published(keep=0.2))
     influence = [scored(row, seed=1, estimator="influence") if row.status == "scored" else row for row in rows]
-    other = small_run(tmp_path / "other", influence, config=MaskConfig(keep=1.0), per_shard=3)
+    other = small_run(tmp_path / "other", influence, config=published(keep=1.0), per_shard=3)
     found = compare(one, other)
     check(found, tokens_of(rows), tokens_of(influence))
     assert set(found.correlations) == {"nll", "entropy", "reference_nll", "value"}

@@ -61,7 +61,7 @@ def test_rms_of_several_arrays_is_that_of_all_entries(parts: list[list[float]]) 
 def test_objective_scales_make_both_objectives_rms_1() -> None:
     rng = np.random.default_rng(0)
     parts = [rng.normal(scale=s, size=500).astype(np.float32) for s in (1, 2, 1e-6, 3e-6)]
-    scales = composite.objective_scales([named(parts)], PARTED)
+    scales = composite.sizes([named(parts)], PARTED).scales
     zero = np.zeros(500, np.float32)
     adaptation, stability = (
         composite.value(named(only), PARTED, stability_weight=1, scales=scales)
@@ -73,9 +73,9 @@ def test_objective_scales_make_both_objectives_rms_1() -> None:
 
 def test_an_objective_of_zeros_is_left_alone() -> None:
     parts = arrays([2, 2], [0, 0], [0, 0], [0, 0])
-    assert composite.objective_scales([named(parts)], PARTED) == Scales(adaptation=2.0, stability=1.0)
+    assert composite.sizes([named(parts)], PARTED).scales == Scales(adaptation=2.0, stability=1.0)
     cancelling = arrays([0, 0], [0, 0], [3, -3], [-3, 3])
-    assert composite.objective_scales([named(cancelling)], PARTED) == Scales()
+    assert composite.sizes([named(cancelling)], PARTED).scales == Scales()
 
 
 def test_scales_are_those_of_all_branches_together() -> None:
@@ -83,26 +83,28 @@ def test_scales_are_those_of_all_branches_together() -> None:
     whole = [rng.normal(scale=s, size=90).astype(np.float32) for s in (1, 2, 3, 4)]
     whole = [part * np.where(np.arange(90) < 20, 1, 7).astype(np.float32) for part in whole]
     halves = named([part[:20] for part in whole]), named([part[20:] for part in whole])
-    got, want = (composite.objective_scales(parts, PARTED) for parts in (halves, [named(whole)]))
+    got, want = (composite.sizes(parts, PARTED).scales for parts in (halves, [named(whole)]))
     assert got.adaptation == pytest.approx(want.adaptation, rel=1e-12)
     assert got.stability == pytest.approx(want.stability, rel=1e-12)
-    assert got != composite.objective_scales(halves[:1], PARTED)
-    assert composite.spreads(halves, PARTED) == pytest.approx(composite.spreads([named(whole)], PARTED), rel=1e-12)
+    assert got != composite.sizes(halves[:1], PARTED).scales
+    assert composite.sizes(halves, PARTED).spreads == pytest.approx(
+        composite.sizes([named(whole)], PARTED).spreads, rel=1e-12
+    )
 
 
 def test_spreads_are_the_rms_of_each_component() -> None:
     parts = named(arrays([1, -1], [2, 2], [0, 0], [np.nan, 5]))
-    assert list(composite.spreads([parts], PARTED).items()) == list(zip(COMPONENTS, (1, 2, 0, 5), strict=True))
+    assert list(composite.sizes([parts], PARTED).spreads.items()) == list(zip(COMPONENTS, (1, 2, 0, 5), strict=True))
 
 
 def test_the_value_of_influence_is_that_of_its_own_components() -> None:
     signals = dict(zip(("adapt_influence", "stab_influence"), arrays([1, 3], [10, -30]), strict=True))
     assert composite.value(signals, INFLUENCE, stability_weight=0.5).tolist() == [6, -12]
-    scales = composite.objective_scales([signals], INFLUENCE)
+    scales = composite.sizes([signals], INFLUENCE).scales
     assert scales == Scales(adaptation=math.sqrt(5), stability=math.sqrt(500))
     got = composite.value(signals, INFLUENCE, stability_weight=2, scales=scales)
     assert got.tolist() == pytest.approx([1 / 5**0.5 + 20 / 500**0.5, 3 / 5**0.5 - 60 / 500**0.5], rel=1e-6)
-    assert composite.spreads([signals], INFLUENCE) == pytest.approx(
+    assert composite.sizes([signals], INFLUENCE).spreads == pytest.approx(
         {"adapt_influence": 5**0.5, "stab_influence": 500**0.5}
     )
 
@@ -113,4 +115,4 @@ def test_what_is_stored_beside_the_components_is_no_part_of_the_value(found: Com
     signals |= {name: np.ones(2, np.float32) for name in found.of_value}
     each = len(found.adaptation)
     assert composite.value(signals, found, stability_weight=10).tolist() == [11 * each, 11 * each]
-    assert set(composite.spreads([signals], found)) == set(found.of_value)
+    assert set(composite.sizes([signals], found).spreads) == set(found.of_value)

@@ -95,12 +95,12 @@ def test_flags_yaml_keys_and_python_fields_are_the_same() -> None:
     assert {item.name for item in fields(ScoreConfig)} >= METHOD_FLAGS
 
 
-def test_the_defaults_are_the_published_ones() -> None:
+def test_the_defaults() -> None:
     made = score_config()
     assert (made.estimator, made.layers, made.window, made.stability_weight) == ("published", 3, 32, 1.5)
     assert made.parameters == "linear"
     assert (made.keep, made.scope, made.weights, made.by, made.stability_scale) == (
-        0.5,
+        1.0,
         "global",
         "binary",
         "value",

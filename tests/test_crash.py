@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
@@ -21,12 +20,6 @@ from alphatoken_curate.atomic import TEMPORARY
 
 POINTS = ("after-temp-open", "mid-write", "after-fsync", "after-close", "after-rename")
 MASK = ("--keep", 0.2, "--weights", "rank")
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("forks")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

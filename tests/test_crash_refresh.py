@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,6 @@ SAID_LAST = "generation 3 of"
 FILES = 1 + 3 + 3 * (1 + 1 + 3 + 1 + 3 + 1 + 1)
 """An unbroken SFT refresh commits the Fisher, the reference's losses, and of each checkpoint: plan, target, values,
 manifest, train, manifest, card."""
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("forks")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ import pytest
 from exported import FOR_PAIRS, HALF, SOFT, TOKEN_FORMS, Row, read, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import small_run
+from small_run import published, small_run
 from tiny_files import command, contents, token_records, write_jsonl
 
 import alphatoken_curate
-from alphatoken_curate import CurateError, MaskConfig, StoredDataError, UsageError, export, mask
+from alphatoken_curate import CurateError, StoredDataError, UsageError, export, mask
 from alphatoken_curate.cli.export import TRAINERS
 from alphatoken_curate.exports import export as module
 from alphatoken_curate.exports.export import FORMS
@@ -107,7 +107,7 @@ def test_rows_are_cut_with_their_weights(
 
 @pytest.mark.parametrize(("kind", "trainer"), KINDS)
 def test_rows_that_a_mask_leaves_nothing_of_are_dropped_by_name(tmp_path: Path, kind: str, trainer: str) -> None:
-    config = MaskConfig(keep=0.1, allow_empty_rows=True)
+    config = published(keep=0.1, allow_empty_rows=True)
     run = small_run(tmp_path / "run", kind=kind, config=config)
     total = len([row for shard in (run / "train/mask=0000").iterdir() for row in pq.read_table(shard).to_pylist()])
     wanted = truth(run)
@@ -119,7 +119,7 @@ def test_rows_that_a_mask_leaves_nothing_of_are_dropped_by_name(tmp_path: Path, 
 
 def test_a_mask_is_chosen_by_its_number(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
-    mask(run, MaskConfig(keep=0.2))
+    mask(run, published(keep=0.2))
     for number in (0, 1):
         export(run, trainer="hf", output=tmp_path / str(number), mask=number)
         assert read("hf", tmp_path / str(number)) == truth(run, mask=number)
@@ -336,7 +336,7 @@ def test_what_is_asked_amiss_is_refused(runs: dict[tuple[str, str], Path], tmp_p
 
 
 def test_a_mask_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
-    run = small_run(tmp_path / "run", config=MaskConfig(keep="positive", by="nll - 1000", allow_empty_rows=True))
+    run = small_run(tmp_path / "run", config=published(keep="positive", by="nll - 1000", allow_empty_rows=True))
     with pytest.raises(UsageError, match=r"all are dropped \(nothing_trains 9\)"):
         export(run, trainer="hf", output=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

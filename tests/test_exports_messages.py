@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from small_run import FIELDS, facts, scored, write_vocabulary
+from small_run import FIELDS, facts, published, scored, write_vocabulary
 from tiny import tiny_model
 from tiny_files import command, contents, quiet, write_jsonl
 
-from alphatoken_curate import MaskConfig, UsageError, export, manifest, scan_tokens
+from alphatoken_curate import UsageError, export, manifest, scan_tokens
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.manifest import Input
 from alphatoken_curate.remask import make_mask
@@ -59,7 +59,7 @@ def run_of(run: Path, data: Path, spans: list[list[tuple[int, int]]], keep: str,
     write_vocabulary(run)
     (run / "config.yaml").write_text(yaml.safe_dump({"data": [str(data)]}))
     manifest.write(run, manifest.rebuild(run))
-    make_mask(run, MaskConfig(keep="positive", by=KEEP.format(keep), allow_empty_rows=True))
+    make_mask(run, published(keep="positive", by=KEEP.format(keep), allow_empty_rows=True))
     return run
 
 

@@ -19,13 +19,13 @@ LIBRARY = ROOT / "alphatoken_curate"
 CLI = ROOT / "cli"
 
 ORDER = """
-    errors config fingerprint draws schema atomic progress
-    | files containers shapes pairs rows chat pieces speller tokens plan
+    errors config fingerprint documents draws schema atomic progress
+    | files containers tables shapes pairs rows chat pieces speller tokens plan
     | tangents tangent_rules probabilities attention tangent_attention experts foreign blocks precision capture
     value_rows folders adapters models likeness checkpoints
     | losses selection target fisher generate precondition drift paths parameters influence composite preference signals
-    | masks | sealed shards manifest card responses remask
-    | artifacts budget meter prepare idle scorer trial job beside score refresh memory estimate check
+    | criteria masks | sealed shards records manifest card responses ranked remask
+    | artifacts budget meter prepare idle scorer trial job beside changes score refresh memory estimate check
     | words scan rules verify histogram sums counting stats heat row_view row_search row_text stats_text stats_picture
     compare compare_text
     | report_markup report_numbers report_chart report_tokens report_overview
@@ -206,8 +206,11 @@ def test_every_source_module_has_its_tests() -> None:
         "files": "test_rows",
         "folders": "test_models",
         "containers": "test_rows",
+        "tables": "test_rows",
         "chat": "test_tokens",
         "fingerprint": "test_manifest",
+        "documents": "test_manifest",
+        "records": "test_shards",
         "atomic": "test_shards",
         "beside": "test_refresh",
         "job": "test_score",

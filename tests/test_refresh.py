@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_run import published
 from tiny import tiny_model
 from tiny_files import Notes, command, contents, moments, perturbed, quiet, save_gguf, token_records, write_jsonl
 
 from alphatoken_curate import (
     FingerprintError,
     InputError,
-    MaskConfig,
     ModelError,
     ScoreConfig,
     StoredDataError,
@@ -29,6 +29,7 @@ from alphatoken_curate import (
     watch,
 )
 from alphatoken_curate.atomic import one_writer
+from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.schema import COMPONENTS, SIGNALS
 
 ROWS = 13
@@ -206,12 +207,12 @@ def test_masks_follow_and_can_be_averaged(run: Path, steps: Path) -> None:
 
 def test_the_mask_of_a_refresh_follows_the_newest_settings(run: Path, models: dict[str, str]) -> None:
     refresh(run, models["base"])
-    mask(run, MaskConfig(keep=0.25, weights="rank", generation="all"))
+    mask(run, published(keep=0.25, weights="rank", generation="all"))
     (made,) = refresh(run, models["tuned"])
     stored = manifest.read(run).masks[-1]
     assert (stored.settings["keep"], stored.settings["weights"]) == (0.25, "rank")
     assert made.mask.generations == (0, 1, 2)
-    mask(run, MaskConfig(generation="0", keep=0.3))
+    mask(run, published(generation="0", keep=0.3))
     perturbed_again = refresh(run, models["tuned"])[0]
     assert perturbed_again.mask.generations == (2,)
 

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from small_run import small_run, value_row, value_rows, write_generation
+from small_run import published, small_run, value_row, value_rows, write_generation
 
 from alphatoken_curate import composite, manifest, shards
 from alphatoken_curate.atomic import KILL_AT
@@ -30,7 +30,7 @@ from alphatoken_curate.schema import COMPONENTS, LAYOUTS, PREFERENCE, components
 from alphatoken_curate.shards import Branch, ValueRow
 from alphatoken_curate.verify import verify
 
-RANK = MaskConfig(keep=0.3, weights="rank", scope="batch:2", generation="all")
+RANK = published(keep=0.3, weights="rank", scope="batch:2", generation="all")
 KINDS = pytest.mark.parametrize("kind", sorted(LAYOUTS))
 
 
@@ -96,7 +96,7 @@ def stored_kept(run: Path, mask: int, branch: str) -> set[tuple[int, int]]:
 @pytest.mark.parametrize(("share", "batch"), [(0.5, 0), (0.2, 0), (0.3, 2)])
 def test_each_branch_is_masked_by_its_own_top_share(tmp_path: Path, kind: str, share: float, batch: int) -> None:
     rows = [rounded(row) for row in value_rows(kind=kind)]  # so that there are ties
-    run = small_run(tmp_path, rows, config=MaskConfig(keep=share, scope=f"batch:{batch}" if batch else "global"))
+    run = small_run(tmp_path, rows, config=published(keep=share, scope=f"batch:{batch}" if batch else "global"))
     mask, given_back = manifest.read(run).masks[0], 0
     for number, prefix in enumerate(LAYOUTS[kind].branches):
         values = plain_values(rows, number)
@@ -139,7 +139,7 @@ def test_what_is_stored_beside_the_mask(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("weights", ["rank", "sigmoid", "relu"])
 def test_soft_weights_have_mean_1_in_each_branch(tmp_path: Path, weights: str) -> None:
-    run = small_run(tmp_path, kind="preference", config=MaskConfig(weights=weights))
+    run = small_run(tmp_path, kind="preference", config=published(weights=weights))
     for number, prefix in enumerate(PREFERENCE.branches):
         values = plain_values(value_rows(kind="preference"), number)
         ranked = sorted(values, key=lambda key: (-values[key], key))
@@ -163,7 +163,7 @@ def test_soft_weights_have_mean_1_in_each_branch(tmp_path: Path, weights: str) -
 def test_one_pair_of_scales_serves_both_branches(tmp_path: Path) -> None:
     rows = value_rows(kind="preference")
     rows = [replace(row, branches=(row.branches[0], louder(row.branches[1]))) for row in rows]
-    run = small_run(tmp_path, rows, config=MaskConfig(stability_scale="rms"))
+    run = small_run(tmp_path, rows, config=published(stability_scale="rms"))
     parts = [
         [float(one.signals[name][at]) for name in COMPONENTS]
         for row in filter(is_scored, rows)
@@ -190,7 +190,7 @@ def louder(one: Branch) -> Branch:
 @KINDS
 def test_by_an_expression(tmp_path: Path, kind: str) -> None:
     run = small_run(tmp_path, kind=kind)
-    made = make_mask(run, MaskConfig(keep=0.25, by="nll - reference_nll"))
+    made = make_mask(run, published(keep=0.25, by="nll - reference_nll"))
     for number, prefix in enumerate(LAYOUTS[kind].branches):
         excess = {
             (row.row_id, int(at)): float(signals["nll"][at] - signals["reference_nll"][at])
@@ -203,7 +203,7 @@ def test_by_an_expression(tmp_path: Path, kind: str) -> None:
 
 def test_by_margin_the_pairs_apart_the_most_are_kept_whole(tmp_path: Path) -> None:
     run = small_run(tmp_path, kind="preference")
-    made = make_mask(run, MaskConfig(keep=0.4, by="margin", allow_empty_rows=True))
+    made = make_mask(run, published(keep=0.4, by="margin", allow_empty_rows=True))
     scored = list(filter(is_scored, value_rows(kind="preference")))
     for number, prefix in enumerate(PREFERENCE.branches):
         tokens = [
@@ -214,7 +214,7 @@ def test_by_margin_the_pairs_apart_the_most_are_kept_whole(tmp_path: Path) -> No
         want = {key for _, *key in map(tuple, sorted(tokens)[: math.ceil(0.4 * len(tokens))]) for key in [tuple(key)]}
         assert stored_kept(run, made.mask, prefix) == want
     with pytest.raises(UsageError, match="'margin'; the columns are row_id"):
-        make_mask(small_run(tmp_path / "sft"), MaskConfig(by="margin"))
+        make_mask(small_run(tmp_path / "sft"), published(by="margin"))
 
 
 def test_the_summary_counts_each_branch(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_summary_counts_each_branch(tmp_path: Path) -> None:
 def test_random_masks_of_the_branches_are_drawn_apart(tmp_path: Path) -> None:
     rows = [row for row in value_rows(40, kind="preference") if is_scored(row)]
     rows = [replace(row, row_id=i, line=i + 1, branches=row.branches[:1] * 2) for i, row in enumerate(rows)]
-    run = small_run(tmp_path, rows, config=MaskConfig(by="random", allow_empty_rows=True))
+    run = small_run(tmp_path, rows, config=published(by="random", allow_empty_rows=True))
     assert stored_kept(run, 0, "chosen_") != stored_kept(run, 0, "rejected_")
 
 
@@ -260,7 +260,7 @@ def test_the_mask_of_several_is_made_from_averaged_components(
 ) -> None:
     of = dict(zip((0, 1, 3), several(tmp_path, kind), strict=True))
     chosen = [of[number] for number in numbers]
-    summary = make_mask(tmp_path, MaskConfig(generation=generation))
+    summary = make_mask(tmp_path, published(generation=generation))
     left_out = sum({row.status for row in same} == {"scored", "failed"} for same in zip(*chosen, strict=True))
     assert (summary.generations, summary.rows_left_out) == (numbers, left_out)
     assert manifest.read(tmp_path).masks[0].generations == numbers
@@ -278,18 +278,18 @@ def test_the_mask_of_several_is_made_from_averaged_components(
     assert trained(tmp_path)["row_id"].to_list() == [
         same[0].row_id for same in zip(*chosen, strict=True) if all(map(is_scored, same))
     ]
-    assert replace(make_mask(tmp_path, MaskConfig(generation=generation)), created=True) == summary
+    assert replace(make_mask(tmp_path, published(generation=generation)), created=True) == summary
 
 
 def test_names_of_the_same_generation_are_the_same_mask(tmp_path: Path) -> None:
     several(tmp_path, "sft")
-    first = make_mask(tmp_path, MaskConfig())
+    first = make_mask(tmp_path, published())
     assert first.generations == (3,)
     for generation, aggregate in (("3", "mean"), ("latest", "last"), ("all", "last"), ("0,3", "last")):
-        again = make_mask(tmp_path, MaskConfig(generation=generation, aggregate=aggregate))
+        again = make_mask(tmp_path, published(generation=generation, aggregate=aggregate))
         assert again == replace(first, created=False)
     others = [
-        make_mask(tmp_path, MaskConfig(generation=name, aggregate=aggregate))
+        make_mask(tmp_path, published(generation=name, aggregate=aggregate))
         for name, aggregate in (("0", "mean"), ("all", "mean"), ("0,1", "mean"), ("0,1", "last"))
     ]
     assert [one.mask for one in others] == [1, 2, 3, 4]
@@ -299,7 +299,7 @@ def test_names_of_the_same_generation_are_the_same_mask(tmp_path: Path) -> None:
 def test_a_mask_says_what_it_depends_on_and_no_more(tmp_path: Path) -> None:
     several(tmp_path, "sft")
     for generation in ("latest", "all"):
-        make_mask(tmp_path, MaskConfig(generation=generation))
+        make_mask(tmp_path, published(generation=generation))
     one, mean = (
         shards.read_footer(shards.train_folder(tmp_path, number) / "part-00000.parquet").fields for number in (0, 1)
     )
@@ -313,7 +313,7 @@ def test_a_generation_that_is_not_there_changes_nothing(tmp_path: Path) -> None:
     several(tmp_path, "sft")
     before = contents(tmp_path)
     with pytest.raises(UsageError, match="no generation 2; it has 0, 1, 3"):
-        make_mask(tmp_path, MaskConfig(generation="0,2"))
+        make_mask(tmp_path, published(generation="0,2"))
     assert contents(tmp_path) == before
 
 
@@ -321,10 +321,10 @@ def test_a_new_generation_leaves_masks_of_older_ones_as_they_are(run: Path) -> N
     before = contents(run / "train")
     write_generation(run, value_rows(seed=1), number=1)
     manifest.write(run, manifest.rebuild(run))
-    made = make_mask(run, MaskConfig())
+    made = make_mask(run, published())
     assert made.mask == 1 and manifest.read(run).masks[1].generations == (1,)
-    assert make_mask(run, MaskConfig(generation="0")).mask == 0
-    mean = make_mask(run, MaskConfig(generation="all"))
+    assert make_mask(run, published(generation="0")).mask == 0
+    mean = make_mask(run, published(generation="all"))
     assert (mean.mask, mean.generations, mean.rows_left_out) == (2, (0, 1), 0)
     assert before.items() <= contents(run / "train").items()
 
@@ -343,22 +343,22 @@ def test_the_same_settings_are_a_no_op(run: Path) -> None:
     assert (first.created, again.created) == (True, False)
     assert replace(again, created=True) == first
     assert contents(run) == before
-    old = make_mask(run, MaskConfig())
+    old = make_mask(run, published())
     assert (old.mask, old.created, old.newest) == (0, False, False)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        MaskConfig(keep=0.4),
-        MaskConfig(keep="positive"),
-        MaskConfig(scope="row"),
-        MaskConfig(weights="relu"),
-        MaskConfig(by="nll"),
-        MaskConfig(stability_weight=0),
-        MaskConfig(stability_scale="rms"),
-        MaskConfig(allow_empty_rows=True),
-        MaskConfig(by="random", seed=1),
+        published(keep=0.4),
+        published(keep="positive"),
+        published(scope="row"),
+        published(weights="relu"),
+        published(by="nll"),
+        published(stability_weight=0),
+        published(stability_scale="rms"),
+        published(allow_empty_rows=True),
+        published(by="random", seed=1),
     ],
 )
 def test_other_settings_are_another_mask(run: Path, config: MaskConfig) -> None:
@@ -372,13 +372,13 @@ def test_other_settings_are_another_mask(run: Path, config: MaskConfig) -> None:
 
 
 def test_a_seed_makes_another_random_mask(run: Path) -> None:
-    one, two = (make_mask(run, MaskConfig(by="random", seed=seed)) for seed in (1, 2))
+    one, two = (make_mask(run, published(by="random", seed=seed)) for seed in (1, 2))
     assert (one.mask, two.mask) == (1, 2)
     assert stored_weights(run, 1) != stored_weights(run, 2)
 
 
 def test_score_settings_serve_as_mask_settings(run: Path) -> None:
-    assert make_mask(run, ScoreConfig(data=("rows.jsonl",))).created is False
+    assert make_mask(run, ScoreConfig(data=("rows.jsonl",), keep=0.5, by="value")).created is False
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_a_begun_mask_of_other_settings_is_not_touched(run: Path) -> None:
     (run / "train/mask=0001/part-00002.parquet").unlink()
     manifest.write(run, manifest.rebuild(run))
     before = contents(run / "train")
-    made = make_mask(run, MaskConfig(keep=0.1))
+    made = make_mask(run, published(keep=0.1))
     assert made.mask == 2
     assert before.items() <= contents(run / "train").items()
 
@@ -426,14 +426,14 @@ def test_a_begun_mask_of_other_settings_is_not_touched(run: Path) -> None:
 def test_a_lost_shard_of_a_mask_is_made_again(run: Path) -> None:
     before = contents(run)
     (run / "train/mask=0000/part-00001.parquet").unlink()
-    made = make_mask(run, MaskConfig())
+    made = make_mask(run, published())
     assert made.created and made.mask == 0
     assert contents(run) == before
 
 
 def test_settings_that_cannot_be_used_change_nothing(run: Path) -> None:
     before = contents(run)
-    for config in (MaskConfig(by="nope"), MaskConfig(by="nll/0"), MaskConfig(by="nll +")):
+    for config in (published(by="nope"), published(by="nll/0"), published(by="nll +")):
         with pytest.raises(UsageError):
             make_mask(run, config)
     assert contents(run) == before
@@ -442,7 +442,7 @@ def test_settings_that_cannot_be_used_change_nothing(run: Path) -> None:
 def test_a_run_without_reference_says_so(tmp_path: Path) -> None:
     run = small_run(tmp_path, value_rows(reference=False))
     with pytest.raises(UsageError, match="--reference"):
-        make_mask(run, MaskConfig(by="nll - reference_nll"))
+        make_mask(run, published(by="nll - reference_nll"))
 
 
 def test_values_that_are_not_the_manifests_are_refused(run: Path) -> None:
@@ -464,8 +464,8 @@ def test_values_that_are_not_the_manifests_are_refused(run: Path) -> None:
 @KINDS
 @pytest.mark.parametrize("generation", ["latest", "all"])
 def test_what_stability_changed(tmp_path: Path, kind: str, generation: str) -> None:
-    run = small_run(tmp_path, kind=kind, generations=(0, 1), config=MaskConfig(generation=generation))
-    found = spreads(run, MaskConfig(generation=generation))
+    run = small_run(tmp_path, kind=kind, generations=(0, 1), config=published(generation=generation))
+    found = spreads(run, published(generation=generation))
     made = [value_rows(seed=seed, kind=kind) for seed in ((1,) if generation == "latest" else (0, 1))]
     direct = [
         np.float32(np.mean([np.float64(row.branches[number].signals["stab_direct"][at]) for row in same]))
@@ -476,11 +476,11 @@ def test_what_stability_changed(tmp_path: Path, kind: str, generation: str) -> N
     ]
     assert found.components["stab_direct"] == pytest.approx(math.sqrt(sum(float(x) ** 2 for x in direct) / len(direct)))
     assert found.response_tokens == len(direct)
-    make_mask(run, MaskConfig(stability_weight=0, generation=generation))
+    make_mask(run, published(stability_weight=0, generation=generation))
     both = LAYOUTS[kind].branches
     changed = [len(stored_kept(run, 0, prefix) ^ stored_kept(run, 1, prefix)) for prefix in both]
     assert found.decisions_changed == sum(changed) and all(changed)
-    assert spreads(run, MaskConfig(by="nll", generation=generation)).decisions_changed == 0
+    assert spreads(run, published(by="nll", generation=generation)).decisions_changed == 0
 
 
 def told(run: Path, *flags: str) -> list[str]:
@@ -515,7 +515,7 @@ def test_the_command_says_no_more_than_there_is(run: Path) -> None:
 def test_the_mask_of_an_influence_run_recombines_its_components(tmp_path: Path, kind: str, scale: str) -> None:
     rows = value_rows(kind=kind, estimator="influence")
     run = small_run(tmp_path, kind=kind, estimator="influence")
-    made = make_mask(run, MaskConfig(keep=0.3, stability_weight=4, stability_scale=scale))
+    made = make_mask(run, published(keep=0.3, stability_weight=4, stability_scale=scale))
     parts = [
         [one.signals[name][at] for name in ("adapt_influence", "stab_influence")]
         for row in filter(is_scored, rows)
@@ -532,7 +532,7 @@ def test_the_mask_of_an_influence_run_recombines_its_components(tmp_path: Path, 
             for at in np.flatnonzero(row.branches[number].response)
         }
         assert stored_kept(run, made.mask, prefix) == plain_kept(values, 0.3)[0]
-    found = spreads(run, MaskConfig(stability_weight=4, stability_scale=scale))
+    found = spreads(run, published(stability_weight=4, stability_scale=scale))
     assert list(found.components) == ["adapt_influence", "stab_influence"]
     assert list(found.components.values()) == pytest.approx(np.sqrt(np.mean(np.square(parts), axis=0)), rel=1e-5)
     assert found.decisions_changed > 0
@@ -540,7 +540,7 @@ def test_the_mask_of_an_influence_run_recombines_its_components(tmp_path: Path, 
 
 def test_selecting_by_upstream_needs_a_run_that_has_it(tmp_path: Path) -> None:
     run = small_run(tmp_path / "both", estimator="exact+influence")
-    made = make_mask(run, MaskConfig(keep=0.3, by="adapt_direct + adapt_upstream"))
+    made = make_mask(run, published(keep=0.3, by="adapt_direct + adapt_upstream"))
     values = {
         (row.row_id, int(at)): float(np.float32(signals["adapt_direct"][at] + signals["adapt_upstream"][at]))
         for row in filter(is_scored, value_rows(estimator="exact+influence"))
@@ -551,13 +551,13 @@ def test_selecting_by_upstream_needs_a_run_that_has_it(tmp_path: Path) -> None:
     plain = small_run(tmp_path / "plain")
     before = contents(plain)
     with pytest.raises(UsageError, match=r"adapt_upstream was not computed: .*--estimator exact\+influence"):
-        make_mask(plain, MaskConfig(by="adapt_upstream"))
+        make_mask(plain, published(by="adapt_upstream"))
     assert contents(plain) == before
 
 
 @KINDS
 def test_generations_of_an_influence_run_are_averaged(tmp_path: Path, kind: str) -> None:
-    run = small_run(tmp_path, kind=kind, estimator="influence", generations=(0, 1), config=MaskConfig(generation="all"))
+    run = small_run(tmp_path, kind=kind, estimator="influence", generations=(0, 1), config=published(generation="all"))
     made = [value_rows(kind=kind, estimator="influence", seed=seed) for seed in (0, 1)]
     for number, prefix in enumerate(LAYOUTS[kind].branches):
         values = {}
@@ -576,15 +576,15 @@ def test_generations_of_an_influence_run_are_averaged(tmp_path: Path, kind: str)
 @pytest.mark.parametrize(
     ("config", "units"),
     [
-        (MaskConfig(), "nats per unit step"),
-        (MaskConfig(stability_scale="rms"), "multiples of the RMS of an objective"),
-        (MaskConfig(by="entropy"), "nats"),
-        (MaskConfig(by="stab_causal"), "nats per unit step"),
-        (MaskConfig(by="random"), "0 to 1"),
-        (MaskConfig(by="token_id"), "token"),
-        (MaskConfig(by="position"), "position"),
-        (MaskConfig(by="nll - reference_nll"), "those of the --by expression"),
-        (MaskConfig(by="value + 1"), "those of the --by expression"),
+        (published(), "nats per unit step"),
+        (published(stability_scale="rms"), "multiples of the RMS of an objective"),
+        (published(by="entropy"), "nats"),
+        (published(by="stab_causal"), "nats per unit step"),
+        (published(by="random"), "0 to 1"),
+        (published(by="token_id"), "token"),
+        (published(by="position"), "position"),
+        (published(by="nll - reference_nll"), "those of the --by expression"),
+        (published(by="value + 1"), "those of the --by expression"),
     ],
 )
 def test_the_footer_has_the_units_of_what_the_mask_was_made_from(
@@ -603,6 +603,6 @@ def test_the_footer_has_the_units_of_what_the_mask_was_made_from(
 
 
 def test_a_mask_by_a_number_of_the_pair_has_its_units(tmp_path: Path) -> None:
-    run = small_run(tmp_path / "a", kind="preference", config=MaskConfig(by="margin"))
+    run = small_run(tmp_path / "a", kind="preference", config=published(by="margin"))
     with pq.ParquetFile(shards.train_folder(run, 0) / "part-00000.parquet") as file:
         assert file.schema_arrow.field("chosen_value").metadata[b"units"] == b"beta x nats"

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 from hostile_run import BY, PAYLOADS, hostile_run
-from small_run import small_run, value_row, value_rows
+from small_run import published, small_run, value_row, value_rows
 from test_report_markup import Parsed
 from test_report_overview import without_stability
 from tiny_files import command, contents
 
 import alphatoken_curate
 from alphatoken_curate import heat, report_rows
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.report import dark_palette, render
 from alphatoken_curate.verify import verify
@@ -129,7 +128,7 @@ def test_every_kind_of_run_has_a_report(tmp_path: Path) -> None:
     for name, how in {
         "influence": {"estimator": "influence"},
         "both": {"estimator": "exact+influence", "kind": "preference"},
-        "soft": {"config": MaskConfig(weights="sigmoid")},
+        "soft": {"config": published(weights="sigmoid")},
         "none": {"rows": [value_row(0, 5, "failed"), value_row(1, 4, "rejected")]},
         "one": {"rows": [value_row(0, 2)]},
         "plain": {"rows": value_rows(reference=False)},

@@ -5,13 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import orjson
 import pytest
-from small_run import small_run, value_row, value_rows
+from small_run import published, small_run, value_row, value_rows, write_rejects
 from test_report_markup import Parsed
 
 from alphatoken_curate import manifest
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.report_overview import NAMES, bar, how_distributed, how_many_kept, what_was_run
 from alphatoken_curate.report_tokens import RunTokens, read_tokens
@@ -44,7 +42,7 @@ def cells(markup: str) -> list[list[str]]:
 
 
 def test_what_was_run_is_told(tmp_path: Path) -> None:
-    run = small_run(tmp_path / "run", config=MaskConfig(keep=0.3, by="nll + entropy"))
+    run = small_run(tmp_path / "run", config=published(keep=0.3, by="nll + entropy"))
     text = Parsed(what_was_run(run, *read(run))).text
     assert "12 rows read: 9 scored, 1 held out as target, 1 failed and 1 rejected" in text
     assert "rows.jsonl (12 rows)" in text and "published" in text and "weight 1.5" in text
@@ -68,7 +66,7 @@ def test_names_of_others_are_text(tmp_path: Path) -> None:
 def test_reasons_of_refusals_are_counted(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     lines = [{"reason": "empty"}, {"reason": "<i>"}, {"reason": "empty"}]
-    (run / "rejects.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    write_rejects(run, lines)
     assert cells(what_was_run(run, *read(run)))[1:] == [["empty", "2"], ["<i>", "1"]]
     (run / "rejects.jsonl").write_text("{")
     with pytest.raises(StoredDataError, match="damaged"):
@@ -76,7 +74,7 @@ def test_reasons_of_refusals_are_counted(tmp_path: Path) -> None:
 
 
 def test_kept_tokens_by_branch(tmp_path: Path) -> None:
-    run = small_run(tmp_path / "run", kind="preference", config=MaskConfig(keep=0.4))
+    run = small_run(tmp_path / "run", kind="preference", config=published(keep=0.4))
     tokens, found = read(run)
     rows = {row[0]: row[1:4] for row in cells(how_many_kept(tokens, found))}
     expected = scan_tokens(run).collect()
@@ -99,7 +97,7 @@ def test_kept_tokens_by_source(tmp_path: Path) -> None:
 
 
 def test_soft_weights_are_drawn(tmp_path: Path) -> None:
-    run = small_run(tmp_path / "run", config=MaskConfig(weights="rank"))
+    run = small_run(tmp_path / "run", config=published(weights="rank"))
     tokens, found = read(run)
     text = Parsed(how_many_kept(tokens, found)).text
     assert tokens.weight is not None

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from small_run import small_run, value_row, value_rows, write_pieces
+from small_run import published, small_run, value_row, value_rows, write_pieces
 from test_report_markup import Parsed
 from test_report_overview import cells, read
 
 from alphatoken_curate import manifest
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.pieces import Piece
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.report_relations import (
@@ -57,7 +56,7 @@ def test_decisions_are_those_of_stats(tmp_path: Path) -> None:
     rows = {row[0]: row[1] for row in cells(what_agrees(tokens, found))}
     assert rows["none"] == str(found.decisions_changed["none"]) and rows["rms"] == str(found.decisions_changed["rms"])
     assert found.decisions_changed["none"] > 0
-    make_mask(run, MaskConfig(by="nll"))
+    make_mask(run, published(by="nll"))
     assert "does not select by the value" in what_agrees(*read(run))
 
 
@@ -114,8 +113,8 @@ def test_pieces_are_seen_whole(tmp_path: Path) -> None:
 
 def test_drift_between_generations_and_masks(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", generations=(0, 1, 2))
-    make_mask(run, MaskConfig(generation="0"))
-    make_mask(run, MaskConfig(keep=0.2))
+    make_mask(run, published(generation="0"))
+    make_mask(run, published(keep=0.2))
     tokens, found = read(run)
     markup = over_time(run, tokens, found)
     values = pl.DataFrame({str(g): scan_tokens(run, generation=g).collect()["value"] for g in range(3)})

@@ -11,10 +11,9 @@ import numpy as np
 import orjson
 import polars as pl
 import pytest
-from small_run import small_run, value_rows, write_pieces
+from small_run import published, small_run, value_rows, write_pieces, write_rejects
 
 from alphatoken_curate import heat, report_rows
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.pieces import Piece
 from alphatoken_curate.report_rows import PackedRows, codes, drawn_rows, pack_rows, planes, varints
@@ -115,7 +114,7 @@ def test_every_row_comes_back_with_its_texts_and_numbers(
 
 
 def test_soft_weights_are_a_column(tmp_path: Path) -> None:
-    run = small_run(tmp_path / "run", config=MaskConfig(weights="rank"))
+    run = small_run(tmp_path / "run", config=published(weights="rank"))
     rows = packed(run)
     told = about(rows)
     index = [one["name"] for one in told["columns"]].index("loss_weight")
@@ -180,7 +179,7 @@ def test_split_characters_are_whole_and_special_tokens_stay_apart(tmp_path: Path
 def test_reasons_of_refused_rows_and_rows_left_out_of_the_mask(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     lines = [{"row_id": 3, "message": "no\x1b <b>"}, {"row_id": 99, "message": "other"}]
-    (run / "rejects.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
+    write_rejects(run, lines)
     assert about(packed(run))["reasons"] == {"3": "no␛ <b>"}
     tokens = read_tokens(run)
     assert tokens.weight is not None

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from small_run import small_run, value_rows, write_generation
+from small_run import published, small_run, value_rows, write_generation
 
 from alphatoken_curate import manifest
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.report_tokens import NO_CLASS, masked, read_tokens, values_at
@@ -75,7 +74,7 @@ def test_without_a_mask_and_without_a_vocabulary(tmp_path: Path) -> None:
 
 def test_other_generations_and_masks_speak_of_the_same_tokens(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", kind="preference", generations=(0, 1))
-    make_mask(run, MaskConfig(keep=0.2))
+    make_mask(run, published(keep=0.2))
     tokens = read_tokens(run)
     assert tokens.mask is not None and tokens.mask.mask == 1 and tokens.generation.generation == 1
     for one in tokens.stored.generations:
@@ -95,7 +94,7 @@ def test_rows_that_a_generation_failed_on_have_no_values_and_no_weights(tmp_path
     ]
     write_generation(run, rows, number=1)
     manifest.write(run, manifest.rebuild(run))
-    make_mask(run, MaskConfig(generation="all"))
+    make_mask(run, published(generation="all"))
     first = read_tokens(run).stored.generations[0]
     tokens = read_tokens(run)
     assert 4 not in tokens.row_id and len(values_at(run, tokens, first)) == len(tokens)

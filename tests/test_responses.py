@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import small_run, value_rows, write_generation
+from small_run import published, small_run, value_rows, write_generation
 
 from alphatoken_curate import manifest
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.responses import Scored, aligned, chosen_generations, load
 from alphatoken_curate.schema import COMPONENTS, LAYOUTS, SIGNALS
@@ -39,7 +38,7 @@ def three(run: Path, kind: str) -> list[list[ValueRow]]:
 
 
 def read(run: Path, generation: str, names: tuple[str, ...], kind: str, **more: str) -> Scored:
-    config = MaskConfig(generation=generation, **more)  # type: ignore[arg-type]
+    config = published(generation=generation, **more)  # type: ignore[arg-type]
     return load(run, aligned(run, chosen_generations(run, manifest.read(run), config)), names, LAYOUTS[kind])
 
 
@@ -160,9 +159,7 @@ def test_shards_one_by_one_hold_what_all_hold_together(tmp_path: Path, kind: str
 )
 def test_which_generations_are_named(tmp_path: Path, generation: str, aggregate: str, want: list[int]) -> None:
     three(tmp_path, "sft")
-    found = chosen_generations(
-        tmp_path, manifest.read(tmp_path), MaskConfig(generation=generation, aggregate=aggregate)
-    )
+    found = chosen_generations(tmp_path, manifest.read(tmp_path), published(generation=generation, aggregate=aggregate))
     assert [one.generation for one in found] == want
 
 
@@ -170,14 +167,14 @@ def test_which_generations_are_named(tmp_path: Path, generation: str, aggregate:
 def test_a_generation_that_is_not_there_is_refused(tmp_path: Path, generation: str) -> None:
     three(tmp_path, "sft")
     with pytest.raises(UsageError, match=r"no generation 1.*; it has 0, 2, 5"):
-        chosen_generations(tmp_path, manifest.read(tmp_path), MaskConfig(generation=generation, aggregate="last"))
+        chosen_generations(tmp_path, manifest.read(tmp_path), published(generation=generation, aggregate="last"))
 
 
 def test_a_run_without_generations_says_how_to_make_one(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     empty = replace(manifest.read(run), generations=())
     with pytest.raises(StoredDataError, match="run the `score` command"):
-        chosen_generations(run, empty, MaskConfig())
+        chosen_generations(run, empty, published())
 
 
 def moved(one: Branch) -> Branch:

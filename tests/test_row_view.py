@@ -6,10 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import small_run, value_row, value_rows, write_generation, write_pieces
+from small_run import (
+    published,
+    renamed,
+    small_run,
+    value_row,
+    value_rows,
+    write_generation,
+    write_pieces,
+    write_rejects,
+)
 
 from alphatoken_curate import manifest
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.pieces import Piece
 from alphatoken_curate.remask import make_mask
@@ -22,7 +30,7 @@ from alphatoken_curate.shards import Branch, ValueRow
 def test_a_scored_row_is_read_with_its_values_mask_and_text(tmp_path: Path, kind: str) -> None:
     rows = value_rows(kind=kind)
     run = small_run(tmp_path / "run", rows, kind=kind)
-    make_mask(run, MaskConfig(keep=0.2, weights="rank"))
+    make_mask(run, published(keep=0.2, weights="rank"))
     prefixes = ("chosen_", "rejected_") if kind == "preference" else ("",)
     weights = {row["row_id"]: row for row in scan(run, "train", mask=1).collect().iter_rows(named=True)}
     for row in (rows[0], rows[6], rows[11]):
@@ -52,7 +60,7 @@ def check_branch(view: RowView, branch: BranchView, written: Branch, weight: np.
 @pytest.mark.parametrize(("number", "status"), [(3, "rejected"), (5, "failed"), (7, "target")])
 def test_rows_that_were_not_scored(tmp_path: Path, number: int, status: str, kind: str) -> None:
     run = small_run(tmp_path / "run", kind=kind)
-    (run / "rejects.jsonl").write_text('{"row_id": 1, "message": "no"}\n{"row_id": 3, "message": "no answer"}\n')
+    write_rejects(run, [{"row_id": 1, "message": "no"}, {"row_id": 3, "message": "no answer"}])
     view = read_row(run, row=number)
     assert view.status == status
     assert (view.mask, view.mask_generations, view.left_out) == (None, (), False)
@@ -102,7 +110,7 @@ def test_a_row_that_a_mask_of_several_generations_leaves_out(tmp_path: Path) -> 
     run = small_run(tmp_path / "run", rows)
     write_generation(run, [failed(row) if row.row_id == 4 else row for row in rows], number=1)
     manifest.write(run, manifest.rebuild(run))
-    make_mask(run, MaskConfig(generation="all"))
+    make_mask(run, published(generation="all"))
     view = read_row(run, row=4, generation=0)
     assert (view.status, view.mask, view.mask_generations, view.left_out) == ("scored", 1, (0, 1), True)
     assert view.branches[0].weight is None
@@ -113,7 +121,7 @@ def test_a_row_that_a_mask_of_several_generations_leaves_out(tmp_path: Path) -> 
     # A mask of this generation alone must hold the row.
     shutil.rmtree(run / "train")
     manifest.write(run, replace(manifest.rebuild(run), masks=()))
-    make_mask(run, MaskConfig(generation="1"))
+    make_mask(run, published(generation="1"))
     stored = manifest.read(run)
     manifest.write(run, replace(stored, masks=(replace(stored.masks[0], generations=(0,)),)))
     with pytest.raises(StoredDataError, match="does not hold row 4 as values/ does"):
@@ -130,9 +138,12 @@ def test_a_rejected_row_without_its_reason(tmp_path: Path) -> None:
     assert read_row(run, row=3).reason is None
     (run / "rejects.jsonl").unlink()
     assert read_row(run, row=3).reason is None
-    (run / "rejects.jsonl").write_text("{")
-    with pytest.raises(StoredDataError, match=r"rejects\.jsonl: damaged"):
-        read_row(run, row=3)
+    for renames in (False, True):
+        (run / "rejects.jsonl").write_text("{")
+        if renames:
+            renamed(run)
+        with pytest.raises(StoredDataError, match=r"rejects\.jsonl: damaged"):
+            read_row(run, row=3)
 
 
 @pytest.mark.parametrize("number", [-1, 12, 10**20])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from small_run import published
 from tiny import tiny_model
 from tiny_adapters import save_adapter
 from tiny_files import (
@@ -31,7 +32,6 @@ from transformers import AutoModelForCausalLM
 from alphatoken_curate import (
     FingerprintError,
     InputError,
-    MaskConfig,
     ScoreConfig,
     StoredDataError,
     UsageError,
@@ -362,7 +362,8 @@ def test_polars_and_datasets_read_the_folder(
 
 
 def test_the_mask_keeps_the_share_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
-    made = score(ScoreConfig(**settings | {"keep": 0.3, "allow_empty_rows": True}), tmp_path / "run")
+    asked = {"keep": 0.3, "by": "value", "allow_empty_rows": True}
+    made = score(ScoreConfig(**settings | asked), tmp_path / "run")
     assert made.mask.kept_tokens == -(-3 * made.mask.response_tokens // 10)
     tokens = scan(tmp_path / "run").filter(status="scored").select(pl.col("value").explode()).drop_nulls().collect()
     smallest = tokens["value"].sort(descending=True)[made.mask.kept_tokens - 1]
@@ -378,7 +379,7 @@ def test_no_socket_is_opened(settings: dict[str, Any], tmp_path: Path, monkeypat
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert score(ScoreConfig(**settings), tmp_path / "run").shards_scored == 4
-    mask(tmp_path / "run", MaskConfig(keep=0.2))
+    mask(tmp_path / "run", published(keep=0.2))
 
 
 def test_nothing_is_written_outside_the_run(
@@ -493,7 +494,7 @@ def test_other_batches_give_the_same_values(settings: dict[str, Any], tmp_path: 
 
 def test_a_mask_beside_the_first(settings: dict[str, Any], run: Path) -> None:
     files = contents(run)
-    made = mask(run, MaskConfig(keep=0.2))
+    made = mask(run, published(keep=0.2))
     assert made.mask == 1 and made.created
     after = contents(run)
     assert {name for name in after if name not in files} == {f"train/mask=0001/part-{i:05d}.parquet" for i in range(4)}
@@ -501,7 +502,7 @@ def test_a_mask_beside_the_first(settings: dict[str, Any], run: Path) -> None:
     assert score(ScoreConfig(**settings), run).mask.created is False
     assert contents(run) == after
     # The values are there, so another share makes a mask and scores nothing.
-    third = score(ScoreConfig(**settings | {"keep": "positive"}), run)
+    third = score(ScoreConfig(**settings | {"keep": "positive", "by": "value"}), run)
     assert (third.shards_scored, third.mask.mask, third.mask.newest) == (0, 2, True)
 
 

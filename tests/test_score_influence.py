@@ -9,6 +9,7 @@ import oracles
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_run import published
 from test_influence import by_gradients
 from test_paths import ids_of, places
 from tiny import make_row, tiny_model
@@ -16,7 +17,7 @@ from tiny_files import perturbed, quiet, token_records, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alphatoken_curate import MaskConfig, ScoreConfig, mask, scan, score, score_tokens, verify
+from alphatoken_curate import ScoreConfig, mask, scan, score, score_tokens, verify
 from alphatoken_curate.capture import ScoringModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,7 +115,7 @@ def test_a_run_holds_the_product_of_each_tokens_gradient_with_the_directions(
     close(stored(tmp_path / "run", "stab_influence"), [by_gradients(model, drift, row) for row in rows])
     two = (stored(tmp_path / "run", f"{objective}_influence") for objective in ("adapt", "stab"))
     close(stored(tmp_path / "run", "value"), [a + 1.5 * s for a, s in zip(*two, strict=True)])
-    mask(tmp_path / "run", MaskConfig(keep=0.3, by="adapt_influence", stability_weight=0.0))
+    mask(tmp_path / "run", published(keep=0.3, by="adapt_influence", stability_weight=0.0))
     assert not verify(tmp_path / "run")
 
 

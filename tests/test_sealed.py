@@ -89,5 +89,5 @@ def test_other_schema_versions_are_told(path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as later:
         later.setattr(sealed, "SCHEMA_VERSION", 99)
         written(path)
-    with pytest.raises(StoredDataError, match=f"schema version 99; this release reads {sealed.SCHEMA_VERSION}"):
+    with pytest.raises(StoredDataError, match=r"schema version 99; this release reads 1, 2"):
         about(path)

@@ -20,6 +20,7 @@ from alphatoken_curate import shards
 from alphatoken_curate.atomic import KILL_AT, atomic_file, digest, one_writer, sweep
 from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError, UsageError
 from alphatoken_curate.fingerprint import fingerprint
+from alphatoken_curate.records import read_records
 from alphatoken_curate.schema import LAYOUTS, PREFERENCE, SCHEMA_VERSION, SFT, SIGNALS, STATUSES, Layout
 from alphatoken_curate.shards import Branch, Footer, Shard, TrainLists, ValueRow
 
@@ -112,8 +113,8 @@ def test_rows_come_back_as_they_were_written(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "values" / "generation=0" / f"part-{layout.kind}.parquet"
     rows = data.draw(st.lists(drawn_row(layout), max_size=4))
-    shards.write_values(path, rows, METADATA, layout)
-    assert [plain(row) for row in shards.read_records(path, layout)] == [plain(row) for row in rows]
+    shard = shards.write_values(path, rows, METADATA, layout)
+    assert [plain(row) for row in read_records(path.parents[2], shard, layout)] == [plain(row) for row in rows]
 
 
 @both_kinds
@@ -131,9 +132,10 @@ def test_the_schema_on_disk_is_explicit_with_units_zstd_and_checksums(path: Path
 
 @both_kinds
 def test_no_rows_are_a_shard_too(path: Path, layout: Layout) -> None:
-    assert shards.write_values(path, [], METADATA, layout).rows == 0
+    shard = shards.write_values(path, [], METADATA, layout)
+    assert shard.rows == 0
     assert shards.read(path, layout.values).num_rows == 0
-    assert shards.read_records(path, layout) == []
+    assert read_records(path.parents[2], shard, layout) == []
     nothing = TrainLists(
         lengths=np.empty(0, np.int64),
         input_ids=np.empty(0, np.int32),
@@ -260,7 +262,7 @@ def test_foreign_files_are_named(path: Path) -> None:
     with pytest.raises(StoredDataError, match="its columns are not those"):
         shards.read(path, SFT.train)
     with pytest.raises(StoredDataError, match="its columns are not those"):
-        shards.read_records(path, PREFERENCE)
+        shards.read(path, PREFERENCE.values)
     with pytest.raises(StoredDataError, match="missing"):
         shards.read(path.with_name("part-00007.parquet"), SFT.values)
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_run import scored, small_run, value_row, value_rows, write_generation
+from small_run import published, scored, small_run, value_row, value_rows, write_generation
 
 from alphatoken_curate import composite, manifest
 from alphatoken_curate.config import MaskConfig
@@ -77,7 +77,7 @@ def by_numpy(values: np.ndarray, edges: tuple[float, ...]) -> list[int]:
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_all_numbers_against_numpy(tmp_path: Path, kind: str) -> None:
     rows = value_rows(40, kind=kind)
-    run = small_run(tmp_path / "run", rows, config=MaskConfig(keep=0.3), kind=kind)
+    run = small_run(tmp_path / "run", rows, config=published(keep=0.3), kind=kind)
     found = stats(run)
     value = flat(rows, "value")
     kept = np.concatenate([kept_of(run, rows, branch) for branch in range(len(rows[0].branches))])
@@ -115,7 +115,7 @@ def check_group(found: GroupStats, value: np.ndarray, kept: np.ndarray, edges: t
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_every_signal_and_source_against_numpy(tmp_path: Path, kind: str) -> None:
     rows = [replace(row, source=f"{'ba'[row.row_id % 2]}.jsonl") for row in value_rows(40, kind=kind)]
-    run = small_run(tmp_path / "run", rows, config=MaskConfig(keep=0.3), kind=kind)
+    run = small_run(tmp_path / "run", rows, config=published(keep=0.3), kind=kind)
     found = stats(run)
     kept = np.concatenate([kept_of(run, rows, branch) for branch in range(len(rows[0].branches))])
     assert list(found.histograms) == ["nll", "entropy", "reference_nll", *COMPONENTS, "value"]
@@ -142,7 +142,7 @@ def check_spreads(found: Mapping[str, float], rows: list[ValueRow]) -> None:
 
 def test_branches_and_pairs_against_numpy(tmp_path: Path) -> None:
     rows = value_rows(30, kind="preference")
-    run = small_run(tmp_path / "run", rows, config=MaskConfig(keep=0.3), kind="preference")
+    run = small_run(tmp_path / "run", rows, config=published(keep=0.3), kind="preference")
     found = stats(run)
     assert list(found.branches) == ["chosen", "rejected"]
     for number, branch in enumerate(found.branches.values()):
@@ -211,15 +211,17 @@ def decisions(rows: list[ValueRow], share: float) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_decisions_that_stability_changed(tmp_path: Path, kind: str) -> None:
     rows = [with_stability(row, 0.1) for row in value_rows(30, kind=kind)]
-    run = small_run(tmp_path / "run", rows, config=MaskConfig(keep=0.5, allow_empty_rows=True), kind=kind)
+    run = small_run(tmp_path / "run", rows, config=published(keep=0.5, allow_empty_rows=True), kind=kind)
     expected = decisions(rows, 0.5)
     assert stats(run).decisions_changed == expected
     assert 0 < expected["none"] < expected["rms"]
 
 
-def test_a_mask_that_keeps_all_leaves_stability_nothing_to_decide(tmp_path: Path) -> None:
-    found = stats(small_run(tmp_path / "run", config=MaskConfig(keep=1.0)))
-    assert found.decisions_changed == {"none": 0, "rms": 0}
+def test_where_a_mask_keeps_all_decisions_are_those_of_the_published_one(tmp_path: Path) -> None:
+    found = stats(small_run(tmp_path / "run", config=published(keep=1.0)))
+    half = stats(small_run(tmp_path / "half"))
+    assert not found.decided_by_value and half.decided_by_value
+    assert found.decisions_changed == half.decisions_changed and half.decisions_changed["none"] > 0
     assert found.kept_share == 1
     assert found.histograms["value"].kept == found.histograms["value"].count
 
@@ -263,12 +265,12 @@ def test_without_a_mask(tmp_path: Path) -> None:
     assert found.kept_tokens is found.kept_share is found.histograms["value"].kept is None
     assert found.masks == ()
     assert found.rms["value"] == pytest.approx(rms(flat(rows, "value")))
-    assert found.decided_by_value
+    assert not found.decided_by_value
 
 
 def test_generations_and_masks_are_listed(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
-    make_mask(run, MaskConfig(by="nll", keep=0.2))
+    make_mask(run, published(by="nll", keep=0.2))
     found = stats(run)
     stored = manifest.read(run)
     assert [(one.generation, one.shards, one.rows) for one in found.generations] == [(0, 3, 12)]
@@ -276,8 +278,9 @@ def test_generations_and_masks_are_listed(tmp_path: Path) -> None:
     assert [(one.mask, one.settings["by"]) for one in found.masks] == [(0, "value"), (1, "nll")]
     assert found.masks[1].kept_tokens == found.kept_tokens
     assert not found.decided_by_value
-    assert found.decisions_changed == {"none": 0, "rms": 0}
-    assert found.decided_tokens == 0
+    half = stats(small_run(tmp_path / "by value"))
+    assert half.decided_by_value and half.decided_tokens == found.decided_tokens > 0
+    assert half.decisions_changed == found.decisions_changed
     assert found.generations[0].rms == found.rms
 
 
@@ -293,7 +296,7 @@ def chain(run: Path, kind: str, config: MaskConfig | None = None) -> dict[int, l
     for number in (1, 4):
         write_generation(run, made[number], number=number)
     manifest.write(run, manifest.rebuild(run))
-    make_mask(run, config or MaskConfig(allow_empty_rows=True))
+    make_mask(run, config or published(allow_empty_rows=True))
     return made
 
 
@@ -344,7 +347,7 @@ def test_one_generation_of_several(tmp_path: Path, kind: str) -> None:
 
 def test_decisions_are_those_of_the_generations_of_the_mask(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    made = chain(run, "sft", MaskConfig(generation="0,1", allow_empty_rows=True))
+    made = chain(run, "sft", published(generation="0,1", allow_empty_rows=True))
     found = stats(run)
     pairs = zip(made[0], made[1], strict=True)
     means = [
@@ -357,7 +360,7 @@ def test_decisions_are_those_of_the_generations_of_the_mask(tmp_path: Path) -> N
     assert found.decided_tokens == len(flat(means, "value")) > found.scored_tokens
     assert found.rows_left_out == 0
     # A mask told `latest` stays what it is when a newer generation comes.
-    make_mask(run, MaskConfig(keep=0.4, allow_empty_rows=True))
+    make_mask(run, published(keep=0.4, allow_empty_rows=True))
     before = stats(run)
     write_generation(run, value_rows(20, seed=9), number=7)
     rebuilt = manifest.rebuild(run)

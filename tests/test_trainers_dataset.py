@@ -10,11 +10,11 @@ import torch
 from hand import sft_loss, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import small_run, value_row
+from small_run import published, small_run, value_row
 from torch.utils.data import DataLoader
 from trainer_runs import tiny
 
-from alphatoken_curate import MaskConfig, mask
+from alphatoken_curate import mask
 from alphatoken_curate.errors import FingerprintError, StoredDataError, UsageError
 from alphatoken_curate.trainers import TrainDataset, WeightedCollator, as_dataset, weighted_loss
 
@@ -29,7 +29,7 @@ COUNT = 23
 
 def made(folder: Path, kind: str = "sft", count: int = COUNT) -> Path:
     rows = [value_row(i, 3 + (i * 5) % 9, kind=kind) for i in range(count)]
-    return small_run(folder, rows, kind=kind, config=MaskConfig(weights="rank"), per_shard=4)
+    return small_run(folder, rows, kind=kind, config=published(weights="rank"), per_shard=4)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_another_mask_comes_with_the_next_epoch(tmp_path: Path) -> None:
     data = TrainDataset(run)
     rows = iter(data)
     next(rows)
-    mask(run, MaskConfig(keep=0.2))
+    mask(run, published(keep=0.2))
     data.use_mask()
     assert data.mask == 0
     state = data.state_dict()

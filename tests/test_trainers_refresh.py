@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from hand import sft_loss, stored
+from small_run import published
 from test_refresh import pair_records
 from tiny_files import quiet, token_records, write_jsonl
 from trainer_runs import settings, tokenizer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from alphatoken_curate import CurateError, FingerprintError, MaskConfig, ScoreConfig, manifest, mask, refresh, score
+from alphatoken_curate import CurateError, FingerprintError, ScoreConfig, manifest, mask, refresh, score
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.trainers import RefreshCallback, WeightedTrainer, as_dataset
 from alphatoken_curate.trainers import refresh as module
@@ -173,7 +174,7 @@ def test_a_resumed_training_goes_by_the_mask_of_then(
     with pytest.raises(FingerprintError, match="nothing is left"):
         trainer(run, models, tmp_path / "out", [RefreshCallback(run)], **often).train()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"checkpoint-{n}" for n in (1, 2, 3)]
-    mask(run, MaskConfig(weights="rank", generation="0,1"))  # the newest by now, and not the one in force
+    mask(run, published(weights="rank", generation="0,1"))  # the newest by now, and not the one in force
     assert manifest.read(run).masks[-1].mask == 3 and expected(run, 3) != expected(run, 2)
     callback = RefreshCallback(run)
     made = trainer(run, models, tmp_path / "out", [callback], **often)
@@ -340,7 +341,7 @@ def test_a_row_that_a_checkpoint_could_not_score_trains_nothing(tmp_path: Path) 
     ]
     write_generation(run, [*failed, *rows[1:]], number=1)
     manifest.write(run, manifest.rebuild(run))
-    mask(run, MaskConfig())
+    mask(run, published())
     current = CurrentMask(run)
     current.use(1)
     ids = stored(run, 0)[0]["input_ids"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from small_run import small_run
+from small_run import published, small_run
 
-from alphatoken_curate import MaskConfig, mask
+from alphatoken_curate import mask
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.schema import LAYOUTS
 from alphatoken_curate.trainset import open_train
@@ -32,7 +32,7 @@ def test_a_mask_made_later_does_not_change_an_open_set(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     opened = open_train(run)
     before = [row.loss_weight.tolist() for found in opened.rows() for row in found.branches]
-    mask(run, MaskConfig(keep="0.1"))
+    mask(run, published(keep="0.1"))
     assert [row.loss_weight.tolist() for found in opened.rows() for row in found.branches] == before
     assert open_train(run).mask.mask > opened.mask.mask
     assert open_train(run, opened.mask.mask).mask == opened.mask
@@ -46,7 +46,7 @@ def test_what_is_not_there_or_damaged_is_refused(tmp_path: Path) -> None:
     path = run / opened.mask.shards[0].path
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(StoredDataError, match=f"not {len(whole)} bytes"):
+    with pytest.raises(StoredDataError, match=rf"{path.name}: damaged"):
         next(opened.rows())
     path.write_bytes(bytes([whole[0], whole[1], whole[2], whole[3], whole[4] ^ 1]) + whole[5:])
     with pytest.raises(StoredDataError, match=path.name):

@@ -10,10 +10,9 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pytest
-from small_run import small_run, value_rows, write_generation
+from small_run import published, sealed_manifest, small_run, value_rows, write_generation
 
 from alphatoken_curate import card, manifest, shards
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.remask import make_mask
 from alphatoken_curate.schema import LAYOUTS, SFT
 from alphatoken_curate.shards import Footer
@@ -39,11 +38,11 @@ def files(run: Path) -> set[str]:
 def test_a_whole_run_has_no_problem(tmp_path: Path, kind: str) -> None:
     run = small_run(tmp_path, kind=kind)
     assert verify(run) == []
-    make_mask(run, MaskConfig(keep=0.3, weights="sigmoid", scope="row", by="nll - reference_nll"))
+    make_mask(run, published(keep=0.3, weights="sigmoid", scope="row", by="nll - reference_nll"))
     write_generation(run, value_rows(seed=1, kind=kind), number=4)
     manifest.write(run, manifest.rebuild(run))
-    make_mask(run, MaskConfig(keep="positive", allow_empty_rows=True, weights="relu"))
-    make_mask(run, MaskConfig(generation="all", weights="rank"))
+    make_mask(run, published(keep="positive", allow_empty_rows=True, weights="relu"))
+    make_mask(run, published(generation="all", weights="rank"))
     card.write(run, manifest.read(run))
     assert verify(str(run)) == []
 
@@ -203,7 +202,7 @@ def test_train_rows_are_those_scored_in_every_generation_of_the_mask(tmp_path: P
     write_generation(tmp_path, rows)
     write_generation(tmp_path, [*rows[:8], replace(failed, branches=plain, id=rows[8].id), *rows[9:]], number=1)
     manifest.write(tmp_path, manifest.rebuild(tmp_path))
-    made = [make_mask(tmp_path, MaskConfig(generation=which)) for which in ("0", "1", "all")]
+    made = [make_mask(tmp_path, published(generation=which)) for which in ("0", "1", "all")]
     card.write(tmp_path, manifest.read(tmp_path))
     assert [one.rows for one in made] == [9, 8, 8]
     assert verify(tmp_path) == []
@@ -216,13 +215,13 @@ def test_train_rows_are_those_scored_in_every_generation_of_the_mask(tmp_path: P
 
 
 def test_a_mask_that_names_a_missing_generation(tmp_path: Path) -> None:
-    run = small_run(tmp_path, generations=(0, 2), config=MaskConfig(generation="all"))
+    run = small_run(tmp_path, generations=(0, 2), config=published(generation="all"))
     whole: Any = orjson.loads((run / "manifest.json").read_bytes())
     whole["masks"][0]["generations"] = [0, 1]
-    (run / "manifest.json").write_bytes(orjson.dumps(whole))
+    (run / "manifest.json").write_bytes(sealed_manifest(whole))
     assert "mask 0 has 3 shards of generations 0, 1" in found(run, "manifest.json")
     whole["masks"][0]["generations"] = [2]
-    (run / "manifest.json").write_bytes(orjson.dumps(whole))
+    (run / "manifest.json").write_bytes(sealed_manifest(whole))
     assert "its `masks` are not what the shards say" in found(run, "manifest.json")
     shutil.rmtree(run / "values/generation=0")
     (run / "manifest.json").unlink()
@@ -261,8 +260,9 @@ def test_a_changed_manifest_is_found(run: Path, place: tuple[Any, ...], value: A
     for key in place[:-1]:
         part = part[key]
     part[place[-1]] = value
-    (run / "manifest.json").write_bytes(orjson.dumps(whole))
-    assert "manifest.json" in files(run)
+    for content in (sealed_manifest(whole), orjson.dumps(whole)):
+        (run / "manifest.json").write_bytes(content)
+        assert "manifest.json" in files(run)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 1_000_000, b"null"], ids=range(4))
@@ -286,7 +286,7 @@ def test_an_empty_folder_and_none_at_all(tmp_path: Path) -> None:
 
 
 def test_a_card_that_names_an_old_mask(run: Path) -> None:
-    make_mask(run, MaskConfig(keep=0.2))
+    make_mask(run, published(keep=0.2))
     assert files(run) == {"README.md"}
     card.write(run, manifest.read(run))
     text = (run / "README.md").read_text()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_run import write_pieces
+from small_run import renamed, small_run, write_pieces
 
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.pieces import Piece, pieces
@@ -105,26 +107,35 @@ def test_real_text_in_pieces_of_characters(smollm2_tokenizer: Any) -> None:
 
 
 def test_a_vocabulary_is_read_whole_in_part_or_not_at_all(tmp_path: Path) -> None:
-    (tmp_path / "artifacts").mkdir()
-    assert read_vocabulary(tmp_path).pieces == {}
-    write_pieces(tmp_path, [Piece(content=f"{i}".encode(), special=i == 3) for i in range(5)])
-    whole, some = read_vocabulary(tmp_path), read_vocabulary(tmp_path, [3, 1, 3, 99])
+    run = small_run(tmp_path / "run")
+    write_pieces(run, [Piece(content=f"{i}".encode(), special=i == 3) for i in range(5)])
+    whole, some = read_vocabulary(run), read_vocabulary(run, [3, 1, 3, 99])
     assert whole.texts == {i: str(i) for i in range(5)}
     assert some.pieces == {1: b"1", 3: b"3"}
     assert whole.special == some.special == {3}
+    (run / "artifacts/vocab.parquet").unlink()
+    assert read_vocabulary(run).pieces == {} and scan_vocabulary(run) is None
 
 
-def test_a_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "artifacts/vocab.parquet"
-    path.parent.mkdir()
-    pq.write_table(pa.table({"token_id": pa.array([1], pa.int32()), "text": ["a"]}), path)
-    for read in (read_vocabulary, scan_vocabulary):
-        with pytest.raises(StoredDataError, match=r"vocab\.parquet: damaged \(its columns are not token_id, piece"):
-            read(tmp_path)
-    path.write_bytes(b"no Parquet")
-    for read in (read_vocabulary, scan_vocabulary):
+@pytest.mark.parametrize("read", [read_vocabulary, scan_vocabulary])
+def test_a_damaged_vocabulary_is_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    run = small_run(tmp_path / "run")
+    path = run / "artifacts/vocab.parquet"
+    whole = path.read_bytes()
+    for bit in random.Random(0).sample(range(len(whole) * 8), 50):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
         with pytest.raises(StoredDataError, match=r"vocab\.parquet: damaged"):
-            read(tmp_path)
+            read(run)
+    for content, found in ((b"no Parquet", ""), (None, r" \(its columns are not token_id, piece")):
+        if content is None:
+            pq.write_table(pa.table({"token_id": pa.array([1], pa.int32()), "letters": ["a"]}), path)
+        else:
+            path.write_bytes(content)
+        renamed(run)
+        with pytest.raises(StoredDataError, match=rf"vocab\.parquet: damaged{found}"):
+            read(run)
 
 
 # ------------------------------------------------------------------------------------------------- classes of tokens

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_run import small_run, value_row
+from small_run import published, small_run, value_row
 from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-
-from alphatoken_curate import MaskConfig
 
 ROWS, PACKED = 8, 24
 """Rows of a run; of their packs, which hold two rows each, the length."""
@@ -23,7 +21,7 @@ ROWS, PACKED = 8, 24
 def train_run(folder: Path, *, kind: str = "sft", weights: str = "binary") -> Path:
     """A run of eight rows of 9 to 12 tokens (in the first branch), every one of them scored."""
     rows = [value_row(i, 9 + i % 4, kind=kind) for i in range(ROWS)]
-    return small_run(folder, rows, kind=kind, config=MaskConfig(weights=weights, keep=0.6), per_shard=3)
+    return small_run(folder, rows, kind=kind, config=published(weights=weights, keep=0.6), per_shard=3)
 
 
 def tiny() -> Any:

@@ -13,7 +13,7 @@ from alphatoken_curate import shards
 from alphatoken_curate.atomic import digest
 from alphatoken_curate.beside import CONFIG
 from alphatoken_curate.config import load_settings
-from alphatoken_curate.containers import Meter, RowFault, raw_rows
+from alphatoken_curate.containers import Meter, RowFault
 from alphatoken_curate.errors import InputError, UsageError
 from alphatoken_curate.files import DataFile, find_files, visible
 from alphatoken_curate.manifest import Input
@@ -21,6 +21,7 @@ from alphatoken_curate.rows import normalise
 from alphatoken_curate.scan import choose_generation
 from alphatoken_curate.shapes import AnyRecord
 from alphatoken_curate.shards import entries
+from alphatoken_curate.tables import raw_rows
 from alphatoken_curate.trainset import TrainSet
 
 
@@ -70,7 +71,7 @@ def _stored(opened: TrainSet) -> Iterator[_Place]:
     """Where each row came from, of the newest generation that the mask was made of: all have the same rows."""
     columns = ["row_id", "source", "line", "response"]
     for shard in choose_generation(opened.run, opened.stored, opened.mask.generations[-1]).shards:
-        table = shards.read(opened.run / shard.path, opened.layout.values, columns)
+        table = shards.read_shard(opened.run, shard, opened.layout.values, columns)
         flat, lengths = entries(table["response"])
         responses = np.split(flat.astype(np.bool_), np.cumsum(lengths)[:-1])
         names = (table[name].to_pylist() for name in columns[:3])

@@ -25,6 +25,15 @@ MARKS = [".", ",", "\n", " =", " +", "$", "%", "(", ")", "!", "?", ":"]
 
 def made_run(run: Path, tokens: int, *, response: int = 500, prompt: int = 100, per_shard: int = 1024) -> Path:
     """An SFT run of at least so many response tokens, in rows of `prompt` + `response` tokens, with one mask."""
+    write_shards(run, tokens, response=response, prompt=prompt, per_shard=per_shard)
+    manifest.write(run, manifest.rebuild(run))
+    make_mask(run, MaskConfig())
+    card.write(run, manifest.read(run))
+    return run
+
+
+def write_shards(run: Path, tokens: int, *, response: int = 500, prompt: int = 100, per_shard: int = 1024) -> None:
+    """values/ and the vocabulary of such a run, nothing else yet."""
     found = [*(f" {word}{i or ''}" for i in range(300) for word in WORDS), *map(str, range(1000)), *MARKS, "<|im_end|>"]
     rows = -(-tokens // response)
     told = facts(rows).as_json()
@@ -34,10 +43,6 @@ def made_run(run: Path, tokens: int, *, response: int = 500, prompt: int = 100, 
         write_values(values_folder(run, 0) / shard_name(index), records, metadata, SFT)
     (run / "artifacts").mkdir(exist_ok=True)
     write_pieces(run, [Piece(content=text.encode(), special=text.startswith("<|")) for text in found])
-    manifest.write(run, manifest.rebuild(run))
-    make_mask(run, MaskConfig())
-    card.write(run, manifest.read(run))
-    return run
 
 
 def _row(number: int, prompt: int, response: int, vocabulary: int) -> ValueRow:
