@@ -46,7 +46,8 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
         f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {_first(done)}"
     )
     if mask.kept_tokens == mask.response_tokens:
-        click.echo(f"Every token trains until you choose: alphatoken-curate mask {done.run} --keep 0.5 --by value")
+        click.echo("Every token trains until you make another mask. Where labels may be wrong, for example:")
+        click.echo(f"  alphatoken-curate mask {done.run} --by=-surprise --keep 0.95")
 
 
 def _aside(counts: Any) -> list[tuple[str, int]]:

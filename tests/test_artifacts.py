@@ -12,7 +12,17 @@ from alphatoken_curate.artifacts import Store
 
 TRAINING = {"model", "reference", "layers", "parameters", "kind", "beta", "tokens", "seed"}
 SAMPLES = {
-    *("reference", "fisher", "fisher_rows", "fisher_prompts", "fisher_new_tokens", "prompt_tokens", "tokens", "seed")
+    *(
+        "reference",
+        "fisher",
+        "fisher_rows",
+        "fisher_prompts",
+        "fisher_new_tokens",
+        "fisher_stops",
+        "prompt_tokens",
+        "tokens",
+        "seed",
+    )
 }
 DEPENDS = {
     artifacts.TARGET: {
