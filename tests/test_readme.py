@@ -38,7 +38,7 @@ def test_the_histogram_runs_as_printed_and_takes_six_lines_of_polars(
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "histogram" in printed
-    assert "kept" in printed
+    assert "nll" in printed
 
 
 def answered(text: str) -> str:
