@@ -129,3 +129,10 @@ def test_what_has_a_loss_of_its_own_is_refused(plugin: Any) -> None:
 def test_only_axolotl_needs_axolotl() -> None:
     with pytest.raises(ImportError, match="axolotl"):
         importlib.import_module("alphatoken_curate.trainers.axolotl")
+
+
+def test_what_is_missing_stops_axolotl(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ImportError would not: it goes on without the plugin."""
+    monkeypatch.setitem(sys.modules, "alphatoken_curate.trainers.hf", None)
+    with pytest.raises(UsageError, match=r"cannot be used: .*trainers\.hf.*install it"):
+        importlib.reload(plugin)

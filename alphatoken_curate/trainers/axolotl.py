@@ -5,7 +5,8 @@
     datasets: [{path: rows.parquet, ds_type: parquet, type: }]   # input_ids, attention_mask, labels, loss_weight
 
 Axolotl's own trainer and collators stay as they are: the weighted loss is put under its trainer, and the weights are
-laid out as its collator lays out the labels. Only this module needs Axolotl, which only Axolotl imports.
+laid out as its collator lays out the labels. Only this module needs Axolotl, which only Axolotl imports. Axolotl pins
+releases that this package's own pins exclude: `pip install --no-deps alphatoken-curate`, and `pip install polars`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.trainers.collator import WeightedCollator
-from alphatoken_curate.trainers.hf import WeightedTrainer
+
+try:
+    from alphatoken_curate.trainers.collator import WeightedCollator
+    from alphatoken_curate.trainers.hf import WeightedTrainer
+except ImportError as error:
+    # Axolotl goes on without a plugin that raises this, and would train without weights.
+    raise UsageError(f"the AlphaToken plugin cannot be used: {error}; install it beside Axolotl") from error
 
 
 class AlphaTokenArgs(BaseModel):

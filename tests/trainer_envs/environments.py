@@ -14,7 +14,10 @@ NAMES = tuple(sorted(path.stem for path in (HERE / "requirements").glob("*.txt")
 TORCH = "torch==2.13.0"
 """Installed first, with what it needs, from wherever pip finds the build for this machine."""
 WITH_OURS = ("axolotl",)
-"""Environments that hold this package too, for its plugin; without its dependencies, which would change theirs."""
+"""Environments that hold this package too, for its plugin; without its dependencies, which would change theirs.
+
+What the plugin needs of them and Axolotl does not have, polars, is among the requirements.
+"""
 WITHOUT_SOUND = ("llamafactory",)
 """Environments that import torchaudio, of which they use nothing here, and whose builds demand their own torch."""
 

@@ -69,7 +69,7 @@ def score(made: Material, data: Path, run: Path) -> None:
     """A run of these rows by the real command; an unfinished one is gone on with."""
     curate(
         "score", data, "--target", SAMPLE / "target.jsonl", "--model", made.model, "--reference", made.reference,
-        "--layers", "2", "--fisher-rows", "4", "--device", "cpu", "-o", run,
+        "--layers", "2", "--fisher-rows", "4", "--device", "cpu", "--keep", "0.5", "-o", run,
     )  # fmt: skip
 
 
