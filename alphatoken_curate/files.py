@@ -113,8 +113,9 @@ def _in_glob(pattern: str) -> list[DataFile]:
     try:
         # not glob.glob: its ** follows links, round and round
         matches = [(str(path), str(path.relative_to(base))) for path in base.glob("/".join(parts))]
-    except ValueError as error:
-        raise InputError(f"{visible(pattern)}: not a pattern: {error}.") from error
+    except (ValueError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{visible(pattern)}: not a pattern: {why}.") from error
     shown = [(path, name) for path, name in matches if not re.search(r"(^|/)\.", name) or "/." in pattern]
     found = [_file(path, name) for path, name in shown if path.endswith(SUFFIXES)]
     if not found:

@@ -191,7 +191,7 @@ def test_five_kills_in_a_row_ten_times(bench: Bench, tmp_path: Path) -> None:
 def test_an_interrupt_leaves_nothing_unfinished(number: int, kind: str, bench: Bench, tmp_path: Path) -> None:
     bench.whole(kind)
     run = bench.begun(kind, tmp_path / "run")
-    folder = shards.train_folder(run, 1) if kind == "mask" else shards.values_folder(run, kind == "refresh")
+    folder = shards.train_folder(run, 1) if kind == "mask" else shards.values_folder(run, int(kind == "refresh"))
     ended = bench.run(kind, run, once=folder / "part-00000.parquet", signal=number)
     assert ended.code == 130, (ended.code, ended.err)
     assert "run the same command again to go on" in ended.err and "Traceback" not in ended.err
@@ -258,7 +258,7 @@ def test_shards_that_were_swapped_or_copied_before_the_end_are_refused(
     run = bench.begun(kind, tmp_path / "run")
     # Before the first manifest of each command, and of `mask` after its shards.
     assert bench.run(kind, run, kill_at="before-manifest").code == -signal.SIGKILL
-    folder = shards.train_folder(run, 1) if kind == "mask" else shards.values_folder(run, kind == "refresh")
+    folder = shards.train_folder(run, 1) if kind == "mask" else shards.values_folder(run, int(kind == "refresh"))
     first, second = folder / "part-00000.parquet", folder / SHARD
     contents_of = first.read_bytes(), second.read_bytes()
     second.write_bytes(contents_of[0])

@@ -232,7 +232,7 @@ class Fake:
     def __init__(self, spec: ScorerSpec) -> None:
         self.spec = spec
 
-    def __call__(self, index: int, rows: list[AnyRow], progress: Progress) -> list[RowResult | None]:
+    def __call__(self, index: int, rows: list[AnyRow], progress: Progress, batch_tokens: int) -> list[RowResult | None]:
         return [None if any(_FAILS in part.input_ids for part in branches(row)) else self._of(row) for row in rows]
 
     def _of(self, row: AnyRow) -> RowResult:
@@ -571,7 +571,7 @@ def test_ids_that_repeat_are_missing_or_are_of_two_kinds(models: dict[str, str],
     # Rows are told by their number; an id that several have is not enough to show one.
     assert command("show", tmp_path / "run", "--row", 1).code == 0
     several = command("show", tmp_path / "run", "--id", "a")
-    assert several.code == 2 and "2 rows" in several.err
+    assert several.code == 2 and "rows 0, 1 have the id" in several.err
 
 
 if __name__ == "__main__":

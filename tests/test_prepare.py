@@ -108,6 +108,7 @@ def test_the_fingerprint_holds_what_changes_results_and_nothing_else(
             "stability_weight",
             "fisher",
             "fisher_rows",
+            "fisher_stops",
             "turns",
             "max_length",
         ),

@@ -143,12 +143,12 @@ def test_stats_hold_no_more_of_a_token_than_is_said(runs: list[Path]) -> None:
 
 
 def test_verify_and_the_manifest_hold_one_shard(runs: list[Path]) -> None:
-    assert grows(verify, runs) <= MORE
-    assert grows(manifest.rebuild, runs) <= MORE
+    assert grows(verify, runs) <= 8 + MORE
+    assert grows(manifest.rebuild, runs) <= 4 + MORE
 
 
 def test_rows_are_not_kept_beside_their_tokens(tmp_path: Path) -> None:
-    """`check`, as `score`: 5 bytes of a token and less than 700 of a row, whatever text it was."""
+    """`check`, as `score`: 5 bytes of a token and less than 2,000 of a row with its plan, whatever text it was."""
     model, length = save_models(tmp_path)["base"], 200
     data = []
     for rows in (300, 1300):
@@ -159,4 +159,4 @@ def test_rows_are_not_kept_beside_their_tokens(tmp_path: Path) -> None:
     check(settings)  # what is there afterwards is not counted
     with patch.object(tokens, "_BATCH_ROWS", 50):
         low, high = (most(lambda one=one: check(replace(settings, data=(str(one),)))) for one in data)  # type: ignore[misc]
-    assert (high - low) / 1000 <= 5 * length + 700
+    assert (high - low) / 1000 <= 5 * length + 2000

@@ -309,15 +309,17 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import alphatoken_curate, transformers, torch, polars, datasets
 transformers.AutoModelForCausalLM, transformers.AutoTokenizer
-seen = []
+seen, WRITES = [], os.O_WRONLY | os.O_RDWR | os.O_CREAT
 def watch(event, args):
     runs = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class")
     if event.startswith("socket.") or event in runs:
         seen.append([event, str(args)[:200]])
-    elif event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    elif event == "open" and not isinstance(args[0], int) and isinstance(args[2], int) and args[2] & WRITES:
         seen.append(["write", os.path.realpath(args[0]) if isinstance(args[0], str) else str(args[0])])
     elif event in ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.link"):
         seen.append(["write", os.path.realpath(str(args[0]))])
+        if event == "os.rename":
+            seen.append(["write", os.path.realpath(str(args[1]))])
 sys.addaudithook(watch)
 from tiny_files import command
 codes = [command(*arguments).code for arguments in json.loads(sys.argv[1])]
@@ -362,6 +364,7 @@ def test_a_run_opens_no_socket_starts_no_program_and_writes_nowhere_else(
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HOME": str(here), "HF_HOME": str(here / "hub"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(LIBRARY.parent), "TMPDIR": str(here)}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(here / "torch")  # torch makes it below /tmp, whatever TMPDIR says
     code = _WATCHED.format(tests=str(Path(__file__).parent))
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(commands)],
