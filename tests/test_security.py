@@ -363,7 +363,7 @@ def test_a_run_opens_no_socket_starts_no_program_and_writes_nowhere_else(
     here.mkdir()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HOME": str(here), "HF_HOME": str(here / "hub"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(LIBRARY.parent), "TMPDIR": str(here)}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(here)}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(here / "torch")  # torch makes it below /tmp, whatever TMPDIR says
     code = _WATCHED.format(tests=str(Path(__file__).parent))
     done = subprocess.run(
