@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from alphatoken_curate import attention, experts, foreign
 from alphatoken_curate.attention import Tape
 from alphatoken_curate.blocks import LinearMap, decoder_blocks, linear_maps, trunk, unwrapped
+from alphatoken_curate.caches import cache_of, forward_with_cache
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.precision import narrow, rounded_products, widen
 
@@ -195,15 +196,17 @@ class ScoringModel:
                 self.tape.clear()
 
     def _forward(self, input_ids: Tensor, start: int, pairs: bool) -> Tensor:
-        cache = None
         self._length = input_ids.shape[1] - start
         if start:
             with torch.no_grad():
-                cache = self.base(input_ids=input_ids[:: 2 if pairs else 1, :start], use_cache=True).past_key_values
+                prompt = forward_with_cache(self.base, None, input_ids=input_ids[:: 2 if pairs else 1, :start])
+                cache = cache_of(self.base, prompt)
                 if pairs:
                     cache.batch_repeat_interleave(2)
             self.tape.clear()
-        out = self.base(input_ids=input_ids[:, start:], past_key_values=cache, use_cache=cache is not None)
+            out = forward_with_cache(self.base, cache, input_ids=input_ids[:, start:])
+        else:
+            out = self.base(input_ids=input_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state
         return hidden
 

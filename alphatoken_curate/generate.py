@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alphatoken_curate.caches import cache_of, forward_with_cache
 from alphatoken_curate.draws import inverse_transform, keyed_uniform
 from alphatoken_curate.errors import InputError, ModelError, StoredDataError
 from alphatoken_curate.progress import Progress
@@ -174,15 +175,15 @@ def _predictions(model: Any, tokens: Tensor, first: int) -> Iterator[tuple[int, 
     """
     cache = None
     if first > 1:
-        cache = _cache(model, model.base_model(input_ids=tokens[:, : first - 1], use_cache=True))
+        cache = _cache(model, forward_with_cache(model.base_model, None, input_ids=tokens[:, : first - 1]))
     for t in range(first, tokens.shape[1]):
-        out = model(input_ids=tokens[:, t - 1 : t], past_key_values=cache, use_cache=True)
+        out = forward_with_cache(model, cache, input_ids=tokens[:, t - 1 : t])
         cache = _cache(model, out)
         yield t, out.logits[:, -1]
 
 
 def _cache(model: Any, out: Any) -> Any:
-    cache = getattr(out, "past_key_values", None)
+    cache = cache_of(model, out)
     if cache is None:
         raise ModelError(
             f"{type(model).__name__}: it keeps no key-value cache, so no answers can be generated with it."

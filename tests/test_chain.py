@@ -97,7 +97,9 @@ def test_chain_of_score_train_refresh(kind: str, name: str, tmp_path: Path) -> N
     data = head(name, tmp_path / "data.jsonl", 32, 600)
     target = head("gsm8k_target.jsonl", tmp_path / "target.jsonl", 16, 600)
     run, out = tmp_path / "run", tmp_path / "out"
-    ran("score", data, "--target", target, "--model", "smollm2-135m", "--fisher-rows", 32, "-o", run)
+    # As published. Trained on all tokens the model learns so much that its gradients shrink, and with them stability.
+    half = ("--keep", 0.5)
+    ran("score", data, "--target", target, "--model", "smollm2-135m", "--fisher-rows", 32, *half, "-o", run)
     train(run, out, dpo_loss if kind == "preference" else sft_loss)
     ran("refresh", run, "--checkpoint", out)
     assert verify(run) == []
