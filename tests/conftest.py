@@ -60,7 +60,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
         yield server
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny tensors are computed fastest by one thread, above all while other programs run."""
     threads = torch.get_num_threads()

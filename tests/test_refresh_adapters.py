@@ -144,7 +144,9 @@ def test_an_adapter_that_learned_nothing_changes_nothing(run: Path, adapters: di
     refresh(run, fresh)
     found, start = signals(run, 1), signals(run, 0)
     assert torch.equal(found.pop("reference_nll"), start["nll"])
-    assert all(torch.equal(found[name], start[name]) for name in found)
+    # Two directions are multiplied at once, one of them zero, where the base alone had one: sums may round otherwise.
+    for name in found:
+        torch.testing.assert_close(found[name], start[name], rtol=0, atol=1e-6 * float(start[name].abs().max()))
     assert not found["stab_direct"].any() and not found["stab_causal"].any()
 
 
