@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 from hostile_run import PAYLOADS, hostile_run
+from pinned import asked
 from safetensors.torch import load_file
-from test_layout import CLI, LIBRARY, modules
+from test_layout import CLI, LIBRARY, ROOT, modules
 from test_tokens import CHATML, answer, chat, responses, run, run_prompts, user
 from tiny_files import command, contents, token_records, write_jsonl
 
@@ -416,3 +417,11 @@ def test_where_the_network_may_be_asked_it_is() -> None:
     for name in ("folders", "models", "tables"):
         wanted = _MAY[name]
         assert set(_imports(LIBRARY / f"{name}.py")) & _NETWORK == wanted
+
+
+def test_what_checks_use_is_pinned_by_hash() -> None:
+    text = (ROOT / ".ci/requirements.txt").read_text()
+    pinned = re.findall(r"^([\w.-]+)==\S+((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.MULTILINE)
+    assert len(pinned) == len(re.findall(r"^\w", text, re.MULTILINE)) > 50
+    wanted = {re.split(r"[^\w.-]", one)[0].lower() for one in asked()}
+    assert wanted <= {name for name, _ in pinned}
