@@ -88,8 +88,8 @@ class WeightedLossMixin(DenominatorMixin):
     """Before `transformers.Trainer` or a subclass of it: its loss is `weighted_loss` of the model's logits.
 
     Batches need `labels` and `loss_weight`, as `WeightedCollator` makes them. The auxiliary loss of a mixture of
-    experts, where the model gives one, is added with the model's own coefficient, as a mean over the batches of a step, on all
-    processes.
+    experts, where the model gives one, is added with the model's own coefficient, as a mean over the batches of a step,
+    on all processes.
     """
 
     def compute_loss(
