@@ -77,6 +77,16 @@ def test_the_readme_names_what_reads_it(tmp_path: Path) -> None:
     assert "DPOTrainer" in text and "`rejected_`" in text and "assistant_masks" not in text
 
 
+def test_the_readme_says_what_the_strict_form_cannot_do(tmp_path: Path) -> None:
+    """Old releases of TRL pack without labels; the trainer of pairs needs weights."""
+    for kind in ("sft", "preference"):
+        run, place = small_run(tmp_path / kind, kind=kind), tmp_path / f"{kind}.strict"
+        export(run, trainer="hf", output=place, strict=True)
+    assert "TRL before 1.7 loses labels when it packs" in (tmp_path / "sft.strict" / "README.md").read_text()
+    pairs = (tmp_path / "preference.strict" / "README.md").read_text()
+    assert "export without `--strict`" in pairs and "WeightedDPOTrainer(" not in pairs
+
+
 def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the trainer itself."""
     monkeypatch.chdir(tmp_path)

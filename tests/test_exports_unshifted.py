@@ -28,7 +28,7 @@ def test_skyrl(tmp_path: Path) -> None:
     done = export(small_run(tmp_path / "run"), trainer="skyrl", output=place)
     schema = pq.read_schema(done.data)
     assert {f.name: f.type.value_type for f in schema} == {"input_ids": pa.int32(), "loss_mask": pa.int8()}
-    assert f"pretokenized_dataset_paths=['{done.data}']" in command(place)
+    assert f'pretokenized_dataset_paths=["{done.data}"]' in command(place)
 
 
 @pytest.fixture

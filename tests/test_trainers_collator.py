@@ -24,6 +24,14 @@ def padded(name: str, fill: float, length: int = 5) -> list[list[float]]:
     return [row[name] + [fill] * (length - len(row[name])) for row in ROWS]  # type: ignore[operator,arg-type]
 
 
+def test_rows_of_another_kind_are_refused() -> None:
+    with pytest.raises(UsageError, match="row 4 has no chosen_input_ids, but row_id, input_ids"):
+        PreferenceCollator()(ROWS)
+    pair = {f"{branch}_{name}": value for branch in ("chosen", "rejected") for name, value in ROWS[0].items()}
+    with pytest.raises(UsageError, match="a row has no input_ids, but chosen_row_id, chosen_input_ids"):
+        WeightedCollator()([pair])
+
+
 def test_lists_are_padded_alike() -> None:
     found = WeightedCollator(pad_token_id=42)(ROWS)
     assert found["input_ids"].tolist() == padded("input_ids", 42)

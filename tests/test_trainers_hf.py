@@ -134,6 +134,20 @@ def test_the_auxiliary_loss_of_experts_is_a_mean_over_batches(tmp_path: Path, ac
     assert abs(found.loss - wanted.item()) < 2e-6
 
 
+def test_the_auxiliary_loss_is_a_mean_over_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are averaged over processes: what counts tokens of all of them is times their number, a mean is not."""
+    run = train_run(tmp_path / "run")
+    model = tiny_model("mixtral", dtype=torch.float32, output_router_logits=True, router_aux_loss_coef=0.5)
+    made = trainer(tmp_path, as_dataset(run), model=model)
+    monkeypatch.setattr(type(made.accelerator), "num_processes", 2)
+    rows = stored(run, 0)[:1]
+    batch = made.data_collator([as_dataset(run)[0]])
+    with torch.no_grad():
+        outputs = model(input_ids=batch["input_ids"])
+        wanted = 2 * sft_loss(model, rows, "count") + 0.5 * outputs.aux_loss
+        assert abs(made.compute_loss(model, batch) - wanted) < 2e-6
+
+
 def test_what_would_leave_weights_aside_is_refused(run: Path, tmp_path: Path) -> None:
     rows = as_dataset(run)
     with pytest.raises(UsageError, match=r"label_smoothing_factor=0\.1"):

@@ -150,6 +150,31 @@ def test_of_several_checkpoints_in_an_epoch_the_last_gives_the_mask(
     assert sorted(epochs[1]) == expected(run, 2) != expected(run, 1)
 
 
+def test_an_epoch_of_streamed_rows_trains_on_the_mask_of_the_last_checkpoint(
+    run: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    """Where rows have no count, transformers does not say when an epoch ends but by beginning another."""
+    callback = RefreshCallback(run)
+    steps = {"max_steps": 3 * ROWS // BATCH, "save_strategy": "steps", "save_steps": 1}
+    made = trainer(run, models, tmp_path / "out", [callback], **steps)
+    made.train_dataset = as_dataset(run, 0).to_iterable_dataset()
+    epochs = watched(made)
+    made.train()
+    assert callback.masks == [(0, 0), (1, 2), (2, 4)]
+    trained = list(itertools.chain(*epochs))
+    for epoch, number in callback.masks:
+        assert sorted(trained[ROWS * epoch : ROWS * (epoch + 1)]) == expected(run, number)
+
+
+def test_a_second_training_begins_with_the_newest_mask(run: Path, models: dict[str, str], tmp_path: Path) -> None:
+    callback = RefreshCallback(run)
+    made = trainer(run, models, tmp_path / "out", [callback], epochs=1)
+    made.train()
+    assert callback.masks == [(0, 0)]
+    made.train()
+    assert callback.masks == [(0, 1)]
+
+
 def weights(made: Any) -> dict[str, torch.Tensor]:
     return {name: one.clone() for name, one in made.model.state_dict().items()}
 

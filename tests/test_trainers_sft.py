@@ -152,6 +152,12 @@ def test_what_would_leave_weights_aside_is_refused(run: Path, tmp_path: Path) ->
         careless.train()
 
 
+def test_pairs_are_refused_by_name(tmp_path: Path) -> None:
+    pairs = as_dataset(train_run(tmp_path / "pairs", kind="preference"))
+    with pytest.raises(UsageError, match="the train dataset holds preference pairs; take WeightedDPOTrainer"):
+        trainer(tmp_path, pairs, max_length=None)
+
+
 def test_streamed_rows_train_as_others(run: Path, tmp_path: Path) -> None:
     rows = as_dataset(run)
     found = step(trainer(tmp_path, rows.to_iterable_dataset(), max_length=PACKED))

@@ -158,6 +158,8 @@ def _sft(told: Told, module: str, prefix: str) -> Iterator[str]:
         yield from (f"from {module} import SFTConfig, {name}", "", _load(told))
     yield "# No cut by the trainer: it would cut ids and labels only. Packed: packing=True and"
     yield f"# max_length={told.longest} or more, the longest row. Leave assistant_only_loss off."
+    if told.strict:
+        yield "# TRL before 1.7 loses labels when it packs, and trains every token: export without --strict for that."
     yield f"trainer = {name}(model, args=SFTConfig(max_length=None), train_dataset=rows)"
     yield "```"
 
@@ -172,11 +174,13 @@ def _use_pairs(told: Told) -> Iterator[str]:
     yield "TRL's `DPOTrainer` tokenises text and takes no tokens. Its subclass `WeightedDPOTrainer` reads these rows,"
     yield "as those of the run folder, and masks the reference's log-probabilities as it masks the policy's:"
     if told.strict:
-        yield "(export without `--strict`: it needs the weights)"
-    yield from ("", "```python", "from datasets import load_dataset", "from trl import DPOConfig", "")
-    yield from ("from alphatoken_curate.trainers import WeightedDPOTrainer", "", _load(told))
-    yield "trainer = WeightedDPOTrainer(model, args=DPOConfig(max_length=None), train_dataset=rows)"
-    yield from ("```", "")
+        yield "export without `--strict`, since it needs the weights."
+    else:
+        yield from ("", "```python", "from datasets import load_dataset", "from trl import DPOConfig", "")
+        yield from ("from alphatoken_curate.trainers import WeightedDPOTrainer", "", _load(told))
+        yield "trainer = WeightedDPOTrainer(model, args=DPOConfig(max_length=None), train_dataset=rows)"
+        yield "```"
+    yield ""
     yield "torchtune's DPO recipes know the columns `chosen_input_ids`, `chosen_labels` and the same of `rejected_`,"
     yield "without float weights (read in the source, not run)."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from importlib import resources
@@ -88,7 +89,7 @@ VERL = Form(
 
 
 def _skyrl_use(told: Told) -> Iterator[str]:
-    given = shlex.quote(f"pretokenized_dataset_paths=['{told.file(NAME)}']")
+    given = shlex.quote(f"pretokenized_dataset_paths=[{json.dumps(told.file(NAME))}]")
     yield from ("```sh", "python -m skyrl.train.main_sft \\", f"    {given} \\")
     yield from (f"    max_length={told.longest}", "```")
 

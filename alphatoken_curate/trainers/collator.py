@@ -34,17 +34,22 @@ class Tokens(NamedTuple):
 
 def tokens_of(feature: Feature, prefix: str = "") -> Tokens:
     """The tokens of a row, or of a branch of it. Raises `UsageError` where its lists do not fit each other."""
+    name = f"row {feature['row_id']}" if "row_id" in feature else "a row"
+    if prefix + "input_ids" not in feature:
+        raise UsageError(
+            f"{name} has no {prefix}input_ids, but {', '.join(feature)}: PreferenceCollator and WeightedDPOTrainer are"
+            " for pairs, the others for SFT rows"
+        )
     ids = torch.as_tensor(feature[prefix + "input_ids"], dtype=torch.int64)
     told, weighs = feature.get(prefix + "labels"), feature.get(prefix + WEIGHT)
     if told is None and weighs is None:
-        raise UsageError(f"a row has neither {prefix}labels nor {prefix}{WEIGHT}; {_HINT}")
+        raise UsageError(f"{name} has neither {prefix}labels nor {prefix}{WEIGHT}; {_HINT}")
     if weighs is None:
         weighs = torch.as_tensor(told) != IGNORE_INDEX
     weight = torch.as_tensor(weighs, dtype=torch.float32)
     if told is None:
         told = ids.where(weight > 0, torch.tensor(IGNORE_INDEX))
     labels = torch.as_tensor(told, dtype=torch.int64)
-    name = f"row {feature['row_id']}" if "row_id" in feature else "a row"
     if not len(ids) == len(labels) == len(weight):
         raise UsageError(
             f"{name} has {len(ids)} {prefix}input_ids, {len(labels)} {prefix}labels and {len(weight)} {prefix}{WEIGHT}:"

@@ -88,7 +88,8 @@ class WeightedLossMixin(DenominatorMixin):
     """Before `transformers.Trainer` or a subclass of it: its loss is `weighted_loss` of the model's logits.
 
     Batches need `labels` and `loss_weight`, as `WeightedCollator` makes them. The auxiliary loss of a mixture of
-    experts, where the model gives one, is added with the model's own coefficient, as a mean over the batches of a step.
+    experts, where the model gives one, is added with the model's own coefficient, as a mean over the batches of a step,
+    on all processes.
     """
 
     def compute_loss(
@@ -102,11 +103,12 @@ class WeightedLossMixin(DenominatorMixin):
             raise UsageError("the model gives no logits, so tokens cannot be weighed; turn off use_liger_kernel")
         items = self._items(inputs, num_items_in_batch)
         loss = weighted_loss(outputs.logits, labels, weight, num_items=items)
+        if self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # type: ignore[attr-defined]
+        # Behind that factor: gradients are averaged over processes, and this is a mean already.
         if (auxiliary := getattr(outputs, "aux_loss", None)) is not None:
             config = self.accelerator.unwrap_model(model).config.get_text_config()
             loss = loss + config.router_aux_loss_coef * auxiliary / self._steps(model)
-        if self.args.average_tokens_across_devices:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # type: ignore[attr-defined]
         return (loss, outputs) if return_outputs else loss
 
     def _steps(self, model: nn.Module) -> int:

@@ -6,6 +6,7 @@ select anew by adaptation and stability, train on.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from dataclasses import fields, replace
 from multiprocessing.connection import Connection
@@ -63,6 +64,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
         self.masks: list[tuple[int, int]] = []
         self._current = CurrentMask(run)
         self._due = False
+        self._resumed = False
         self._made: int | None = None
         self._job: tuple[Any, Connection] | None = None
 
@@ -76,6 +78,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Bring the first mask into force; of a resumed training, the one that was."""
         self._attach(args, kwargs.get("train_dataloader"))
+        self._due, self._resumed = False, bool(state.global_step)
         # A training that is resumed may have had no such callback; transformers wants an entry when it saves.
         states: Any = state.stateful_callbacks
         told = states.setdefault(type(self).__name__, self.state())["attributes"]["masks"]
@@ -91,9 +94,12 @@ class RefreshCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Bring the mask of the last checkpoint into force, if an epoch begins and there was one."""
-        epoch = int(state.epoch or 0)
-        if epoch != self.masks[-1][0] and self._due:
-            self._use(epoch, self._collect(args))
+        epoch = state.epoch or 0
+        resumed, self._resumed = self._resumed, False
+        # A resumed training announces an epoch that it goes on with too. Of rows without a count, no other epoch begins
+        # at a whole number: each pass over them is a part of one.
+        if self._due and not (resumed and epoch % 1):
+            self._use(math.ceil(epoch), self._collect(args))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Score the rows at the checkpoint that was saved."""

@@ -11,6 +11,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.schema import PREFERENCE
 from alphatoken_curate.trainers.collator import WEIGHT, WeightedCollator
 from alphatoken_curate.trainers.current import ROWS
 from alphatoken_curate.trainers.dataset import LISTS
@@ -41,7 +42,10 @@ class WeightedSFTTrainer(DenominatorMixin, SFTTrainer):  # type: ignore[misc]
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        if WEIGHT not in get_dataset_column_names(dataset):
+        names = get_dataset_column_names(dataset)
+        if any(prefix + WEIGHT in names for prefix in PREFERENCE.branches):
+            raise UsageError(f"the {dataset_name} dataset holds preference pairs; take WeightedDPOTrainer for them")
+        if WEIGHT not in names:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         dataset = check_length(dataset, ("input_ids",), args.max_length)
         if args.shuffle_dataset:
