@@ -25,6 +25,7 @@ import zstandard
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from tiny import tiny_model
 from tiny_files import NAN_TOKEN, command, quiet, token_records, write_jsonl
 
 from alphatoken_curate import InputError, ScoreConfig, manifest, scan, score, tables, verify
@@ -549,6 +550,26 @@ def test_a_loss_that_is_not_finite_fails_its_row_and_the_run_goes_on(
     assert found.filter(status="failed")["row_id"].to_list() == [3, 7]
     stored = found.filter(status="scored").explode("response", "value").filter("response")["value"]
     assert len(stored) and stored.is_finite().all()
+    assert verify(tmp_path / "run") == []
+
+
+def test_a_model_of_logits_of_minus_infinity_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("phi", dtype=torch.float32)
+    with torch.no_grad(), quiet():
+        model.lm_head.bias.fill_(-torch.inf)
+        model.save_pretrained(tmp_path / "model")
+    data = write_jsonl(tmp_path / "rows.jsonl", token_records(12))
+    ended = command("score", data, "--model", tmp_path / "model", "--layers", 1, "-o", tmp_path / "run")
+    assert ended.code == 2 and "its logits are not finite: some weight is NaN or infinite" in ended.err
+
+
+def test_rows_of_one_token_over_and_over_are_scored(models: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"input_ids": [7] * n, "labels": [-100] + [7] * (n - 1)} for n in (2, 3, 9, 40)]
+    data, target = write_jsonl(tmp_path / "rows.jsonl", rows), write_jsonl(tmp_path / "target.jsonl", token_records(2))
+    flags = ("--target", target, "--model", models["tuned"], "--reference", models["base"], "--layers", 1)
+    assert command("score", data, *flags, "-o", tmp_path / "run").code == 0
+    found = scan(tmp_path / "run").explode("response", "value").filter("response").collect()
+    assert len(found) == 1 + 2 + 8 + 39 and found["value"].is_finite().all()
     assert verify(tmp_path / "run") == []
 
 
