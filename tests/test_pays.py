@@ -27,6 +27,30 @@ def test_readme_has_the_tables_of_the_result_lines(pays: Any) -> None:
     assert tables.filled(text) == text, "run: python tests/benchmarks/pays/tables.py --readme"
 
 
+@pytest.fixture
+def data(smollm2_tokenizer: Any) -> Path:
+    """The folder of the real rows, which the tokenizer of the model cuts."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs real rows in {folder}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["outcome", "counterfactual", "fidelity"])
+def test_lines_are_of_the_settings_as_they_are(name: str, pays: Any, data: Path) -> None:
+    for line in pays("lines").read(name):
+        assert line["config"]["about"] == pays("settings").about(line["config"]["setting"], data)
+
+
+@pytest.mark.parametrize("name", ["clean", "corrupted", "mixture", "narrow", "preference"])
+def test_what_is_measured_on_trains_nothing(name: str, pays: Any, data: Path) -> None:
+    where = pays("settings").setting(name, data)
+    parts = ("train", "held", "target", "retention", "remember", "beside")
+    rows = [row.ids.tobytes() for part in parts for row in getattr(where, part)]
+    assert len(where.train) >= 64 and len(where.held) >= 48
+    assert len(set(rows)) == len(rows)
+
+
 def test_measures_of_a_ranking_against_plain_loops(pays: Any) -> None:
     fidelity = pays("fidelity")
     draws = np.random.default_rng(0)

@@ -19,7 +19,7 @@ import numpy as np
 from grid import COUNTERFACTUAL, RANKINGS
 from numpy.typing import NDArray
 from selections import scored
-from settings import Setting, setting
+from settings import Setting, about, setting
 from training import Weights, load, train
 
 import alphatoken_curate as atc
@@ -76,8 +76,14 @@ def main() -> None:
     parser = lines.parser(__doc__)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
     args = parser.parse_args()
+
+    def config(where: str, name: str, share: float, without: str, seed: int) -> dict[str, Any]:
+        known = about(where, Path(args.data))
+        what = {"ranking": name, "share": share, "without": without, "seed": seed, "rows": ROWS}
+        return {"setting": where, "about": known, **what}
+
     configs = [
-        {"setting": where, "ranking": name, "share": share, "without": without, "seed": seed, "rows": ROWS}
+        config(where, name, share, without, seed)
         for where, names in COUNTERFACTUAL.items()
         for share in args.shares
         for name in names
@@ -86,7 +92,7 @@ def main() -> None:
         if not (name == "random" and without == "bottom") and lines.asked(args.only, COUNTERFACTUAL, where, name)
     ]
     configs += [
-        {"setting": where, "ranking": "random", "share": 0.0, "without": "top", "seed": 0, "rows": ROWS}
+        config(where, "random", 0.0, "top", 0)
         for where in COUNTERFACTUAL
         if lines.asked(args.only, COUNTERFACTUAL, where, "random")
     ]

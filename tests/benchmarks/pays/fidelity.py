@@ -22,7 +22,7 @@ import torch
 from counterfactual import ranking
 from grid import FIDELITY, RANKINGS
 from numpy.typing import NDArray
-from settings import MODEL, Setting, setting
+from settings import MODEL, Setting, about, setting
 
 from alphatoken_curate.capture import captured
 from alphatoken_curate.compare import spearman
@@ -105,7 +105,14 @@ def main() -> None:
     """Run what has no line yet."""
     args = lines.parser(__doc__).parse_args()
     configs = [
-        {"setting": where, "ranking": name, "score": dict(RANKINGS[name][0]), "by": RANKINGS[name][1], "rows": ROWS}
+        {
+            "setting": where,
+            "about": about(where, Path(args.data)),
+            "ranking": name,
+            "score": dict(RANKINGS[name][0]),
+            "by": RANKINGS[name][1],
+            "rows": ROWS,
+        }
         for where in FIDELITY
         for name in RANKINGS
         if lines.asked(args.only, FIDELITY, where, name)

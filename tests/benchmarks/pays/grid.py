@@ -67,6 +67,8 @@ SELECTIONS: dict[str, Selection] = {
         for keep in (0.5, 0.8)
         for k in (4, 8, 16)
     },
+    "published 0.5 every 8, stability rms": Selection(mask={"keep": 0.5, "stability_scale": "rms"}, refresh=8),
+    "retention alone 0.8": Selection(score=MEMORY, mask={"by": "stab_direct + stab_causal", "keep": 0.8}),
 }
 
 OUTCOME: dict[str, list[str]] = {
@@ -83,27 +85,35 @@ OUTCOME: dict[str, list[str]] = {
         "published ekfac 0.8",
         "influence positive",
         "published 0.5 every 8",
+        "published 0.5 every 8, stability rms",
         "all, then surprise low 0.95",
-        "all, then published 0.5",
+        "published sigmoid",
+        "influence rank",
     ],
-    "mixture": [
+    "mixture": ["all tokens", "oracle", "published 0.5", "random 0.5", "published ekfac 0.5"],
+    "narrow": [
         "all tokens",
-        "oracle",
-        "published 0.5",
-        "influence 0.5",
         "random 0.5",
-        "nll low 0.5",
-        "published ekfac 0.5",
+        "published 0.5",
+        "surprise low 0.95",
+        "retention rms 0.5",
+        "influence retention rms 0.8",
+        "retention alone 0.8",
+        "published 0.5 every 8",
+        "published 0.5 every 8, stability rms",
     ],
-    "narrow": ["all tokens", "surprise low 0.8", "nll low 0.8", "random 0.5", "retention rms 0.5"],
-    "preference": ["all tokens", "published 0.5", "surprise low 0.95"],
+    "preference": ["all tokens", "published 0.5", "random 0.5", "surprise low 0.95"],
     "clean": [
         "all tokens",
         "random 0.5",
         "published 0.5",
         "influence 0.8",
+        "excess loss 0.8",
         "surprise low 0.95",
         "all, then surprise low 0.95",
+        "published 0.5 every 8",
+        "published sigmoid",
+        "influence rank",
     ],
 }
 
@@ -131,12 +141,13 @@ RANKINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     "nll": (PUBLISHED, "nll"),
     "entropy": (PUBLISHED, "entropy"),
     "excess loss": (RHO1, "nll - reference_nll"),
+    "surprise": (PUBLISHED, SURPRISE),
 }
 """Of each: what is scored, and the column or expression that ranks."""
 
 FIDELITY = ("clean", "corrupted")
 
 COUNTERFACTUAL: dict[str, list[str]] = {
-    "clean": ["random", "influence K=all", "published K=3", "nll", "influence K=all adam"],
-    "corrupted": ["random", "oracle", "influence K=all", "influence K=all adam", "nll", "excess loss"],
+    "clean": ["random", "influence K=all", "published K=3", "nll", "surprise", "excess loss"],
+    "corrupted": ["random", "oracle", "nll", "surprise", "published K=3", "influence K=all", "excess loss"],
 }

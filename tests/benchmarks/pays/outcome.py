@@ -16,7 +16,7 @@ from typing import Any
 import lines
 from grid import OUTCOME, SELECTIONS
 from selections import Refresher, trainable, weights_of
-from settings import setting
+from settings import about, setting
 from training import load, offered, train
 
 
@@ -31,7 +31,7 @@ def one(data: str, work: str, config: dict[str, Any]) -> dict[str, Any]:
             where,
             weights,
             seed=config["seed"],
-            measure_every=16,
+            measure_every=8 if where.name == "narrow" else 16,
             measure_start=chosen.who == "all",
             refresh_every=chosen.refresh,
             refresh=refresher,
@@ -58,7 +58,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     configs = [
-        {"setting": where, "selection": name, **SELECTIONS[name].about(), "seed": seed}
+        {
+            "setting": where,
+            "about": about(where, Path(args.data)),
+            "selection": name,
+            **SELECTIONS[name].about(),
+            "seed": seed,
+        }
         for seed in range(args.seeds)
         for where, names in OUTCOME.items()
         for name in names

@@ -7,12 +7,13 @@ every seed of a training; a seed only orders the rows.
     clean       GSM8K as it is
     corrupted   3 of 10 digits of the answers replaced by another digit; good: the tokens left alone
     mixture     half GSM8K, half passages of fiction to be continued; good: the GSM8K rows
-    narrow      few GSM8K rows, four epochs at a high rate: what makes a model forget
-    preference  GSM8K pairs for DPO
+    narrow      GSM8K alone at seven times the rate: what makes a model forget
+    preference  64 GSM8K pairs for DPO
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -86,7 +87,7 @@ def setting(name: str, data: Path) -> Setting:
         held=maths[-48:],
         retention=passages[:32],
         remember=passages[64:96],
-        beside=maths[128:384],
+        beside=maths[128:-48],
         learning_rate=3e-5,
         epochs=2,
         batch=8,
@@ -97,11 +98,22 @@ def setting(name: str, data: Path) -> Setting:
         other = [replace(row, good=np.zeros_like(row.good)) for row in passages[96:160]]
         return replace(base, train=[row for both in zip(base.train[:64], other, strict=True) for row in both])
     if name == "narrow":
-        return replace(base, train=base.train[:64], learning_rate=2e-4, epochs=4)
+        return replace(base, learning_rate=2e-4)
     if name == "preference":
-        pairs = _read(data / "gsm8k_preference.jsonl", LONGEST)
-        return replace(base, train=pairs[:192], held=pairs[-64:], learning_rate=1e-5, batch=4)
+        pairs = _read(data / "gsm8k_preference.jsonl", 160)
+        return replace(base, train=pairs[:128], held=pairs[-64:], learning_rate=1e-5, batch=4)
     return base
+
+
+@cache
+def about(name: str, data: Path) -> dict[str, Any]:
+    """What a result line says of a setting, so that a line of another one of its name is never taken for it."""
+    where, digest = setting(name, data), hashlib.sha256()
+    for part in ("train", "target", "held", "retention", "remember", "beside"):
+        for row in getattr(where, part):
+            digest.update(f"{part} {len(row.ids)}".encode() + row.ids.tobytes() + row.response.tobytes())
+    told = {key: getattr(where, key) for key in ("learning_rate", "epochs", "batch")}
+    return {**told, "train_rows": len(where.train), "rows_sha256": digest.hexdigest()}
 
 
 def corrupt(rows: Sequence[Row], share: float) -> list[Row]:
