@@ -53,5 +53,7 @@ def test_exact_in_float32_equals_the_oracle_in_float64(source: Any, chat: str, l
     matrix = oracles.contraction_by_backwards(model.double(), layers, named, ids, places)
     direct = torch.stack([matrix[t - 1, i] for i, t in enumerate(places)])
     causal = torch.stack([matrix[t - 1, i + 1 :].sum() for i, t in enumerate(places)])
+    # Both signals are sums of parts of one backward, so what float32 rounds off is a share of the larger one.
+    largest = max(direct.abs().max(), causal.abs().max())
     for signal, wanted in ((found.direct[0], direct), (found.causal[0], causal)):
-        assert ((signal.double() - wanted).abs().max() / wanted.abs().max()).item() < 1e-4
+        assert ((signal.double() - wanted).abs().max() / largest).item() < 1e-4
