@@ -22,7 +22,7 @@ import torch
 from counterfactual import ranking
 from grid import FIDELITY, RANKINGS
 from numpy.typing import NDArray
-from settings import MODEL, Setting, about, setting
+from settings import MODEL, Setting, about, rows_sha256, setting
 
 from alphatoken_curate.capture import captured
 from alphatoken_curate.compare import spearman
@@ -43,7 +43,7 @@ def one(data: str, work: str, config: dict[str, Any]) -> dict[str, float | None]
     """Compare one ranking with the truth."""
     where = setting(config["setting"], Path(data))
     where = replace(where, name=f"{where.name}-{ROWS}", train=where.train[:ROWS])
-    path = Path(work) / f"{where.name}-truth.npz"
+    path = Path(work) / f"{where.name}-{rows_sha256(where)[:12]}-truth.npz"
     if not path.is_file():
         np.savez(path, **truth(where))
     rank = ranking(where, config["ranking"], Path(work), 0)

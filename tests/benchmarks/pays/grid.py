@@ -13,6 +13,7 @@ INFLUENCE = {"estimator": "influence", "layers": "all"}
 ADAM = {"precondition": "adam", "precondition_rows": 64}
 EKFAC = {"precondition": "ekfac", "precondition_rows": 64}
 MEMORY = {"retention": "remember"}
+LOOKAHEAD = {"drift": "lookahead", "lookahead_lr": 3e-5, "lookahead_rows": 64}
 SURPRISE = "nll / (entropy + 0.1)"
 """A token's loss over what the model expected it to be: high where the model was sure of another token."""
 
@@ -68,6 +69,8 @@ SELECTIONS: dict[str, Selection] = {
         for k in (4, 8, 16)
     },
     "published 0.5 every 8, stability rms": Selection(mask={"keep": 0.5, "stability_scale": "rms"}, refresh=8),
+    "published 0.5 every 8, no stability": Selection(mask={"keep": 0.5, "stability_weight": 0.0}, refresh=8),
+    "published 0.5, lookahead rms": Selection(score=LOOKAHEAD, mask={"keep": 0.5, "stability_scale": "rms"}),
     "retention alone 0.8": Selection(score=MEMORY, mask={"by": "stab_direct + stab_causal", "keep": 0.8}),
 }
 
@@ -89,6 +92,19 @@ OUTCOME: dict[str, list[str]] = {
         "all, then surprise low 0.95",
         "published sigmoid",
         "influence rank",
+        "published 0.3",
+        "published 0.8",
+        "exact 0.5",
+        "influence 0.5",
+        "published ekfac 0.5",
+        "published 0.5 every 4",
+        "published 0.5 every 16",
+        "published 0.5 every 8, no stability",
+        "published 0.5, lookahead rms",
+        "nll high 0.5",
+        "nll low 0.5",
+        "entropy 0.5",
+        "excess low 0.95",
     ],
     "mixture": ["all tokens", "oracle", "published 0.5", "random 0.5", "published ekfac 0.5"],
     "narrow": [

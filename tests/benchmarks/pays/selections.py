@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import orjson
-from settings import MODEL, Row, Setting, records
+from settings import MODEL, Row, Setting, records, rows_sha256
 from training import Weights, load, train
 
 import alphatoken_curate as atc
@@ -96,10 +96,10 @@ class Refresher:
 def scored(settings: Mapping[str, Any], setting: Setting, work: Path) -> Path:
     """The run folder of a scoring, scored now if it is not there."""
     about = {**SCORE, **settings}
-    run = work / f"{setting.name}-{_digest(about)}"
+    run = work / f"{setting.name}-{_digest(about, rows_sha256(setting))}"
     with _alone(run):
         if not (run / "manifest.json").is_file():
-            files = written(setting, work)
+            files = written(setting, work / "rows" / rows_sha256(setting)[:12])
             given = {"model": MODEL, "target": str(files["target"]), **about}
             if given.get("reference") == "tuned":
                 given["reference"] = str(tuned(setting, work))
@@ -111,6 +111,7 @@ def scored(settings: Mapping[str, Any], setting: Setting, work: Path) -> Path:
 
 def written(setting: Setting, work: Path) -> dict[str, Path]:
     """Files of a setting's rows, as `score` reads them."""
+    work.mkdir(parents=True, exist_ok=True)
     parts = {"train": setting.train, "target": setting.target, "remember": setting.remember}
     found = {name: work / f"{setting.name}-{name}.jsonl" for name in parts}
     for name, rows in parts.items():
@@ -123,7 +124,7 @@ def written(setting: Setting, work: Path) -> dict[str, Path]:
 
 def tuned(setting: Setting, work: Path) -> Path:
     """Rho-1's reference: the model trained on clean rows of the target's task that no selection sees."""
-    folder = work / "tuned"
+    folder = work / f"tuned-{_digest(rows_sha256(setting, ['beside']), setting.learning_rate)}"
     with _alone(folder):
         if not folder.is_dir():
             model, rows = load(), setting.beside

@@ -108,12 +108,21 @@ def setting(name: str, data: Path) -> Setting:
 @cache
 def about(name: str, data: Path) -> dict[str, Any]:
     """What a result line says of a setting, so that a line of another one of its name is never taken for it."""
-    where, digest = setting(name, data), hashlib.sha256()
-    for part in ("train", "target", "held", "retention", "remember", "beside"):
+    where = setting(name, data)
+    told = {key: getattr(where, key) for key in ("learning_rate", "epochs", "batch")}
+    return {**told, "train_rows": len(where.train), "rows_sha256": rows_sha256(where)}
+
+
+PARTS = ("train", "target", "held", "retention", "remember", "beside")
+
+
+def rows_sha256(where: Setting, parts: Sequence[str] = PARTS) -> str:
+    """Of the rows of a setting, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
         for row in getattr(where, part):
             digest.update(f"{part} {len(row.ids)}".encode() + row.ids.tobytes() + row.response.tobytes())
-    told = {key: getattr(where, key) for key in ("learning_rate", "epochs", "batch")}
-    return {**told, "train_rows": len(where.train), "rows_sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def corrupt(rows: Sequence[Row], share: float) -> list[Row]:

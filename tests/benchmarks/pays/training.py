@@ -58,7 +58,7 @@ def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measure(model: Any, setting: Setting, reference: Sequence[Tensor] | None = None) -> dict[str, float]:
-    """Mean loss over response tokens of held and retention rows, and of the last number of each held answer."""
+    """Mean loss over response tokens of held and retention rows; of pairs also DPO's loss and those ordered right."""
     with torch.no_grad():
         found = dict[str, float]()
         held = setting.held[::2] if setting.pairs else setting.held
