@@ -7,7 +7,8 @@ D head size. A `Tape` says what a backward does and keeps what it found:
   head-averaged attention in a band (`published`, Eq. 9), whichever was asked for;
 * `own`    a query sends gradient only into the key and value of its own position.
 
-Forward values are the same in both. The function is registered with transformers' AttentionInterface, and the
+Forward values are the same in both. In a narrow model products are narrow, and scores and probabilities float32, as in
+the attention of torch. The function is registered with transformers' AttentionInterface, and the
 scoring blocks alone are given a config that names it.
 """
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from alphatoken_curate.probabilities import Rule, fold, in_block, walk
+from alphatoken_curate.probabilities import Rule, fold, in_block, walk, wide
 
 NAME = "alphatoken_curate"
 
@@ -150,7 +151,7 @@ class _Attention(torch.autograd.Function):
         out = value.new_empty(rows, queries, heads, value.shape[-1])
         for span, keys in walk(query, key, mask):
             probabilities, _ = in_block(query, key, ctx.mask, ctx.sinks, ctx.rule, span, keys)
-            mixed = probabilities.flatten(2, 3) @ value[:, :, :keys]
+            mixed = probabilities.flatten(2, 3).to(value.dtype) @ value[:, :, :keys]
             out[:, span[0] : span[1]] = mixed.reshape(rows, heads, span[1] - span[0], -1).transpose(1, 2)
         ctx.save_for_backward(query, key, value, out)
         return out
@@ -159,14 +160,14 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out = ctx.saved_tensors
         # (B, Q, H) -> (B, K, G, Q, 1): what each probability row's gradient sums to.
-        shares = (grad_out * out).sum(-1).transpose(1, 2).unflatten(1, (key.shape[1], -1)).unsqueeze(-1)
+        shares = wide(grad_out * out).sum(-1).transpose(1, 2).unflatten(1, (key.shape[1], -1)).unsqueeze(-1)
         tape: Tape = ctx.tape
         grads = _Grads(query, key, value, tape)
         sunk = torch.zeros_like(ctx.sinks) if ctx.needs_input_grad[4] else None
         for span, keys in walk(query, key, ctx.mask):
             probabilities, slope = in_block(query, key, ctx.mask, ctx.sinks, ctx.rule, span, keys)
             upstream = fold(grad_out[:, span[0] : span[1]].transpose(1, 2), key.shape[1])
-            scores = (upstream @ value[:, :, :keys].transpose(-1, -2)).view_as(probabilities)
+            scores = wide(upstream @ value[:, :, :keys].transpose(-1, -2)).view_as(probabilities)
             share = shares[:, :, :, span[0] : span[1]]
             scores.sub_(share).mul_(probabilities)
             if sunk is not None:
@@ -174,6 +175,7 @@ class _Attention(torch.autograd.Function):
                 sunk.sub_(((1 - probabilities.sum(-1, keepdim=True)) * share).sum((0, 3, 4)).flatten())
             if slope is not None:
                 scores.mul_(slope)
+            scores, weights = scores.to(key.dtype), probabilities.to(value.dtype)
             folded = fold(query[:, :, span[0] : span[1]], key.shape[1]) * ctx.rule.scaling
             grads.query[:, :, span[0] : span[1]] = (
                 (scores.flatten(2, 3) @ key[:, :, :keys])
@@ -181,19 +183,22 @@ class _Attention(torch.autograd.Function):
                 .view(query.shape[0], query.shape[1], span[1] - span[0], -1)
             )
             if tape.window and tape.mode == "total":
-                ctx.call.band.append(_band(probabilities, span, grads.prefix, tape.window))
-            grads.add(span, keys, scores, probabilities, folded, upstream)
+                ctx.call.band.append(_band(weights, span, grads.prefix, tape.window))
+            grads.add(span, keys, scores, weights, folded, upstream)
         if tape.mode == "own":
-            return grads.query, grads.own_key, grads.own_value, None, sunk, None, None, None
-        if tape.keep_cross:
-            ctx.call.cross_key, ctx.call.cross_value = grads.key, grads.value
-            return grads.query, grads.key + grads.own_key, grads.value + grads.own_value, None, sunk, None, None, None
-        return grads.query, grads.key, grads.value, None, sunk, None, None, None
+            found = grads.own_key, grads.own_value
+        elif tape.keep_cross:
+            ctx.call.cross_key, ctx.call.cross_value = grads.key.to(key.dtype), grads.value.to(value.dtype)
+            found = grads.key + grads.own_key, grads.value + grads.own_value
+        else:
+            found = grads.key, grads.value
+        return grads.query, found[0].to(key.dtype), found[1].to(value.dtype), None, sunk, None, None, None
 
 
 class _Grads:
     """Gradients of query, key and value; the constant prefix of keys keeps a gradient of zero.
 
+    What key and value get from block after block is summed in float32 at least.
     Where own positions are told apart, `key` and `value` hold what came from the others, and nothing is subtracted.
     """
 
@@ -202,8 +207,8 @@ class _Grads:
         self.groups = query.shape[1] // key.shape[1]
         self.query = torch.empty_like(query)
         self.all, self.apart = tape.mode == "total", tape.mode == "own" or tape.keep_cross
-        self.key, self.value = (torch.zeros_like(x) if self.all else x for x in (key, value))
-        self.own_key, self.own_value = (torch.zeros_like(x) if self.apart else x for x in (key, value))
+        self.key, self.value = (_zeros(x) if self.all else x for x in (key, value))
+        self.own_key, self.own_value = (_zeros(x) if self.apart else x for x in (key, value))
 
     def add(
         self, span: tuple[int, int], keys: int, scores: Tensor, probabilities: Tensor, query: Tensor, out: Tensor
@@ -224,6 +229,10 @@ class _Grads:
         diagonal = square.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         summed: Tensor = (diagonal * x.unflatten(2, (self.groups, -1))).sum(2)
         return summed
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _band(probabilities: Tensor, span: tuple[int, int], prefix: int, window: int) -> tuple[int, int, int, Tensor]:

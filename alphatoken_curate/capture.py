@@ -8,7 +8,7 @@ Shapes: B rows, T positions, D hidden size, V vocabulary; h (B, T, d_in), delta 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from alphatoken_curate.attention import Tape
 from alphatoken_curate.blocks import LinearMap, decoder_blocks, linear_maps, trunk, unwrapped
 from alphatoken_curate.caches import cache_of, forward_with_cache
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.precision import narrow, rounded_products, widen
+from alphatoken_curate.precision import narrow, widen
 
 Direction = list[Tensor]
 """One matrix (d_out, d_in) for each linear map of S, in the order of `ScoringModel.maps`."""
@@ -77,7 +77,9 @@ class ScoringModel:
         self._length = 0
         self._on_delta: OnDelta | None = None
         self.narrow = narrow(self.blocks[0])
-        """Whether the model is in less than float32, which S is widened to."""
+        """Whether the model is in less than float32, which S is widened to until it is told to `settle`."""
+        self._dtype = next(self.blocks[0].parameters()).dtype
+        self._undo_widening: Callable[[], None] | None = None
         self._installed = ExitStack()
         try:
             with ExitStack() as undo:
@@ -142,7 +144,8 @@ class ScoringModel:
         """
         ids = probe_ids(self.model)
         if self.narrow:
-            self._installed.callback(widen(self.base, self.blocks, ids))
+            self._undo_widening = widen(self.base, self.blocks, ids)
+            self._installed.callback(self._undo_widening)
         self._installed.callback(foreign.install(self.blocks, self.tape))
         widened = {n: self._logits(self.hidden(ids, n)) for n in _STARTS} if self.narrow else {}
         self._installed.callback(attention.install(self.blocks, self.tape))
@@ -150,9 +153,10 @@ class ScoringModel:
         self._installed.callback(experts.install(self._all_blocks if self.rest else self.blocks))
         return widened
 
-    def products(self) -> AbstractContextManager[None]:
-        """Scoring's own matrix products, inside this block: rounded where the model is narrow (see `precision`)."""
-        return rounded_products() if self.narrow else nullcontext()
+    def settle(self) -> None:
+        """Have S compute in bfloat16 from here on where the model does: directions are made of its exact weights."""
+        if self._undo_widening is not None and self._dtype == torch.bfloat16:
+            self._undo_widening()
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) of last hidden states (n, D): the model's own forward with its trunk replaced by `hidden`."""

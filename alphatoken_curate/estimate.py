@@ -142,6 +142,7 @@ class _Trials:
                 rows = self._answers(scoring, rows)
             self._fisher(scoring, rows)
         if spec.has_reference:
+            scoring.settle()
             self._try("reference losses", self.shards, lambda batches: plain_losses(scoring, [], batches()))
         reference.close()
 
@@ -192,6 +193,7 @@ class _Trials:
         scorer = make_scorer(
             scoring, blank(scoring, len(self.spec.objectives)), self.config.estimator, self.config.window
         )
+        scorer.settle()
 
         def score(batches: Batches) -> None:
             for batch in batches():

@@ -26,6 +26,7 @@ from alphatoken_curate.losses import Losses, at, loss_gradient, positions, token
 from alphatoken_curate.parameters import rest_of_batch
 from alphatoken_curate.paths import PathScorer, Signals
 from alphatoken_curate.plan import Batch
+from alphatoken_curate.probabilities import wide
 from alphatoken_curate.tangents import Dual, NoTangentError, dual, parts
 
 AGREEMENT = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -40,13 +41,21 @@ class InfluenceScorer:
         self.moving = _moving(scoring, directions)
         _check(self, directions)
 
+    def settle(self) -> None:
+        """Compute as the model does from here on (`ScoringModel.settle`)."""
+        self.scoring.settle()
+        for n, (module, name, moving) in enumerate(self.moving):
+            parameter, (_, tangents) = module._parameters[name], parts(moving)
+            assert parameter is not None
+            self.moving[n] = module, name, dual(parameter.detach(), [t.to(parameter.dtype) for t in tangents])
+
     def score(self, batch: Batch) -> Signals:
         """nll, entropy and influence of the N response tokens of a batch."""
         # Tangents of a prompt move the response: it is no constant prefix, and branches of a pair run by themselves.
         batch = replace(batch, start=0, pairs=False)
         ids = torch.from_numpy(batch.input_ids).to(self.scoring.device)
         where, target = positions(batch, ids.device), torch.from_numpy(batch.target).to(ids.device)
-        with self.scoring.products(), self._swapped():
+        with self._swapped():
             hidden, tangents = parts(self.scoring.hidden(ids))
         moved = [at(t, where) for t in tangents]
         of_head = self._moving_head if self.scoring.rest else self._fixed_head
@@ -63,7 +72,7 @@ class InfluenceScorer:
     def _moving_head(self, hidden: Tensor, moved: list[Tensor], target: Tensor) -> tuple[Losses, Tensor]:
         """The same where the head's own weights carry tangents too."""
         scoring = self.scoring
-        influence = hidden.new_empty(len(moved), len(target))
+        influence = wide(hidden.new_empty(len(moved), len(target)))
 
         def add(part: slice, error: Tensor) -> None:
             with torch.no_grad(), self._swapped():
@@ -93,6 +102,11 @@ class BothScorer:
     paths: PathScorer
     influence: InfluenceScorer
 
+    def settle(self) -> None:
+        """Compute as the model does from here on (`ScoringModel.settle`)."""
+        self.paths.settle()
+        self.influence.settle()
+
     def score(self, batch: Batch) -> Signals:
         """All signals of the N response tokens of a batch; nll and entropy are those of the paths."""
         return replace(self.paths.score(batch), influence=self.influence.score(batch).influence)
@@ -101,7 +115,10 @@ class BothScorer:
 def make_scorer(
     scoring: ScoringModel, directions: list[Direction], estimator: str, window: int
 ) -> PathScorer | InfluenceScorer | BothScorer:
-    """What scores batches along fixed directions by an estimator of `config.ESTIMATORS`; `published` has the window."""
+    """What scores batches along fixed directions by an estimator of `config.ESTIMATORS`; `published` has the window.
+
+    It computes as wide as directions were made until it is told to `settle`.
+    """
     if estimator == "influence":
         return InfluenceScorer(scoring, directions)
     if estimator == "exact+influence":
@@ -111,8 +128,8 @@ def make_scorer(
 
 def _dots(one: Tensor, other: Tensor) -> Tensor:
     """Dot products of rows, (N, d) each -> (N,), float32 at least."""
-    kind = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
-    dots: Tensor = torch.linalg.vecdot(one.to(kind), other.to(kind))
+    kind = torch.promote_types(one.dtype, other.dtype)
+    dots: Tensor = torch.linalg.vecdot(wide(one.to(kind)), wide(other.to(kind)))
     return dots
 
 

@@ -24,7 +24,7 @@ from alphatoken_curate.preference import Pairs, reference_sums
 from alphatoken_curate.rows import kind_of, refuse, rows_of
 from alphatoken_curate.schema import LAYOUTS, components
 from alphatoken_curate.shards import values_table
-from alphatoken_curate.signals import plain_losses, row_signals
+from alphatoken_curate.signals import BatchScorer, plain_losses, row_signals
 from alphatoken_curate.target import target_gradient
 from alphatoken_curate.tokens import AnyRow, chosen, tokenise
 
@@ -70,7 +70,7 @@ def score_tokens(
         learnt = _batches([chosen(row) for row in task], batch_tokens)
         directions = _directions(scoring, learnt, anchor, all_positions=estimator != "published")
         found = row_signals(
-            make_scorer(scoring, directions, estimator, window),
+            _settled(make_scorer(scoring, directions, estimator, window)),
             wanted,
             _batches(wanted, batch_tokens),
             components=components(estimator),
@@ -97,9 +97,11 @@ def _anchor(scoring: ScoringModel, rows: Sequence[AnyRow], batch_tokens: int, *,
     fisher = fisher_diagonal(scoring, learnt, _batches(learnt, batch_tokens), sampled=sampled, seed=seed)
     if scoring.rest:
         fisher += rest_fisher(scoring, learnt, sampled=sampled, seed=seed)
+    weights = [w.detach().clone() for w in scoring.weights]
+    scoring.settle()
     return _Anchor(
         fisher=fisher,
-        weights=[w.detach().clone() for w in scoring.weights],
+        weights=weights,
         losses=plain_losses(scoring, sequences(rows), _batches(rows, batch_tokens)),
     )
 
@@ -114,6 +116,11 @@ def _directions(
     if anchor is None:
         return [task]
     return [task, drift_direction(scoring, anchor.fisher, checked_weights(scoring, anchor.weights))]
+
+
+def _settled(scorer: BatchScorer) -> BatchScorer:
+    scorer.settle()
+    return scorer
 
 
 def _batches(rows: Sequence[AnyRow], batch_tokens: int) -> list[Batch]:

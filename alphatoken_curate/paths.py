@@ -23,7 +23,7 @@ from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.losses import loss_gradient, positions
 from alphatoken_curate.plan import Batch
-from alphatoken_curate.precision import plain_products
+from alphatoken_curate.probabilities import wide
 from alphatoken_curate.selection import Selection
 from alphatoken_curate.value_rows import find_value_rows
 
@@ -60,15 +60,13 @@ class _Stack:
 
 
 def _row_dots(stacked: Tensor, x: Tensor) -> Tensor:
-    """Dot products: stacked (N, n d), x (N, k, d) -> (k, n, N), as batched products that write nothing in between."""
-    with plain_products():
-        return torch.bmm(x, stacked.unflatten(1, (-1, x.shape[2])).transpose(1, 2)).permute(1, 2, 0)
+    """Dot products, float32 at least: stacked (N, n d), x (N, k, d) -> (k, n, N), by batched products."""
+    return torch.bmm(wide(x), wide(stacked).unflatten(1, (-1, x.shape[2])).transpose(1, 2)).permute(1, 2, 0)
 
 
 PREFIX_PAYS = 0.18
 """Share of the blocks a backward passes through (twice, for `exact`) from which a prompt without gradient pays for the
-second, smaller pass through the trunk that it takes. Where the trunk is narrower than these blocks, they count twice.
-Measured on two CPU cores, half of each row prompt."""
+second, smaller pass through the trunk that it takes. Measured on two CPU cores, half of each row prompt."""
 
 
 class PathScorer:
@@ -77,7 +75,7 @@ class PathScorer:
     def __init__(self, scoring: ScoringModel, directions: list[Direction], estimator: Estimator, window: int) -> None:
         self.scoring, self.estimator, self.window = scoring, estimator, window
         self.count = len(directions)
-        passes = (2 if estimator == "exact" else 1) * (2 if scoring.narrow else 1)
+        passes = 2 if estimator == "exact" else 1
         self.splits_prompt = passes * scoring.layers / scoring.depth >= PREFIX_PAYS
         self.values: dict[int, tuple[int, Tensor]] = {}
         if estimator == "published":
@@ -85,6 +83,14 @@ class PathScorer:
         self.stacks = [
             _stack([d[i] for d in directions], estimator == "exact" or i in self.values)
             for i in range(len(scoring.maps))
+        ]
+
+    def settle(self) -> None:
+        """Compute as the model does from here on (`ScoringModel.settle`)."""
+        self.scoring.settle()
+        self.stacks = [
+            replace(stack, matrix=stack.matrix.to(m.bare.dtype))
+            for m, stack in zip(self.scoring.maps, self.stacks, strict=True)
         ]
 
     def score(self, batch: Batch) -> Signals:
@@ -95,10 +101,10 @@ class PathScorer:
         ids = torch.from_numpy(batch.input_ids).to(scoring.device)
         scoring.tape.window = self.window if self.estimator == "published" else 0
         scoring.tape.keep_cross = self.estimator == "exact"
-        with scoring.products(), scoring.graph(ids, batch.start, pairs=batch.pairs) as hidden:
+        with scoring.graph(ids, batch.start, pairs=batch.pairs) as hidden:
             losses, grad = loss_gradient(scoring, hidden, batch)
             chosen = Selection(positions(batch, ids.device), hidden.shape[:2].numel())
-            total = grad.new_zeros(self.count, len(chosen.positions))
+            total = losses.nll.new_zeros(self.count, len(chosen.positions))
             causal = torch.zeros_like(total)
             if self.estimator == "published":
                 self._published(hidden, grad, chosen, total, causal)

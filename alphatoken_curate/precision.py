@@ -1,14 +1,13 @@
 """What the scoring blocks compute in, where the model is in less than float32.
 
-Their weights, activations, error signals and tangents are float32: what a token adds is small beside what it is added
-to. The operands of a matrix product alone may be rounded, whose sums stay float32: to bfloat16 on a CPU, as the trunk
-below has them anyway, to tf32 on a card.
+While directions are made their weights, activations and error signals are float32: a drift of a few steps is smaller
+than what rounding a weight changes. Scoring along directions then computes as the model itself does, whose trunk has
+rounded what comes in as much. Of float16, in which error signals vanish, S stays float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +24,13 @@ def widen(base: Any, blocks: list[nn.Module], ids: Tensor) -> Callable[[], None]
 
     `ids`: some tokens, to see what follows.
     """
-    kind = next(blocks[0].parameters()).dtype
     wide = [*blocks, *_after(base, blocks[-1], ids)]
+    kinds = {
+        (module, name): tensor.dtype
+        for top in wide
+        for module in top.modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
     for module in wide:
         module.float()
     hook = blocks[0].register_forward_pre_hook(
@@ -36,34 +40,13 @@ def widen(base: Any, blocks: list[nn.Module], ids: Tensor) -> Callable[[], None]
 
     def undo() -> None:
         hook.remove()
-        for module in wide:
-            module.to(kind)
+        for (module, name), kind in kinds.items():
+            if name in module._parameters:
+                getattr(module, name).data = getattr(module, name).data.to(kind)
+            else:
+                setattr(module, name, getattr(module, name).to(kind))
 
     return undo
-
-
-def rounded_products() -> AbstractContextManager[None]:
-    """Float32 matrix products round their operands inside this block."""
-    return _products("bf16", "tf32")
-
-
-def plain_products() -> AbstractContextManager[None]:
-    """They do not inside this one: where a product reads more than it computes, rounding costs more than it saves."""
-    return _products("ieee", "ieee")
-
-
-@contextmanager
-def _products(cpu: str, cuda: str) -> Iterator[None]:
-    backends: Any = torch.backends  # whose settings torch does not type
-    settings = ((backends.mkldnn.matmul, cpu), (backends.cuda.matmul, cuda))
-    before = [place.fp32_precision for place, _ in settings]
-    try:
-        for place, precision in settings:
-            place.fp32_precision = precision
-        yield
-    finally:
-        for (place, _), precision in zip(settings, before, strict=True):
-            place.fp32_precision = precision
 
 
 def _after(base: Any, block: nn.Module, ids: Tensor) -> list[nn.Module]:

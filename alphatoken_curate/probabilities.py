@@ -52,8 +52,11 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 def _probabilities(
     query: Tensor, key: Tensor, visible: Tensor, sinks: Tensor | None, rule: Rule, groups: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Query (B, K, G n, D), key (B, K, t, D) -> probabilities (B, K, G, n, t) and, where capped, d capped / d raw."""
-    scores = ((query * rule.scaling) @ key.transpose(-1, -2)).unflatten(2, (groups, -1))
+    """Query (B, K, G n, D), key (B, K, t, D) -> probabilities (B, K, G, n, t) and, where capped, d capped / d raw.
+
+    Both are float32 at least.
+    """
+    scores = wide((query * rule.scaling) @ key.transpose(-1, -2)).unflatten(2, (groups, -1))
     slope = None
     if rule.softcap is not None:
         capped = torch.tanh(scores.div_(rule.softcap))
@@ -88,6 +91,11 @@ def walk(query: Tensor, key: Tensor, mask: Tensor | None) -> list[tuple[tuple[in
 def _any_seen(mask: Tensor) -> bool:
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return bool(seen.any())
+
+
+def wide(x: Tensor) -> Tensor:
+    """A tensor in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def fold(x: Tensor, kv_heads: int) -> Tensor:

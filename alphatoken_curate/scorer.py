@@ -102,8 +102,8 @@ class ScorerSpec:
     def capture(self, source: ModelSource, model: PreTrainedModel | None = None) -> ScoringModel:
         """A model of the run, captured; it is loaded unless it is given.
 
-        Where it runs in less than float32, the weights of S are as its files have them nonetheless: a drift of a few
-        steps is smaller than what rounding a weight to bfloat16 changes.
+        Where it runs in less than float32, the weights of S are as its files have them nonetheless, until it settles: a
+        drift of a few steps is smaller than what rounding a weight to bfloat16 changes.
         """
         scoring = self._captured(model if model is not None else self.load(source))
         if torch.finfo(getattr(torch, self.dtype)).bits < torch.finfo(torch.float32).bits:
@@ -205,6 +205,7 @@ class ReferencePass:
         if self.spec.store.has(artifacts.REFERENCE_NLL, shard):
             progress.advance(count_tokens(rows))
             return
+        self.scoring.settle()  # the losses of the model that is scored are compared with these
         found = plain_losses(self.scoring, sequences(rows), counted(rows, batch_tokens, progress))
         nll = torch.cat([torch.empty(0), *map(torch.from_numpy, found)])
         self.spec.store.save(artifacts.REFERENCE_NLL, {"nll": nll}, shard)
@@ -312,6 +313,7 @@ class ShardScorer:
             if not all(any(matrix.any() for matrix in direction) for direction in directions[1:]):
                 progress.note("STABILITY IS ZERO: the scoring blocks have the weights of the reference.")
             self._scorer = make_scorer(scoring, directions, self.spec.config.estimator, self.spec.config.window)
+            self._scorer.settle()
         return self._scorer
 
     def _direction(self, objective: str) -> Direction:

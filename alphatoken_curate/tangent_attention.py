@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphatoken_curate.probabilities import Rule, fold, in_block, walk
+from alphatoken_curate.probabilities import Rule, fold, in_block, walk, wide
 from alphatoken_curate.tangents import Dual, NoTangentError, dual, parts, rule
 
 
@@ -32,7 +32,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks
         part, near = query[:, :, first:last], (key[:, :, :seen], value[:, :, :seen])
         weights, slope = in_block(query, key, mask, sinks, how, (first, last), seen)
         scale = weights * how.scaling if slope is None else weights * slope * how.scaling
-        mixed = weights.flatten(2, 3) @ near[1]
+        folded = weights.flatten(2, 3).to(value.dtype)
+        mixed = folded @ near[1]
         _put(out, first, last, mixed)
         for n, moved in enumerate(found):
             terms = [fold(queries[n][:, :, first:last], groups) @ near[0].transpose(-1, -2)] if queries else []
@@ -40,7 +41,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks
                 terms.append(fold(part, groups) @ keys[n][:, :, :seen].transpose(-1, -2))
             tangent = _through_scores(terms, scale.flatten(2, 3), near[1], mixed)
             if values:
-                tangent.add_(weights.flatten(2, 3) @ values[n][:, :, :seen])
+                tangent.add_(folded @ values[n][:, :, :seen])
             if sinking:
                 tangent.sub_(_sunk(weights, sinking[n]) * mixed)
             _put(moved, first, last, tangent)
@@ -57,9 +58,11 @@ def _through_scores(terms: list[Tensor], scale: Tensor, value: Tensor, mixed: Te
     """(P * S') V - (P * S' summed over keys) O of a block; `terms` add up to S' / scaling, and `scale` is P scaling."""
     if not terms:
         return torch.zeros_like(mixed)
-    score = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
+    score = wide(terms[0])
+    for term in terms[1:]:
+        score.add_(term)
     score.mul_(scale)
-    return (score @ value).sub_(score.sum(-1, keepdim=True) * mixed)
+    return (score.to(value.dtype) @ value).sub_(score.sum(-1, keepdim=True) * mixed)
 
 
 def _put(out: Tensor, first: int, last: int, mixed: Tensor) -> None:

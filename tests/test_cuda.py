@@ -67,6 +67,7 @@ def score(model: Any, estimator: str, rows: list[TokenRow], budget: int) -> list
     scorer: Any = InfluenceScorer(scoring, moved)
     if estimator != "influence":
         scorer = PathScorer(scoring, moved, estimator, WINDOW)  # type: ignore[arg-type]
+    scorer.settle()
     found: list[dict[str, Tensor]] = [{} for _ in rows]
     for indices in plan_batches(rows, budget):
         batch = collate(rows, indices)

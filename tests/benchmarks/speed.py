@@ -6,11 +6,10 @@ One table for each dtype and share of a row that is prompt. All jobs of a dtype 
 round, so that a slow minute hits them alike; a ratio is the median over rounds of a job's seconds to the same round's
 forward. `bound` is that ratio counted in multiplications alone (multiplications.py). Peak memory is measured in a
 process of its own per job, above what is resident once the job stands ready; what it holds ready above the loaded model
-(two directions, and S in float32 where the model is narrower) is in the last column. Every job scores along two
-directions. Rows are the text of real rows, laid end to end and cut to one length, the first part of each being its
-prompt; `--prompt real` takes the rows as they are, chat template and all. With `--pairs` every second row gets the
-prompt of the one before: preference pairs, whose prompts run once for both branches; a job that ends in ` apart` scores
-the same branches as rows of their own.
+(two directions) is in the last column. Every job scores along two directions. Rows are the text of real rows, laid end
+to end and cut to one length, the first part of each being its prompt; `--prompt real` takes the rows as they are, chat
+template and all. With `--pairs` every second row gets the prompt of the one before: preference pairs, whose prompts run
+once for both branches; a job that ends in ` apart` scores the same branches as rows of their own.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ import torch
 from multiplications import Shape, multiplications, shape_of, work_of
 
 from alphatoken_curate.capture import ScoringModel
-from alphatoken_curate.influence import InfluenceScorer
+from alphatoken_curate.influence import make_scorer
 from alphatoken_curate.models import find_model, load_model, load_tokenizer
-from alphatoken_curate.paths import PathScorer
 from alphatoken_curate.plan import Batch, collate, plan_batches, sequences
 from alphatoken_curate.rows import read_rows
+from alphatoken_curate.signals import BatchScorer
 from alphatoken_curate.tokens import AnyRow, PairRow, TokenRow, chosen, tokenise
 
 JOBS = ["forward", "training step", "3 published", "3 exact", "all published", "all exact", "all influence"]
@@ -150,7 +149,7 @@ def job(name: str, model: Any) -> Work:
     return score
 
 
-def scorer_of(name: str, model: Any) -> PathScorer | InfluenceScorer:
+def scorer_of(name: str, model: Any) -> BatchScorer:
     """What scores by layers and estimator, as `3 exact`, along two random directions."""
     layers, estimator = name.split()[:2]
     scoring = ScoringModel(model, "all" if layers == "all" else int(layers))
@@ -159,9 +158,9 @@ def scorer_of(name: str, model: Any) -> PathScorer | InfluenceScorer:
         [torch.randn(m.weight.shape, generator=generator, device=scoring.device) for m in scoring.maps]
         for _ in range(2)
     ]
-    if estimator == "influence":
-        return InfluenceScorer(scoring, directions)
-    return PathScorer(scoring, directions, estimator, 32)  # type: ignore[arg-type]
+    scorer = make_scorer(scoring, directions, estimator, 32)
+    scorer.settle()
+    return scorer
 
 
 def forward(model: Any, batches: list[Batch]) -> None:
