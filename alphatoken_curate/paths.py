@@ -61,8 +61,18 @@ class _Stack:
 
 def _row_dots(stacked: Tensor, x: Tensor) -> Tensor:
     """Dot products, float32 at least: stacked (N, n d), x (N, k, d) -> (k, n, N), by batched products."""
-    return torch.bmm(wide(x), wide(stacked).unflatten(1, (-1, x.shape[2])).transpose(1, 2)).permute(1, 2, 0)
+    dots = wide(x.new_empty(len(x), x.shape[1], stacked.shape[1] // x.shape[2]))
+    at_a_time = _WIDENED.get(x.device.type, _WIDENED["cpu"]) // stacked.shape[1]
+    rows = max(1, len(x) if x.dtype == dots.dtype else at_a_time)
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        each = wide(stacked[part]).unflatten(1, (-1, x.shape[2])).transpose(1, 2)
+        torch.bmm(wide(x[part]), each, out=dots[part])
+    return dots.permute(1, 2, 0)
 
+
+_WIDENED = {"cpu": 1 << 20, "cuda": 1 << 28}
+"""Numbers that are widened at a time: what stays in the cache of a core, or fills a card."""
 
 PREFIX_PAYS = 0.18
 """Share of the blocks a backward passes through (twice, for `exact`) from which a prompt without gradient pays for the

@@ -201,10 +201,13 @@ def test_s_computes_in_float32_until_it_settles(estimator: Any) -> None:
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
 
 
-def test_dot_products_of_rows_are_not_rounded() -> None:
+@pytest.mark.parametrize("widened", [1 << 20, 20 * 192, 1])
+def test_dot_products_of_rows_are_not_rounded(widened: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(paths._WIDENED, "cpu", widened)
     generator = torch.Generator().manual_seed(0)
     stacked, x = (torch.randn(64, *size, generator=generator).bfloat16() for size in ((2 * 96,), (3, 96)))
     found = paths._row_dots(stacked, x)
+    assert found.dtype == torch.float32
     wanted = (x.double()[:, :, None] * stacked.double().unflatten(1, (2, 96))[:, None]).sum(-1).permute(1, 2, 0)
     assert_close(found.double(), wanted, 1e-6)
 
