@@ -8,8 +8,8 @@ D head size. A `Tape` says what a backward does and keeps what it found:
 * `own`    a query sends gradient only into the key and value of its own position.
 
 Forward values are the same in both. In a narrow model products are narrow, and scores and probabilities float32, as in
-the attention of torch. The function is registered with transformers' AttentionInterface, and the
-scoring blocks alone are given a config that names it.
+the attention of torch. The function is registered with transformers' AttentionInterface, and the scoring blocks alone
+are given a config that names it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from alphatoken_curate.probabilities import Rule, fold, in_block, walk, wide
+from alphatoken_curate.precision import wide, wide_zeros
+from alphatoken_curate.probabilities import Rule, fold, in_block, walk
 
 NAME = "alphatoken_curate"
 
@@ -207,8 +208,8 @@ class _Grads:
         self.groups = query.shape[1] // key.shape[1]
         self.query = torch.empty_like(query)
         self.all, self.apart = tape.mode == "total", tape.mode == "own" or tape.keep_cross
-        self.key, self.value = (_zeros(x) if self.all else x for x in (key, value))
-        self.own_key, self.own_value = (_zeros(x) if self.apart else x for x in (key, value))
+        self.key, self.value = (wide_zeros(x) if self.all else x for x in (key, value))
+        self.own_key, self.own_value = (wide_zeros(x) if self.apart else x for x in (key, value))
 
     def add(
         self, span: tuple[int, int], keys: int, scores: Tensor, probabilities: Tensor, query: Tensor, out: Tensor
@@ -229,10 +230,6 @@ class _Grads:
         diagonal = square.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         summed: Tensor = (diagonal * x.unflatten(2, (self.groups, -1))).sum(2)
         return summed
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _band(probabilities: Tensor, span: tuple[int, int], prefix: int, window: int) -> tuple[int, int, int, Tensor]:

@@ -76,9 +76,9 @@ class ScoringModel:
         self._leaves: list[Tensor] = []
         self._length = 0
         self._on_delta: OnDelta | None = None
-        self.narrow = narrow(self.blocks[0])
-        """Whether the model is in less than float32, which S is widened to until it is told to `settle`."""
         self._dtype = next(self.blocks[0].parameters()).dtype
+        self.narrow = narrow(self._dtype)
+        """Whether the model is in less than float32, which S is widened to until it is told to `settle`."""
         self._undo_widening: Callable[[], None] | None = None
         self._installed = ExitStack()
         try:

@@ -123,7 +123,7 @@ class _Trials:
             self._reference()
         scorer = ShardScorer(self.spec)
         scoring = self._timed("loading the model", lambda: scorer.scoring)
-        self._settle(scoring)
+        self._find_budget(scoring)
         self._directions(scoring)
         self._scoring(scoring)
         return Estimate(stages=tuple(self.stages), peak_bytes=self.meter.peak(), batch_tokens=self.budget)
@@ -134,7 +134,7 @@ class _Trials:
         if not estimates and not spec.has_reference:
             return
         scoring = self._timed("loading the reference", lambda: reference.scoring)
-        self._settle(scoring)
+        self._find_budget(scoring)
         if estimates:
             rows: list[TokenRow] = self.prepared.prompts.rows or [chosen(row) for row in self.prepared.rows]
             rows = drawn(rows, config.fisher_rows, config.seed, FISHER_DRAW)
@@ -193,7 +193,6 @@ class _Trials:
         scorer = make_scorer(
             scoring, blank(scoring, len(self.spec.objectives)), self.config.estimator, self.config.window
         )
-        scorer.settle()
 
         def score(batches: Batches) -> None:
             for batch in batches():
@@ -201,7 +200,7 @@ class _Trials:
 
         self._try("scoring", self.shards, score)
 
-    def _settle(self, scoring: ScoringModel) -> None:
+    def _find_budget(self, scoring: ScoringModel) -> None:
         """Find the budget as the run would."""
         if self.budget:
             return

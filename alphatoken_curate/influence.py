@@ -26,7 +26,7 @@ from alphatoken_curate.losses import Losses, at, loss_gradient, positions, token
 from alphatoken_curate.parameters import rest_of_batch
 from alphatoken_curate.paths import PathScorer, Signals
 from alphatoken_curate.plan import Batch
-from alphatoken_curate.probabilities import wide
+from alphatoken_curate.precision import wide
 from alphatoken_curate.tangents import Dual, NoTangentError, dual, parts
 
 AGREEMENT = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -113,17 +113,22 @@ class BothScorer:
 
 
 def make_scorer(
-    scoring: ScoringModel, directions: list[Direction], estimator: str, window: int
+    scoring: ScoringModel, directions: list[Direction], estimator: str, window: int, *, settle: bool = True
 ) -> PathScorer | InfluenceScorer | BothScorer:
     """What scores batches along fixed directions by an estimator of `config.ESTIMATORS`; `published` has the window.
 
-    It computes as wide as directions were made until it is told to `settle`.
+    It settles, unless directions are still to be made of the same model.
     """
+    scorer: PathScorer | InfluenceScorer | BothScorer
     if estimator == "influence":
-        return InfluenceScorer(scoring, directions)
-    if estimator == "exact+influence":
-        return BothScorer(PathScorer(scoring, directions, "exact", window), InfluenceScorer(scoring, directions))
-    return PathScorer(scoring, directions, "exact" if estimator == "exact" else "published", window)
+        scorer = InfluenceScorer(scoring, directions)
+    elif estimator == "exact+influence":
+        scorer = BothScorer(PathScorer(scoring, directions, "exact", window), InfluenceScorer(scoring, directions))
+    else:
+        scorer = PathScorer(scoring, directions, "exact" if estimator == "exact" else "published", window)
+    if settle:
+        scorer.settle()
+    return scorer
 
 
 def _dots(one: Tensor, other: Tensor) -> Tensor:

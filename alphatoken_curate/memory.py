@@ -24,7 +24,7 @@ from alphatoken_curate.preference import Pairs, reference_sums
 from alphatoken_curate.rows import kind_of, refuse, rows_of
 from alphatoken_curate.schema import LAYOUTS, components
 from alphatoken_curate.shards import values_table
-from alphatoken_curate.signals import BatchScorer, plain_losses, row_signals
+from alphatoken_curate.signals import plain_losses, row_signals
 from alphatoken_curate.target import target_gradient
 from alphatoken_curate.tokens import AnyRow, chosen, tokenise
 
@@ -70,7 +70,7 @@ def score_tokens(
         learnt = _batches([chosen(row) for row in task], batch_tokens)
         directions = _directions(scoring, learnt, anchor, all_positions=estimator != "published")
         found = row_signals(
-            _settled(make_scorer(scoring, directions, estimator, window)),
+            make_scorer(scoring, directions, estimator, window),
             wanted,
             _batches(wanted, batch_tokens),
             components=components(estimator),
@@ -116,11 +116,6 @@ def _directions(
     if anchor is None:
         return [task]
     return [task, drift_direction(scoring, anchor.fisher, checked_weights(scoring, anchor.weights))]
-
-
-def _settled(scorer: BatchScorer) -> BatchScorer:
-    scorer.settle()
-    return scorer
 
 
 def _batches(rows: Sequence[AnyRow], batch_tokens: int) -> list[Batch]:

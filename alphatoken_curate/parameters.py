@@ -17,12 +17,13 @@ from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.fisher import drawn_uniforms
 from alphatoken_curate.losses import Weigh, at, loss_gradient, positions, token_losses
 from alphatoken_curate.plan import Batch, collate
+from alphatoken_curate.precision import wide_zeros
 from alphatoken_curate.tokens import TokenRow
 
 
 def rest_zeros(scoring: ScoringModel) -> Direction:
     """A tensor of zeros for each parameter of `ScoringModel.rest`, as `ScoringModel.zeros` has them for linear maps."""
-    return [_zero(p) for p in scoring.rest.values()]
+    return [wide_zeros(p) for p in scoring.rest.values()]
 
 
 def rest_gradient(scoring: ScoringModel, batches: Iterable[Batch], weigh: Weigh | None = None) -> Direction:
@@ -90,7 +91,7 @@ def _head_gradient(
 ) -> Direction:
     """Gradient of sum(weights * nll) in the parameters that the head itself uses, zero for the others."""
     chosen = at(hidden, positions(batch, hidden.device))
-    found = [_zero(p) for p in rest]
+    found = [wide_zeros(p) for p in rest]
 
     def add(part: slice, error: Tensor) -> None:
         with torch.enable_grad():
@@ -123,7 +124,3 @@ def _trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
-
-
-def _zero(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32), requires_grad=False)

@@ -23,7 +23,7 @@ from alphatoken_curate.capture import Direction, ScoringModel
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.losses import loss_gradient, positions
 from alphatoken_curate.plan import Batch
-from alphatoken_curate.probabilities import wide
+from alphatoken_curate.precision import wide
 from alphatoken_curate.selection import Selection
 from alphatoken_curate.value_rows import find_value_rows
 

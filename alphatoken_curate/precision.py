@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, nn
 
 
-def narrow(module: nn.Module) -> bool:
-    """Whether a module's parameters are in less than float32."""
-    return torch.finfo(next(module.parameters()).dtype).bits < torch.finfo(torch.float32).bits
+def narrow(dtype: torch.dtype) -> bool:
+    """Whether numbers are in less than float32."""
+    return torch.finfo(dtype).bits < torch.finfo(torch.float32).bits
+
+
+def wide(x: Tensor) -> Tensor:
+    """A tensor in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def wide_zeros(x: Tensor) -> Tensor:
+    """Zeros of a tensor's shape, float32 at least: what its gradients are summed in."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32), requires_grad=False)
 
 
 def widen(base: Any, blocks: list[nn.Module], ids: Tensor) -> Callable[[], None]:
@@ -24,14 +34,14 @@ def widen(base: Any, blocks: list[nn.Module], ids: Tensor) -> Callable[[], None]
 
     `ids`: some tokens, to see what follows.
     """
-    wide = [*blocks, *_after(base, blocks[-1], ids)]
+    modules = [*blocks, *_after(base, blocks[-1], ids)]
     kinds = {
         (module, name): tensor.dtype
-        for top in wide
+        for top in modules
         for module in top.modules()
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     }
-    for module in wide:
+    for module in modules:
         module.float()
     hook = blocks[0].register_forward_pre_hook(
         lambda _, args, kwargs: (tuple(_wider(a) for a in args), {k: _wider(v) for k, v in kwargs.items()}),

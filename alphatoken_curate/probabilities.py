@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alphatoken_curate.precision import wide
+
 SCORES_PER_BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Attention scores held at a time: what fits the cache of a CPU core, or fills a card."""
 
@@ -91,11 +93,6 @@ def walk(query: Tensor, key: Tensor, mask: Tensor | None) -> list[tuple[tuple[in
 def _any_seen(mask: Tensor) -> bool:
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return bool(seen.any())
-
-
-def wide(x: Tensor) -> Tensor:
-    """A tensor in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def fold(x: Tensor, kv_heads: int) -> Tensor:

@@ -37,6 +37,7 @@ from alphatoken_curate.models import (
 )
 from alphatoken_curate.parameters import rest_fisher, rest_gradient
 from alphatoken_curate.plan import Batch, collate, plan_batches, sequences
+from alphatoken_curate.precision import narrow
 from alphatoken_curate.precondition import estimate, precondition
 from alphatoken_curate.preference import Pairs, reference_sums
 from alphatoken_curate.prepare import Prepared, fingerprint_fields
@@ -106,7 +107,7 @@ class ScorerSpec:
         drift of a few steps is smaller than what rounding a weight to bfloat16 changes.
         """
         scoring = self._captured(model if model is not None else self.load(source))
-        if torch.finfo(getattr(torch, self.dtype)).bits < torch.finfo(torch.float32).bits:
+        if narrow(getattr(torch, self.dtype)):
             exact = read_weights(source.weight_files(), scoring) if source.tensors_on_disk else None
             if exact is None:
                 exact = self._captured(self._load(source, "float32", "cpu")).weights
@@ -313,7 +314,6 @@ class ShardScorer:
             if not all(any(matrix.any() for matrix in direction) for direction in directions[1:]):
                 progress.note("STABILITY IS ZERO: the scoring blocks have the weights of the reference.")
             self._scorer = make_scorer(scoring, directions, self.spec.config.estimator, self.spec.config.window)
-            self._scorer.settle()
         return self._scorer
 
     def _direction(self, objective: str) -> Direction:

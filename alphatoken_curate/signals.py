@@ -27,10 +27,6 @@ RowSignals = dict[str, NDArray[np.float32]]
 class BatchScorer(Protocol):
     """What scores the response tokens of a batch along its directions (`paths`, `influence`)."""
 
-    def settle(self) -> None:
-        """Compute as the model does from here on."""
-        ...
-
     def score(self, batch: Batch) -> Signals:
         """Signals of the N response tokens of a batch."""
         ...

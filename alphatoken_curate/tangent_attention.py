@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphatoken_curate.probabilities import Rule, fold, in_block, walk, wide
+from alphatoken_curate.precision import wide
+from alphatoken_curate.probabilities import Rule, fold, in_block, walk
 from alphatoken_curate.tangents import Dual, NoTangentError, dual, parts, rule
 
 

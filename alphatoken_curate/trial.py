@@ -114,7 +114,8 @@ class Trial:
         self._middle = _middle(self._rows)
         self.width = _width(self._rows[self._middle])
         self.most = _power(_largest_batch(shards))
-        self._scorer = make_scorer(scoring, blank(scoring, directions), config.estimator, config.window)
+        along = blank(scoring, directions)
+        self._scorer = make_scorer(scoring, along, config.estimator, config.window, settle=False)
         self._spent, self._last, self._began = 0, 0.0, meter.now()
         self._rate: float | None = None
         """Bytes that a padded token needs: an upper bound, from a small batch."""

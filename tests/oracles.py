@@ -177,6 +177,13 @@ def contraction_by_backwards(
     return torch.stack(columns, dim=1)
 
 
+def along_paths(c: Tensor, places: list[int]) -> Tensor:
+    """Direct and causal of each place, (2, len(places)), from C[s, t]."""
+    direct = [c[t - 1, i] for i, t in enumerate(places)]
+    causal = [c[t - 1, i + 1 :].sum() for i, t in enumerate(places)]
+    return torch.stack([torch.stack(direct), torch.stack(causal)])
+
+
 def contraction_by_eps(model: Any, layers: int, direction: dict[str, Tensor], ids: Tensor, places: list[int]) -> Tensor:
     """The same without hooks on gradients: y = W h + eps[s] (M h), and the derivative of each loss in eps."""
     model = eager(model).requires_grad_(False)

@@ -95,9 +95,7 @@ def by_oracle(model: Any, estimator: str, row: TokenRow) -> dict[str, Tensor]:
             c = oracles.contraction_by_backwards(model, LAYERS, named, ids, places)
             parts = {"influence": c.sum(0)}
             if estimator == "exact":
-                own = torch.stack([c[t - 1, i] for i, t in enumerate(places)])
-                later = torch.stack([c[t - 1, i + 1 :].sum() for i, t in enumerate(places)])
-                parts = {"direct": own, "causal": later}
+                parts = dict(zip(("direct", "causal"), oracles.along_paths(c, places), strict=True))
         for name, values_of in parts.items():
             found.setdefault(name, []).append(values_of)
     stacked = {name: torch.stack(each) for name, each in found.items()}

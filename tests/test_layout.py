@@ -21,7 +21,7 @@ CLI = ROOT / "cli"
 ORDER = """
     errors config fingerprint documents draws schema atomic progress
     | files containers tables shapes pairs rows chat pieces speller tokens plan
-    | tangents tangent_rules probabilities attention tangent_attention experts foreign blocks caches precision capture
+    | tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches capture
     value_rows folders adapters models likeness checkpoints
     | losses selection target fisher generate precondition drift paths parameters influence composite preference signals
     | criteria masks | sealed shards records manifest card responses ranked remask

@@ -34,9 +34,7 @@ def random_direction(scoring: ScoringModel) -> list[Tensor]:
 def scored(model: Any, layers: Any, estimator: str, *, settle: bool) -> Tensor:
     scoring, rows = ScoringModel(model, layers), tiny_rows()
     direction = random_direction(scoring)
-    scorer = make_scorer(scoring, [direction], estimator, 4)
-    if settle:
-        scorer.settle()
+    scorer = make_scorer(scoring, [direction], estimator, 4, settle=settle)
     signals = scorer.score(collate(rows, range(len(rows))))
     found = [x for x in (signals.direct, signals.causal, signals.influence) if x is not None]
     assert all(x.dtype == torch.promote_types(direction[0].dtype, torch.float32) for x in found)
@@ -57,9 +55,7 @@ def by_backwards(model: Any) -> Tensor:
         places = np.flatnonzero(row.response).tolist()
         ids = torch.from_numpy(row.input_ids.astype(np.int64))
         c = oracles.contraction_by_backwards(model, scoring.layers, direction, ids, places).double()
-        direct = torch.stack([c[t - 1, i] for i, t in enumerate(places)])
-        causal = torch.stack([c[t - 1, i + 1 :].sum() for i, t in enumerate(places)])
-        parts.append(torch.stack([direct, causal, c.sum(0)]))
+        parts.append(torch.stack([*oracles.along_paths(c, places), c.sum(0)]))
     return torch.cat(parts, dim=1)
 
 

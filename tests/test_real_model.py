@@ -53,8 +53,7 @@ def test_exact_in_float32_equals_the_oracle_in_float64(source: Any, chat: str, l
     found = PathScorer(scoring, [direction], "exact", 32).score(collate([row], [0]))
     scoring.release_model()
     matrix = oracles.contraction_by_backwards(model.double(), layers, named, ids, places)
-    direct = torch.stack([matrix[t - 1, i] for i, t in enumerate(places)])
-    causal = torch.stack([matrix[t - 1, i + 1 :].sum() for i, t in enumerate(places)])
+    direct, causal = oracles.along_paths(matrix, places)
     # Both signals are sums of parts of one backward, so what float32 rounds off is a share of the larger one.
     largest = max(direct.abs().max(), causal.abs().max())
     for signal, wanted in ((found.direct[0], direct), (found.causal[0], causal)):
@@ -66,29 +65,20 @@ def test_bfloat16_errs_as_the_model_s_own_backward_does(source: Any, layers: int
     """Against float32 of the same weights; `-s` prints by how much."""
     row = tokens(source, "two turns")
     ids, places = torch.from_numpy(row.input_ids.astype(np.int64)), np.flatnonzero(row.response).tolist()
-    plain: list[list[Tensor]] = []
-    ours: dict[str, list[list[Tensor]]] = {"exact": [], "influence": []}
-    for dtype in (torch.float32, torch.bfloat16):
+    ours, plain = [], []
+    for dtype in (torch.bfloat16, torch.float32):
         model = load_model(source, dtype=torch.bfloat16, device=torch.device("cpu"))
-        model = torch.nn.Module.to(model, dtype)
-        for estimator, found in ours.items():
-            scoring = ScoringModel(model, layers)
-            generator = torch.Generator().manual_seed(0)
-            direction = [torch.randn(m.weight.shape, generator=generator) for m in scoring.maps]
-            scorer = make_scorer(scoring, [direction], estimator, 32)
-            scorer.settle()
-            signals = scorer.score(collate([row], [0]))
-            found.append([x[0] for x in (signals.direct, signals.causal, signals.influence) if x is not None])
-            scoring.release_model()
+        scoring = ScoringModel(torch.nn.Module.to(model, dtype), layers)
+        generator = torch.Generator().manual_seed(0)
+        direction = [torch.randn(m.weight.shape, generator=generator) for m in scoring.maps]
         named = {m.name: d.to(dtype) for m, d in zip(scoring.maps, direction, strict=True)}
-        matrix = oracles.contraction_by_backwards(model, layers, named, ids, places).double()
-        direct = torch.stack([matrix[t - 1, i] for i, t in enumerate(places)])
-        causal = torch.stack([matrix[t - 1, i + 1 :].sum() for i, t in enumerate(places)])
-        plain.append([direct, causal, matrix.sum(0)])
-    for name, one, other in zip(("direct", "causal", "influence"), plain[1], plain[0], strict=True):
-        number = 0 if name != "causal" else 1
-        mine = apart(*(x[number] for x in reversed(ours["influence" if name == "influence" else "exact"])))
-        own = apart(one, other)
+        found = make_scorer(scoring, [direction], "exact+influence", 32).score(collate([row], [0]))
+        scoring.release_model()
+        ours.append([found.direct[0], found.causal[0], found.influence[0]])
+        c = oracles.contraction_by_backwards(model, layers, named, ids, places)
+        plain.append([*oracles.along_paths(c.double(), places), c.double().sum(0)])
+    for n, name in enumerate(("direct", "causal", "influence")):
+        mine, own = (apart(low[n], high[n]) for low, high in (ours, plain))
         print(f"\n{layers} layers, {name}: off by {mine:.3f} of the RMS, the model's own backward by {own:.3f}")
         assert mine < 2.5 * own
 

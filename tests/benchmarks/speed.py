@@ -158,9 +158,7 @@ def scorer_of(name: str, model: Any) -> BatchScorer:
         [torch.randn(m.weight.shape, generator=generator, device=scoring.device) for m in scoring.maps]
         for _ in range(2)
     ]
-    scorer = make_scorer(scoring, directions, estimator, 32)
-    scorer.settle()
-    return scorer
+    return make_scorer(scoring, directions, estimator, 32)
 
 
 def forward(model: Any, batches: list[Batch]) -> None:
