@@ -45,8 +45,9 @@ class MaskConfig:
     weights: str = _option("binary", "Loss weights of kept tokens.", choices=("binary", "rank", "sigmoid", "relu"))
     by: str = _option(
         "value",
-        "What to select by: `value`, `random`, `surprise` (nll / (entropy + 0.1)), a stored column, or a polars SQL"
-        ' expression of them, such as "nll - reference_nll" or "-surprise". The highest are kept.',
+        "What to select by: `value`, `random`, `surprise` (nll / (entropy + 0.1)), `reference_ratio` (probability under"
+        " the reference over that under the model, at most 1), a stored column, or a polars SQL expression of these,"
+        ' such as "nll - reference_nll" or "7 - surprise". The highest are kept.',
     )
     stability_weight: float = _option(
         1.5,

@@ -47,7 +47,7 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     )
     if mask.kept_tokens == mask.response_tokens:
         click.echo("Every token trains until you make another mask. Where labels may be wrong, for example:")
-        click.echo(f"  alphatoken-curate mask {done.run} --by=-surprise --keep 0.95")
+        click.echo(f"  alphatoken-curate mask {done.run} --by '7 - surprise' --keep positive")
 
 
 def _aside(counts: Any) -> list[tuple[str, int]]:

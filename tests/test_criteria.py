@@ -56,6 +56,17 @@ def test_surprise_is_loss_over_what_was_expected() -> None:
     assert [criteria.units_of(by, "none") for by in ("surprise", "-surprise")] == ["ratio", "ratio"]
 
 
+def test_reference_ratio_is_a_ratio_of_probabilities_and_at_most_one() -> None:
+    c = stored() | {"nll": np.linspace(0, 120, 50, dtype=np.float32), "reference_nll": np.full(50, 9, np.float32)}
+    gone = np.float64(c["nll"]) - c["reference_nll"]
+    np.testing.assert_allclose(selected("reference_ratio", c), np.exp(np.minimum(gone, 0)), rtol=1e-5)
+    assert (gone < 0).any() and (gone > 88.8).any()
+    assert criteria.columns_needed("reference_ratio", PARTED) == ("nll", "reference_nll")
+    assert criteria.units_of("reference_ratio", "none") == "ratio"
+    with pytest.raises(UsageError, match="reference_nll was not computed"):
+        selected("reference_ratio", c | {"reference_nll": np.full(50, np.nan, np.float32)})
+
+
 def test_only_what_is_needed_is_asked_for() -> None:
     assert criteria.columns_needed("random", PARTED) == ("row_id", "position")
     assert criteria.columns_needed("nll - reference_nll", PARTED) == ("nll", "reference_nll")

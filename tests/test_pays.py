@@ -20,8 +20,9 @@ def pays(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def test_readme_has_the_tables_of_the_result_lines(pays: Any) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "tests/benchmarks/pays/results/README.md"])
+def test_pages_have_the_tables_of_the_result_lines(page: str, pays: Any) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     tables = pays("tables")
     assert len(tables.MARKED.findall(text)) >= 2
     assert tables.filled(text) == text, "run: python tests/benchmarks/pays/tables.py --readme"

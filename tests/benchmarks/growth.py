@@ -49,7 +49,7 @@ prepare, score = (importlib.import_module(f"alphatoken_curate.{name}") for name 
 
 START = "start"
 MODEL = "model"
-STAGES = [START, MODEL, "read", "tokenise", "plan, store", "write values", "manifest", "mask, train", "verify", "rest"]
+STAGES = [START, MODEL, "read, tokens", "plan, store", "write values", "manifest", "mask, train", "verify", "rest"]
 
 Seconds = dict[str, float]
 """Stage -> seconds of it alone."""
@@ -137,8 +137,7 @@ def watched(clock: Clock, light: bool) -> ExitStack:
         (prepare, "model_digest", START),
         (scorer, "load_model", START),
         (score, "write_beside", START),
-        (prepare, "read_rows", "read"),
-        (prepare, "tokenise", "tokenise"),
+        (prepare, "tokenise", "read, tokens"),
         (shards, "write_values", "write values"),
         (score, "write_manifest", "manifest"),
         (score, "mask_and_card", "mask, train"),

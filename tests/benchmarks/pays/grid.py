@@ -13,6 +13,10 @@ INFLUENCE = {"estimator": "influence", "layers": "all"}
 ADAM = {"precondition": "adam", "precondition_rows": 64}
 EKFAC = {"precondition": "ekfac", "precondition_rows": 64}
 MEMORY = {"retention": "remember"}
+TARGET_RHO1 = {"reference": "tuned on target"}
+OWN_RHO1 = {"reference": "tuned on train"}
+MORE = {"target": "beside"}
+"""As many target rows as Rho-1's reference is trained on."""
 LOOKAHEAD = {"drift": "lookahead", "lookahead_lr": 3e-5, "lookahead_rows": 64}
 SURPRISE = "nll / (entropy + 0.1)"
 """A token's loss over what the model expected it to be: high where the model was sure of another token."""
@@ -24,6 +28,25 @@ SELECTIONS: dict[str, Selection] = {
     **{f"nll high {keep}": Selection(mask={"by": "nll", "keep": keep}) for keep in (0.5, 0.8)},
     **{f"nll low {keep}": Selection(mask={"by": "-nll", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
     **{f"surprise low {keep}": Selection(mask={"by": f"-{SURPRISE}", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
+    **{
+        f"surprise under {most}": Selection(mask={"by": f"{most} - {SURPRISE}", "keep": "positive"})
+        for most in (5, 7, 10)
+    },
+    **{
+        f"excess loss over -{least}": Selection(
+            score=RHO1, mask={"by": f"nll - reference_nll + {least}", "keep": "positive"}
+        )
+        for least in (0.5, 1.0)
+    },
+    "surprise soft": Selection(mask={"by": f"1 / (1 + {SURPRISE} / 4)", "keep": 1.0, "weights": "relu"}),
+    "excess loss soft": Selection(
+        score=RHO1,
+        mask={
+            "by": "CASE WHEN nll < reference_nll THEN EXP(nll - reference_nll) ELSE 1 END",
+            "keep": 1.0,
+            "weights": "relu",
+        },
+    ),
     "all, then surprise low 0.95": Selection(
         mask={"by": f"-{SURPRISE}", "keep": 0.95, "generation": "latest"}, refresh=16, warm=True
     ),
@@ -31,7 +54,12 @@ SELECTIONS: dict[str, Selection] = {
     **{f"entropy {keep}": Selection(mask={"by": "entropy", "keep": keep}) for keep in (0.5, 0.8)},
     **{
         f"excess loss {keep}": Selection(score=RHO1, mask={"by": "nll - reference_nll", "keep": keep})
-        for keep in (0.5, 0.8)
+        for keep in (0.5, 0.8, 0.9, 0.95)
+    },
+    **{
+        f"excess loss over {name} {keep}": Selection(score=score, mask={"by": "nll - reference_nll", "keep": keep})
+        for name, score in {"target rows": TARGET_RHO1, "own rows": OWN_RHO1}.items()
+        for keep in (0.8, 0.9)
     },
     **{
         f"excess low {keep}": Selection(score=RHO1, mask={"by": "reference_nll - nll", "keep": keep})
@@ -47,6 +75,8 @@ SELECTIONS: dict[str, Selection] = {
             "influence adam": {**INFLUENCE, **ADAM},
             "influence ekfac": {**INFLUENCE, **EKFAC},
             "published ekfac": EKFAC,
+            "published, more target rows": MORE,
+            "influence ekfac, more target rows": {**INFLUENCE, **EKFAC, **MORE},
         }.items()
         for keep in (0.3, 0.5, 0.8, 0.9, 0.95, "positive")
     },
@@ -59,7 +89,11 @@ SELECTIONS: dict[str, Selection] = {
     },
     **{
         f"{name} {weights}": Selection(score=score, mask={"keep": 1.0, "weights": weights})
-        for name, score in {"published": PUBLISHED, "influence": INFLUENCE}.items()
+        for name, score in {
+            "published": PUBLISHED,
+            "influence": INFLUENCE,
+            "influence ekfac": {**INFLUENCE, **EKFAC},
+        }.items()
         for weights in ("rank", "sigmoid")
     },
     **{
@@ -72,6 +106,9 @@ SELECTIONS: dict[str, Selection] = {
     "published 0.5 every 8, no stability": Selection(mask={"keep": 0.5, "stability_weight": 0.0}, refresh=8),
     "published 0.5, lookahead rms": Selection(score=LOOKAHEAD, mask={"keep": 0.5, "stability_scale": "rms"}),
     "retention alone 0.8": Selection(score=MEMORY, mask={"by": "stab_direct + stab_causal", "keep": 0.8}),
+    "retention alone 0.8 every 8": Selection(
+        score=MEMORY, mask={"by": "stab_direct + stab_causal", "keep": 0.8}, refresh=8
+    ),
 }
 
 OUTCOME: dict[str, list[str]] = {
@@ -104,7 +141,20 @@ OUTCOME: dict[str, list[str]] = {
         "nll high 0.5",
         "nll low 0.5",
         "entropy 0.5",
+        "entropy 0.8",
         "excess low 0.95",
+        "excess loss 0.9",
+        "surprise under 7",
+        "surprise soft",
+        "excess loss over -0.5",
+        "excess loss soft",
+        "excess loss over target rows 0.9",
+        "excess loss over own rows 0.9",
+        "influence ekfac 0.8",
+        "influence ekfac 0.9",
+        "influence ekfac sigmoid",
+        "influence ekfac, more target rows 0.8",
+        "published, more target rows 0.5",
     ],
     "mixture": ["all tokens", "oracle", "published 0.5", "random 0.5", "published ekfac 0.5"],
     "narrow": [
@@ -117,6 +167,8 @@ OUTCOME: dict[str, list[str]] = {
         "retention alone 0.8",
         "published 0.5 every 8",
         "published 0.5 every 8, stability rms",
+        "retention alone 0.8 every 8",
+        "nll low 0.8",
     ],
     "preference": ["all tokens", "published 0.5", "random 0.5", "surprise low 0.95"],
     "clean": [
@@ -130,6 +182,18 @@ OUTCOME: dict[str, list[str]] = {
         "published 0.5 every 8",
         "published sigmoid",
         "influence rank",
+        "entropy 0.5",
+        "entropy 0.8",
+        "nll high 0.8",
+        "excess loss 0.9",
+        "surprise under 7",
+        "surprise soft",
+        "excess loss over -0.5",
+        "excess loss soft",
+        "published ekfac 0.8",
+        "influence ekfac 0.8",
+        "influence ekfac 0.9",
+        "influence ekfac sigmoid",
     ],
 }
 
@@ -158,12 +222,34 @@ RANKINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     "entropy": (PUBLISHED, "entropy"),
     "excess loss": (RHO1, "nll - reference_nll"),
     "surprise": (PUBLISHED, SURPRISE),
+    "excess loss over target rows": (TARGET_RHO1, "nll - reference_nll"),
 }
 """Of each: what is scored, and the column or expression that ranks."""
 
 FIDELITY = ("clean", "corrupted")
 
 COUNTERFACTUAL: dict[str, list[str]] = {
-    "clean": ["random", "influence K=all", "published K=3", "nll", "surprise", "excess loss"],
-    "corrupted": ["random", "oracle", "nll", "surprise", "published K=3", "influence K=all", "excess loss"],
+    "clean": [
+        "random",
+        "influence K=all",
+        "published K=3",
+        "nll",
+        "entropy",
+        "surprise",
+        "excess loss",
+        "excess loss over target rows",
+    ],
+    "corrupted": [
+        "random",
+        "oracle",
+        "nll",
+        "entropy",
+        "surprise",
+        "published K=3",
+        "published K=3 ekfac",
+        "influence K=all",
+        "influence K=all ekfac",
+        "excess loss",
+        "excess loss over target rows",
+    ],
 }

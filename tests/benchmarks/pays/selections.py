@@ -25,7 +25,10 @@ SCORE = {"dtype": "bfloat16", "batch_tokens": 2048, "fisher_rows": 64, "device":
 """Settings that every scoring shares."""
 
 RHO1 = {"reference": "tuned"}
-"""A reference trained on rows of the target's task beside those that are selected from."""
+"""A reference trained on clean rows of the target's task, beside all others."""
+
+TUNED_ON = {"tuned": "beside", "tuned on target": "target", "tuned on train": "train"}
+"""Of each reference that is trained here, on which rows of a setting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +103,12 @@ def scored(settings: Mapping[str, Any], setting: Setting, work: Path) -> Path:
     with _alone(run):
         if not (run / "manifest.json").is_file():
             files = written(setting, work / "rows" / rows_sha256(setting)[:12])
-            given = {"model": MODEL, "target": str(files["target"]), **about}
-            if given.get("reference") == "tuned":
-                given["reference"] = str(tuned(setting, work))
-            if given.get("retention") == "remember":
-                given["retention"] = str(files["remember"])
+            given = {"model": MODEL, "target": "target", **about}
+            if given.get("reference") in TUNED_ON:
+                given["reference"] = str(tuned(setting, TUNED_ON[given["reference"]], work))
+            for name in ("target", "retention"):
+                if given.get(name) in files:
+                    given[name] = str(files[given[name]])
             atc.score(atc.ScoreConfig(data=(str(files["train"]),), **given), run)
     return run
 
@@ -112,23 +116,23 @@ def scored(settings: Mapping[str, Any], setting: Setting, work: Path) -> Path:
 def written(setting: Setting, work: Path) -> dict[str, Path]:
     """Files of a setting's rows, as `score` reads them."""
     work.mkdir(parents=True, exist_ok=True)
-    parts = {"train": setting.train, "target": setting.target, "remember": setting.remember}
+    parts = ("train", "target", "beside", "remember")
     found = {name: work / f"{setting.name}-{name}.jsonl" for name in parts}
-    for name, rows in parts.items():
-        lines = records(rows, pairs=setting.pairs and name == "train")
+    for name in parts:
+        lines = records(getattr(setting, name), pairs=setting.pairs and name == "train")
         content = b"".join(orjson.dumps(line) + b"\n" for line in lines)
         if not found[name].is_file() or found[name].read_bytes() != content:
             found[name].write_bytes(content)
     return found
 
 
-def tuned(setting: Setting, work: Path) -> Path:
-    """Rho-1's reference: the model trained on clean rows of the target's task that no selection sees."""
-    folder = work / f"tuned-{_digest(rows_sha256(setting, ['beside']), setting.learning_rate)}"
+def tuned(setting: Setting, part: str, work: Path) -> Path:
+    """A reference as Rho-1 has one: the model trained on rows of one part of a setting."""
+    folder = work / f"tuned-{_digest(rows_sha256(setting, [part]), setting.learning_rate)}"
     with _alone(folder):
         if not folder.is_dir():
-            model, rows = load(), setting.beside
-            plain = replace(setting, name="beside", train=rows)
+            model, rows = load(), getattr(setting, part)
+            plain = replace(setting, name=part, train=rows)
             train(model, plain, [row.response.astype(np.float32) for row in rows], seed=0, measure_every=10**9)
             save(model, folder)
     return folder
