@@ -43,7 +43,7 @@ def test_lines_are_of_the_settings_as_they_are(name: str, pays: Any, data: Path)
         assert line["config"]["about"] == pays("settings").about(line["config"]["setting"], data)
 
 
-@pytest.mark.parametrize("name", ["clean", "corrupted", "mixture", "narrow", "preference"])
+@pytest.mark.parametrize("name", ["clean", "corrupted", "lightly", "mixture", "narrow", "preference"])
 def test_what_is_measured_on_trains_nothing(name: str, pays: Any, data: Path) -> None:
     where = pays("settings").setting(name, data)
     parts = ("train", "held", "target", "retention", "remember", "beside")

@@ -28,16 +28,8 @@ SELECTIONS: dict[str, Selection] = {
     **{f"nll high {keep}": Selection(mask={"by": "nll", "keep": keep}) for keep in (0.5, 0.8)},
     **{f"nll low {keep}": Selection(mask={"by": "-nll", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
     **{f"surprise low {keep}": Selection(mask={"by": f"-{SURPRISE}", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
-    **{
-        f"surprise under {most}": Selection(mask={"by": f"{most} - {SURPRISE}", "keep": "positive"})
-        for most in (5, 7, 10)
-    },
-    **{
-        f"excess loss over -{least}": Selection(
-            score=RHO1, mask={"by": f"nll - reference_nll + {least}", "keep": "positive"}
-        )
-        for least in (0.5, 1.0)
-    },
+    "surprise under 7": Selection(mask={"by": f"7 - {SURPRISE}", "keep": "positive"}),
+    "excess loss over -0.5": Selection(score=RHO1, mask={"by": "nll - reference_nll + 0.5", "keep": "positive"}),
     "surprise soft": Selection(mask={"by": f"1 / (1 + {SURPRISE} / 4)", "keep": 1.0, "weights": "relu"}),
     "excess loss soft": Selection(
         score=RHO1,
@@ -54,12 +46,11 @@ SELECTIONS: dict[str, Selection] = {
     **{f"entropy {keep}": Selection(mask={"by": "entropy", "keep": keep}) for keep in (0.5, 0.8)},
     **{
         f"excess loss {keep}": Selection(score=RHO1, mask={"by": "nll - reference_nll", "keep": keep})
-        for keep in (0.5, 0.8, 0.9, 0.95)
+        for keep in (0.5, 0.8, 0.9)
     },
     **{
-        f"excess loss over {name} {keep}": Selection(score=score, mask={"by": "nll - reference_nll", "keep": keep})
+        f"excess loss over {name} 0.9": Selection(score=score, mask={"by": "nll - reference_nll", "keep": 0.9})
         for name, score in {"target rows": TARGET_RHO1, "own rows": OWN_RHO1}.items()
-        for keep in (0.8, 0.9)
     },
     **{
         f"excess low {keep}": Selection(score=RHO1, mask={"by": "reference_nll - nll", "keep": keep})
@@ -156,6 +147,7 @@ OUTCOME: dict[str, list[str]] = {
         "influence ekfac, more target rows 0.8",
         "published, more target rows 0.5",
     ],
+    "lightly": ["all tokens", "oracle", "surprise under 7", "excess loss soft"],
     "mixture": ["all tokens", "oracle", "published 0.5", "random 0.5", "published ekfac 0.5"],
     "narrow": [
         "all tokens",
@@ -232,6 +224,7 @@ COUNTERFACTUAL: dict[str, list[str]] = {
     "clean": [
         "random",
         "influence K=all",
+        "influence K=all ekfac",
         "published K=3",
         "nll",
         "entropy",

@@ -6,6 +6,7 @@ every seed of a training; a seed only orders the rows.
 
     clean       GSM8K as it is
     corrupted   3 of 10 digits of the answers replaced by another digit; good: the tokens left alone
+    lightly     1 of 10 digits
     mixture     half GSM8K, half passages of fiction to be continued; good: the GSM8K rows
     narrow      GSM8K alone at seven times the rate: what makes a model forget
     preference  64 GSM8K pairs for DPO
@@ -32,7 +33,8 @@ MODEL = "smollm2-135m"
 LONGEST = 140
 """Tokens of the longest row, so that a training takes minutes on two cores."""
 
-NAMES = ("clean", "corrupted", "mixture", "narrow", "preference")
+WRONG = {"corrupted": 0.3, "lightly": 0.1}
+"""Share of the answers' digits that are another digit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,8 +94,8 @@ def setting(name: str, data: Path) -> Setting:
         epochs=2,
         batch=8,
     )
-    if name == "corrupted":
-        return replace(base, train=corrupt(base.train, 0.3))
+    if name in WRONG:
+        return replace(base, train=corrupt(base.train, WRONG[name]))
     if name == "mixture":
         other = [replace(row, good=np.zeros_like(row.good)) for row in passages[96:160]]
         return replace(base, train=[row for both in zip(base.train[:64], other, strict=True) for row in both])
