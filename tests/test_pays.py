@@ -43,6 +43,13 @@ def test_lines_are_of_the_settings_as_they_are(name: str, pays: Any, data: Path)
         assert line["config"]["about"] == pays("settings").about(line["config"]["setting"], data)
 
 
+def test_lines_are_of_the_selections_as_they_are(pays: Any) -> None:
+    selections = pays("grid").SELECTIONS
+    for line in pays("lines").read("outcome"):
+        told = selections[line["config"]["selection"]].about()
+        assert {name: line["config"][name] for name in told} == told
+
+
 @pytest.mark.parametrize("name", ["clean", "corrupted", "lightly", "mixture", "narrow", "preference"])
 def test_what_is_measured_on_trains_nothing(name: str, pays: Any, data: Path) -> None:
     where = pays("settings").setting(name, data)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from selections import RHO1, Selection
+from selections import Selection
 
 PUBLISHED: Mapping[str, Any] = {}
 EXACT = {"estimator": "exact"}
 INFLUENCE = {"estimator": "influence", "layers": "all"}
 ADAM = {"precondition": "adam", "precondition_rows": 64}
 EKFAC = {"precondition": "ekfac", "precondition_rows": 64}
+INFLUENCE_EKFAC = {**INFLUENCE, **EKFAC}
 MEMORY = {"retention": "remember"}
+RHO1 = {"reference": "tuned"}
+"""A reference trained on clean rows of the target's task, beside all others; the next two on others."""
 TARGET_RHO1 = {"reference": "tuned on target"}
 OWN_RHO1 = {"reference": "tuned on train"}
 MORE = {"target": "beside"}
@@ -34,6 +37,7 @@ SELECTIONS: dict[str, Selection] = {
     "excess loss soft": Selection(
         score=RHO1,
         mask={
+            # What `reference_ratio` names.
             "by": "CASE WHEN nll < reference_nll THEN EXP(nll - reference_nll) ELSE 1 END",
             "keep": 1.0,
             "weights": "relu",
@@ -64,10 +68,10 @@ SELECTIONS: dict[str, Selection] = {
             "exact": EXACT,
             "influence": INFLUENCE,
             "influence adam": {**INFLUENCE, **ADAM},
-            "influence ekfac": {**INFLUENCE, **EKFAC},
+            "influence ekfac": INFLUENCE_EKFAC,
             "published ekfac": EKFAC,
             "published, more target rows": MORE,
-            "influence ekfac, more target rows": {**INFLUENCE, **EKFAC, **MORE},
+            "influence ekfac, more target rows": {**INFLUENCE_EKFAC, **MORE},
         }.items()
         for keep in (0.3, 0.5, 0.8, 0.9, 0.95, "positive")
     },
@@ -83,7 +87,7 @@ SELECTIONS: dict[str, Selection] = {
         for name, score in {
             "published": PUBLISHED,
             "influence": INFLUENCE,
-            "influence ekfac": {**INFLUENCE, **EKFAC},
+            "influence ekfac": INFLUENCE_EKFAC,
         }.items()
         for weights in ("rank", "sigmoid")
     },
@@ -96,10 +100,12 @@ SELECTIONS: dict[str, Selection] = {
     "published 0.5 every 8, stability rms": Selection(mask={"keep": 0.5, "stability_scale": "rms"}, refresh=8),
     "published 0.5 every 8, no stability": Selection(mask={"keep": 0.5, "stability_weight": 0.0}, refresh=8),
     "published 0.5, lookahead rms": Selection(score=LOOKAHEAD, mask={"keep": 0.5, "stability_scale": "rms"}),
-    "retention alone 0.8": Selection(score=MEMORY, mask={"by": "stab_direct + stab_causal", "keep": 0.8}),
-    "retention alone 0.8 every 8": Selection(
-        score=MEMORY, mask={"by": "stab_direct + stab_causal", "keep": 0.8}, refresh=8
-    ),
+    **{
+        f"retention alone 0.8{name}": Selection(
+            score=MEMORY, mask={"by": "stab_direct + stab_causal", "keep": 0.8}, refresh=k
+        )
+        for name, k in {"": 0, " every 8": 8}.items()
+    },
 }
 
 OUTCOME: dict[str, list[str]] = {
@@ -209,7 +215,7 @@ RANKINGS: dict[str, tuple[Mapping[str, Any], str]] = {
     "influence K=3 adam": ({"estimator": "influence", **ADAM}, "value"),
     "influence K=3 ekfac": ({"estimator": "influence", **EKFAC}, "value"),
     "influence K=all adam": ({**INFLUENCE, **ADAM}, "value"),
-    "influence K=all ekfac": ({**INFLUENCE, **EKFAC}, "value"),
+    "influence K=all ekfac": (INFLUENCE_EKFAC, "value"),
     "nll": (PUBLISHED, "nll"),
     "entropy": (PUBLISHED, "entropy"),
     "excess loss": (RHO1, "nll - reference_nll"),

@@ -24,9 +24,6 @@ import alphatoken_curate as atc
 SCORE = {"dtype": "bfloat16", "batch_tokens": 2048, "fisher_rows": 64, "device": "cpu"}
 """Settings that every scoring shares."""
 
-RHO1 = {"reference": "tuned"}
-"""A reference trained on clean rows of the target's task, beside all others."""
-
 TUNED_ON = {"tuned": "beside", "tuned on target": "target", "tuned on train": "train"}
 """Of each reference that is trained here, on which rows of a setting."""
 

@@ -1,7 +1,7 @@
 """Tables and figures from the result lines; nothing is typed by hand.
 
 Prints every table there are lines for. `--readme` writes those that README.md and results/README.md mark by
-`<!-- pays: NAME SETTING -->`; `--svg DIR` draws the outcomes:
+`<!-- pays: NAME SETTING -->` (`claims`: the outcomes of three seeds or more); `--svg DIR` draws the outcomes:
 
     python tests/benchmarks/pays/tables.py --readme
 """
