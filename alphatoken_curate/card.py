@@ -8,10 +8,9 @@ from pathlib import Path
 import orjson
 import pyarrow as pa
 
-from alphatoken_curate import criteria
 from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.manifest import Manifest, Mask, components, layout
-from alphatoken_curate.schema import SIGNALS, Layout, lacks, with_units
+from alphatoken_curate.schema import SIGNALS, Layout, lacks, units_of, with_units
 
 NAME = "README.md"
 
@@ -94,7 +93,7 @@ def _train(manifest: Manifest, columns: Layout) -> pa.Schema:
     if not manifest.masks:
         return columns.train
     by, scale = (str(manifest.masks[-1].settings[name]) for name in ("by", "stability_scale"))
-    return with_units(columns.train, criteria.units_of(by, scale))
+    return with_units(columns.train, units_of(by, scale))
 
 
 def _about_lists(columns: Layout) -> Iterator[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.schema import SFT, SIGNALS
+from alphatoken_curate.schema import SFT
 
 LEVELS = 17
 MIDDLE = 8
@@ -26,9 +26,6 @@ NO_LEVEL = -1
 
 SCALE_PERCENTILE = 98
 """Values beyond this percentile of |value| share the end colours, so that one outlier does not pale all others."""
-
-COLUMNS = (*SIGNALS, "loss_weight")
-"""What tokens can be coloured by."""
 
 _UNSIGNED = ("nll", "entropy", "reference_nll", "loss_weight")
 

@@ -25,7 +25,7 @@ from alphatoken_curate.fingerprint import Json, fingerprint
 from alphatoken_curate.manifest import Generation, Manifest, Mask, MaskFacts
 from alphatoken_curate.ranked import Files, Ranked, RankedBranch, ranked, sizes
 from alphatoken_curate.responses import Tokens, aligned, by_shard, chosen_generations, table_of
-from alphatoken_curate.schema import Components, Layout, with_units
+from alphatoken_curate.schema import Components, Layout, units_of, with_units
 from alphatoken_curate.shards import Footer, Shard, TrainLists
 
 
@@ -201,7 +201,7 @@ def _write(
         rows_given_back=sum(one.given_back for one in decided),
     ).as_json()
     metadata = Footer(fields=about, facts=facts)
-    units = criteria.units_of(config.by, config.stability_scale)
+    units = units_of(config.by, config.stability_scale)
     layout = replace(layout, train=with_units(layout.train, units))
     folder = shards.train_folder(run, number)
     sweep(folder)

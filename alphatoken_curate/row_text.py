@@ -155,11 +155,16 @@ def without_values(branch: BranchView, width: int) -> Text:
     return _flow(_words(cells), width)
 
 
+def scale_of_row(view: RowView, column: str) -> float:
+    """The magnitude of the end colours: one for all branches, so that they compare."""
+    return heat.scale_of(np.concatenate([view.column(branch, column) for branch in view.branches]))
+
+
 def legend(view: RowView, column: str, width: int, *, palette: bool) -> Text:
     """How to read `coloured_row` where there is a palette, else `plain_row`. All branches of a row share it."""
     from rich.text import Text
 
-    scale = view.scale(column)
+    scale = scale_of_row(view, column)
     unit = heat.unit_of(column, scale)
     if not palette:
         told = f"Each response token is text:{column}, in {unit.label}; ~text:{column}~ is dropped. {SYMBOLS}."
@@ -172,7 +177,7 @@ def legend(view: RowView, column: str, width: int, *, palette: bool) -> Text:
 
 def coloured_row(view: RowView, branch: BranchView, column: str, width: int) -> Text:
     """A branch's tokens on the colours of their values: prompt dim, kept bold, dropped struck through."""
-    values, scale = view.column(branch, column), view.scale(column)
+    values, scale = view.column(branch, column), scale_of_row(view, column)
     cells = [
         (readable(text, dots=bool(response)), _style(int(level), bool(kept)) if response else "dim")
         for text, level, response, kept in zip(
@@ -189,7 +194,7 @@ def plain_row(view: RowView, branch: BranchView, column: str, width: int) -> Tex
     """
     from rich.text import Text
 
-    values, scale = view.column(branch, column), view.scale(column)
+    values, scale = view.column(branch, column), scale_of_row(view, column)
     unit = heat.unit_of(column, scale)
     result = Text()
     for responds, first, last in _turns(branch):
@@ -328,7 +333,7 @@ def token_table(
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for one in columns[:fits]:
         table.add_column(one.head, justify="left" if one.head in ("text", "kept") else "right", no_wrap=True)
-    colours = heat.levels(view.column(branch, column), view.scale(column))[at]
+    colours = heat.levels(view.column(branch, column), scale_of_row(view, column))[at]
     for line, (level, kept) in enumerate(zip(colours, branch.kept[at], strict=True)):
         texts = [Text(one.cells[line]) for one in columns[:fits]]
         if palette:
@@ -364,7 +369,7 @@ def _columns(view: RowView, branch: BranchView, chosen: Sequence[str], at: NDArr
         yield _Column("weight", tuple(f"{branch.weight[i]:.2f}" for i in at))
     # The weight stands where it always does.
     for name in [name for name in chosen if name in _HEADS] if chosen else filter(view.computed, _TABLE_ORDER):
-        unit = heat.unit_of(name, view.scale(name))
+        unit = heat.unit_of(name, scale_of_row(view, name))
         power = f"\n1e{unit.exponent}" if unit.exponent else ""
         yield _Column(_HEADS[name] + power, tuple(unit.write(float(branch.signals[name][i])) for i in at))
 

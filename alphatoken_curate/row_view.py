@@ -1,4 +1,4 @@
-"""One row of a finished run, with its values, mask and the text of its tokens, for showing. No model is needed."""
+"""One row of a finished run, with its values, mask and the text of its tokens. No model is needed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from alphatoken_curate import manifest, shards
 from alphatoken_curate.errors import StoredDataError, UsageError
-from alphatoken_curate.heat import COLUMNS, scale_of
 from alphatoken_curate.manifest import Generation, Manifest, Mask
 from alphatoken_curate.scan import choose_generation
 from alphatoken_curate.schema import NOT_COMPUTED, PAIR_COLUMNS, SIGNALS, Layout
 from alphatoken_curate.words import read_vocabulary, spelled
+
+COLUMNS = (*SIGNALS, "loss_weight")
+"""Of each response token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,7 +82,7 @@ class RowView:
         return found
 
     def column(self, branch: BranchView, name: str) -> NDArray[np.float32]:
-        """Numbers to colour by, (T,) float32, NaN off the response. Raises `UsageError` where there are none."""
+        """Signal or weight, (T,) float32, NaN off the response. Raises `UsageError` where there are no numbers."""
         if name not in COLUMNS:
             raise UsageError(f"column: found {name!r}; give one of {', '.join(COLUMNS)}")
         if name == "loss_weight":
@@ -95,10 +97,6 @@ class RowView:
     def computed(self, name: str) -> bool:
         """Whether the row has numbers of this signal."""
         return any(np.isfinite(branch.signals.get(name, np.nan)).any() for branch in self.branches)
-
-    def scale(self, name: str) -> float:
-        """The magnitude of the end colours: one for all branches, so that they compare."""
-        return scale_of(np.concatenate([self.column(branch, name) for branch in self.branches]))
 
 
 def read_row(run: Path, *, row: int | None = None, id: str | None = None, generation: int | None = None) -> RowView:

@@ -260,3 +260,35 @@ def lacks(version: int) -> str | None:
     """What a run of an early schema version lacks, to be told; None where it lacks nothing."""
     names = [name for name in (*SIGNALS, *VOCABULARY_COLUMNS.names) if name in absent(version)]
     return f"Schema version {version}, which had no columns {', '.join(names)}: they are null." if names else None
+
+
+INDEX_COLUMNS = ("row_id", "position", "token_id")
+"""Columns that an expression may name besides those of values/; int64, int32, int32."""
+
+EXPRESSIONS = {
+    "surprise": "(nll / (entropy + 0.1))",
+    "reference_ratio": "LEAST(1.0, EXP(nll - reference_nll))",
+}
+"""Names that `by` may use for an expression.
+
+`surprise` is what a token cost over what the model expected any to cost: about 1 on average, high where the model was
+sure of another token, as it is at a wrong label. The 0.1 nats keep a token that the model was sure of from being judged
+by the rounding of its entropy.
+
+`reference_ratio` is a token's probability under the reference over that under the model, at most 1: a loss weight that
+spares what a reference trained on clean rows thinks less likely than the model does.
+"""
+
+
+def units_of(by: str, stability_scale: str) -> str:
+    """Units of the number that tokens are selected by, of `--by` and `--stability-scale`."""
+    if by == "value" and stability_scale == "rms":
+        return "multiples of the RMS of an objective"
+    if by == "random":
+        return "0 to 1"
+    if by.removeprefix("-") in EXPRESSIONS:
+        return "ratio"
+    schema = PREFERENCE.values if by in PAIR_COLUMNS else SFT.values
+    if by in (*PAIR_COLUMNS, *SIGNALS):
+        return str(schema.field(by).metadata[b"units"].decode())
+    return by.removesuffix("_id") if by in INDEX_COLUMNS else "those of the --by expression"

@@ -53,7 +53,6 @@ def test_surprise_is_loss_over_what_was_expected() -> None:
     np.testing.assert_allclose(selected("1 - 2 * surprise", c), 1 - 2 * surprise, rtol=1e-6, atol=1e-6)
     assert criteria.columns_needed("-surprise", PARTED) == ("nll", "entropy")
     assert not criteria.depends_on_value("-surprise")
-    assert [criteria.units_of(by, "none") for by in ("surprise", "-surprise")] == ["ratio", "ratio"]
 
 
 def test_reference_ratio_is_a_ratio_of_probabilities_and_at_most_one() -> None:
@@ -62,7 +61,6 @@ def test_reference_ratio_is_a_ratio_of_probabilities_and_at_most_one() -> None:
     np.testing.assert_allclose(selected("reference_ratio", c), np.exp(np.minimum(gone, 0)), rtol=1e-5)
     assert (gone < 0).any() and (gone > 88.8).any()
     assert criteria.columns_needed("reference_ratio", PARTED) == ("nll", "reference_nll")
-    assert criteria.units_of("reference_ratio", "none") == "ratio"
     with pytest.raises(UsageError, match="reference_nll was not computed"):
         selected("reference_ratio", c | {"reference_nll": np.full(50, np.nan, np.float32)})
 

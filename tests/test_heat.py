@@ -10,7 +10,6 @@ from rich.cells import cell_len
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.heat import (
-    COLUMNS,
     LEVELS,
     MIDDLE,
     NO_LEVEL,
@@ -22,6 +21,7 @@ from alphatoken_curate.heat import (
     scale_of,
     unit_of,
 )
+from alphatoken_curate.row_view import COLUMNS
 from alphatoken_curate.schema import SIGNALS
 
 NAN = float("nan")

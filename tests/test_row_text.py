@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from small_run import small_run, value_rows
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.heat import PALETTE
@@ -22,12 +24,13 @@ from alphatoken_curate.row_text import (
     plain_row,
     row_parts,
     row_title,
+    scale_of_row,
     table_note,
     token_table,
     why_without_values,
     without_values,
 )
-from alphatoken_curate.row_view import BranchView, RowView
+from alphatoken_curate.row_view import BranchView, RowView, read_row
 from alphatoken_curate.schema import SIGNALS, Components, components
 
 EVIL = (
@@ -400,3 +403,14 @@ def test_what_was_found_fits_and_commands_nothing(width: int) -> None:
     assert not set("\x07\x9b\x1b\u202e\r\t") & set(text.plain)
     assert "[bold]x" in text.plain.replace("\n", "")
     assert max(map(cell_len, text.plain.splitlines()[1:])) <= width
+
+
+def test_colours_of_both_branches_share_a_scale(tmp_path: Path) -> None:
+    rows = value_rows(kind="preference")
+    run = small_run(tmp_path / "run", rows, kind="preference")
+    larger = set()
+    for row in rows[:3]:
+        sizes = [float(np.abs(branch.signals["nll"][branch.response]).max()) for branch in row.branches]
+        assert scale_of_row(read_row(run, row=row.row_id), "nll") == max(sizes)
+        larger.add(sizes.index(max(sizes)))
+    assert larger == {0, 1}

@@ -81,17 +81,6 @@ def test_one_branch_can_be_chosen(tmp_path: Path) -> None:
         single.chosen_branches("chosen")
 
 
-def test_colours_of_both_branches_share_a_scale(tmp_path: Path) -> None:
-    rows = value_rows(kind="preference")
-    run = small_run(tmp_path / "run", rows, kind="preference")
-    larger = set()
-    for row in rows[:3]:
-        sizes = [float(np.abs(branch.signals["nll"][branch.response]).max()) for branch in row.branches]
-        assert read_row(run, row=row.row_id).scale("nll") == max(sizes)
-        larger.add(sizes.index(max(sizes)))
-    assert larger == {0, 1}
-
-
 def test_any_generation_can_be_shown(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", generations=(0, 2))
     for number, checkpoint, seed in ((0, "base", 0), (2, "checkpoint-2", 2), (None, "checkpoint-2", 2)):
