@@ -7,12 +7,9 @@ so that `import alphatoken_curate` costs nothing.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alphatoken_curate.compare import Comparison, compare
     from alphatoken_curate.config import MaskConfig, ScoreConfig
     from alphatoken_curate.errors import (
         CurateError,
@@ -23,39 +20,40 @@ if TYPE_CHECKING:
         UsageError,
     )
     from alphatoken_curate.exports.export import ExportSummary, export
-    from alphatoken_curate.memory import score_tokens
-    from alphatoken_curate.refresh import RefreshSummary, refresh, watch
-    from alphatoken_curate.remask import MaskSummary
-    from alphatoken_curate.report import report
-    from alphatoken_curate.scan import scan, scan_tokens
-    from alphatoken_curate.score import ScoreSummary, mask, score
-    from alphatoken_curate.verify import verify
+    from alphatoken_curate.masks.remask import MaskSummary
+    from alphatoken_curate.page.report import report
+    from alphatoken_curate.reading.compare import Comparison, compare
+    from alphatoken_curate.reading.scan import scan, scan_tokens
+    from alphatoken_curate.reading.verify import verify
+    from alphatoken_curate.scoring.memory import score_tokens
+    from alphatoken_curate.scoring.refresh import RefreshSummary, refresh, watch
+    from alphatoken_curate.scoring.score import ScoreSummary, mask, score
 
 _HOME = {
-    "Comparison": "compare",
+    "Comparison": "reading.compare",
     "CurateError": "errors",
     "ExportSummary": "exports.export",
     "FingerprintError": "errors",
     "InputError": "errors",
     "MaskConfig": "config",
-    "MaskSummary": "remask",
+    "MaskSummary": "masks.remask",
     "ModelError": "errors",
-    "RefreshSummary": "refresh",
+    "RefreshSummary": "scoring.refresh",
     "ScoreConfig": "config",
-    "ScoreSummary": "score",
+    "ScoreSummary": "scoring.score",
     "StoredDataError": "errors",
     "UsageError": "errors",
-    "compare": "compare",
+    "compare": "reading.compare",
     "export": "exports.export",
-    "mask": "score",
-    "refresh": "refresh",
-    "report": "report",
-    "scan": "scan",
-    "scan_tokens": "scan",
-    "score": "score",
-    "score_tokens": "memory",
-    "verify": "verify",
-    "watch": "refresh",
+    "mask": "scoring.score",
+    "refresh": "scoring.refresh",
+    "report": "page.report",
+    "scan": "reading.scan",
+    "scan_tokens": "reading.scan",
+    "score": "scoring.score",
+    "score_tokens": "scoring.memory",
+    "verify": "reading.verify",
+    "watch": "scoring.refresh",
 }
 
 __all__ = [
@@ -90,14 +88,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-class _Package(ModuleType):
-    """Some functions share the name of their module; importing the module must not hide the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

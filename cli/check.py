@@ -9,12 +9,12 @@ import click
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import InputError
-from alphatoken_curate.files import legible
+from alphatoken_curate.rows.files import legible
 
 from .options import config_options, read_config
 
 if TYPE_CHECKING:
-    from alphatoken_curate.estimate import Estimate
+    from alphatoken_curate.scoring.estimate import Estimate
 
 
 @click.command()
@@ -36,7 +36,7 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
     began = time.perf_counter()
     config = read_config(ctx, ScoreConfig, data)
 
-    from alphatoken_curate.check import check
+    from alphatoken_curate.scoring.check import check
 
     from .terminal import Listener
 

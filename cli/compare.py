@@ -24,7 +24,7 @@ def command(run: Path, other: Path | None, generations: str | None, changed: int
 
     Rank correlations of values and components, the overlap of what masks keep, and the tokens that changed most.
     """
-    from alphatoken_curate.compare import compare
+    from alphatoken_curate.reading.compare import compare
 
     for one in (run, other):
         if one is not None:
@@ -39,7 +39,7 @@ def command(run: Path, other: Path | None, generations: str | None, changed: int
         return
     from rich.console import Console
 
-    from alphatoken_curate.compare_text import compare_lines
+    from alphatoken_curate.views.compare_text import compare_lines
 
     console = Console(markup=False, highlight=False, emoji=False)
     for part in compare_lines(found, console.width):

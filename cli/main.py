@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from alphatoken_curate.errors import CurateError
-from alphatoken_curate.files import legible
+from alphatoken_curate.rows.files import legible
 
 from .interrupts import interruptible
 

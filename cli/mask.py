@@ -24,7 +24,7 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
     """
     config = read_config(ctx, MaskConfig)
 
-    from alphatoken_curate.score import mask
+    from alphatoken_curate.scoring.score import mask
 
     from .terminal import Listener
 

@@ -78,9 +78,9 @@ def _flag(item: Field[Any]) -> Callable[[F], F]:
 
 def tell_version(run: Path) -> None:
     """Say on stderr what a run of an early schema version lacks."""
-    from alphatoken_curate import manifest
     from alphatoken_curate.errors import StoredDataError
-    from alphatoken_curate.schema import lacks
+    from alphatoken_curate.runs import manifest
+    from alphatoken_curate.runs.schema import lacks
 
     try:
         absent = lacks(manifest.read(run).schema_version)

@@ -56,8 +56,8 @@ def command(
     if (checkpoint is None) == (watch is None):
         raise click.UsageError("Give either --checkpoint C or --watch DIR.")
 
-    from alphatoken_curate.refresh import refresh
-    from alphatoken_curate.refresh import watch as each_new
+    from alphatoken_curate.scoring.refresh import refresh
+    from alphatoken_curate.scoring.refresh import watch as each_new
 
     from .terminal import Listener
 

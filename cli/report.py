@@ -14,7 +14,7 @@ from .options import tell_version
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Default: report.html in RUN.")
 def command(run: Path, output: Path | None) -> None:
     """Write the run folder RUN as one HTML page: charts, and rows coloured by value. It opens without a network."""
-    from alphatoken_curate.report import report
+    from alphatoken_curate.page.report import report
 
     tell_version(run)
     path = report(run, output)

@@ -26,7 +26,7 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     """
     config = read_config(ctx, ScoreConfig, data)
 
-    from alphatoken_curate.score import score
+    from alphatoken_curate.scoring.score import score
 
     from .terminal import Listener
 
@@ -56,7 +56,7 @@ def _aside(counts: Any) -> list[tuple[str, int]]:
 
 def _first(done: Any) -> int:
     """A scored row to look at."""
-    from alphatoken_curate.scan import scan
+    from alphatoken_curate.reading.scan import scan
 
     rows = scan(done.run).filter(status="scored").select("row_id").head(1).collect()
     return int(rows.item()) if len(rows) else 0

@@ -12,7 +12,7 @@ from .options import tell_version
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from alphatoken_curate.row_view import RowView
+    from alphatoken_curate.reading.row import RowView
 
 _EPILOG = """\b
 Columns: value, loss_weight, nll, entropy, reference_nll, and what the run's
@@ -48,7 +48,7 @@ def command(
     tokens: bool,
 ) -> None:
     """Show row N of the run folder RUN: its tokens coloured by value, and which of them the newest mask keeps."""
-    from alphatoken_curate.row_view import read_row
+    from alphatoken_curate.reading.row import read_row
 
     tell_version(run)
     console = _console()
@@ -65,9 +65,9 @@ def command(
 def _searched(console: Console, run: Path, text: str, generation: int | None) -> int | None:
     """The row that has the text; where there are several they are listed."""
     from alphatoken_curate.errors import UsageError
-    from alphatoken_curate.files import visible
-    from alphatoken_curate.row_search import search_rows
-    from alphatoken_curate.row_text import hit_text
+    from alphatoken_curate.reading.search import search_rows
+    from alphatoken_curate.rows.files import visible
+    from alphatoken_curate.views.row_text import hit_text
 
     hits = list(search_rows(run, text, generation=generation))
     if len(hits) == 1:
@@ -83,7 +83,7 @@ def _searched(console: Console, run: Path, text: str, generation: int | None) ->
 
 
 def _print_row(console: Console, view: RowView, branch: str | None, columns: tuple[str, ...], *, tokens: bool) -> None:
-    from alphatoken_curate import row_text
+    from alphatoken_curate.views import row_text
 
     # What reads a pipe is not bound to the width of a terminal.
     wide = console if console.is_terminal else _console(10_000)

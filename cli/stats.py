@@ -10,7 +10,7 @@ import click
 from .options import tell_version
 
 if TYPE_CHECKING:
-    from alphatoken_curate.stats import Stats
+    from alphatoken_curate.reading.stats import Stats
 
 
 @click.command(name="stats")
@@ -26,7 +26,7 @@ def command(run: Path, generation: int | None, as_json: bool, svg: Path | None, 
 
     Histograms are of the value and of each of its components, and of the value by branch, source and generation.
     """
-    from alphatoken_curate.stats import stats
+    from alphatoken_curate.reading.stats import stats
 
     tell_version(run)
     found = stats(run, generation=generation)
@@ -41,7 +41,7 @@ def command(run: Path, generation: int | None, as_json: bool, svg: Path | None, 
     elif svg is None and png is None:
         from rich.console import Console
 
-        from alphatoken_curate import stats_text
+        from alphatoken_curate.views import stats_text
 
         console = Console(markup=False, highlight=False, emoji=False)
         for part in stats_text.stats_lines(found, console.width):
@@ -49,8 +49,8 @@ def command(run: Path, generation: int | None, as_json: bool, svg: Path | None, 
 
 
 def _draw(found: Stats, run: Path, svg: Path | None, png: Path | None) -> None:
-    from alphatoken_curate import stats_picture
-    from alphatoken_curate.atomic import atomic_file
+    from alphatoken_curate.runs.atomic import atomic_file
+    from alphatoken_curate.views import stats_picture
 
     name = run.resolve().name
     # Drawn before anything is written: matplotlib may be missing.

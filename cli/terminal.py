@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from alphatoken_curate.files import legible
+from alphatoken_curate.rows.files import legible
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from alphatoken_curate.errors import StoredDataError
-from alphatoken_curate.files import legible
+from alphatoken_curate.rows.files import legible
 
 from .options import tell_version
 
@@ -16,7 +16,7 @@ from .options import tell_version
 @click.argument("run", type=click.Path(path_type=Path))
 def command(run: Path) -> None:
     """Check every file of RUN: digests, page checksums, schemas, counts and alignment. Exit 4 where one is wrong."""
-    from alphatoken_curate.verify import verify
+    from alphatoken_curate.reading.verify import verify
 
     tell_version(run)
     problems = verify(run)

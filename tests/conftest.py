@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,23 @@ import torch
 from forks import Forks
 from tiny_files import save_models
 from torch import Tensor
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite", action="store_true", help="write the files that tests compare word for word")
+
+
+@pytest.fixture
+def same_text(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """Compares a file with the text it must have, or with --rewrite writes that."""
+
+    def compare(path: Path, text: str) -> None:
+        if request.config.getoption("--rewrite"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == text, "if this is right: pytest --rewrite"
+
+    return compare
 
 
 @pytest.fixture(scope="session")

@@ -3,55 +3,59 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sources import CLI, LIBRARY, ROOT, modules
 
 import alphatoken_curate
 
-ROOT = Path(__file__).parents[1]
-LIBRARY = ROOT / "alphatoken_curate"
-CLI = ROOT / "cli"
-
 ORDER = """
-    errors config fingerprint documents draws schema atomic progress
-    | files containers tables shapes pairs rows chat pieces speller tokens plan
-    | tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches capture
-    value_rows folders adapters models likeness checkpoints
-    | losses selection target fisher generate precondition drift paths parameters influence composite preference signals
-    | criteria masks | sealed shards records manifest card responses ranked remask
-    | artifacts budget meter prepare idle scorer trial job beside changes score refresh memory estimate check
-    | words scan rules verify histogram sums counting stats heat row_view row_search row_text stats_text stats_picture
-    compare compare_text
-    | report_markup report_numbers report_chart report_tokens report_overview
-    report_relations report_rows report
-    | trainset
-    | exports.form exports.settle exports.hf exports.llamafactory exports.swift exports.shifted exports.unshifted
-    exports.verl_dataset exports.originals exports.messages exports.guide exports.export
-    | trainers.loss trainers.collator trainers.dataset trainers.current trainers.heads trainers.hf trainers.sft
-    trainers.dpo trainers.refresh trainers.axolotl
+    : errors config progress
+    runs: fingerprint documents schema atomic sealed shards records manifest card artifacts
+    models: folders adapters load likeness checkpoints
+    engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
+        capture value_rows
+    rows: files containers tables shapes pairs read
+    tokens: chat pieces speller tokenise plan draws
+    directions: losses selection target fisher generate precondition drift parameters
+    signals: paths influence composite preference stored
+    masks: criteria choose responses ranked remask
+    scoring: budget meter prepare idle scorer trial job beside changes score refresh memory estimate check
+    reading: words scan rules verify row search histogram sums counting stats compare trainset
+    views: heat row_text stats_text stats_picture compare_text
+    page: markup numbers chart tokens overview relations rows report
+    exports: form settle hf llamafactory swift shifted unshifted verl_dataset originals messages guide export
+    trainers: loss collator dataset current heads hf sft dpo refresh axolotl
 """
-"""Each module imports only from those before it; those of a folder are named with it, `folder.module`."""
+"""Folders and the modules inside them, in the order of imports: a module imports only from those before it.
 
-FOLDERS: tuple[str, ...] = ("exports", "trainers")
-"""Groups of modules that outgrew a file or two."""
+The first line is the package's own folder. Data flows from the first folder to the last.
+"""
 
-RANK = {name: n for n, name in enumerate(ORDER.replace("|", " ").split())}
+
+def _dealt() -> dict[str, list[str]]:
+    """Modules by folder, in order."""
+    parts = re.split(r"^ {4}(\w*):", ORDER, flags=re.MULTILINE)[1:]
+    return {folder: names.split() for folder, names in zip(parts[::2], parts[1::2], strict=True)}
+
+
+HOUSE = _dealt()
+
+RANK = {f"{folder}.{name}".strip("."): n for n, (folder, name) in enumerate((f, m) for f in HOUSE for m in HOUSE[f])}
+
+PUBLIC_FOLDERS = ("trainers",)
+"""Folders whose `__init__` hands on public names; the others hold their first lines alone."""
 
 FORBIDDEN = re.compile(
     r"\b(pickle|dill|joblib|subprocess|marshal|shelve)\b|torch\.load\b|\b(eval|exec|compile|__import__)$|shell=True"
     r"|yaml\.(load|unsafe_load|full_load|load_all)$|os\.(system|popen|exec\w*|spawn\w*)$"
 )
-
-
-def modules(folder: Path) -> list[Path]:
-    """Those of the folder and, in the library, of its folders."""
-    return sorted([*folder.glob("*.py"), *(path for path in folder.glob("[a-z]*/*.py") if folder == LIBRARY)])
 
 
 def name_of(path: Path) -> str:
@@ -65,22 +69,22 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Names of our own modules that a module imports, anywhere in it."""
+    """Names of our own modules that a module imports, anywhere in it, as in `RANK`."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("alphatoken_curate."))
         elif isinstance(node, ast.ImportFrom):
             package, _, module = (node.module or "").partition(".")
-            if package == "alphatoken_curate" and module in ("", *FOLDERS):
+            if package == "alphatoken_curate" and module in HOUSE:
                 yield from (f"{module}.{alias.name}".strip(".") for alias in node.names)
             elif package == "alphatoken_curate":
                 yield module
 
 
 def test_every_module_has_its_place_in_the_order() -> None:
-    assert {name_of(path) for path in modules(LIBRARY)} - {""} - set(FOLDERS) == set(RANK)
+    assert {name_of(path) for path in modules(LIBRARY)} - set(HOUSE) == set(RANK)
     folders = {path.name for path in LIBRARY.iterdir() if path.is_dir() and path.name.isidentifier()}
-    assert folders - {"__pycache__", "cli"} == set(FOLDERS)
+    assert folders - {"__pycache__", "cli"} == set(HOUSE) - {""}
 
 
 @pytest.mark.parametrize("path", modules(LIBRARY), ids=name_of)
@@ -90,6 +94,35 @@ def test_imports_go_one_way(path: Path) -> None:
     wrong = {name for name in imported(path) if RANK.get(name, 999) >= RANK[name_of(path)]}
     assert not wrong, f"{name_of(path)} imports {wrong}"
     assert not [n for n in ast.walk(tree(path)) if isinstance(n, ast.ImportFrom) and n.level], "relative import"
+
+
+@pytest.mark.parametrize("folder", [name for name in HOUSE if name])
+def test_every_folder_says_what_comes_in_what_goes_out_and_where_to_begin(folder: str) -> None:
+    module = tree(LIBRARY / folder / "__init__.py")
+    lines = (ast.get_docstring(module) or "").splitlines()
+    assert lines[0].endswith(".") and lines[1] == "" and len(lines) >= 5, "what the folder is for, then an empty line"
+    for line, start in zip(lines[2:5], ("In: ", "Out: ", "Open first: "), strict=True):
+        assert line.startswith(start) and len(line) > len(start) + 3, line
+    named = re.findall(r"\w+\.py", lines[4])
+    assert named and all((LIBRARY / folder / name).is_file() for name in named), lines[4]
+    hands_on = [node for node in module.body if not isinstance(node, ast.Expr)]
+    assert not hands_on or folder in PUBLIC_FOLDERS, "import from the module that defines"
+
+
+def test_every_folder_is_installed() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(f"alphatoken_curate.{name}".strip(".") for name in (*HOUSE, "cli"))
+
+
+def test_contributing_has_a_line_for_every_folder_in_the_same_order() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE)
+    assert listed == [*(name for name in HOUSE if name), "cli"]
+    named = re.findall(rf"`((?:{'|'.join((*HOUSE, 'cli')).strip('|')})/\w+\.py)`", text)
+    assert named, "the way of a row"
+    for name in named:
+        assert (LIBRARY / name).is_file() or (ROOT / name).is_file(), name
 
 
 def test_the_library_does_not_know_the_command_line() -> None:
@@ -180,10 +213,6 @@ def test_the_public_names() -> None:
         assert getattr(alphatoken_curate, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = alphatoken_curate.nope
-    # A function that shares its name with its module stays the function, whoever imports the module.
-    for name in ("score", "verify", "scan", "compare"):
-        importlib.import_module(f"alphatoken_curate.{name}")
-        assert callable(getattr(alphatoken_curate, name)), name
 
 
 def test_importing_the_package_costs_nothing() -> None:
@@ -196,39 +225,58 @@ def test_importing_the_package_costs_nothing() -> None:
 
 
 def test_every_source_module_has_its_tests() -> None:
-    """One test file per module, but for those that others test whole."""
+    """One test file per module, in the folder of the same name, but for those that others test whole."""
     elsewhere = {
-        "errors": "test_cli",
-        "progress": "test_score",
-        "schema": "test_shards",
-        "scorer": "test_score",
-        "check": "test_cli",
-        "files": "test_rows",
-        "folders": "test_models",
-        "containers": "test_rows",
-        "tables": "test_rows",
-        "chat": "test_tokens",
-        "fingerprint": "test_manifest",
-        "documents": "test_manifest",
-        "records": "test_shards",
-        "atomic": "test_shards",
-        "beside": "test_refresh",
-        "job": "test_score",
-        "likeness": "test_refresh",
-        "pairs": "test_rows",
-        "shapes": "test_rows",
-        "speller": "test_tokens",
-        "tangent_rules": "test_tangents",
-        "probabilities": "test_attention",
-        "selection": "test_paths",
-        "sums": "test_stats",
-        "trainers.current": "test_trainers_refresh",
-        "trainers.heads": "test_trainers_sft",
-        "counting": "test_stats",
-        "exports.form": "test_exports_export",
-        "exports.guide": "test_exports_export",
-        "exports.originals": "test_exports_messages",
-        "exports.verl_dataset": "test_exports_unshifted",
+        "errors": "cli/test_main",
+        "progress": "scoring/test_score",
+        "runs.fingerprint": "runs/test_manifest",
+        "runs.documents": "runs/test_manifest",
+        "runs.atomic": "runs/test_shards",
+        "runs.records": "runs/test_shards",
+        "models.folders": "models/test_load",
+        "models.likeness": "scoring/test_refresh",
+        "engine.tangent_rules": "engine/test_tangents",
+        "engine.probabilities": "engine/test_attention",
+        "rows.files": "rows/test_read",
+        "rows.containers": "rows/test_read",
+        "rows.tables": "rows/test_read",
+        "rows.shapes": "rows/test_read",
+        "rows.pairs": "rows/test_read",
+        "tokens.chat": "tokens/test_tokenise",
+        "tokens.speller": "tokens/test_tokenise",
+        "scoring.scorer": "scoring/test_score",
+        "scoring.job": "scoring/test_score",
+        "scoring.beside": "scoring/test_refresh",
+        "scoring.check": "cli/test_main",
+        "reading.counting": "reading/test_stats",
+        "reading.sums": "reading/test_stats",
+        "trainers.current": "trainers/test_refresh",
+        "trainers.heads": "trainers/test_sft",
+        "exports.form": "exports/test_export",
+        "exports.guide": "exports/test_export",
+        "exports.originals": "exports/test_messages",
+        "exports.verl_dataset": "exports/test_unshifted",
     }
     for name in RANK:
-        assert (ROOT / "tests" / f"{elsewhere.get(name, 'test_' + name.replace('.', '_'))}.py").is_file(), name
+        folder, _, module = name.rpartition(".")
+        assert (ROOT / "tests" / f"{elsewhere.get(name, f'{folder}/test_{module}'.strip('/'))}.py").is_file(), name
+    assert elsewhere.keys() <= RANK.keys()
+
+
+def test_tests_and_what_helps_them_stand_apart() -> None:
+    tests = ROOT / "tests"
+    helpers = [path.stem for path in (tests / "support").glob("*.py")]
+    assert helpers and not [name for name in helpers if name.startswith("test_")]
+    for path in tests.rglob("test_*.py"):
+        assert not [name for name in imports(path) if name.startswith("test_")], (
+            f"{path}: move what it needs to support/"
+        )
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Top names of all that a file imports."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""

@@ -1,5 +1,6 @@
-"""Files that other trainers read, made from the rows of a mask.
+"""The rows of a mask as files that other trainers read: derived from train/, read back before they appear.
 
-train/ stays the one source. An export is derived from it, read back before it appears, and says which run, mask and
-settings it came from. `export.export` writes one; a module for each family of trainers says what it reads.
+In: a mask's rows and the name of a trainer.
+Out: a folder with the trainer's files, a README of config lines, and export.json.
+Open first: export.py; form.py for what an exporter is.
 """

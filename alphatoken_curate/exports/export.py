@@ -16,14 +16,14 @@ from pathlib import Path
 
 import orjson
 
-from alphatoken_curate.atomic import Sink, atomic_file, digest
 from alphatoken_curate.errors import CurateError, UsageError
 from alphatoken_curate.exports import hf, llamafactory, messages, shifted, swift, unshifted
 from alphatoken_curate.exports.form import Asked, Dropped, Form, Items, Kept, Told, batched
 from alphatoken_curate.exports.guide import DROPPED, README, RECORD, readme, record
 from alphatoken_curate.exports.settle import Tally, counted, settled
-from alphatoken_curate.fingerprint import Json
-from alphatoken_curate.trainset import TrainSet, open_train
+from alphatoken_curate.reading.trainset import TrainSet, open_train
+from alphatoken_curate.runs.atomic import Sink, atomic_file, digest
+from alphatoken_curate.runs.fingerprint import Json
 
 FORMS: Mapping[str, Form] = {
     form.name: form

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.errors import CurateError
-from alphatoken_curate.schema import Layout
-from alphatoken_curate.shards import entries
-from alphatoken_curate.trainset import TrainRow, TrainSet
+from alphatoken_curate.reading.trainset import TrainRow, TrainSet
+from alphatoken_curate.runs.atomic import atomic_file
+from alphatoken_curate.runs.schema import Layout
+from alphatoken_curate.runs.shards import entries
 
 TOKEN_ALIGNED, POSITION_ALIGNED = "token-aligned", "position-aligned"
 

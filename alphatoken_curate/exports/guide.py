@@ -8,8 +8,8 @@ from typing import Any
 
 from alphatoken_curate.exports.form import IN_WORDS, REASONS, Form, Told
 from alphatoken_curate.exports.settle import Tally
-from alphatoken_curate.fingerprint import Json
-from alphatoken_curate.trainset import TrainSet
+from alphatoken_curate.reading.trainset import TrainSet
+from alphatoken_curate.runs.fingerprint import Json
 
 RECORD, README, DROPPED = "export.json", "README.md", "dropped.jsonl"
 

@@ -31,8 +31,8 @@ from alphatoken_curate.exports.form import (
     trains,
     write_parquet,
 )
-from alphatoken_curate.schema import IGNORE_INDEX, Layout
-from alphatoken_curate.trainset import TrainBranch
+from alphatoken_curate.reading.trainset import TrainBranch
+from alphatoken_curate.runs.schema import IGNORE_INDEX, Layout
 
 NAME = "train.parquet"
 

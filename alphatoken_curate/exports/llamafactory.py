@@ -14,7 +14,6 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.exports import hf
 from alphatoken_curate.exports.form import (
     INT8S,
@@ -31,6 +30,7 @@ from alphatoken_curate.exports.form import (
     same_rows,
     unlike,
 )
+from alphatoken_curate.runs.atomic import atomic_file
 
 SPLIT = "train"
 ARROW = "data-00000-of-00001.arrow"

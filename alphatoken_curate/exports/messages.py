@@ -17,7 +17,6 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.exports.form import (
     TOKEN_ALIGNED,
@@ -31,8 +30,9 @@ from alphatoken_curate.exports.form import (
     unlike,
 )
 from alphatoken_curate.exports.originals import Original, originals
-from alphatoken_curate.shapes import Messages, Tokens
-from alphatoken_curate.trainset import TrainSet
+from alphatoken_curate.reading.trainset import TrainSet
+from alphatoken_curate.rows.shapes import Messages, Tokens
+from alphatoken_curate.runs.atomic import atomic_file
 
 BY_MESSAGE, BY_ROW = "messages.jsonl", "samples.jsonl"
 

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alphatoken_curate import shards
-from alphatoken_curate.atomic import digest
-from alphatoken_curate.beside import CONFIG
 from alphatoken_curate.config import load_settings
-from alphatoken_curate.containers import Meter, RowFault
 from alphatoken_curate.errors import InputError, UsageError
-from alphatoken_curate.files import DataFile, find_files, visible
-from alphatoken_curate.manifest import Input
-from alphatoken_curate.rows import normalise
-from alphatoken_curate.scan import choose_generation
-from alphatoken_curate.shapes import AnyRecord
-from alphatoken_curate.shards import entries
-from alphatoken_curate.tables import raw_rows
-from alphatoken_curate.trainset import TrainSet
+from alphatoken_curate.reading.scan import choose_generation
+from alphatoken_curate.reading.trainset import TrainSet
+from alphatoken_curate.rows.containers import Meter, RowFault
+from alphatoken_curate.rows.files import DataFile, find_files, visible
+from alphatoken_curate.rows.read import normalise
+from alphatoken_curate.rows.shapes import AnyRecord
+from alphatoken_curate.rows.tables import raw_rows
+from alphatoken_curate.runs import shards
+from alphatoken_curate.runs.atomic import digest
+from alphatoken_curate.runs.manifest import Input
+from alphatoken_curate.runs.shards import entries
+from alphatoken_curate.scoring.beside import CONFIG
 
 
 class Original(NamedTuple):

@@ -13,8 +13,8 @@ import numpy as np
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.exports.form import Asked, Dropped, Form, Items, Kept
-from alphatoken_curate.schema import IGNORE_INDEX
-from alphatoken_curate.trainset import TrainBranch, TrainRow, TrainSet
+from alphatoken_curate.reading.trainset import TrainBranch, TrainRow, TrainSet
+from alphatoken_curate.runs.schema import IGNORE_INDEX
 
 
 @dataclass(slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from alphatoken_curate.exports.form import (
     write_jsonl,
     write_parquet,
 )
-from alphatoken_curate.trainset import TrainBranch
+from alphatoken_curate.reading.trainset import TrainBranch
 
 _BRANCHES = ("chosen", "rejected")
 

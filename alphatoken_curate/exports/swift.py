@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.exports.form import (
     TOKEN_ALIGNED,
     Asked,
@@ -26,6 +25,7 @@ from alphatoken_curate.exports.form import (
     same_rows,
     write_jsonl,
 )
+from alphatoken_curate.runs.atomic import atomic_file
 
 NAME = "train.jsonl"
 TEMPLATE, TEMPLATE_CODE = "tokens", "swift_template.py"

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from alphatoken_curate.atomic import atomic_file
 from alphatoken_curate.exports.form import (
     FLOATS,
     INT8S,
@@ -26,6 +25,7 @@ from alphatoken_curate.exports.form import (
     same_rows,
     write_parquet,
 )
+from alphatoken_curate.runs.atomic import atomic_file
 
 NAME = "train.parquet"
 VERL_CODE = "verl_dataset.py"

@@ -1,8 +1,11 @@
 """Training on the masks of a run: a loss, a dataset, and what Trainer, TRL and Axolotl need to train by float weights.
 
-Everything here is token-aligned, as train/ is: index i is about predicting token i, and index 0 never trains. Each
-trainer says what it divides by, see `trainers.loss`. The names below are imported when first used, so that nothing
-heavy is imported before; those of TRL need `pip install 'alphatoken-curate[trl]'`.
+In: a run folder, and the trainer that you use.
+Out: batches with `labels` and `loss_weight`, the weighted loss, and masks made anew while a training goes on.
+Open first: loss.py for what is divided by what, then the file of your trainer.
+
+Everything here is token-aligned, as train/ is: index i is about predicting token i, and index 0 never trains. The names
+below are imported when first used, so that nothing heavy is imported before; those of TRL need the extra `trl`.
 """
 
 from __future__ import annotations

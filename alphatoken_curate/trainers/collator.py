@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.schema import IGNORE_INDEX, PREFERENCE
+from alphatoken_curate.runs.schema import IGNORE_INDEX, PREFERENCE
 
 Feature: TypeAlias = Mapping[str, Any]
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alphatoken_curate import manifest
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.schema import IGNORE_INDEX
+from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs.schema import IGNORE_INDEX
 from alphatoken_curate.trainers.dataset import as_dataset
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from alphatoken_curate.errors import FingerprintError, UsageError
-from alphatoken_curate.trainset import TrainRow, TrainSet, open_train
+from alphatoken_curate.reading.trainset import TrainRow, TrainSet, open_train
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,7 +10,7 @@ from trl import DPOTrainer
 from trl.data_utils import get_dataset_column_names
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.schema import PREFERENCE
+from alphatoken_curate.runs.schema import PREFERENCE
 from alphatoken_curate.trainers.collator import WEIGHT, PreferenceCollator
 from alphatoken_curate.trainers.heads import weighted_log_probs
 from alphatoken_curate.trainers.hf import RowsMixin, check_length, refuse, weight_of

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.schema import PREFERENCE
+from alphatoken_curate.runs.schema import PREFERENCE
 from alphatoken_curate.trainers.collator import WEIGHT, WeightedCollator
 from alphatoken_curate.trainers.current import ROWS, Served
 from alphatoken_curate.trainers.dataset import LISTS

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.schema import IGNORE_INDEX
+from alphatoken_curate.runs.schema import IGNORE_INDEX
 
 Denominator: TypeAlias = Literal["count", "sum"]
 

@@ -17,12 +17,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from alphatoken_curate import manifest
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import CurateError, UsageError
-from alphatoken_curate.refresh import refresh
-from alphatoken_curate.scan import choose_mask
-from alphatoken_curate.score import mask as make_mask
+from alphatoken_curate.reading.scan import choose_mask
+from alphatoken_curate.runs import manifest
+from alphatoken_curate.scoring.refresh import refresh
+from alphatoken_curate.scoring.score import mask as make_mask
 from alphatoken_curate.trainers.current import CurrentMask, Served
 
 

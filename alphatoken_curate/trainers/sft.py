@@ -11,7 +11,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.schema import PREFERENCE
+from alphatoken_curate.runs.schema import PREFERENCE
 from alphatoken_curate.trainers.collator import WEIGHT, WeightedCollator
 from alphatoken_curate.trainers.current import ROWS
 from alphatoken_curate.trainers.dataset import LISTS

@@ -29,7 +29,7 @@ from multiplications import Shape, multiplications, shape_of, work_of
 from speed import JOBS, forward, job, resident, rows_of_tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alphatoken_curate.plan import Batch, collate, plan_batches
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3-8b": {

@@ -33,19 +33,20 @@ import numpy as np
 import torch
 from speed import in_a_process, peak
 
-from alphatoken_curate import scorer, shards
 from alphatoken_curate.config import ScoreConfig
-from alphatoken_curate.paths import Signals
-from alphatoken_curate.plan import Batch
 from alphatoken_curate.progress import Progress
-from alphatoken_curate.schema import BY_ESTIMATOR
-from alphatoken_curate.scorer import ShardScorer, counted
-from alphatoken_curate.signals import RowResult
-from alphatoken_curate.tokens import AnyRow
-from alphatoken_curate.verify import verify
+from alphatoken_curate.reading.verify import verify
+from alphatoken_curate.runs import shards
+from alphatoken_curate.runs.schema import BY_ESTIMATOR
+from alphatoken_curate.scoring import scorer
+from alphatoken_curate.scoring.scorer import ShardScorer, counted
+from alphatoken_curate.signals.paths import Signals
+from alphatoken_curate.signals.stored import RowResult
+from alphatoken_curate.tokens.plan import Batch
+from alphatoken_curate.tokens.tokenise import AnyRow
 
 # The package has functions of these names.
-prepare, score = (importlib.import_module(f"alphatoken_curate.{name}") for name in ("prepare", "score"))
+prepare, score = (importlib.import_module(f"alphatoken_curate.scoring.{name}") for name in ("prepare", "score"))
 
 START = "start"
 MODEL = "model"

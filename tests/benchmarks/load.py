@@ -22,11 +22,12 @@ from growth import write_rows
 from made_run import made_run, write_shards
 from speed import in_a_process, peak
 
-from alphatoken_curate import MaskConfig, ScoreConfig, manifest, mask
-from alphatoken_curate.check import check
-from alphatoken_curate.models import find_model, load_tokenizer
-from alphatoken_curate.stats import stats
-from alphatoken_curate.verify import verify
+from alphatoken_curate import MaskConfig, ScoreConfig, mask
+from alphatoken_curate.models.load import find_model, load_tokenizer
+from alphatoken_curate.reading.stats import stats
+from alphatoken_curate.reading.verify import verify
+from alphatoken_curate.runs import manifest
+from alphatoken_curate.scoring.check import check
 
 WARM = 1000
 """Tokens, or rows, of what runs first, so that libraries that load when they are used are not counted."""

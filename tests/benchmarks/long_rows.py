@@ -23,7 +23,7 @@ from speed import in_a_process, job, load, peak, plain_rows, resident
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alphatoken_curate.plan import collate
+from alphatoken_curate.tokens.plan import collate
 
 JOBS = ["3 published", "all published", "all influence"]
 

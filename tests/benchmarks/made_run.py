@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 
 from small_run import FIELDS, facts, scored, write_pieces
 
-from alphatoken_curate import card, manifest
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.pieces import Piece
-from alphatoken_curate.remask import make_mask
-from alphatoken_curate.schema import SFT
-from alphatoken_curate.shards import Branch, Footer, ValueRow, shard_name, values_folder, write_values
+from alphatoken_curate.masks.remask import make_mask
+from alphatoken_curate.runs import card, manifest
+from alphatoken_curate.runs.schema import SFT
+from alphatoken_curate.runs.shards import Branch, Footer, ValueRow, shard_name, values_folder, write_values
+from alphatoken_curate.tokens.pieces import Piece
 
 WORDS = ["the", "of", "and", "answer", "is", "so", "we", "have", "total", "number", "each", "cost"]
 MARKS = [".", ",", "\n", " =", " +", "$", "%", "(", ")", "!", "?", ":"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from alphatoken_curate.blocks import decoder_blocks, linear_maps, trunk
-from alphatoken_curate.plan import Batch
+from alphatoken_curate.engine.blocks import decoder_blocks, linear_maps, trunk
+from alphatoken_curate.tokens.plan import Batch
 
 DIRECTIONS = 2
 """Adaptation and stability."""

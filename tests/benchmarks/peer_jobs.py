@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # oracles.py
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))  # oracles.py
 
 import numpy as np
 import torch
 from speed import forward, seconds
 from torch import Tensor
 
-from alphatoken_curate.plan import Batch, collate, plan_batches
-from alphatoken_curate.tokens import TokenRow
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
+from alphatoken_curate.tokens.tokenise import TokenRow
 
 logging.disable(logging.WARNING)  # the peers tell of every module
 
@@ -305,18 +305,18 @@ class Backwards(Job):
 
 def ours(estimator: str, s: Setting) -> Job:
     """PathScorer or InfluenceScorer over the last blocks."""
-    from alphatoken_curate.capture import ScoringModel
+    from alphatoken_curate.engine.capture import ScoringModel
 
     scoring = ScoringModel(s.model, s.layers)
     names = [m.parameter.removesuffix(".weight") for m in scoring.maps]
     directions = [[s.direction[name] for name in names]]
     directions += [[m.clone() for m in directions[0]] for _ in range(s.copies - 1)]
     if estimator == "influence":
-        from alphatoken_curate.influence import InfluenceScorer
+        from alphatoken_curate.signals.influence import InfluenceScorer
 
         scorer: Any = InfluenceScorer(scoring, directions)
     else:
-        from alphatoken_curate.paths import PathScorer
+        from alphatoken_curate.signals.paths import PathScorer
 
         scorer = PathScorer(scoring, directions, estimator, 32)
     keys = {"direct": "total" if estimator == "published" else "direct", "causal": "causal", "influence": "influence"}

@@ -6,8 +6,8 @@ README.md here says how to make the environment and what each tool's numbers mea
 the direction in memory (the gradient of the mean response loss of rows that are not scored) and the same batches; none
 reads or writes scores on disk. Jobs run round after round; a ratio is the median over rounds of a job's seconds to the
 same round's plain forward with logits. Peak memory is measured in a process of its own per job, above what is resident
-once the job stands ready. Agreement is with one backward per token in float64 (tests/oracles.py) on a few short rows.
-A job that ends in ` x2` takes two directions, as a run needs; the rest take one.
+once the job stands ready. Agreement is with one backward per token in float64 (tests/support/oracles.py) on a few short
+rows. A job that ends in ` x2` takes two directions, as a run needs; the rest take one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file, save_model
 from speed import in_a_process, load, peak, plain_rows
 from torch import Tensor, nn
 
-from alphatoken_curate.tokens import TokenRow
+from alphatoken_curate.tokens.tokenise import TokenRow
 
 TARGET_ROWS = 4
 SHORT_ROWS, SHORT_LENGTH = 3, 24

@@ -19,12 +19,12 @@ from pathlib import Path
 from made_run import made_run
 from speed import in_a_process, peak
 
-from alphatoken_curate import manifest
+from alphatoken_curate.runs import manifest
 
 
 def write_page(run: Path) -> tuple[float, int]:
     """Write the page of a run: seconds, and peak bytes above what is loaded."""
-    from alphatoken_curate.report import report
+    from alphatoken_curate.page.report import report
 
     with peak() as most:
         begun = time.perf_counter()

@@ -36,13 +36,13 @@ import psutil
 import torch
 from multiplications import Shape, multiplications, shape_of, work_of
 
-from alphatoken_curate.capture import ScoringModel
-from alphatoken_curate.influence import make_scorer
-from alphatoken_curate.models import find_model, load_model, load_tokenizer
-from alphatoken_curate.plan import Batch, collate, plan_batches, sequences
-from alphatoken_curate.rows import read_rows
-from alphatoken_curate.signals import BatchScorer
-from alphatoken_curate.tokens import AnyRow, PairRow, TokenRow, chosen, tokenise
+from alphatoken_curate.engine.capture import ScoringModel
+from alphatoken_curate.models.load import find_model, load_model, load_tokenizer
+from alphatoken_curate.rows.read import read_rows
+from alphatoken_curate.signals.influence import make_scorer
+from alphatoken_curate.signals.stored import BatchScorer
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, sequences
+from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, chosen, tokenise
 
 JOBS = ["forward", "training step", "3 published", "3 exact", "all published", "all exact", "all influence"]
 PAIR_JOBS = ["forward", *(name + apart for name in JOBS[2:6] for apart in ("", " apart"))]

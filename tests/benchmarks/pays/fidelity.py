@@ -24,16 +24,16 @@ from grid import FIDELITY, RANKINGS
 from numpy.typing import NDArray
 from settings import MODEL, Setting, about, rows_sha256, setting
 
-from alphatoken_curate.capture import captured
-from alphatoken_curate.compare import spearman
-from alphatoken_curate.influence import make_scorer
-from alphatoken_curate.losses import row_means
-from alphatoken_curate.models import find_model, load_model
-from alphatoken_curate.parameters import rest_gradient, rest_of_batch
-from alphatoken_curate.plan import collate, plan_batches
-from alphatoken_curate.precondition import estimate, precondition
-from alphatoken_curate.target import target_gradient
-from alphatoken_curate.tokens import TokenRow
+from alphatoken_curate.directions.losses import row_means
+from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
+from alphatoken_curate.directions.precondition import estimate, precondition
+from alphatoken_curate.directions.target import target_gradient
+from alphatoken_curate.engine.capture import captured
+from alphatoken_curate.models.load import find_model, load_model
+from alphatoken_curate.reading.compare import spearman
+from alphatoken_curate.signals.influence import make_scorer
+from alphatoken_curate.tokens.plan import collate, plan_batches
+from alphatoken_curate.tokens.tokenise import TokenRow
 
 ROWS = 32
 EPS = 1e-8

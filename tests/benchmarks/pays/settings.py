@@ -25,9 +25,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from alphatoken_curate.models import find_model, load_tokenizer
-from alphatoken_curate.rows import read_rows
-from alphatoken_curate.tokens import TokenRow, branches, tokenise
+from alphatoken_curate.models.load import find_model, load_tokenizer
+from alphatoken_curate.rows.read import read_rows
+from alphatoken_curate.tokens.tokenise import TokenRow, branches, tokenise
 
 MODEL = "smollm2-135m"
 LONGEST = 140

@@ -19,7 +19,7 @@ from settings import MODEL, Row, Setting
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from alphatoken_curate.models import find_model, load_model
+from alphatoken_curate.models.load import find_model, load_model
 
 Weights = list[NDArray[np.float32]]
 """Of each training row (or branch) the weight of each token, (T,); 0 off the response."""

@@ -1,0 +1,154 @@
+"""What a model is made of: its trunk, its decoder blocks, and the linear maps inside a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from alphatoken_curate.engine.experts import expert_matrices
+from alphatoken_curate.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LinearMap:
+    """One linear map of S: z = W h (+ bias), W (d_out, d_in).
+
+    It is a module of its own, a matrix that its module multiplies with (a router's), or one expert's slice of a bigger
+    parameter.
+    """
+
+    owner: str
+    """Name of the module that holds it."""
+    module: nn.Module
+    slot: str = "weight"
+    """Name of its parameter in that module."""
+    expert: int | None = None
+    """Its index along the first dimension of the parameter, where that holds a matrix for each expert."""
+    transposed: bool = False
+    """Whether the matrix is kept as (d_in, d_out)."""
+    called: bool = True
+    """Whether calling the module is applying the map; otherwise the module multiplies with it somewhere inside."""
+
+    @property
+    def name(self) -> str:
+        """What users know it by: its module, with slot and number for an expert's."""
+        return self.owner if self.expert is None else self.parameter
+
+    @property
+    def parameter(self) -> str:
+        """Unique name of the matrix: its parameter in the model's state dict, with `[expert]` for an expert's."""
+        return self.stored if self.expert is None else f"{self.stored}[{self.expert}]"
+
+    @property
+    def stored(self) -> str:
+        """Name of the whole parameter in the model's state dict."""
+        return f"{self.owner}.{self.slot}"
+
+    @property
+    def bare(self) -> nn.Parameter:
+        """The whole parameter the matrix lies in."""
+        parameter = getattr(self.module, self.slot)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """W as (d_out, d_in), a view, whichever way round it is kept."""
+        return self.matrix(self.bare)
+
+    def matrix(self, bare: Tensor) -> Tensor:
+        """The (d_out, d_in) of this map in a tensor kept as its whole parameter is, a view."""
+        one = bare if self.expert is None else bare[self.expert]
+        return one.t() if self.transposed else one
+
+
+_LINEAR = {
+    f"{nn.Linear.__module__}.Linear": False,
+    "transformers.pytorch_utils.Conv1D": True,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": False,
+}
+"""Modules that are a linear map and nothing else, and whether they keep it as (d_in, d_out). Not their subclasses."""
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The causal language model inside a model of peft, its adapters in place; any other model as it is.
+
+    Raises ModelError where the wrapper itself takes part in the forward (prompts, prefixes).
+    """
+    adapters = getattr(model, "peft_config", None)
+    if adapters is None or not hasattr(model, "get_base_model"):
+        assert isinstance(model, nn.Module)
+        return model
+    odd = sorted({str(a.peft_type.value) for a in adapters.values() if a.is_prompt_learning})
+    if odd:
+        raise ModelError(
+            f"{type(model).__name__}: its adapter ({odd[0]}) puts in positions that are no tokens, so it cannot be"
+            " scored. Score the base instead."
+        )
+    base = model.get_base_model()
+    assert isinstance(base, nn.Module)
+    return base
+
+
+def trunk(model: Any) -> nn.Module:
+    """The part of a causal language model under its head. Raises ModelError where there is none."""
+    base = getattr(model, "base_model", None)
+    if base is None or base is model or not hasattr(model, "get_output_embeddings"):
+        raise ModelError(
+            f"{type(model).__name__}: not a causal language model of transformers (no trunk under a head)."
+        )
+    if model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(model).__name__}: it has no output embeddings; only causal language models can be scored."
+        )
+    assert isinstance(base, nn.Module)
+    return base
+
+
+def decoder_blocks(model: Any, base: nn.Module) -> list[nn.Module]:
+    """All decoder blocks, first to last. Raises ModelError where they are not found."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not stacks:
+        raise ModelError(f"{type(model).__name__}: found no list of {count} decoder blocks in it.")
+    return list(stacks[0])
+
+
+def linear_maps(model: nn.Module, block: nn.Module) -> list[LinearMap]:
+    """Every linear map of a block. Raises ModelError, by name, for anything else that owns a matrix."""
+    names = {module: name for name, module in model.named_modules()}
+    return [m for module in block.modules() for m in _maps_of(model, names[module], module)]
+
+
+def _maps_of(model: nn.Module, name: str, module: nn.Module) -> Iterator[LinearMap]:
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if kind in _LINEAR:
+        yield LinearMap(owner=name, module=module, transposed=_LINEAR[kind])
+        return
+    matrices = {slot: p for slot, p in module.named_parameters(recurse=False) if p.ndim > 1 and not _is_bias(slot, p)}
+    experts = expert_matrices(module)
+    for slot, transposed in experts.items():
+        for expert in range(len(matrices.pop(slot))):
+            yield LinearMap(owner=name, module=module, slot=slot, expert=expert, transposed=transposed, called=False)
+        matrices.pop(f"{slot}_bias", None)
+    if not experts and _multiplies_inside(module) and matrices.keys() == {"weight"} and matrices["weight"].ndim == 2:
+        yield LinearMap(owner=name, module=module, called=False)
+        return
+    for slot, parameter in matrices.items():
+        shape = "x".join(map(str, parameter.shape))
+        raise ModelError(
+            f"{type(model).__name__}: {name}.{slot} ({shape}) is a weight of {kind}, which cannot be captured, and"
+            " scoring the rest would be a score in part."
+        )
+
+
+def _is_bias(slot: str, parameter: Tensor) -> bool:
+    return slot.endswith("bias") and parameter.numel() == max(parameter.shape)
+
+
+def _multiplies_inside(module: nn.Module) -> bool:
+    """A model's own module, not a library's layer: its forward is watched for what its weight is multiplied with."""
+    return type(module).__module__.startswith(("transformers.models.", "transformers_modules."))

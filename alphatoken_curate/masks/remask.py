@@ -1,0 +1,325 @@
+"""Masks from stored values: read generations (`responses`), decide, write train/. No model is needed.
+
+Runs in one process and reads shard by shard. Of each response token it holds the number selected on (4 bytes), whether
+it is kept (1) and its weight (4): with what the threshold takes for a time no more than 10 bytes, 25 with `--weights
+rank` (and see `ranked` for an expression as `--by`); of each row 16 to 24 bytes; and what one shard takes.
+Callers hold the run (`atomic.one_writer`) and write the card afterwards (`card.write`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.masks import choose, criteria
+from alphatoken_curate.masks.ranked import Files, Ranked, RankedBranch, ranked, sizes
+from alphatoken_curate.masks.responses import Tokens, aligned, by_shard, chosen_generations, table_of
+from alphatoken_curate.runs import manifest, shards
+from alphatoken_curate.runs.atomic import sweep
+from alphatoken_curate.runs.fingerprint import Json, fingerprint
+from alphatoken_curate.runs.manifest import Generation, Manifest, Mask, MaskFacts
+from alphatoken_curate.runs.schema import Components, Layout, units_of, with_units
+from alphatoken_curate.runs.shards import Footer, Shard, TrainLists
+from alphatoken_curate.signals import composite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchCounts:
+    """Response tokens of one branch of the rows in train/, and those of them that the mask keeps."""
+
+    kept_tokens: int
+    response_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskSummary:
+    """What `make_mask` did. `created`: not there before; `newest`: what readers take who do not ask for a number.
+
+    Tokens, and rows that got their best token back, are counted over all branches; `branches`: of preference rows,
+    `chosen` and `rejected`. `rows_left_out`: scored in only some of the `generations` that the mask averages.
+    """
+
+    mask: int
+    path: Path
+    created: bool
+    newest: bool
+    generations: tuple[int, ...]
+    rows: int
+    rows_left_out: int
+    response_tokens: int
+    kept_tokens: int
+    branches: Mapping[str, BranchCounts]
+    rows_given_back: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spreads:
+    """`components`: RMS of each over the response tokens of all branches.
+
+    `decisions_changed`: tokens that are kept or dropped only due to stability.
+    """
+
+    components: Mapping[str, float]
+    response_tokens: int
+    decisions_changed: int
+
+
+def check_settings(config: MaskConfig, components: Components, layout: Layout) -> None:
+    """Raise `UsageError` for settings that no mask of such a run can be made with, before anything is read."""
+    choose.parse_keep(config.keep)
+    choose.parse_scope(config.scope)
+    criteria.columns_needed(config.by, components, layout)
+
+
+def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
+    """Mask and loss weights from the generations that `config` names, in train/mask=NNNN and then in the manifest.
+
+    Settings and values of an existing mask: that one is returned, nothing is written. A mask whose writing was cut off
+    is finished with the same bytes. Other settings get a new number. Raises `UsageError` for settings that cannot be
+    used, `StoredDataError` where the run has no manifest or is damaged.
+    """
+    stored = manifest.read(run)
+    layout, components = manifest.layout(stored), manifest.components(stored)
+    check_settings(config, components, layout)
+    generations = chosen_generations(run, stored, config)
+    about = _fields(config, generations, stored.schema_version)
+    known = next((mask for mask in stored.masks if mask.fingerprint == fingerprint(about)), None)
+    if known and all(_is_there(run, shard) for shard in known.shards):
+        several = aligned(run, generations) if len(generations) > 1 else ()
+        left_out = sum(part.left_out for part in by_shard(run, several, (), layout))
+        return _summary(run, known, stored, created=False, left_out=left_out)
+    number = known.mask if known else _free_number(run, stored, fingerprint(about))
+    mask, lost = _write(run, stored, number, generations, config, about)
+    others = [other for other in stored.masks if other.mask != number]
+    changed = replace(stored, masks=tuple(sorted([*others, mask], key=lambda one: one.mask)))
+    manifest.write(run, changed)
+    return _summary(run, mask, changed, created=True, left_out=lost)
+
+
+def spreads(run: Path, config: MaskConfig) -> Spreads:
+    """How large each component is in the generations that `config` names, and what stability changes in its mask.
+
+    `decisions_changed` compares the mask with the one that stability weight 0 gives. Raises as `make_mask`.
+    """
+    stored = manifest.read(run)
+    layout, components = manifest.layout(stored), manifest.components(stored)
+    files = aligned(run, chosen_generations(run, stored, config))
+    found = sizes(run, files, layout, components)
+    weights = (config.stability_weight, 0.0)
+    tokens = changed = 0
+    for branch in _ranked(run, files, layout, components, config, weights, found).branches:
+        one, other = (choose.kept(score, branch.lengths, **_choice(config)) for score in branch.scores)
+        tokens += len(one)
+        changed += int(np.count_nonzero(one != other))
+    return Spreads(components=found.spreads, response_tokens=tokens, decisions_changed=changed)
+
+
+def keeps(
+    branches: Sequence[Tokens], layout: Layout, components: Components, config: MaskConfig
+) -> list[NDArray[np.bool_]]:
+    """Which tokens of each branch a mask of these settings would keep, (N,) bool each. Nothing is written."""
+    scales = composite.PUBLISHED
+    if _is_scaled(config):
+        scales = composite.sizes((tokens.columns for tokens in branches), components).scales
+    kept = []
+    for number, tokens in enumerate(branches):
+        score = criteria.selection(
+            config.by,
+            tokens.columns,
+            components=components,
+            stability_weight=config.stability_weight,
+            scales=scales,
+            seed=config.seed,
+            layout=layout,
+            branch=number,
+        )
+        lengths = np.bincount(tokens.row)
+        kept.append(choose.weighed(score, lengths, **_choice(config), weights=config.weights).weight > 0)
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------------ decide, write
+
+
+def _fields(config: MaskConfig, generations: Sequence[Generation], version: int) -> dict[str, Json]:
+    """What decides the mask, and nothing that this mask does not depend on; `version`: that of the values."""
+    share = choose.parse_keep(config.keep)
+    about: dict[str, Json] = {
+        "schema_version": version,
+        "generations": [one.generation for one in generations],
+        "values": fingerprint({"shards": [shard.sha256 for one in generations for shard in one.shards]}),
+        "keep": str(share) if share else "positive",
+        "scope": config.scope,
+        "weights": config.weights,
+        "by": config.by,
+        "allow_empty_rows": config.allow_empty_rows,
+    }
+    if len(generations) > 1:
+        about["aggregate"] = config.aggregate
+    if criteria.depends_on_value(config.by):
+        about |= {"stability_weight": float(config.stability_weight), "stability_scale": config.stability_scale}
+    return about | ({"seed": config.seed} if config.by == "random" else {})
+
+
+def _is_there(run: Path, shard: Shard) -> bool:
+    path = run / shard.path
+    return path.is_file() and path.stat().st_size == shard.bytes
+
+
+def _free_number(run: Path, stored: Manifest, mark: str) -> int:
+    """The first number after all finished masks whose folder is empty or was begun with the same settings."""
+    number = stored.masks[-1].mask + 1 if stored.masks else 0
+    while paths := shards.listed(shards.train_folder(run, number)):
+        if shards.read_footer(next(iter(paths.values()))).fingerprint == mark:
+            break
+        number += 1
+    return number
+
+
+def _write(
+    run: Path,
+    stored: Manifest,
+    number: int,
+    generations: Sequence[Generation],
+    config: MaskConfig,
+    about: Mapping[str, Json],
+) -> tuple[Mask, int]:
+    """The mask, its shards written, and how many rows only some of the generations scored."""
+    layout, components = manifest.layout(stored), manifest.components(stored)
+    files = aligned(run, generations)
+    found = _ranked(run, files, layout, components, config, (config.stability_weight,))
+    decided = [_decided(branch, config) for branch in found.branches]
+    facts = MaskFacts(
+        generations=tuple(one.generation for one in generations),
+        settings={item.name: getattr(config, item.name) for item in fields(MaskConfig)},
+        rows_given_back=sum(one.given_back for one in decided),
+    ).as_json()
+    metadata = Footer(fields=about, facts=facts)
+    units = units_of(config.by, config.stability_scale)
+    layout = replace(layout, train=with_units(layout.train, units))
+    folder = shards.train_folder(run, number)
+    sweep(folder)
+    sweep(run)
+    done = shards.committed(folder, about)
+    group = []
+    dealt = zip(*map(_by_shard, found.branches, decided), strict=True)
+    for index, (row_ids, parts) in enumerate(zip(found.row_ids, dealt, strict=True)):
+        path = folder / shards.shard_name(index)
+        if index in done:
+            shards.check_rows(path, row_ids.tolist())
+        else:
+            lists = _train_lists(run, files[index][0], row_ids, layout, parts)
+            done[index] = shards.write_train(path, row_ids, lists, metadata, layout)
+        group.append((shards.read_footer(path), done[index]))
+    return manifest.mask_of(number, folder, group), found.left_out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Decided:
+    """Of N response tokens of one branch: the number selected on and the loss weight, (N,) float32 each.
+
+    `given_back`: rows of the whole branch that got their best token back.
+    """
+
+    score: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    given_back: int
+
+
+def _ranked(
+    run: Path,
+    files: Files,
+    layout: Layout,
+    components: Components,
+    config: MaskConfig,
+    stability_weights: Sequence[float],
+    known: composite.Sizes | None = None,
+) -> Ranked:
+    """What all branches are selected on. The scales are one pair for all: their values must stay comparable."""
+    scales = composite.PUBLISHED
+    if _is_scaled(config):
+        scales = (known or sizes(run, files, layout, components)).scales
+    weights = {"stability_weights": stability_weights, "scales": scales}
+    return ranked(run, files, layout, components, config, **weights)  # type: ignore[arg-type]
+
+
+def _is_scaled(config: MaskConfig) -> bool:
+    return config.stability_scale == "rms" and criteria.depends_on_value(config.by)
+
+
+def _choice(config: MaskConfig) -> dict[str, Any]:
+    """The settings that `masks.kept` takes."""
+    return {"keep": config.keep, "scope": config.scope, "allow_empty_rows": config.allow_empty_rows}
+
+
+def _decided(branch: RankedBranch, config: MaskConfig) -> _Decided:
+    """Eq. 13 for one branch by itself."""
+    (score,) = branch.scores
+    found = choose.weighed(score, branch.lengths, **_choice(config), weights=config.weights)
+    return _Decided(score=score, weight=found.weight, given_back=found.given_back)
+
+
+def _by_shard(branch: RankedBranch, decided: _Decided) -> Iterator[_Decided]:
+    start = 0
+    for length in branch.per_shard:
+        part = slice(start, start + length)
+        yield replace(decided, score=decided.score[part], weight=decided.weight[part])
+        start += length
+
+
+def _train_lists(
+    run: Path, shard: Shard, row_ids: NDArray[np.int64], layout: Layout, decided: Sequence[_Decided]
+) -> list[TrainLists]:
+    """The rows of a train shard, by branch; `decided`: of the response tokens of these rows."""
+    columns = [prefix + name for prefix in layout.branches for name in ("input_ids", "response")]
+    table = table_of(run, shard, layout, columns)
+    table = table.filter(pc.is_in(table["row_id"], pa.array(row_ids)))
+    lists = []
+    for prefix, one in zip(layout.branches, decided, strict=True):
+        response, lengths = shards.entries(table[prefix + "response"])
+        weight, value = np.zeros(len(response), np.float32), np.full(len(response), np.nan, np.float32)
+        weight[response], value[response] = one.weight, one.score
+        ids = shards.entries(table[prefix + "input_ids"])[0].astype(np.int32)
+        lists.append(TrainLists(lengths=lengths, input_ids=ids, weight=weight, value=value))
+    return lists
+
+
+def _summary(run: Path, mask: Mask, stored: Manifest, *, created: bool, left_out: int) -> MaskSummary:
+    return MaskSummary(
+        mask=mask.mask,
+        path=shards.train_folder(run, mask.mask),
+        created=created,
+        newest=mask.mask == stored.masks[-1].mask,
+        generations=mask.generations,
+        rows=sum(shard.rows for shard in mask.shards),
+        rows_left_out=left_out,
+        response_tokens=mask.response_tokens,
+        kept_tokens=mask.kept_tokens,
+        branches=_branch_counts(run, mask, manifest.layout(stored)),
+        rows_given_back=mask.rows_given_back,
+    )
+
+
+def _branch_counts(run: Path, mask: Mask, layout: Layout) -> dict[str, BranchCounts]:
+    """By the branch's name; nothing where the mask's own counts say it all."""
+    if len(layout.branches) == 1:
+        return {}
+    kept, response = dict.fromkeys(layout.branches, 0), dict.fromkeys(layout.branches, 0)
+    for shard in mask.shards:
+        for prefix in layout.branches:
+            table = shards.read_shard(run, shard, layout.train, [prefix + "loss_mask", prefix + "value"])
+            kept[prefix] += int(shards.entries(table[prefix + "loss_mask"])[0].sum())
+            value = pc.list_flatten(table[prefix + "value"])
+            response[prefix] += len(value) - value.null_count
+    return {
+        prefix.rstrip("_"): BranchCounts(kept_tokens=kept[prefix], response_tokens=response[prefix])
+        for prefix in layout.branches
+    }

@@ -1,0 +1,170 @@
+"""Adapters: what their record says, and the merge into their base.
+
+Only LoRA (DoRA and its other variants too) is merged; peft does the arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from alphatoken_curate.errors import ModelError
+from alphatoken_curate.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, json_object, last_name, refuse_pickles
+
+_REPEATABLE = ("True", "False", "None", "gaussian", "orthogonal", "eva", "pissa", "olora")
+"""Ways to begin a LoRA that leave the base as it was, or change it as peft can do again from the base alone."""
+
+_REFUSALS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, re.error)
+"""What peft raises where an adapter is not what it should be."""
+
+_HARMLESS = (
+    "Setting fan_in_fan_out to",  # peft sees for itself which way round a weight is kept
+    "Unexpected keyword arguments",  # `_refuse_unknown` has looked at them
+    "`runtime_config` key",
+    "specified but will be ignored when `init_lora_weights`",  # how the training began
+    "is not specified. Using default",
+    "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern",  # about converting an adapter
+    "no modules were excluded",
+    "a tied layer is part of the adapter",  # a copy that was trained apart: it stays apart in memory
+    "no longer tied after merging",
+    "requested `ensure_weight_tying`",
+    "ensure_weight_tying=True but",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterRecord:
+    """What adapter_config.json says the adapter was trained from: a folder or a Hub id, and its revision there."""
+
+    base: str
+    revision: str | None
+
+    @property
+    def last_name(self) -> str:
+        """The last component of `base`, whichever system wrote it."""
+        return last_name(self.base)
+
+
+def read_record(folder: Path) -> AdapterRecord:
+    """What an adapter was trained from. Raises ModelError where it cannot be merged, or does not say."""
+    path = folder / ADAPTER_CONFIG
+    config = json_object(path)
+    if config.get("peft_type") != "LORA":
+        raise ModelError(
+            f"{path}: its peft_type is {config.get('peft_type')!r}. Only LoRA (and DoRA) adapters are merged here."
+            " Where peft can merge it, save the merged model with save_pretrained and name that folder."
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        refuse_pickles(folder)
+        raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS} in it. Save the adapter again with save_pretrained.")
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{path}: it does not say which model the adapter was trained from."
+            " Write that model's folder or Hub id into base_model_name_or_path."
+        )
+    return AdapterRecord(base=base, revision=revision if isinstance(revision, str) else None)
+
+
+def merge_adapter(model: Any, folder: Path, name: str) -> Any:
+    """`model` with a LoRA adapter merged into its weights, in the dtype and on the device they have.
+
+    No module, hook or attribute of peft is left. Raises ModelError where peft is not installed, the adapter does not
+    fit the model in every tensor, asks for what the installed peft does not know, or gives weights that are not finite.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    # peft first makes an adapter at random, then reads it: no draw of ours may depend on that.
+    devices = [model.device] if model.device.type == "cuda" else []
+    with warnings.catch_warnings(record=True) as said, torch.random.fork_rng(devices=devices):
+        warnings.simplefilter("always")
+        torch.manual_seed(0)
+        peft = _peft(name)
+        try:
+            merged = _merge(peft, model, folder, name)
+        except (*_REFUSALS, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = " ".join(str(error).split("\n\t")[:2])  # of a list of tensors, the first
+            raise ModelError(f"{name}: peft cannot merge it into its base: {reason}") from error
+    _refuse_warnings(said, Path(peft.__file__).parent, name)
+    if left := [n for n, m in merged.named_modules() if type(m).__module__.startswith("peft.")]:
+        raise ModelError(f"{name}: peft left {left[0]} unmerged ({len(left)} modules). Merge and save it yourself.")
+    return merged
+
+
+def _peft(name: str) -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise ModelError(
+            f"{name}: merging an adapter needs the package peft ({error}). Run: pip install 'alphatoken-curate[peft]'."
+        ) from error
+
+
+def _merge(peft: Any, model: Any, folder: Path, name: str) -> Any:
+    _refuse_unknown(peft, folder)
+    config = peft.LoraConfig.from_pretrained(str(folder))
+    if str(config.init_lora_weights) not in _REPEATABLE:
+        raise ModelError(
+            f"{name}: its training began by changing the base ({config.init_lora_weights}) as cannot be done again."
+            " Save it with path_initial_model_for_weight_conversion (see peft), or merge it where it was trained."
+        )
+    config.inference_mode = True
+    # Not PeftModel.from_pretrained: it hides which tensors of the file it had no use for.
+    adapted = peft.PeftModel(model, config)
+    report = adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
+    _refuse_keys(name, "match nothing in its base", report.unexpected_keys)
+    _refuse_keys(name, f"are not in its {ADAPTER_WEIGHTS}", report.missing_keys)
+    _refuse_shared(adapted, name)
+    return adapted.merge_and_unload(safe_merge=True)
+
+
+def _refuse_shared(adapted: Any, name: str) -> None:
+    """A weight that two modules share (tied embeddings, replicated blocks) would carry one's adapter into the other."""
+    lora = importlib.import_module("peft.tuners.lora")
+    owners = Counter(weight.data_ptr() for _, weight in adapted.named_parameters(remove_duplicate=False))
+    for where, module in adapted.named_modules():
+        weight = getattr(module.get_base_layer(), "weight", None) if isinstance(module, lora.LoraLayer) else None
+        if weight is not None and owners[weight.data_ptr()] > 1:
+            raise ModelError(
+                f"{name}: it adapts {where}, whose weight another module of the model shares, so it cannot be merged in"
+                " place. Copy that weight, merge, save the result with save_pretrained and name that folder."
+            )
+
+
+def _refuse_unknown(peft: Any, folder: Path) -> None:
+    """A setting the installed peft would leave out, when it is not empty, can change the weights."""
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)} | {"runtime_config"}
+    path = folder / ADAPTER_CONFIG
+    if unknown := sorted(key for key, value in json_object(path).items() if value and key not in known):
+        raise ModelError(
+            f"{path}: peft {peft.__version__} does not know {', '.join(unknown)}. Run: pip install -U peft."
+        )
+
+
+def _refuse_keys(name: str, why: str, keys: Iterable[str]) -> None:
+    if found := sorted(keys):
+        raise ModelError(
+            f"{name}: {len(found)} tensors of the adapter {why} ({found[0]}): it was trained from another model."
+        )
+
+
+def _refuse_warnings(said: Iterable[warnings.WarningMessage], home: Path, name: str) -> None:
+    """What peft warns of can make the merged model another one than was trained, unless known to be harmless."""
+    for warning in said:
+        text = str(warning.message).strip().partition("\n")[0]
+        passing = issubclass(warning.category, DeprecationWarning | FutureWarning | PendingDeprecationWarning)
+        if passing or home not in Path(warning.filename).parents or any(known in text for known in _HARMLESS):
+            continue
+        raise ModelError(
+            f"{name}: peft warns that merging may go wrong: {text}"
+            " Merge it yourself, save the result with save_pretrained and name that folder."
+        )

@@ -1,0 +1,274 @@
+"""Checkpoints of a training: which are there, whether each is whole, and which are new.
+
+What is relied on, as transformers 5.23 writes a `checkpoint-<step>` (`Trainer._save_checkpoint`):
+* a whole model: config.json, then each safetensors file, then (sharded) model.safetensors.index.json;
+* an adapter: adapter_model.safetensors, then adapter_config.json;
+* then the tokenizer, training_args.bin, optimizer, scheduler and random states, and trainer_state.json last of all,
+  with `save_only_model` too. Old checkpoints are deleted after that (`save_total_limit`), file by file.
+safetensors 0.8 writes to `.tmp*` in the same folder and renames; earlier ones write in place, the header first.
+Nothing else is taken for granted: a folder that another tool writes or copies is told to be whole by its own files, and
+to be at rest by two looks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import orjson
+
+from alphatoken_curate.errors import ModelError
+from alphatoken_curate.models.folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    is_adapter,
+    json_object,
+    model_weights,
+    pickled_weights,
+    refuse_pickles,
+)
+from alphatoken_curate.models.load import ModelSource, digest_files, find_model
+
+Signature: TypeAlias = tuple[tuple[str, int, int], ...]
+"""(name, size in bytes, time of the last change in ns) of each file of a folder, by name."""
+
+_STEP = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
+_LAST_WRITTEN = "trainer_state.json"
+_LARGEST_HEADER = 100_000_000  # bytes; safetensors itself refuses more
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A whole model or an adapter that training saved; `step` is None where the folder's name does not tell it."""
+
+    name: str
+    step: int | None
+    source: ModelSource
+
+
+def find_checkpoints(path: str | Path, *, base: ModelSource | None) -> list[Checkpoint]:
+    """The checkpoints at `path`: a model, an adapter of `base` (None: what it names), or a Trainer's output folder.
+
+    Those of an output folder come in the order of their steps; the model that the folder holds itself comes last,
+    unless its weights are those of the last step. Raises ModelError where there is none, where one is half-written
+    (all such are named) or is an adapter of another model than `base`.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_file() and folder.suffix == ".gguf":
+        return [Checkpoint(name=folder.stem, step=None, source=find_model(str(folder)))]
+    if not folder.is_dir():
+        raise ModelError(f"{path}: no such folder. A checkpoint is a folder that a training saved.")
+    steps = _steps(folder)
+    own = bool(model_weights(folder)) or (folder / ADAPTER_WEIGHTS).is_file()
+    if not own and not steps:
+        _refuse_empty(folder)
+    folders = [*steps.values(), *([folder] if own or not steps else [])]
+    _refuse_half(folders)
+    found = [_checkpoint(one, base) for one in folders]
+    if own and steps and _weights_digest(found[-1].source) == _weights_digest(found[-2].source):
+        found.pop()
+    return found
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The `checkpoint-<step>` folders in a folder, by step; none where there is no folder yet."""
+    try:
+        named = [(_STEP.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        return {}
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
+
+
+def _checkpoint(folder: Path, base: ModelSource | None) -> Checkpoint:
+    name = folder.resolve().name
+    match = _STEP.fullmatch(name)
+    return Checkpoint(name=name, step=int(match[1]) if match else None, source=find_model(str(folder), base=base))
+
+
+def _refuse_empty(folder: Path) -> None:
+    refuse_pickles(folder)
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        raise ModelError(
+            f"{folder}: neither a model nor an adapter nor a checkpoint-<step> folder is in it."
+            " Name a folder that save_pretrained or a Trainer wrote."
+        )
+
+
+def _refuse_half(folders: list[Path]) -> None:
+    half = {folder: problem for folder in folders if (problem := is_complete(folder)) is not None}
+    if not half:
+        return
+    for folder in half:
+        refuse_pickles(folder)
+    named = "; ".join(f"{folder.name}: {problem}" for folder, problem in half.items())
+    whole = next((folder for folder in reversed(folders) if folder not in half), None)
+    instead = f", or name one that is whole ({whole})" if whole is not None else ""
+    raise ModelError(
+        f"{next(iter(half)).parent}: not written to the end: {named}."
+        f" Wait until it is saved, delete what a killed training left{instead}."
+    )
+
+
+def _weights_digest(source: ModelSource) -> str:
+    return digest_files([source.adapter / ADAPTER_WEIGHTS] if source.adapter else source.weight_files())
+
+
+def is_complete(folder: Path) -> str | None:
+    """None where every file that a model or an adapter needs is there, to its last byte; else what is missing.
+
+    Only names, sizes and headers are read. Whether anyone still writes is `Watcher`'s to tell.
+    """
+    try:
+        return next(_problems(folder), None)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+
+
+def _problems(folder: Path) -> Iterator[str]:
+    if folder.name.startswith("tmp-checkpoint-"):
+        yield "its name says that it is being written"
+    state = _changed(folder / _LAST_WRITTEN)
+    for path in sorted(folder.iterdir()):
+        unfinished = path.name.startswith(".tmp") or path.name.endswith((".tmp", ".incomplete"))
+        # One that is older than the end of the save was left by a save that was killed.
+        if unfinished and (state is None or path.stat().st_ctime_ns > state):
+            yield f"{path.name} is being written"
+    adapter = is_adapter(folder)
+    yield from _config_problems(folder / (ADAPTER_CONFIG if adapter else "config.json"))
+    weights = [folder / ADAPTER_WEIGHTS] if adapter else model_weights(folder)
+    if not weights or not weights[0].is_file():
+        pickled = "".join(f" ({name} is pickled, and never read)" for name in pickled_weights(folder)[:1])
+        yield (f"no {ADAPTER_WEIGHTS}" if adapter else "no *.safetensors") + pickled
+    for path in weights:
+        yield from _tensor_problems(path)
+    if not adapter:
+        yield from _shard_problems(folder, [path.name for path in weights])
+
+
+def _config_problems(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        yield f"no {path.name}"
+        return
+    try:
+        json_object(path)
+    except ModelError:
+        yield f"{path.name} is not a JSON object"
+
+
+def _tensor_problems(path: Path) -> Iterator[str]:
+    """A safetensors file is: 8 bytes, the length of the header; the header, JSON; the tensors, to the last offset."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 0 < length <= min(_LARGEST_HEADER, size - 8):
+            yield f"{path.name} has no whole header in its {size} bytes"
+            return
+        header = file.read(length)
+    try:
+        ends = [tensor["data_offsets"][1] for name, tensor in orjson.loads(header).items() if name != "__metadata__"]
+        wanted = 8 + length + max(ends, default=0)
+    except (orjson.JSONDecodeError, AttributeError, KeyError, IndexError, TypeError):
+        yield f"{path.name} has no header of safetensors"
+        return
+    if not ends:
+        yield f"{path.name} holds no tensor"
+    elif size != wanted:
+        yield f"{path.name} has {size} of {wanted} bytes"
+
+
+def _shard_problems(folder: Path, names: list[str]) -> Iterator[str]:
+    indexes = {path.name for path in folder.glob("*.safetensors.index.json")}
+    for stem, count in sorted({(match[1], match[3]) for match in map(_SHARD.fullmatch, names) if match}):
+        wanted = {f"{stem}-{i:05}-of-{count}.safetensors" for i in range(1, int(count) + 1)}
+        if missing := sorted(wanted - set(names)):
+            yield f"no {missing[0]} ({len(missing)} of {len(wanted)} files are missing)"
+        if f"{stem}.safetensors.index.json" not in indexes:
+            yield f"no {stem}.safetensors.index.json"
+    for name in sorted(indexes):
+        if name.removesuffix(".index.json") in names:
+            continue  # left by an earlier save; one file with everything goes before it
+        try:
+            listed = set(json_object(folder / name)["weight_map"].values())
+        except (ModelError, KeyError, AttributeError, TypeError):
+            yield f"{name} is not an index of weights"
+            continue
+        if missing := sorted(map(str, listed - set(names))):
+            yield f"no {missing[0]}, which {name} lists"
+
+
+def signature(folder: Path) -> Signature:
+    """What tells a folder's files from what they were: a caller keeps digests by it. Folders inside do not count."""
+    found = []
+    for path in folder.iterdir():
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            continue
+        if path.is_file():
+            found.append((path.name, stat.st_size, stat.st_mtime_ns))
+    return tuple(sorted(found))
+
+
+def _changed(path: Path) -> int | None:
+    """Time in ns at which a file came to be as and where it is; unlike its mtime, a copy does not keep it."""
+    try:
+        return path.stat().st_ctime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _saved_to_the_end(folder: Path) -> bool:
+    """Whether the Trainer has written its last file, after all that a model is made of."""
+    state = _changed(folder / _LAST_WRITTEN)
+    if state is None:
+        return False
+    made_of = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
+    return all((changed := _changed(path)) is not None and changed <= state for path in made_of)
+
+
+class Watcher:
+    """Looks at a Trainer's output folder, which need not be there yet, for checkpoints that are whole and at rest.
+
+    At rest: the Trainer's last file is there and is the newest, or no file changed since the look before; so let some
+    seconds pass between looks. Only `checkpoint-<step>` folders count.
+    """
+
+    def __init__(self, folder: str | Path, base: ModelSource | None) -> None:
+        self.folder = Path(folder).expanduser()
+        self.base = base
+        self.waiting: dict[str, str] = {}
+        """Names of the checkpoints that the last look found not ready, and why."""
+        self._seen: dict[int, Signature] = {}
+        self._found: dict[tuple[int, Signature], Checkpoint] = {}
+
+    def ready(self) -> list[Checkpoint]:
+        """All that are ready now, in the order of their steps; those deleted since the last look are gone.
+
+        Raises ModelError where one is an adapter of another model than the base, or cannot be read safely.
+        """
+        before, self._seen, self.waiting = self._seen, {}, {}
+        found = [self._look(step, folder, before.get(step)) for step, folder in _steps(self.folder).items()]
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+    def _look(self, step: int, folder: Path, before: Signature | None) -> Checkpoint | None:
+        try:
+            now = self._seen[step] = signature(folder)
+            problem = is_complete(folder)
+            if problem is None and not (before == now or _saved_to_the_end(folder)):
+                problem = "its files may still change"
+            if problem is None:
+                # To find a base can ask the network or read it all: once for what does not change.
+                found = self._found.get((step, now)) or _checkpoint(folder, self.base)
+                if signature(folder) == now:
+                    return self._found.setdefault((step, now), found)
+                problem = "its files changed during the look"
+        except (FileNotFoundError, ModelError):
+            if (problem := is_complete(folder)) is None:
+                raise
+        if folder.is_dir():
+            self.waiting[folder.name] = problem
+        return None

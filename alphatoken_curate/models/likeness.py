@@ -1,0 +1,49 @@
+"""Whether a model can be compared with another one, as far as their config.json tells: no weights are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alphatoken_curate.errors import ModelError
+from alphatoken_curate.models.load import ModelSource, model_config
+
+_SHAPE = {
+    "model_type": "is a {} model",
+    "num_hidden_layers": "has {} decoder blocks",
+    "n_layer": "has {} decoder blocks",
+    "hidden_size": "has a hidden size of {}",
+    "n_embd": "has a hidden size of {}",
+    "intermediate_size": "has an intermediate size of {}",
+    "num_attention_heads": "has {} attention heads",
+    "num_key_value_heads": "has {} key-value heads",
+    "head_dim": "has heads of size {}",
+}
+
+
+def check_alike(model: ModelSource, reference: ModelSource) -> None:
+    """Raise ModelError where a model cannot have been tuned from a reference: another architecture, size or depth.
+
+    More tokens than the reference knows may have been added; fewer may not be known. GGUF files have no config.json:
+    their models are compared once they are loaded.
+    """
+    if model.gguf or reference.gguf or model.folder == reference.folder:
+        return
+    mine, theirs = _text_config(model), _text_config(reference)
+    for key, says in _SHAPE.items():
+        if key in mine and key in theirs and mine[key] != theirs[key]:
+            raise _unlike(model, reference, says.format(mine[key]), says.format(theirs[key]))
+    known, wanted = mine.get("vocab_size"), theirs.get("vocab_size")
+    if isinstance(known, int) and isinstance(wanted, int) and known < wanted:
+        raise _unlike(model, reference, f"knows {known} tokens", f"knows {wanted}")
+
+
+def _text_config(source: ModelSource) -> dict[str, Any]:
+    config = model_config(source)
+    inner = config.get("text_config")
+    return config | inner if isinstance(inner, dict) else config
+
+
+def _unlike(model: ModelSource, reference: ModelSource, mine: str, theirs: str) -> ModelError:
+    return ModelError(
+        f"{model.name} {mine}, and the reference {reference.name} {theirs}: the one was not tuned from the other."
+    )

@@ -1,0 +1,217 @@
+"""Check a run folder: digests, checksums, footers, counts and alignment. Reports problems, repairs nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from alphatoken_curate.errors import StoredDataError
+from alphatoken_curate.reading import rules
+from alphatoken_curate.runs import card, manifest, sealed, shards
+from alphatoken_curate.runs.atomic import TEMPORARY, digest
+from alphatoken_curate.runs.manifest import File, Generation, Manifest, Mask
+from alphatoken_curate.runs.schema import LAYOUTS, SFT, STATUSES, Components, Layout
+from alphatoken_curate.runs.shards import Shard
+
+AGAIN = "delete it and run the command that made it again"
+_FOLDERS = ("values", "train", "artifacts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """`file` relative to the run, what was `found` there and what to `do`."""
+
+    file: str
+    found: str
+    do: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A run folder, what is said of it, its columns and signals, and the files that are `broken` and not read again."""
+
+    folder: Path
+    stored: Manifest
+    layout: Layout
+    components: Components
+    broken: set[str] = field(default_factory=set)
+
+
+def verify(run: str | Path) -> list[Problem]:
+    """Every problem of a run folder, file by file; an empty list means that all of it is as it was written.
+
+    A file whose digest is not the manifest's is not read further. Where the manifest is damaged the shards on disk are
+    checked by their own footers. Raises nothing for damage.
+    """
+    folder = Path(run)
+    problems: list[Problem] = []
+    try:
+        stored = manifest.read(folder)
+        layout, components = manifest.layout(stored), manifest.components(stored)
+    except StoredDataError as error:
+        problems.append(Problem(file=manifest.NAME, found=str(error), do="run the same command again to make it anew"))
+        try:
+            stored = manifest.rebuild(folder)
+            layout, components = manifest.layout(stored), manifest.components(stored)
+        except StoredDataError as also:
+            return [*problems, *_each_alone(folder, also), *_strangers(folder, None)]
+    problems += _digests(folder, stored)
+    if not problems:
+        problems += _against_footers(folder, stored)
+    broken = {problem.file for problem in problems}
+    about = _Run(folder=folder, stored=stored, layout=layout, components=components, broken=broken)
+    for generation in stored.generations:
+        problems += _generation(about, generation)
+    for mask in stored.masks:
+        problems += _mask(about, mask)
+    return [*problems, *_card(folder, stored), *_strangers(folder, stored)]
+
+
+# ------------------------------------------------------------------------------------------------- files as a whole
+
+
+def _digests(run: Path, stored: Manifest) -> Iterator[Problem]:
+    for file in _named(stored):
+        try:
+            found = digest(run / file.path)
+        except StoredDataError as error:
+            yield Problem(file=file.path, found=str(error), do="restore it, or run the command that made it again")
+            continue
+        if found != (file.bytes, file.sha256):
+            have = f"{found[0]} bytes, sha256 {found[1]}"
+            yield Problem(file=file.path, found=f"{have}; written {file.bytes} bytes, {file.sha256}", do=AGAIN)
+
+
+def _named(stored: Manifest) -> list[File]:
+    """All files that the manifest names."""
+    groups: list[Generation | Mask] = [*stored.generations, *stored.masks]
+    shards = [shard for group in groups for shard in group.shards]
+    return [*stored.files, *(File(path=one.path, bytes=one.bytes, sha256=one.sha256) for one in shards)]
+
+
+def _against_footers(run: Path, stored: Manifest) -> Iterator[Problem]:
+    """What the manifest says of runs and masks is also in the footers: a changed manifest shows against them."""
+    try:
+        told = manifest.rebuild(run)
+    except StoredDataError:
+        return  # the shard that prevents it is reported for itself
+    for name in ("schema_version", "inputs", "digests", "settings", "versions", "counts", "generations", "masks"):
+        if getattr(told, name) != getattr(stored, name):
+            do = "delete manifest.json and run the same command again"
+            yield Problem(file=manifest.NAME, found=f"its `{name}` are not what the shards say", do=do)
+
+
+def _each_alone(run: Path, reason: StoredDataError) -> Iterator[Problem]:
+    """No manifest and none to be made: each shard by its own footer and checksums."""
+    yield Problem(file=".", found=str(reason), do="run the same command again to make what is missing")
+    for folder in ("values/generation=*", "train/mask=*"):
+        for path in sorted(run.glob(f"{folder}/part-*.parquet")):
+            try:
+                layout = sealed.opened(path, lambda file: _layout_of(file.schema_arrow))
+                shards.read(path, layout.values if folder.startswith("values") else layout.train)
+            except StoredDataError as error:
+                yield Problem(file=path.relative_to(run).as_posix(), found=str(error), do=AGAIN)
+
+
+def _layout_of(schema: pa.Schema) -> Layout:
+    """The layout whose first branch the columns have; nothing else says it of a single file."""
+    return next((one for one in LAYOUTS.values() if f"{one.branches[0]}input_ids" in schema.names), SFT)
+
+
+def _card(run: Path, stored: Manifest) -> Iterator[Problem]:
+    if not card.is_current(run, stored):
+        found = "missing, or its configs are not those of the newest generation and mask"
+        yield Problem(file=card.NAME, found=found, do="run the command that made the newest mask again")
+
+
+def _strangers(run: Path, stored: Manifest | None) -> Iterator[Problem]:
+    """Temp files anywhere; and below values/, train/ and artifacts/ whatever the manifest does not name."""
+    named = set() if stored is None else {file.path for file in _named(stored)}
+    for path in sorted(run.rglob("*")):
+        name = path.relative_to(run)
+        if TEMPORARY.fullmatch(path.name):
+            do = "delete it, or run the same command again, which does"
+            yield Problem(file=name.as_posix(), found="left behind by a writer that was stopped", do=do)
+        elif stored is not None and name.parts[0] in _FOLDERS and not path.is_dir() and name.as_posix() not in named:
+            do = "finish it by the command that began it, or move it out of the run"
+            yield Problem(file=name.as_posix(), found="not named by the manifest", do=do)
+
+
+# ----------------------------------------------------------------------------------------------- what the files hold
+
+
+def _generation(run: _Run, generation: Generation) -> Iterator[Problem]:
+    total, status, whole = rules.Total(), Counter[str](), True
+    for index, shard in enumerate(generation.shards):
+        table, problem = _table(run, shard, run.layout.values, generation.fingerprint)
+        if table is None:
+            whole = False
+            total.rows += shard.rows
+            yield from problem
+            continue
+        beta = run.stored.settings.get("beta")
+        found = list(rules.values(table, run.layout, run.components, shard, total, beta=beta))
+        found += _other_rows(run, generation, index, table)
+        yield from (Problem(file=shard.path, found=what, do=AGAIN) for what in found)
+        status.update(table["status"].to_pylist())
+    if generation is run.stored.generations[-1]:
+        yield from _wrong_counts(run.stored, total, status if whole else None)
+
+
+def _wrong_counts(stored: Manifest, total: rules.Total, status: Counter[str] | None) -> Iterator[Problem]:
+    """Where the manifest's counts differ from those of the newest generation, if all of it was read."""
+    counts, do = stored.counts, "delete it and run the same command again"
+    have: dict[str, int] = {}
+    if status is not None:
+        have = {"read": total.rows, "tokens": total.tokens, "response_tokens": total.response}
+        have |= {name: status[name] for name in STATUSES}
+    for name, number in have.items():
+        if getattr(counts, name) != number:
+            found = f"counts {getattr(counts, name)} {name}, the shards hold {number}"
+            yield Problem(file=manifest.NAME, found=found, do=do)
+    if counts.read != sum(getattr(counts, name) for name in STATUSES):
+        yield Problem(file=manifest.NAME, found="rows read are not scored + target + failed + rejected", do=do)
+
+
+def _other_rows(run: _Run, generation: Generation, index: int, table: pa.Table) -> Iterator[str]:
+    first = run.stored.generations[0]
+    if index >= len(first.shards):
+        yield f"the first generation has {len(first.shards)} shards, and none for these rows"
+    elif generation is not first:
+        rows, _ = _table(run, first.shards[index], run.layout.values, first.fingerprint)
+        yield from () if rows is None else rules.other_rows(table, rows, run.layout)
+
+
+def _table(run: _Run, shard: Shard, schema: pa.Schema, mark: str) -> tuple[pa.Table | None, list[Problem]]:
+    if shard.path in run.broken:
+        return None, []
+    path = run.folder / shard.path
+    try:
+        table, footer = shards.read(path, schema), shards.read_footer(path)
+    except StoredDataError as error:
+        return None, [Problem(file=shard.path, found=str(error), do=AGAIN)]
+    if footer.fingerprint != mark:
+        return None, [Problem(file=shard.path, found=f"fingerprint {footer.fingerprint}, not {mark}", do=AGAIN)]
+    return table, []
+
+
+def _mask(run: _Run, mask: Mask) -> Iterator[Problem]:
+    sources = [one for one in run.stored.generations if one.generation in mask.generations]
+    totals, whole = [rules.Total() for _ in run.layout.branches], True
+    for index, shard in enumerate(mask.shards):
+        table, problem = _table(run, shard, run.layout.train, mask.fingerprint)
+        yield from problem
+        values = [_table(run, one.shards[index], run.layout.values, one.fingerprint)[0] for one in sources]
+        scored = rules.scored_in_all(values)
+        if table is None or scored is None:
+            whole = False
+            continue
+        found = rules.train(table, scored, shard, run.layout, totals)
+        yield from (Problem(file=shard.path, found=what, do=AGAIN) for what in found)
+    if whole:
+        folder = f"train/mask={mask.mask:04d}"
+        yield from (Problem(file=folder, found=what, do=AGAIN) for what in rules.sums(mask, run.layout, totals))

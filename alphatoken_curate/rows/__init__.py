@@ -1,0 +1,6 @@
+"""Files on disk become rows: containers, columns, shapes, and bad rows named.
+
+In: DATA as it was named: files, folders, globs, a data set of the Hub.
+Out: a `RowStream` of chats, texts, tokens or pairs in normal form, with bad rows beside it.
+Open first: read.py.
+"""

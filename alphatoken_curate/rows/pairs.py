@@ -1,0 +1,187 @@
+"""Preference rows: a chosen and a rejected answer to one prompt, which may be implied by what both begin with."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from itertools import takewhile
+from typing import Any
+
+from alphatoken_curate.rows.containers import RowFault
+from alphatoken_curate.rows.shapes import (
+    Messages,
+    Pair,
+    PromptCompletion,
+    Record,
+    Shapes,
+    chat,
+    messages_of,
+    said,
+    text_of,
+    tokens_of,
+    with_system,
+    wrong,
+)
+
+BRANCHES = ("chosen", "rejected")
+"""Names of the branches of a pair, in the order of the fields of Pair."""
+
+PROMPT_LIKE = ("instruction", "question", "query", "input", "context", "system")
+"""Keys that hold what belongs to the prompt in some data sets: a prompt is never guessed beside one of them."""
+
+_ANSWERS, _ASKS = "\n\nAssistant:", "\n\nHuman:"
+_LAST = re.compile(r"\S+\s*\Z")
+_WORD = re.compile(r"\w+(?:[.,'’-]\w+)*[.,'’-]?\Z")
+
+
+def _from_branches(record: dict[str, Any]) -> tuple[str, Pair]:
+    texts = [isinstance(record[name], str) for name in BRANCHES]
+    lists = [isinstance(record[name], list) for name in BRANCHES]
+    if record.get("prompt") is not None:
+        if isinstance(record["prompt"], str) and not record["prompt"].strip():
+            message = "prompt is empty; leave the key out where chosen and rejected begin with the prompt"
+            raise RowFault("no_prompt", message)
+        if all(texts) and isinstance(record["prompt"], str):
+            return "preference", _answers(record)
+        return "preference", _turns(record)
+    if all(texts):
+        return "preference", _continuations(record)
+    if all(lists):
+        return "preference", _whole_chats(record, *(messages_of(record, name) for name in BRANCHES))
+    odd = BRANCHES[texts[0] or lists[0]]
+    raise wrong(odd, "text or a list of messages, as the other branch is", record[odd])
+
+
+def _from_token_branches(record: dict[str, Any]) -> tuple[str, Pair]:
+    return "preference_tokens", _pair(lambda name: tokens_of(record, f"{name}_"))
+
+
+def _pair(branch: Callable[[str], Record]) -> Pair:
+    """The pair of both branches, made by name. Raises RowFault where they are the same."""
+    pair = Pair(chosen=branch("chosen"), rejected=branch("rejected"))
+    if pair.chosen == pair.rejected:
+        raise RowFault("same_branches", "chosen and rejected are the same: neither is preferred")
+    return pair
+
+
+def _chat(name: str, record: dict[str, Any], messages: list[dict[str, Any]], start: int) -> Messages:
+    try:
+        return chat(record, messages, respond_from=start)
+    except RowFault as fault:
+        raise fault.within(name) from None
+
+
+def _answers(record: dict[str, Any]) -> Pair:
+    """Texts that answer a text."""
+    prompt = text_of(record, "prompt")
+
+    def branch(name: str) -> Messages:
+        turns = with_system(record, [said("user", prompt), said("assistant", _filled(record, name))])
+        plain = None if record.get("system") else PromptCompletion(prompt=prompt, completion=record[name])
+        return chat(record, turns, plain=plain)
+
+    return _pair(branch)
+
+
+def _filled(record: dict[str, Any], name: str) -> str:
+    text = text_of(record, name)
+    if not text.strip():
+        raise RowFault("no_response", f"{name} is empty: nothing responds")
+    return text
+
+
+def _turns(record: dict[str, Any]) -> Pair:
+    """Messages, or text as the assistant's, that follow a prompt of messages or text, or repeat it first."""
+    is_text = isinstance(record["prompt"], str)
+    prompt = [said("user", record["prompt"])] if is_text else messages_of(record, "prompt")
+    after = {
+        name: [said("assistant", _filled(record, name))] if isinstance(record[name], str) else messages_of(record, name)
+        for name in BRANCHES
+    }
+    if all(_repeats(turns, prompt) for turns in after.values()):
+        return _whole_chats(record, after["chosen"], after["rejected"])
+    for name, turns in after.items():
+        if is_text and turns[0]["role"] != "assistant":
+            found = f"{name} begins with a message of role {turns[0]['role']}"
+            raise RowFault("prompt_mismatch", f"{found}, but prompt is none of the messages that both branches share")
+    before = with_system(record, prompt)
+    return _pair(lambda name: _chat(name, record, before + after[name], len(before)))
+
+
+def _repeats(turns: list[dict[str, Any]], prompt: list[dict[str, Any]]) -> bool:
+    """Do the turns begin with the prompt, a system message in front of it aside?"""
+    own = turns if prompt[0]["role"] == "system" else _but_system(turns)
+    return own[: len(prompt)] == prompt
+
+
+def _but_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message for message in messages if message["role"] not in ("system", "developer")]
+
+
+def _whole_chats(record: dict[str, Any], *chats: list[dict[str, Any]]) -> Pair:
+    """Chats whose longest common beginning is the prompt."""
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(*chats, strict=False))))
+    if len(chats[0]) == len(chats[1]) == shared:
+        raise RowFault("same_branches", "chosen and rejected are the same: neither is preferred")
+    for name, messages in zip(BRANCHES, chats, strict=True):
+        if len(messages) == shared:
+            raise RowFault("no_response", f"{name} is no more than the beginning of the other: it answers nothing")
+    if not _but_system(chats[0][:shared]):
+        message = "chosen and rejected begin with different messages; give the prompt, or let both begin with it"
+        raise RowFault("no_prompt", message)
+    before = with_system(record, chats[0][:shared])
+    after = {name: messages[shared:] for name, messages in zip(BRANCHES, chats, strict=True)}
+    return _pair(lambda name: _chat(name, record, before + after[name], len(before)))
+
+
+def _continuations(record: dict[str, Any]) -> Pair:
+    """Texts whose common beginning is the prompt, of a row that gives none."""
+    if "prompt" in record:
+        raise RowFault("null_field", "prompt is null; give it a value, or leave it out where both texts begin with it")
+    if beside := [key for key in PROMPT_LIKE if record.get(key) not in (None, "")]:
+        message = f"{' and '.join(beside)} beside chosen and rejected but no prompt; put the whole prompt under prompt"
+        raise RowFault("no_prompt", message)
+    texts = {name: _filled(record, name) for name in BRANCHES}
+    if texts["chosen"] == texts["rejected"]:
+        raise RowFault("same_branches", "chosen and rejected are the same: neither is preferred")
+    prompt = _common_prompt(*texts.values())
+    if not prompt.strip():
+        message = "chosen and rejected do not begin with the same words, and no prompt is given"
+        raise RowFault("no_prompt", message)
+
+    def branch(name: str) -> PromptCompletion:
+        completion = texts[name][len(prompt) :]
+        if not completion.strip():
+            raise RowFault("no_response", f"{name} is no more than the prompt: nothing responds")
+        if prompt.endswith(_ANSWERS) and _ASKS in completion:
+            message = f"{name} goes on with a turn of the human behind the answer; give both as lists of messages"
+            raise RowFault("several_turns", message)
+        return PromptCompletion(prompt=prompt, completion=completion)
+
+    return _pair(branch)
+
+
+def _common_prompt(one: str, other: str) -> str:
+    """What both texts begin with, up to the last `Assistant:` of a dialogue, else to where a word begins.
+
+    A space before the first word that differs is left to that word, as tokenizers have it.
+    """
+    pairs = enumerate(zip(one, other, strict=False))
+    length = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    shared = one[:length]
+    if _ANSWERS in shared:
+        return shared[: shared.rindex(_ANSWERS) + len(_ANSWERS)]
+    following = one[length : length + 1], other[length : length + 1]
+    if not all(following):  # one is the beginning of the other: its last word differs by where it ends
+        shared = _LAST.sub("", shared)
+    elif any(c.isalnum() or c == "_" or unicodedata.combining(c) for c in following):
+        shared = _WORD.sub("", shared)
+    return shared[:-1] if shared.endswith(" ") else shared
+
+
+PREFERENCE: Shapes = {
+    BRANCHES: _from_branches,
+    ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"): _from_token_branches,
+}
+"""Rows with two answers."""

@@ -1,0 +1,254 @@
+"""Read every row into its normal form, setting bad ones aside.
+
+Shapes, found by their keys (others are left alone, except `id`, `tools` and, for chats not made of `messages`, a
+`system` text that becomes the first message):
+
+| keys | becomes |
+|---|---|
+| `messages` | Messages: every assistant turn responds |
+| `conversations` (ShareGPT `from`/`value`, or `role`/`content`) | Messages |
+| `prompt` + `completion`, both text | PromptCompletion: the completion continues the prompt, no chat template |
+| `prompt` + `response`, both text | Messages: one user turn, one assistant turn |
+| `prompt` + `completion` or `response`, both lists of messages | Messages; only the turns of the second list respond |
+| `instruction` (+ `input`) + `output` | Messages; `input` follows the instruction after a blank line |
+| `input_ids` + `labels` | Tokens |
+
+Preference rows become a Pair of two of these:
+
+| keys | becomes |
+|---|---|
+| `prompt` + `chosen` + `rejected`, all text | Messages: one user turn, one assistant turn; where the tokenizer has no \
+chat template, PromptCompletion: the answer continues the prompt as it is (`chat` sees to it) |
+| `prompt` + `chosen` + `rejected`, some lists of messages | Messages; a prompt of text is a user turn, an answer of \
+text an assistant turn; only turns behind the prompt respond; branches that repeat the prompt are read as whole chats |
+| `chosen` + `rejected`, whole chats | Messages; the messages that both begin with are the prompt |
+| `chosen` + `rejected`, whole texts | PromptCompletion; what both begin with is the prompt, up to the last \
+`Assistant:` of a dialogue in the manner of `Human:` and `Assistant:`, else to where a word begins |
+| `chosen_input_ids` + `chosen_labels` + `rejected_input_ids` + `rejected_labels` | Tokens |
+
+`messages` beside `chosen` and `rejected` is left alone where it is the chosen chat once more.
+
+Rows that are read only where they are asked for (`also`), and only where they are of no shape above:
+
+| also | keys | becomes |
+|---|---|---|
+| `text` | `text` | Passage: every token responds |
+| `prompt` | `prompt`, text or messages | Prompt: one user turn, or text as it is where there is no chat template |
+| `prompt` | `messages` or `conversations` that do not end with an answer | Prompt |
+
+`labels` are aligned with `input_ids`: each is -100 or the token at the same index. Nothing predicts token 0, so its
+label is taken as -100. A row of no shape, or of two, is a bad row; so is one without an answer, and a preference row
+whose answers are the same.
+
+Bad rows are collected, never raised one by one, and take up a `row_id` like any other: nothing shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from alphatoken_curate.errors import InputError
+from alphatoken_curate.rows.containers import Meter, RawRow, RowFault
+from alphatoken_curate.rows.files import find_files, visible
+from alphatoken_curate.rows.pairs import PREFERENCE, PROMPT_LIKE
+from alphatoken_curate.rows.shapes import OPEN, SFT, SIDE, Also, AnyRecord, Pair, Shapes, wrong
+from alphatoken_curate.rows.tables import raw_rows
+
+MAX_BAD_ROWS = 1_000_000
+"""Most bad rows that are told one by one; a file with more is not what it should be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A usable row. `row_id`: its place among all rows read, bad ones counted, from 0. `line`: from 1."""
+
+    row_id: int
+    source: str
+    line: int
+    id: str | None
+    shape: str
+    record: AnyRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRow:
+    """A row that cannot be used: where it is, a short `reason` code, a sentence, and its first characters."""
+
+    row_id: int
+    source: str
+    line: int
+    reason: str
+    message: str
+    excerpt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputFile:
+    """A file as read. `digest`: sha256 of its bytes as stored (of a Hub dataset: of its rows as JSON lines)."""
+
+    path: str
+    source: str
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRows:
+    """All that was read, in reading order; `len(rows) + len(bad)` rows were read."""
+
+    rows: list[Row]
+    bad: list[BadRow]
+    files: list[InputFile]
+
+
+class RowStream:
+    """Rows of `data` (see `find_files`) one by one; `also` names shapes that are not read otherwise.
+
+    What was read beside them until then: `bad` rows, whole `files`, and how many rows of both kinds were `read`.
+    """
+
+    def __init__(self, data: Sequence[str], also: tuple[Also, ...] = ()) -> None:
+        self.bad: list[BadRow] = []
+        self.files: list[InputFile] = []
+        self.read = 0
+        self._data, self._also = data, also
+        self._samples: dict[bool, Row] = {}
+
+    def __iter__(self) -> Iterator[Row]:
+        """Once. Raises InputError where nothing is found, a file is torn or is not what it should be, or no row is."""
+        for file in find_files(self._data):
+            meter = Meter(file)
+            yield from self.sort(raw_rows(file, meter, _keys(self._also)), file.source)
+            digest, size = meter.digest, meter.stored_bytes
+            self.files.append(InputFile(path=file.path, source=file.source, digest=digest, bytes=size))
+        if not self.read:
+            raise InputError(f"No row in {', '.join(visible(file.path) for file in self.files[:20])}. Name other data.")
+
+    def sort(self, raws: Iterable[RawRow], source: str) -> Iterator[Row]:
+        """The good ones of these rows; the others are put with the bad ones."""
+        for raw in raws:
+            row_id, self.read = self.read, self.read + 1
+            try:
+                if isinstance(raw.record, RowFault):
+                    raise raw.record
+                shape, record = normalise(raw.record, self._also)
+                name = _id(raw.record)
+            except RowFault as fault:
+                self.bad.append(
+                    BadRow(
+                        row_id=row_id,
+                        source=source,
+                        line=raw.line,
+                        reason=fault.reason,
+                        message=fault.message,
+                        excerpt=raw.excerpt,
+                    )
+                )
+                self._check_bad(source)
+                continue
+            row = Row(row_id=row_id, source=source, line=raw.line, id=name, shape=shape, record=record)
+            self._samples.setdefault(isinstance(record, Pair), row)
+            yield row
+
+    def _check_bad(self, source: str) -> None:
+        if len(self.bad) > MAX_BAD_ROWS:
+            last = self.bad[-1]
+            raise InputError(
+                f"{visible(source)}: more than {MAX_BAD_ROWS:,} rows cannot be used, the last at line {last.line}:"
+                f" {last.reason}: {last.message}. This is not the data it should be; name other files."
+            )
+
+    @property
+    def samples(self) -> list[Row]:
+        """The first SFT row and the first preference row until now."""
+        return list(self._samples.values())
+
+
+def read_rows(data: Sequence[str], also: tuple[Also, ...] = ()) -> ReadRows:
+    """Every row of a `RowStream` at once. Raises as it does."""
+    stream = RowStream(data, also)
+    rows = list(stream)
+    return ReadRows(rows=rows, bad=stream.bad, files=stream.files)
+
+
+def rows_of(records: Sequence[Mapping[str, Any]], source: str, also: tuple[Also, ...] = ()) -> ReadRows:
+    """Rows that are in memory already, read as those of a file `source` would be, one a line."""
+    stream = RowStream((), also)
+    rows = list(stream.sort((RawRow(line, dict(record), record) for line, record in enumerate(records, 1)), source))
+    return ReadRows(rows=rows, bad=stream.bad, files=[])
+
+
+def refuse(bad: Sequence[BadRow], limit: int = 20, *, can_quarantine: bool = True) -> InputError:
+    """The error that names the first `limit` bad rows and counts the others; target rows cannot be set aside."""
+    count = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
+    lines = [f"  {visible(row.source)}:{row.line}: {row.reason}: {row.message}" for row in bad[:limit]]
+    if len(bad) > limit:
+        lines.append(f"  and {len(bad) - limit} more")
+    advice = "Correct them, or set them aside with --bad-rows quarantine, which lists them in rejects.jsonl."
+    if not can_quarantine:
+        advice = "Correct them. Rows of DATA can be set aside with --bad-rows quarantine, those of --target cannot."
+    return InputError("\n".join([f"{count} cannot be used:", *lines, advice]))
+
+
+def kind_of(rows: Sequence[Row]) -> Literal["sft", "preference"]:
+    """The kind of all rows, `sft` where there is none. Raises InputError where some are of either kind."""
+    pair = next((row for row in rows if isinstance(row.record, Pair)), None)
+    other = next((row for row in rows if not isinstance(row.record, Pair)), None)
+    if pair is not None and other is not None:
+        places = (f"{visible(row.source)}:{row.line}" for row in (other, pair))
+        raise InputError(
+            "{} is an SFT row, {} is a preference row; a run holds SFT rows or preference rows, never both: split the"
+            " data.".format(*places)
+        )
+    return "sft" if pair is None else "preference"
+
+
+# --- shapes ---
+
+
+def normalise(record: dict[str, Any], also: tuple[Also, ...] = ()) -> tuple[str, AnyRecord]:
+    """The name of the shape and the normal form of one row as read. Raises RowFault."""
+    whole, side = _shapes(also)
+    given = {key for key, value in record.items() if value is not None}
+    if given.issuperset(("messages", "chosen", "rejected")) and record["messages"] == record["chosen"]:
+        given.remove("messages")
+    fitting = [keys for keys in whole if given.issuperset(keys)] or [keys for keys in side if given.issuperset(keys)]
+    known = {**whole, **side}
+    if len(fitting) == 1:
+        return known[fitting[0]](record)
+    found = visible(", ".join(record) or "none")
+    if fitting:
+        both = " and ".join(" + ".join(keys) for keys in fitting)
+        raise RowFault("ambiguous_shape", f"the row has {both} at once (keys: {found}); leave one of them")
+    for keys in known:
+        if record.keys() >= set(keys):
+            empty = ", ".join(key for key in keys if record[key] is None)
+            raise RowFault("null_field", f"{empty} is null; give it a value or drop the row")
+    listed = "; ".join(" + ".join(keys) for keys in known)
+    raise RowFault("unknown_shape", f"keys found: {found}; a row has one of: {listed}")
+
+
+@cache
+def _shapes(also: tuple[Also, ...]) -> tuple[Shapes, Shapes]:
+    """Shapes that are read, and those that are where a row is of none of the first."""
+    whole = {**SFT, **PREFERENCE, **(OPEN if "prompt" in also else {})}
+    return whole, {keys: make for name in also for keys, make in SIDE[name].items()}
+
+
+def _keys(also: tuple[Also, ...]) -> frozenset[str]:
+    """Every key that is looked at."""
+    whole, side = _shapes(also)
+    named = {key for shapes in (whole, side) for keys in shapes for key in keys}
+    return frozenset({*named, *PROMPT_LIKE, "id", "tools", "system", "input"})
+
+
+def _id(record: dict[str, Any]) -> str | None:
+    value = record.get("id")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise wrong("id", "text or an integer", value)
+    return str(value)

@@ -1,0 +1,92 @@
+"""What scoring would do: counts, padding, shards and bytes without a model; seconds and memory by a trial of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.models.load import resolve_device
+from alphatoken_curate.progress import Progress
+from alphatoken_curate.rows.read import BadRow
+from alphatoken_curate.runs.schema import components
+from alphatoken_curate.scoring.estimate import Estimate, estimate
+from alphatoken_curate.scoring.prepare import prepare
+from alphatoken_curate.scoring.trial import planned, usual_budget
+from alphatoken_curate.tokens.plan import by_shard, sequences
+
+_TOKEN_BYTES, _LABEL_BYTES = 1.9, 1.25
+"""Bytes on disk of a token's ids, and of its labels and masks: both shrink under zstd. Floats do not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSummary:
+    """What was found and what `score` would make of it. Bytes are estimates; all else is exact."""
+
+    kind: str
+    """`sft` or `preference`."""
+    rows_read: int
+    rows: int
+    target_rows: int
+    held_out: bool
+    bad: tuple[BadRow, ...]
+    tokens: int
+    response_tokens: int
+    longest: int
+    truncated_rows: int
+    truncated_tokens: int
+    batches: int
+    batch_tokens: int
+    padding: float
+    """Share of the tokens a model would run over that are padding."""
+    shards: int
+    value_bytes: int
+    train_bytes: int
+    estimate: Estimate | None
+    """Seconds and peak memory, where they were asked for."""
+
+
+def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | None = None) -> CheckSummary:
+    """Read, check and tokenise DATA as `score` does. Raises InputError that names every bad row at once.
+
+    `estimated`: load the models as well, try each stage on a few batches, and tell what the scoring would take.
+    """
+    prepared, found = estimate(config, progress) if estimated else (prepare(config), None)
+    rows = prepared.rows
+    lengths = np.array([len(one.input_ids) for one in sequences(rows)])
+    responses = int(sum(one.response.sum() for one in sequences(rows)))
+    dealt = by_shard(rows, prepared.rows_read, config.rows_per_shard)
+    if found is not None:
+        budget = found.batch_tokens
+    elif config.batch_tokens == "auto":
+        budget = usual_budget(dealt, resolve_device(config.device).type)
+    else:
+        budget = config.batch_tokens
+    plans = [planned(inside, budget) for inside in dealt]
+    batches, padded = (sum(counts) for counts in zip(*plans, strict=True))
+    tokens = int(lengths.sum())
+    stored = components(config.estimator)
+    # Where model and reference are the same, stability is 0 and costs nothing.
+    same = config.reference in (None, config.model)
+    signals = [name for name in stored.always if not (same and name.startswith("stab_"))]
+    return CheckSummary(
+        kind=prepared.kind,
+        rows_read=prepared.rows_read,
+        rows=len(rows),
+        target_rows=len(prepared.target_rows),
+        held_out=bool(prepared.held_out),
+        bad=tuple(prepared.bad),
+        tokens=tokens,
+        response_tokens=responses,
+        longest=int(lengths.max(initial=0)),
+        truncated_rows=sum(row.truncated > 0 for row in rows),
+        truncated_tokens=sum(row.truncated for row in rows),
+        batches=batches,
+        batch_tokens=budget,
+        padding=1 - tokens / padded,
+        shards=len(dealt),
+        value_bytes=round(4 * (len(signals) + (not same)) * responses + _TOKEN_BYTES * tokens),
+        train_bytes=round(4 * responses + (_TOKEN_BYTES + _LABEL_BYTES) * tokens),
+        estimate=found,
+    )

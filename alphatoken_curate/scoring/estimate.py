@@ -1,0 +1,319 @@
+"""What a scoring would take, in seconds and bytes: each of its stages is tried on two of its own batches.
+
+Of a stage the seconds are a + b * tokens + c * sum of T^2 over its rows, T their padded length: a is what it takes
+beside its batches, b and c go through one batch of shorter and one of longer rows. The peak is that of all trials, each
+of which begins with the stage's largest batch. Not counted: writing, and making the mask.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions import precondition
+from alphatoken_curate.directions.fisher import fisher_diagonal
+from alphatoken_curate.directions.generate import answer_room, prompt_tokens, sample_answers
+from alphatoken_curate.directions.losses import row_means
+from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
+from alphatoken_curate.directions.target import target_gradient
+from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.errors import CurateError
+from alphatoken_curate.models.load import resolve_device
+from alphatoken_curate.progress import Progress, Silent
+from alphatoken_curate.scoring.budget import out_of_memory
+from alphatoken_curate.scoring.meter import Meter
+from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
+from alphatoken_curate.scoring.scorer import ReferencePass, ScorerSpec, ShardScorer, spec_of
+from alphatoken_curate.scoring.trial import blank, find_budget, pays
+from alphatoken_curate.signals.influence import make_scorer
+from alphatoken_curate.signals.stored import plain_losses
+from alphatoken_curate.tokens.plan import Batch, by_shard, collate, plan_batches, sequences
+from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
+
+_STEPS = (2, 10)
+"""Tokens that are generated to find what one costs."""
+
+T = TypeVar("T")
+
+Batches = Callable[[], Iterator[Batch]]
+"""Gives the batches of a stage, as often as it goes over them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Of a batch: its tokens, padding included, and how long its rows are."""
+
+    padded: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageEstimate:
+    """A stage of a scoring, and the seconds it would take."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a scoring would take from end to end, writing apart."""
+
+    stages: tuple[StageEstimate, ...]
+    """In their order; a stage that the settings do not ask for is not there."""
+    peak_bytes: int
+    """Most memory in use at a time: of the card on CUDA, of the whole process elsewhere."""
+    batch_tokens: int
+    """The budget that was tried: what `auto` came to."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+
+def estimate(config: ScoreConfig, progress: Progress | None = None) -> tuple[Prepared, Estimate]:
+    """Read the rows and try every stage of their scoring. Loads each model, writes nothing.
+
+    Raises what `score` raises before it writes, and CurateError where memory does not last for a trial.
+    """
+    meter = Meter(resolve_device(config.device))
+    began = meter.now()
+    prepared = prepare(config)
+    spec = spec_of(prepared, Path(os.devnull))  # nothing is kept, and nothing found
+    trials = _Trials(prepared, spec, meter, progress or Silent())
+    trials.stages.append(StageEstimate(name="reading rows", seconds=meter.now() - began))
+    try:
+        return prepared, trials.run()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise CurateError(
+            f"Memory ran out while batches of {trials.budget} tokens were tried. Give a smaller --batch-tokens, fewer"
+            " --layers or a shorter --max-length."
+        ) from error
+
+
+class _Trials:
+    """The stages of one scoring, in their order, and what was found of them so far."""
+
+    def __init__(self, prepared: Prepared, spec: ScorerSpec, meter: Meter, progress: Progress) -> None:
+        self.prepared, self.spec, self.config, self.meter, self.progress = prepared, spec, spec.config, meter, progress
+        self.stages: list[StageEstimate] = []
+        self.shards = by_shard(prepared.rows, prepared.rows_read, self.config.rows_per_shard)
+        self.budget = 0 if self.config.batch_tokens == "auto" else self.config.batch_tokens
+
+    def run(self) -> Estimate:
+        """Try everything."""
+        if self.spec.has_drift or self.spec.has_reference:
+            self._reference()
+        scorer = ShardScorer(self.spec)
+        scoring = self._timed("loading the model", lambda: scorer.scoring)
+        self._find_budget(scoring)
+        self._directions(scoring)
+        self._scoring(scoring)
+        return Estimate(stages=tuple(self.stages), peak_bytes=self.meter.peak(), batch_tokens=self.budget)
+
+    def _reference(self) -> None:
+        spec, config, reference = self.spec, self.config, ReferencePass(self.spec)
+        estimates = spec.has_drift and spec.estimates_fisher
+        if not estimates and not spec.has_reference:
+            return
+        scoring = self._timed("loading the reference", lambda: reference.scoring)
+        self._find_budget(scoring)
+        if estimates:
+            rows: list[TokenRow] = self.prepared.prompts.rows or [chosen(row) for row in self.prepared.rows]
+            rows = drawn(rows, config.fisher_rows, config.seed, FISHER_DRAW)
+            if config.fisher == "generate":
+                rows = self._answers(scoring, rows)
+            self._fisher(scoring, rows)
+        if spec.has_reference:
+            scoring.settle()
+            self._try("reference losses", self.shards, lambda batches: plain_losses(scoring, [], batches()))
+        reference.close()
+
+    def _fisher(self, scoring: ScoringModel, rows: list[TokenRow]) -> None:
+        sampled, seed = self.config.fisher == "sampled", self.config.seed
+
+        def work(batches: Batches) -> None:
+            _serialise(scoring, fisher_diagonal(scoring, rows, batches(), sampled=sampled, seed=seed))
+
+        def rest(batches: Batches) -> None:
+            for batch in batches():
+                rest_of_batch(scoring, batch)
+
+        self._try("Fisher of the reference", [rows], work)
+        if scoring.rest:  # row by row
+            self._try("Fisher of all parameters", [rows], rest, budget=1)
+
+    def _directions(self, scoring: ScoringModel) -> None:
+        config, prepared = self.config, self.prepared
+        exact = "published" not in config.estimator
+        self._gradient("target gradient", scoring, prepared.target_rows, all_positions=exact)
+        if config.retention is not None:
+            self._gradient("retention gradient", scoring, prepared.retention.rows)
+        if config.drift == "lookahead":
+            rows = drawn(prepared.rows, config.lookahead_rows, config.seed, LOOKAHEAD_DRAW)
+            self._gradient("lookahead gradient", scoring, rows)
+        if config.precondition != "none":
+            kind = config.precondition
+            rows = drawn(prepared.rows, config.precondition_rows, config.seed, PRECONDITION_DRAW)
+            self._try(
+                f"{kind} curvature",
+                [rows],
+                lambda batches: precondition.estimate(kind, scoring, batches, row_means),
+            )
+
+    def _gradient(
+        self, name: str, scoring: ScoringModel, rows: Sequence[AnyRow], *, all_positions: bool = True
+    ) -> None:
+        def work(batches: Batches) -> None:
+            found = target_gradient(scoring, batches(), all_positions=all_positions)
+            if scoring.rest:
+                found += rest_gradient(scoring, batches())
+            _serialise(scoring, found)
+
+        self._try(name, [rows], work)
+
+    def _scoring(self, scoring: ScoringModel) -> None:
+        scorer = make_scorer(
+            scoring, blank(scoring, len(self.spec.objectives)), self.config.estimator, self.config.window
+        )
+
+        def score(batches: Batches) -> None:
+            for batch in batches():
+                scorer.score(batch)
+
+        self._try("scoring", self.shards, score)
+
+    def _find_budget(self, scoring: ScoringModel) -> None:
+        """Find the budget as the run would."""
+        if self.budget:
+            return
+        find = partial(find_budget, self.spec, self.shards, lambda: scoring, self.progress)
+        self.budget = self._timed("trial of --batch-tokens", find)
+        if not pays(self.shards, self.meter.device.type):
+            self.stages.pop()
+
+    def _answers(self, scoring: ScoringModel, prompts: list[TokenRow]) -> list[TokenRow]:
+        """Generating answers, none of which ends early; returns what such answers would be."""
+        config = self.config
+        room = answer_room(prompts, new_tokens=config.fisher_new_tokens, limit=None)
+        answered = [_answered(row, int(space)) for row, space in zip(prompts, room, strict=True)]
+        plan = plan_batches(answered, self.budget)
+        tried = [prompts[i] for i in plan[len(plan) // 2]]
+        seconds = []
+        for steps in _STEPS:
+            began = self.meter.now()
+            sample_answers(scoring.model, tried, new_tokens=steps, seed=0, batch_tokens=self.budget, progress=Silent())
+            seconds.append(self.meter.now() - began)
+        each = max(0.0, seconds[1] - seconds[0]) / (_STEPS[1] - _STEPS[0])
+        batch = seconds[0] + each * (float(room.mean()) - _STEPS[0])
+        self.stages.append(StageEstimate(name="answers of the reference", seconds=len(plan) * batch))
+        return answered
+
+    def _timed(self, name: str, work: Callable[[], T]) -> T:
+        began = self.meter.now()
+        found = work()
+        self.stages.append(StageEstimate(name=name, seconds=self.meter.now() - began))
+        return found
+
+    def _try(
+        self, name: str, shards: Sequence[Sequence[AnyRow]], work: Callable[[Batches], object], budget: int = 0
+    ) -> None:
+        """Run a stage on a few of its batches, and tell what all of them would take."""
+        rows = [row for shard in shards for row in shard]
+        plan = _planned(shards, budget or self.budget)
+        sizes = [_size(rows, indices) for indices in plan]
+        first, probes = choose(sizes)
+        tried = _Tried(self.meter, self.progress, [collate(rows, plan[i]) for i in (*first, *probes)])
+        self.progress.stage(f"estimate: {name}", tried.tokens)
+        began = self.meter.now()
+        work(tried.batches)
+        beside = self.meter.now() - began - sum(tried.seconds)
+        found = predict(sizes, dict(zip(probes, tried.seconds[len(first) :], strict=True)))
+        self.stages.append(StageEstimate(name=name, seconds=beside + found))
+
+
+class _Tried:
+    """Batches that are timed while they are worked on, however often that is done."""
+
+    def __init__(self, meter: Meter, progress: Progress, batches: Sequence[Batch]) -> None:
+        self.seconds = [0.0] * len(batches)
+        self.tokens = sum(batch.input_ids.size for batch in batches)
+        self._meter, self._progress, self._batches = meter, progress, batches
+
+    def batches(self) -> Iterator[Batch]:
+        """Each batch in turn; the next is asked for when one is done."""
+        for index, batch in enumerate(self._batches):
+            began = self._meter.now()
+            yield batch
+            if not self.seconds[index]:
+                self._progress.advance(batch.input_ids.size)
+            self.seconds[index] += self._meter.now() - began
+
+
+def _serialise(scoring: ScoringModel, found: Direction) -> None:
+    """What a run keeps goes through memory once more on its way to the disk."""
+    from safetensors.torch import save
+
+    save({name: tensor.cpu().contiguous() for name, tensor in zip(scoring.names, found, strict=False)})
+
+
+def choose(sizes: Sequence[Size]) -> tuple[list[int], list[int]]:
+    """Batches to try, by number: what warms up, untimed, and what is timed.
+
+    The largest comes first, for its memory; then those in the middle of the longer and of the shorter half of all
+    tokens. One or two batches are timed as they are: they are the whole stage.
+    """
+    if len(sizes) <= 2:
+        return [], list(range(len(sizes)))
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i].width)
+    seen = np.cumsum([sizes[i].padded for i in order])
+    middles = [order[int(np.searchsorted(seen, share * seen[-1]))] for share in (0.25, 0.75)]
+    return [max(order, key=lambda i: sizes[i].padded)], middles
+
+
+def predict(sizes: Sequence[Size], seconds: Mapping[int, float]) -> float:
+    """Seconds of all batches, from those of one or two of them: tokens * (b + c * width).
+
+    Where two batches are of one width, or all are known, there is no slope to find. No width is taken to be cheaper
+    than half of the cheapest that was seen.
+    """
+    known = sorted((sizes[i].width, taken / sizes[i].padded) for i, taken in seconds.items())
+    if len(sizes) == len(seconds):
+        return sum(seconds.values())
+    (short, low), (long, high) = known[0], known[-1]
+    slope = (high - low) / (long - short) if long > short else 0.0
+    rate = low if long > short else sum(each for _, each in known) / len(known)
+    least = min(low, high) / 2
+    return sum(size.padded * max(least, rate + slope * (size.width - short)) for size in sizes)
+
+
+def _planned(shards: Sequence[Sequence[AnyRow]], budget: int) -> list[tuple[int, ...]]:
+    """Batches of each shard, as indices into the rows of all."""
+    plan: list[tuple[int, ...]] = []
+    before = 0
+    for shard in shards:
+        plan += [tuple(before + i for i in batch) for batch in plan_batches(shard, budget)]
+        before += len(shard)
+    return plan
+
+
+def _size(rows: Sequence[AnyRow], indices: Sequence[int]) -> Size:
+    lengths = [len(one.input_ids) for one in sequences([rows[i] for i in indices])]
+    return Size(padded=len(lengths) * max(lengths), width=max(lengths))
+
+
+def _answered(row: TokenRow, room: int) -> TokenRow:
+    """A prompt with as long an answer as it can get."""
+    length = prompt_tokens(row)
+    ids = np.concatenate([row.input_ids[:length], np.zeros(room, np.int32)])
+    return replace(row, input_ids=ids, response=np.arange(length + room) >= length)

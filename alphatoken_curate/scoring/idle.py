@@ -1,0 +1,57 @@
+"""Settings that were given and play no part in a run, beside the other settings it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+from alphatoken_curate.config import FISHER_MODES, ScoreConfig
+from alphatoken_curate.masks.criteria import depends_on_value
+
+
+def _has_drift(config: ScoreConfig) -> bool:
+    return config.drift is not None or config.retention is None
+
+
+_READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
+    "target_rows": ("without --target", lambda config, _: config.target is None),
+    "window": ("with --estimator published", lambda config, _: config.estimator == "published"),
+    "fisher": ("without --retention, or with --drift", lambda config, _: _has_drift(config)),
+    "fisher_rows": (
+        "where a Fisher is estimated",
+        lambda config, _: config.fisher in FISHER_MODES and _has_drift(config),
+    ),
+    "fisher_prompts": ("without --retention, or with --drift", lambda config, _: _has_drift(config)),
+    "fisher_new_tokens": (
+        "with --fisher generate",
+        lambda config, _: config.fisher == "generate" and _has_drift(config),
+    ),
+    "lookahead_rows": ("with --drift lookahead", lambda config, _: config.drift == "lookahead"),
+    "precondition_rows": ("with --precondition", lambda config, _: config.precondition != "none"),
+    "precondition_eps": ("with --precondition adam", lambda config, _: config.precondition == "adam"),
+    "precondition_damping": (
+        "with --precondition kfac or ekfac",
+        lambda config, _: config.precondition in ("kfac", "ekfac"),
+    ),
+    "beta": ("for preference rows", lambda _, kind: kind == "preference"),
+    "stability_scale": ("where --by depends on value", lambda config, _: depends_on_value(config.by)),
+    "aggregate": (
+        "with several of --generation",
+        lambda config, _: config.generation == "all" or "," in config.generation,
+    ),
+}
+"""When a setting is read, in words and by the config and the kind of rows; all others always are."""
+
+
+def idle(config: ScoreConfig, kind: str) -> str | None:
+    """A line that names the settings which are others than by default, and play no part in a run; None without any.
+
+    `kind` of rows: sft or preference.
+    """
+    changed = {item.name for item in fields(config) if getattr(config, item.name) != item.default}
+    found = [
+        f"--{name.replace('_', '-')} (read only {when})"
+        for name, (when, plays) in _READ.items()
+        if name in changed and not plays(config, kind)
+    ]
+    return f"Without effect here: {', '.join(found)}." if found else None

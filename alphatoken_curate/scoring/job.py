@@ -1,0 +1,142 @@
+"""One generation as a piece of work: which rows are scored with which model, and what its shards will say of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alphatoken_curate.rows.read import BadRow
+from alphatoken_curate.runs.manifest import Facts, Input, Plan
+from alphatoken_curate.runs.schema import LAYOUTS, Layout
+from alphatoken_curate.runs.shards import Branch, ValueRow
+from alphatoken_curate.scoring.prepare import Prepared
+from alphatoken_curate.scoring.scorer import ScorerSpec
+from alphatoken_curate.signals.stored import RowResult
+from alphatoken_curate.tokens.plan import by_shard
+from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches
+
+_VERSIONED = ("alphatoken-curate", "torch", "transformers", "numpy", "pyarrow")
+_DIGESTED = ("model", "reference", "tokenizer", "template", "tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """Rows of a shard that were cut to --max-length, and the tokens cut off."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ShardRows:
+    """What a shard holds: rows to score, and records of the rows that are not."""
+
+    rows: list[AnyRow]
+    beside: list[ValueRow]
+    cut: Cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """The rows of a run, dealt out to its shards, and the rows its directions are made from."""
+
+    shards: list[ShardRows]
+    target: list[TokenRow]
+    retention: list[TokenRow]
+    prompts: list[TokenRow]
+    """Of --fisher-prompts; empty where the prompts of the rows themselves are taken."""
+    facts: Facts
+    """What every shard tells along, before its own plan and counts."""
+
+    @property
+    def layout(self) -> Layout:
+        """The columns of its shards."""
+        return LAYOUTS[str(self.facts.settings["kind"])]
+
+    @property
+    def rows(self) -> list[AnyRow]:
+        """All rows to score, by row_id."""
+        return [row for shard in self.shards for row in shard.rows]
+
+
+def job_of(prepared: Prepared, spec: ScorerSpec) -> Job:
+    """The first scoring of what a user named."""
+    layout, read, each = LAYOUTS[prepared.kind], prepared.rows_read, prepared.config.rows_per_shard
+    beside = [record(row, "target") for row in prepared.held_out]
+    beside += [_rejected(bad, layout) for bad in prepared.bad]
+    dealt = zip(by_shard(prepared.rows, read, each), by_shard(beside, read, each), strict=True)
+    return Job(
+        shards=[ShardRows(rows=rows, beside=others, cut=_cut(rows)) for rows, others in dealt],
+        target=prepared.target_rows,
+        retention=prepared.retention.rows,
+        prompts=prepared.prompts.rows,
+        facts=_facts(prepared, spec),
+    )
+
+
+def record(row: AnyRow, status: str, result: RowResult | None = None) -> ValueRow:
+    """What is stored of a row that could be read."""
+    first, parts = branches(row)[0], branches(row)
+    signals = result.branches if result is not None else tuple({} for _ in parts)
+    return ValueRow(
+        row_id=first.row_id,
+        source=first.source,
+        line=first.line,
+        id=first.id,
+        status=status,
+        branches=tuple(
+            Branch(input_ids=part.input_ids, response=part.response, signals=mine)
+            for part, mine in zip(parts, signals, strict=True)
+        ),
+        omega=result.omega if result is not None else None,
+        margin=result.margin if result is not None else None,
+    )
+
+
+def _rejected(bad: BadRow, layout: Layout) -> ValueRow:
+    empty = Branch(input_ids=np.empty(0, np.int32), response=np.empty(0, np.bool_))
+    return ValueRow(
+        row_id=bad.row_id,
+        source=bad.source,
+        line=bad.line,
+        id=None,
+        status="rejected",
+        branches=(empty,) * len(layout.branches),
+    )
+
+
+def _cut(rows: Iterable[AnyRow]) -> Cut:
+    cut = [row.truncated for row in rows if row.truncated]
+    return Cut(rows=len(cut), tokens=sum(cut))
+
+
+def _facts(prepared: Prepared, spec: ScorerSpec) -> Facts:
+    """Nothing of time, place or path."""
+    about = spec.store.fields
+    return Facts(
+        inputs=tuple(_inputs(prepared)),
+        digests={name: about[name] for name in _DIGESTED},  # type: ignore[misc]
+        settings={name: value for name, value in about.items() if name not in (*_DIGESTED, "data", "schema_version")},
+        versions=versions(spec.device),
+        checkpoint=Path(prepared.source.name).name,
+        plan=Plan(batch_tokens=0),
+    )
+
+
+def versions(device: str) -> dict[str, str]:
+    """What computes, by name: equal bytes are promised for equal versions and types of device."""
+    found = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {"python": platform.python_version(), "device": device.split(":", maxsplit=1)[0], **found}
+
+
+def _inputs(prepared: Prepared) -> Sequence[Input]:
+    read: dict[str, int] = {}
+    rows = [branches(row)[0] for row in (*prepared.rows, *prepared.held_out)]
+    for source in [*(row.source for row in rows), *(bad.source for bad in prepared.bad)]:
+        read[source] = read.get(source, 0) + 1
+    return [Input(source=f.source, digest=f.digest, bytes=f.bytes, rows=read.get(f.source, 0)) for f in prepared.files]

@@ -1,0 +1,146 @@
+"""Scoring in memory: a loaded model, rows as dictionaries, a data frame back. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.drift import checked_weights, drift_direction
+from alphatoken_curate.directions.fisher import fisher_diagonal
+from alphatoken_curate.directions.parameters import rest_fisher, rest_gradient
+from alphatoken_curate.directions.target import target_gradient
+from alphatoken_curate.engine.capture import Direction, ScoringModel, captured
+from alphatoken_curate.errors import InputError
+from alphatoken_curate.rows.read import kind_of, refuse, rows_of
+from alphatoken_curate.runs.schema import LAYOUTS, components
+from alphatoken_curate.runs.shards import values_table
+from alphatoken_curate.scoring.job import record
+from alphatoken_curate.signals.influence import make_scorer
+from alphatoken_curate.signals.preference import Pairs, reference_sums
+from alphatoken_curate.signals.stored import plain_losses, row_signals
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, sequences
+from alphatoken_curate.tokens.tokenise import AnyRow, chosen, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    target: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reference: PreTrainedModel | None = None,
+    estimator: Literal["published", "exact", "influence", "exact+influence"] = "published",
+    layers: int | Literal["all"] = 3,
+    parameters: Literal["linear", "all"] = "linear",
+    window: int = 32,
+    stability_weight: float = 1.5,
+    fisher: Literal["sampled", "empirical"] = "sampled",
+    beta: float = 0.1,
+    max_length: int = 2048,
+    batch_tokens: int = 2048,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Signals and values of every response token of `rows`, a row per row, columns named as in values/.
+
+    `rows` and `target` are dictionaries of any shape that `score` reads (`tokenizer` may be left out for pre-tokenised
+    ones), SFT rows or preference rows; of preference rows as target the chosen branch is taken. `reference` is a second
+    loaded model of the same shape; without it stability is 0. The model is given back as it was. Raises InputError that
+    names every bad row, ModelError where the model cannot be captured exactly.
+    """
+    # What cannot go together is refused as `score` does.
+    ScoreConfig(data=("rows",), estimator=estimator, parameters=parameters, layers=layers, window=window, beta=beta)
+    shape = tokenizer, max_length, model.config.get_text_config().vocab_size
+    (kind, wanted), (_, task) = _tokens(rows, "rows", *shape), _tokens(target, "target", *shape)
+    anchor = None
+    if reference is not None:
+        with _evaluating(reference), captured(reference, layers, parameters) as scoring:
+            anchor = _anchor(scoring, wanted, batch_tokens, sampled=fisher == "sampled", seed=seed)
+    losses = anchor.losses if anchor is not None else None
+    with _evaluating(model), captured(model, layers, parameters) as scoring:
+        learnt = _batches([chosen(row) for row in task], batch_tokens)
+        directions = _directions(scoring, learnt, anchor, all_positions=estimator != "published")
+        found = row_signals(
+            make_scorer(scoring, directions, estimator, window),
+            wanted,
+            _batches(wanted, batch_tokens),
+            components=components(estimator),
+            objectives=("adapt", "stab")[: len(directions)],
+            stability_weight=stability_weight,
+            reference_nll=losses,
+            pairs=Pairs(beta=beta, reference=reference_sums(losses)) if kind == "preference" else None,
+        )
+    records = [record(row, "scored" if one else "failed", one) for row, one in zip(wanted, found, strict=True)]
+    return pl.DataFrame(pl.from_arrow(values_table(records, LAYOUTS[kind])))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Anchor:
+    """What is needed of a reference: F and W_ref over S, and its nll of each sequence's response tokens."""
+
+    fisher: Direction
+    weights: Direction
+    losses: list[NDArray[np.float32]]
+
+
+def _anchor(scoring: ScoringModel, rows: Sequence[AnyRow], batch_tokens: int, *, sampled: bool, seed: int) -> _Anchor:
+    learnt = [chosen(row) for row in rows]
+    fisher = fisher_diagonal(scoring, learnt, _batches(learnt, batch_tokens), sampled=sampled, seed=seed)
+    if scoring.rest:
+        fisher += rest_fisher(scoring, learnt, sampled=sampled, seed=seed)
+    weights = [w.detach().clone() for w in scoring.weights]
+    scoring.settle()
+    return _Anchor(
+        fisher=fisher,
+        weights=weights,
+        losses=plain_losses(scoring, sequences(rows), _batches(rows, batch_tokens)),
+    )
+
+
+def _directions(
+    scoring: ScoringModel, learnt: list[Batch], anchor: _Anchor | None, *, all_positions: bool
+) -> list[Direction]:
+    """Adaptation and, where there is a reference, stability."""
+    task = target_gradient(scoring, learnt, all_positions=all_positions)
+    if scoring.rest:
+        task += rest_gradient(scoring, learnt)
+    if anchor is None:
+        return [task]
+    return [task, drift_direction(scoring, anchor.fisher, checked_weights(scoring, anchor.weights))]
+
+
+def _batches(rows: Sequence[AnyRow], batch_tokens: int) -> list[Batch]:
+    return [collate(rows, indices) for indices in plan_batches(rows, batch_tokens)]
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; modules that were in training are put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tokens(
+    records: Sequence[Mapping[str, Any]], name: str, tokenizer: Any, max_length: int, vocabulary: int
+) -> tuple[str, list[AnyRow]]:
+    read = rows_of(records, name)
+    found, unusable = tokenise(read.rows, tokenizer, max_length=max_length, turns="all", vocab_size=vocabulary)
+    if read.bad or unusable:
+        raise refuse(sorted([*read.bad, *unusable], key=lambda bad: bad.row_id))
+    if not found:
+        raise InputError(f"{name}: no rows. Give at least one.")
+    return kind_of(read.rows), found

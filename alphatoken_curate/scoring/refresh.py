@@ -1,0 +1,324 @@
+"""A run scored again at a checkpoint: the same rows and shards, as a new generation that is never rewritten.
+
+Everything but the checkpoint comes from the run folder: rows and target as tokens, settings, plan, artefacts of the
+reference. The manifest names a generation once all of its shards are there; then its mask is made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
+from alphatoken_curate.errors import BusyError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
+from alphatoken_curate.masks.remask import MaskSummary
+from alphatoken_curate.models.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
+from alphatoken_curate.models.likeness import check_alike
+from alphatoken_curate.models.load import ModelSource, find_model, model_digest, resolve_device
+from alphatoken_curate.progress import Progress, Silent
+from alphatoken_curate.runs import manifest, shards
+from alphatoken_curate.runs.artifacts import OF_MODEL, TARGET, Store
+from alphatoken_curate.runs.atomic import one_writer
+from alphatoken_curate.runs.documents import decode
+from alphatoken_curate.runs.fingerprint import Json, fingerprint
+from alphatoken_curate.runs.manifest import Facts, Manifest
+from alphatoken_curate.runs.records import read_records
+from alphatoken_curate.runs.schema import SCHEMA_VERSION
+from alphatoken_curate.runs.shards import ValueRow
+from alphatoken_curate.scoring import beside
+from alphatoken_curate.scoring.budget import Budget, older
+from alphatoken_curate.scoring.job import Cut, Job, ShardRows, versions
+from alphatoken_curate.scoring.score import mask_and_card, mend, run_generation, write_manifest
+from alphatoken_curate.scoring.scorer import ScorerSpec
+from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefreshSummary:
+    """What `refresh` did at one checkpoint. `shards_scored` is 0 where its generation was there already."""
+
+    run: Path
+    checkpoint: str
+    generation: int
+    manifest: Manifest
+    mask: MaskSummary
+    shards_scored: int
+
+
+def refresh(
+    run: Path | str,
+    checkpoint: Path | str,
+    *,
+    base: str | None = None,
+    reference: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    told: Callable[[RefreshSummary], object] = lambda _: None,
+) -> list[RefreshSummary]:
+    """Score the rows of a finished run again at a checkpoint, each as a new generation, then make the mask anew.
+
+    `checkpoint`: a model folder, an adapter folder of PEFT, or a folder of `checkpoint-*` folders, all of which are
+    scored in step order. `base` and `reference` say where those models lie now, `device` where to compute; by default
+    as the run was told. The mask is made by the settings of the run's newest one. `told` of each checkpoint when it is
+    done.
+
+    The same call resumes, and leaves what is there alone. Raises UsageError, ModelError, FingerprintError (another
+    reference than the run's), StoredDataError (no finished run, or damage).
+    """
+    listener = progress or Silent()
+    known, summaries = _Run(Path(run), listener, base=base, reference=reference, device=device), []
+    for one in find_checkpoints(Path(checkpoint), base=known.base):
+        summaries.append(known.refresh(one, listener))
+        told(summaries[-1])
+    return summaries
+
+
+def watch(
+    run: Path | str,
+    folder: Path | str,
+    *,
+    interval: float = 30.0,
+    base: str | None = None,
+    reference: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Iterator[RefreshSummary]:
+    """`refresh` at each checkpoint of a training run's output folder, as it is completed. Never ends by itself.
+
+    `interval`: seconds between looks. What was scored before, by this process or another, is not scored again. A
+    checkpoint that cannot be scored is told of and passed over; while another process holds the run, it is waited for.
+    """
+    listener = progress or Silent()
+    known = _Run(Path(run), listener, base=base, reference=reference, device=device)
+    if Path(folder).is_file() or (Path(folder).is_dir() and is_complete(Path(folder)) is None):
+        raise UsageError(f"{folder}: not a training's output folder. Score a single checkpoint with --checkpoint.")
+    watcher = Watcher(Path(folder), base=known.base)
+    listener.note(f"watching {folder} for checkpoints, every {interval:g} s, until it is stopped")
+    seen: set[object] = set()
+    told: dict[str, str] = {}
+    while True:
+        try:
+            ready = watcher.ready()
+        except ModelError as error:
+            ready = []
+            watcher.waiting["a checkpoint"] = str(error)
+        for checkpoint in ready:
+            place = checkpoint.source.adapter or checkpoint.source.folder
+            try:
+                mark = (place, signature(place))
+                done = None if mark in seen else known.refresh(checkpoint, listener)
+            except BusyError as error:
+                listener.note(f"{checkpoint.name} is tried again: {error}")
+                break
+            except (ModelError, InputError, FileNotFoundError) as error:
+                # Not fit to be scored; or the training deleted it, file by file, while it was read: it may come back.
+                if is_complete(place) is None:
+                    seen.add(mark)
+                listener.note(f"{checkpoint.name} is not scored: {error}")
+                continue
+            seen.add(mark)
+            if done is not None:
+                yield done
+        for name in watcher.waiting.keys() - told.keys():
+            listener.note(f"{name} is waited for: {watcher.waiting[name]}")
+        told = dict(watcher.waiting)
+        time.sleep(interval)
+
+
+class _Run:
+    """A finished run, and the models that go with it."""
+
+    def __init__(
+        self, folder: Path, progress: Progress, *, base: str | None, reference: str | None, device: str | None
+    ) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
+        stored = _read(folder, progress)
+        first = shards.read_footer(folder / stored.generations[0].shards[0].path)
+        self.fields: Mapping[str, Json] = first.fields
+        _check_config(folder, stored)
+        self.config = checked(ScoreConfig, load_settings(folder / beside.CONFIG), str(folder / beside.CONFIG))
+        self.base = find_model(base) if base is not None else _found(self.config.model)
+        moved = base if self.config.reference in (None, self.config.model) else None
+        self._reference_name = reference or moved or self.config.reference or self.config.model
+        self._device = str(resolve_device(device or self.config.device))
+        self._reference: ModelSource | None = None
+
+    def refresh(self, checkpoint: Checkpoint, progress: Progress) -> RefreshSummary:
+        """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
+        about = {**self.fields, "model": _digest(checkpoint)}
+        with one_writer(self.folder):
+            stored = manifest.read(self.folder)
+            # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
+            made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]
+            number = made[0].generation if made else _number(self.folder, stored, about)
+            scored = 0
+            if not made:
+                scored = self._score(number, checkpoint, about, stored, progress)
+                write_manifest(self.folder)
+            mask, now = mask_and_card(self.folder, _mask_config(stored, self.config), stale=bool(scored))
+        return RefreshSummary(
+            run=self.folder,
+            checkpoint=checkpoint.name,
+            generation=number,
+            manifest=now,
+            mask=mask,
+            shards_scored=scored,
+        )
+
+    def _score(
+        self, number: int, checkpoint: Checkpoint, about: Mapping[str, Json], stored: Manifest, progress: Progress
+    ) -> int:
+        first = stored.generations[0]
+        reference = self._checked_reference()
+        check_alike(checkpoint.source, reference)  # before anything is written
+        budget = Budget(self.folder, about, first.plan[0].batch_tokens, progress, generation=number, plans=first.plan)
+        spec = ScorerSpec(
+            config=self.config,
+            model=checkpoint.source,
+            reference=reference,
+            dtype=str(self.fields["dtype"]),
+            device=self._device,
+            store=Store(folder=self.folder / "artifacts", fields=about, generation=number),
+            maps=Store(folder=self.folder / "artifacts", fields=self.fields).shapes(TARGET),
+        )
+        progress.note(f"{checkpoint.name} becomes generation {number}")
+        if "stab" not in spec.objectives:
+            progress.note("STABILITY IS ZERO: this checkpoint has the same weights as the reference.")
+        try:
+            return run_generation(self.folder, _job(self.folder, stored, spec, checkpoint), spec, budget, progress)
+        except (ModelError, InputError):
+            if not shards.listed(shards.values_folder(self.folder, number)):
+                _forget(budget, spec.store)
+                write_manifest(self.folder)  # what was computed of the reference is kept
+            raise
+
+    def _checked_reference(self) -> ModelSource:
+        """The run's reference, known to be the same weights still."""
+        if self._reference is None:
+            try:
+                found = find_model(self._reference_name)
+            except ModelError as error:
+                raise ModelError(f"{error} Say where the run's reference lies now with --reference.") from error
+            if model_digest(found) != self.fields["reference"]:
+                raise FingerprintError(
+                    f"{self._reference_name}: not the reference that {self.folder} was scored with: its files are"
+                    " others. Say where that model lies now with --reference.",
+                    ("reference",),
+                )
+            self._reference = found
+        return self._reference
+
+
+def _read(run: Path, progress: Progress) -> Manifest:
+    """The manifest, made anew where it is damaged. Raises `StoredDataError` for a run that cannot be gone on with."""
+    try:
+        stored = manifest.read(run)
+    except StoredDataError:
+        with one_writer(run):
+            mend(run, progress)
+        stored = manifest.read(run)
+    if stored.schema_version != SCHEMA_VERSION:
+        raise older(run, stored.schema_version)
+    return stored
+
+
+def _check_config(run: Path, stored: Manifest) -> None:
+    """What decides values is read from config.yaml: it must be as the run wrote it."""
+    written = [file for file in stored.files if file.path == beside.CONFIG]
+    if not written or manifest.file_of(run, beside.CONFIG) != written[0]:
+        raise StoredDataError(
+            f"{run / beside.CONFIG}: not as the run wrote it, and its settings decide values. Restore it, or score"
+            " again into another folder with the settings you want."
+        )
+
+
+def _forget(budget: Budget, store: Store) -> None:
+    """Take away what was made for a checkpoint that cannot be scored."""
+    for path in (budget.path, *(store.path(kind) for kind in OF_MODEL)):
+        path.unlink(missing_ok=True)
+
+
+def _found(name: str) -> ModelSource | None:
+    """A model that only adapters need; where it is gone, they say so."""
+    try:
+        return find_model(name)
+    except ModelError:
+        return None
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    try:
+        return model_digest(checkpoint.source)
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{checkpoint.name}: {error.filename} was deleted after the checkpoint was found."
+            " Run the same command again to score those that are left."
+        ) from error
+
+
+def _number(run: Path, stored: Manifest, about: Mapping[str, Json]) -> int:
+    """That of the generation begun at the same checkpoint and not finished; else the first that no folder has."""
+    taken = {one.generation for one in stored.generations}
+    begun = {}
+    for folder in (run / "values").glob("generation=*"):
+        name, paths = folder.name.removeprefix("generation="), shards.listed(folder)
+        if name.isdecimal() and paths and int(name) not in taken:
+            begun[int(name)] = shards.read_footer(next(iter(paths.values()))).fingerprint
+    same = [number for number, mark in sorted(begun.items()) if mark == fingerprint(about)]
+    return same[0] if same else max(taken | begun.keys()) + 1
+
+
+def _mask_config(stored: Manifest, config: ScoreConfig) -> MaskConfig:
+    """The settings of the newest mask; one that was made from generations by number now takes the latest."""
+    names = [item.name for item in fields(MaskConfig)]
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if stored.masks:
+        settings |= {name: stored.masks[-1].settings[name] for name in names}
+    wanted = MaskConfig(**settings)
+    return wanted if wanted.generation == "all" else replace(wanted, generation="latest")
+
+
+def _job(run: Path, stored: Manifest, spec: ScorerSpec, checkpoint: Checkpoint) -> Job:
+    """The rows of the first generation, as they were before they were scored."""
+    layout = manifest.layout(stored)
+    dealt, held_out, told = [], [], []
+    for shard in stored.generations[0].shards:
+        path = run / shard.path
+        records = read_records(run, shard, layout)
+        facts = decode(Facts, dict(shards.read_footer(path).facts))
+        told.append(facts)
+        rows = [_row(one) for one in records if one.status in ("scored", "failed")]
+        aside = [one for one in records if one.status in ("target", "rejected")]
+        held_out += [_row(one) for one in aside if one.status == "target"]
+        cut = Cut(rows=facts.truncated_rows, tokens=facts.truncated_tokens)
+        dealt.append(ShardRows(rows=rows, beside=aside, cut=cut))
+    config = spec.config
+    digests = {**told[0].digests, "model": str(spec.store.fields["model"])}
+    return Job(
+        shards=dealt,
+        target=[chosen(row) for row in held_out] or beside.read_side_rows(run, stored, beside.TARGET_ROWS),
+        retention=beside.read_side_rows(run, stored, beside.RETENTION_ROWS) if config.retention else [],
+        prompts=beside.read_side_rows(run, stored, beside.PROMPT_ROWS) if config.fisher_prompts else [],
+        facts=replace(told[0], digests=digests, checkpoint=checkpoint.name, versions=versions(spec.device)),
+    )
+
+
+def _row(record: ValueRow) -> AnyRow:
+    parts = [
+        TokenRow(
+            row_id=record.row_id,
+            source=record.source,
+            line=record.line,
+            id=record.id,
+            input_ids=branch.input_ids,
+            response=branch.response,
+            truncated=0,
+        )
+        for branch in record.branches
+    ]
+    return parts[0] if len(parts) == 1 else PairRow(chosen=parts[0], rejected=parts[1])

@@ -1,0 +1,241 @@
+"""The budget of `--batch-tokens auto`: a few batches of the run's own rows, scored as the run will, and thrown away.
+
+A larger budget pays until the device is busy, and as long as memory lasts. So it is doubled while that makes scoring
+faster and what its largest batch needs is there. What is tried decides the plan of a run and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.parameters import rest_zeros
+from alphatoken_curate.directions.target import target_gradient
+from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.models.load import free_memory
+from alphatoken_curate.progress import Progress
+from alphatoken_curate.runs import artifacts
+from alphatoken_curate.runs.artifacts import Store
+from alphatoken_curate.scoring.budget import LEAST, out_of_memory
+from alphatoken_curate.scoring.meter import Meter
+from alphatoken_curate.scoring.scorer import ReferencePass, ScorerSpec, ShardScorer, count_tokens
+from alphatoken_curate.signals.influence import make_scorer
+from alphatoken_curate.tokens.plan import collate, plan_batches
+from alphatoken_curate.tokens.tokenise import AnyRow, branches
+
+Shards = Sequence[Sequence[AnyRow]]
+"""The rows to score, shard by shard."""
+
+_SMALLEST = {"cpu": 512, "cuda": 2048}
+_USUAL = {"cpu": 2048, "cuda": 16384}
+"""By type of device: the first budget that is tried, and the one to take where a trial does not pay."""
+
+GAIN = 1.05
+"""A budget of twice the size must be this much faster."""
+
+SHARE = 16
+"""A trial runs at most one token for each so many of the run."""
+
+SECONDS = 10.0
+"""A trial does not go on when its next step would take it beyond this."""
+
+ROOM = 0.9
+"""Share of the free memory that a batch may need."""
+
+_SAMPLED_SHARDS = 4
+
+
+def usual_budget(shards: Shards, device_type: str) -> int:
+    """The budget without a trial, a power of two: the usual one, or less where that holds all rows of a shard."""
+    usual, smallest = (sizes.get(device_type, sizes["cpu"]) for sizes in (_USUAL, _SMALLEST))
+    return min(usual, max(smallest, _power(_largest_batch(shards))))
+
+
+def pays(shards: Shards, device_type: str) -> bool:
+    """Whether the run is long enough for a trial that gets as far as the usual budget."""
+    usual = _USUAL.get(device_type, _USUAL["cpu"])
+    return _largest_batch(shards) > usual and sum(map(count_tokens, shards)) >= SHARE * 2 * usual
+
+
+def find_budget(spec: ScorerSpec, shards: Shards, load: Callable[[], ScoringModel], progress: Progress) -> int:
+    """The largest budget that pays for these rows. `load`: a model of the shapes of the one that will score them."""
+    device = torch.device(spec.device)
+    if not pays(shards, device.type):
+        return usual_budget(shards, device.type)
+    progress.stage("trial of --batch-tokens", sum(map(count_tokens, shards)) // SHARE)
+    trial = Trial(load(), spec.config, len(spec.objectives), shards, Meter(device), progress)
+    first = min(max(_SMALLEST.get(device.type, _SMALLEST["cpu"]), _power(trial.width)), trial.most)
+    found = grow(trial.speed, first, trial.most, trial.affords)
+    del trial
+    free_memory()
+    progress.note(f"--batch-tokens auto: {found}")
+    return found
+
+
+def grow(speed: Callable[[int], float], first: int, most: int, affords: Callable[[int], bool]) -> int:
+    """Double a budget while that makes scoring faster; halve the first one until it runs.
+
+    `speed` gives tokens per second at a budget, 0 where memory does not last; `affords` whether to try one at all.
+    """
+    budget = first
+    while not (best := speed(budget)) and budget // 2 >= LEAST:
+        budget //= 2
+    while 2 * budget <= most and budget >= first and affords(2 * budget):
+        faster = speed(2 * budget)
+        if not faster or faster < GAIN * best:
+            break
+        budget, best = 2 * budget, faster
+    return budget
+
+
+class Trial:
+    """Batches of the run's own rows, along directions of zeros, with what they take in seconds and bytes.
+
+    Speed is that of rows of middling length, since most tokens lie in such; memory is what the longest rows need.
+    """
+
+    def __init__(
+        self,
+        scoring: ScoringModel,
+        config: ScoreConfig,
+        directions: int,
+        shards: Shards,
+        meter: Meter,
+        progress: Progress,
+    ) -> None:
+        self.scoring, self.meter, self.progress = scoring, meter, progress
+        step = max(1, len(shards) // _SAMPLED_SHARDS)
+        self._sample = shards[::step][:_SAMPLED_SHARDS]
+        self._rows = sorted((row for shard in shards for row in shard), key=_width)
+        self._tokens = sum(map(count_tokens, shards))
+        self._middle = _middle(self._rows)
+        self.width = _width(self._rows[self._middle])
+        self.most = _power(_largest_batch(shards))
+        along = blank(scoring, directions)
+        self._scorer = make_scorer(scoring, along, config.estimator, config.window, settle=False)
+        self._spent, self._last, self._began = 0, 0.0, meter.now()
+        self._rate: float | None = None
+        """Bytes that a padded token needs: an upper bound, from a small batch."""
+
+    def affords(self, budget: int) -> bool:
+        """Whether a step with that budget is worth its tokens and seconds."""
+        seconds = self.meter.now() - self._began
+        return self._spent + budget <= self._tokens // SHARE and seconds + 2 * self._last <= SECONDS
+
+    def speed(self, budget: int) -> float:
+        """Tokens per second that a run with this budget would score; 0 where memory does not last for it."""
+        rows = self._typical(budget)
+        try:
+            if not self._fits(rows, budget):
+                return 0.0
+            began = self.meter.now()
+            padded = self._score(rows)
+            self._last = self.meter.now() - began
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        else:
+            return padded / self._last / self._padding(budget)
+        free_memory()
+        return 0.0
+
+    def _padding(self, budget: int) -> float:
+        """Padded tokens for each token that counts."""
+        return sum(planned(shard, budget)[1] for shard in self._sample) / sum(map(count_tokens, self._sample))
+
+    def _typical(self, budget: int) -> list[AnyRow]:
+        """Rows of middling length that fill a batch."""
+        count = max(1, budget // self.width)
+        first = max(0, min(self._middle - count // 2, len(self._rows) - count))
+        rows = self._rows[first : first + count]
+        return [rows[i] for i in plan_batches(rows, budget)[0]]
+
+    def _longest(self, budget: int) -> list[AnyRow]:
+        """The rows of a run's largest batch."""
+        rows = self._rows[-max(1, budget // 2) :]
+        return [rows[i] for i in plan_batches(rows, budget)[0]]
+
+    def _fits(self, rows: list[AnyRow], budget: int) -> bool:
+        """Whether memory lasts for the largest batch. Where that is not plain from a small one, it is run."""
+        if self._rate is None:
+            self._rate = self._need(rows) / _padded(rows)  # warms up, too
+        longest = self._longest(budget)
+        # What attention needs grows with the length of rows besides.
+        stretch = _width(longest[0]) / min(self.width, _width(longest[0]))
+        room = ROOM * self.meter.room()
+        return self._rate * _padded(longest) * stretch <= room or self._need(longest) <= room
+
+    def _need(self, rows: list[AnyRow]) -> int:
+        """Bytes that a batch takes at most: scored, or one of those a direction is made from."""
+        before = self.meter.used()
+        self.meter.begin()
+        self._score(rows)
+        target_gradient(self.scoring, [collate(rows, range(len(rows)))], all_positions=True)
+        return self.meter.peak() - before
+
+    def _score(self, rows: list[AnyRow]) -> int:
+        """Score one batch; returns its padded tokens."""
+        self._scorer.score(collate(rows, range(len(rows))))
+        padded = _padded(rows)
+        self._spent += padded
+        self.progress.advance(count_tokens(rows))
+        return padded
+
+
+def blank(scoring: ScoringModel, count: int) -> list[Direction]:
+    """Directions of zeros, in memory that is really taken."""
+    return [[t.fill_(0.0) for t in (*scoring.zeros(), *rest_zeros(scoring))] for _ in range(count)]
+
+
+def planned(rows: Sequence[AnyRow], budget: int) -> tuple[int, int]:
+    """Batches of a shard, and the padded tokens in them."""
+    batches = plan_batches(rows, budget)
+    return len(batches), sum(_padded([rows[i] for i in batch]) for batch in batches)
+
+
+def first_model(
+    spec: ScorerSpec, shards: Sequence[int], reference: ReferencePass, scorer: ShardScorer
+) -> Callable[[], ScoringModel]:
+    """Loads the model that the run needs first, to be used again: both have the same shapes."""
+    wanted = [partial(_lacks, spec.store, artifacts.REFERENCE_NLL, shard) for shard in shards if spec.has_reference]
+    if spec.has_drift and spec.estimates_fisher:
+        wanted.append(partial(_lacks, spec.store, artifacts.FISHER))
+    needed = any(lacks() for lacks in wanted)
+    return lambda: reference.scoring if needed else scorer.scoring
+
+
+def _lacks(store: Store, kind: str, part: int | None = None) -> bool:
+    """Whether an artefact has no file; where that is of something else, a model is loaded too early, and no more."""
+    name = store.path(kind, part).name
+    return not any((folder / name).is_file() for folder in (store.folder, store.reuse) if folder is not None)
+
+
+def _width(row: AnyRow) -> int:
+    return max(len(sequence.input_ids) for sequence in branches(row)) * len(branches(row))
+
+
+def _padded(rows: Sequence[AnyRow]) -> int:
+    return len(rows) * max(map(_width, rows), default=0)
+
+
+def _largest_batch(shards: Shards) -> int:
+    """Padded tokens of a shard in one batch, where that is the largest."""
+    return max(map(_padded, shards), default=0)
+
+
+def _power(count: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def _middle(rows: Sequence[AnyRow]) -> int:
+    """Index of the row that has half of all tokens in rows before it."""
+    half, seen = count_tokens(rows) / 2, 0
+    for index, row in enumerate(rows):
+        seen += count_tokens([row])
+        if seen >= half:
+            return index
+    return 0

@@ -1,0 +1,262 @@
+"""Rows become tokens and the mask of those that respond (see `speller`).
+
+Each branch of a preference row is a sequence of its own. Where the texts of both begin with the same prompt, their
+tokens do too: where a border falls otherwise in one of them, both are tokenised in pieces. Branches of which the same
+tokens are left are refused, as rows without an answer are: nothing can be learnt from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alphatoken_curate.rows.containers import RowFault
+from alphatoken_curate.rows.files import visible
+from alphatoken_curate.rows.pairs import BRANCHES
+from alphatoken_curate.rows.read import BadRow, Row
+from alphatoken_curate.rows.shapes import AnyRecord, Messages, Pair, Passage, Prompt, PromptCompletion, Record, Tokens
+from alphatoken_curate.runs.schema import IGNORE_INDEX
+from alphatoken_curate.tokens.chat import RenderedText, Tokenizer, joined, unanswered
+from alphatoken_curate.tokens.speller import Spelled, Speller
+
+_BATCH_ROWS = 1000
+_EXCERPT_TOKENS = 100
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TokenRow:
+    """A row as tokens, T of them. `truncated`: how many more there were before the row was cut to the length asked."""
+
+    row_id: int
+    source: str
+    line: int
+    id: str | None
+    input_ids: NDArray[np.int32]
+    """Shape (T,)."""
+    response: NDArray[np.bool_]
+    """Shape (T,): true at the tokens that would train; never at index 0, which nothing predicts."""
+    truncated: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PairRow:
+    """A preference row as tokens: two answers, each with its own prompt; both have the row's place and id."""
+
+    chosen: TokenRow
+    rejected: TokenRow
+
+    @property
+    def row_id(self) -> int:
+        """Place of the row among all rows read."""
+        return self.chosen.row_id
+
+    @property
+    def truncated(self) -> int:
+        """Tokens that were cut off both branches."""
+        return self.chosen.truncated + self.rejected.truncated
+
+
+AnyRow = TokenRow | PairRow
+
+
+def branches(row: AnyRow) -> tuple[TokenRow, ...]:
+    """The sequences of a row: itself, or chosen and rejected."""
+    return (row.chosen, row.rejected) if isinstance(row, PairRow) else (row,)
+
+
+def chosen(row: AnyRow) -> TokenRow:
+    """The sequence that is to be learnt: itself, or the chosen branch."""
+    return branches(row)[0]
+
+
+def tokenise(
+    rows: Iterable[Row], tokenizer: Tokenizer | None, *, max_length: int, turns: str, vocab_size: int | None
+) -> tuple[list[AnyRow], list[BadRow]]:
+    """Tokens of every row, in order, and the rows that have none that respond or cannot be tokenised, with reasons.
+
+    Rows are taken as they are needed, and not kept: of a `RowStream` some thousand are held at a time.
+
+    `turns` is "all" or "last" (assistant turns that respond). Rows are cut at the right to `max_length` tokens, each
+    branch of a pair by itself. A pair is bad where one of its branches is. `vocab_size`, where given, bounds every
+    token. Pre-tokenised rows need no tokenizer.
+    """
+    good: list[AnyRow] = []
+    bad: list[BadRow] = []
+    speller = None if tokenizer is None else Speller(tokenizer, last_only=turns == "last")
+    for row, found in _spelled(rows, speller):
+        try:
+            good.append(_any_row(row, found, max_length, vocab_size))
+        except RowFault as fault:
+            bad.append(_bad_row(row, fault))
+    return good, bad
+
+
+def tokenise_prompts(
+    rows: Iterable[Row], tokenizer: Tokenizer | None, *, max_length: int, vocab_size: int | None
+) -> tuple[list[TokenRow], list[BadRow]]:
+    """Tokens of the prompt of every row, in order, of which none responds, and the rows that have none, with reasons.
+
+    The prompt is what stands before the first token that responds, of a pair in the chosen branch; a row that is a
+    prompt alone is that with the chat template's generation prompt. Prompts are cut at the left to `max_length` tokens.
+    """
+    good: list[TokenRow] = []
+    bad: list[BadRow] = []
+    speller = None if tokenizer is None else Speller(tokenizer, last_only=False)
+    for row, (found, *_) in _spelled(rows, speller):
+        try:
+            good.append(_prompt_row(row, found, max_length, vocab_size))
+        except RowFault as fault:
+            bad.append(_bad_row(row, fault))
+    return good, bad
+
+
+# --- text to tokens ---
+
+
+def _spelled(rows: Iterable[Row], speller: Speller | None) -> Iterator[tuple[Row, list[Spelled | RowFault]]]:
+    """Every row with the tokens of each of its branches, or why there are none."""
+    waiting = iter(rows)
+    while batch := list(islice(waiting, _BATCH_ROWS)):
+        prepared = [[_prepare(record, speller) for record in _records(row.record)] for row in batch]
+        texts = [item for items in prepared for item in items if isinstance(item, RenderedText)]
+        encoded = iter(speller.encode(texts) if speller else ())
+        for row, items in zip(batch, prepared, strict=True):
+            found = [_finished(row, item if not isinstance(item, RenderedText) else next(encoded)) for item in items]
+            yield row, _with_one_prompt(items, found, speller)
+
+
+def _records(record: AnyRecord) -> tuple[Record, ...]:
+    return (record.chosen, record.rejected) if isinstance(record, Pair) else (record,)
+
+
+def _prepare(record: Record, speller: Speller | None) -> Spelled | RenderedText | RowFault:
+    if isinstance(record, Tokens):
+        return record.input_ids, np.array(record.labels) != IGNORE_INDEX
+    if speller is None:
+        return RowFault("no_tokenizer", "a row of text needs a tokenizer; name a model that has one")
+    if isinstance(record, PromptCompletion):
+        return joined(record)
+    if isinstance(record, Passage):
+        return unanswered(record.text)
+    try:
+        return speller.template.render_prompt(record) if isinstance(record, Prompt) else speller.template.render(record)
+    except RowFault as fault:
+        return fault
+
+
+def _finished(row: Row, found: Spelled | RowFault) -> Spelled | RowFault:
+    """Every token of a passage responds."""
+    if isinstance(row.record, Passage) and not isinstance(found, RowFault):
+        return found[0], np.ones(len(found[0]), dtype=np.bool_)
+    return found
+
+
+def _with_one_prompt(
+    items: Sequence[Spelled | RenderedText | RowFault], found: list[Spelled | RowFault], speller: Speller | None
+) -> list[Spelled | RowFault]:
+    """What was found, with one tokenisation of the prompt where both texts of a pair begin with the same prompt."""
+    texts = [item for item in items if isinstance(item, RenderedText) and item.spans]
+    spelled = [item for item in found if not isinstance(item, RowFault)]
+    if speller is None or len(texts) != len(BRANCHES) or len(spelled) != len(BRANCHES):
+        return found
+    heads = [item.text[: item.spans[0][0]] for item in texts]
+    prompts = [tokens[: int(response.argmax())] for tokens, response in spelled]
+    if heads[0] != heads[1] or prompts[0] == prompts[1]:
+        return found
+    marked = any(item.marked for item in texts)  # text around special tokens is then cut alike in both
+    try:
+        return [speller.encode_in_pieces(item._replace(marked=marked)) for item in texts]
+    except RowFault:  # each is right by itself
+        return found
+
+
+# --- tokens to rows ---
+
+
+def _any_row(row: Row, found: Sequence[Spelled | RowFault], max_length: int, vocab_size: int | None) -> AnyRow:
+    if not isinstance(row.record, Pair):
+        return _token_row(row, found[0], max_length, vocab_size)
+    made = []
+    for name, result in zip(BRANCHES, found, strict=True):
+        try:
+            made.append(_token_row(row, result, max_length, vocab_size))
+        except RowFault as fault:
+            raise fault.within(name) from None
+    pair = PairRow(chosen=made[0], rejected=made[1])
+    if all(np.array_equal(getattr(made[0], name), getattr(made[1], name)) for name in ("input_ids", "response")):
+        if pair.truncated:
+            message = f"chosen and rejected are the same up to {max_length} tokens, where rows are cut"
+            raise RowFault("truncated_away", message)
+        raise RowFault("same_branches", "chosen and rejected become the same tokens: neither is preferred")
+    return pair
+
+
+def _token_row(row: Row, found: Spelled | RowFault, max_length: int, vocab_size: int | None) -> TokenRow:
+    tokens, response = _checked(found, vocab_size)
+    response[:1] = False
+    if not response.any():
+        raise RowFault("no_response", "no token responds that another one precedes")
+    if not response[:max_length].any():
+        first = int(response.argmax())
+        raise RowFault("truncated_away", f"the answer starts at token {first} and rows are cut to {max_length} tokens")
+    return _placed(row, tokens[:max_length], response[:max_length], max(0, len(tokens) - max_length))
+
+
+def _prompt_row(row: Row, found: Spelled | RowFault, max_length: int, vocab_size: int | None) -> TokenRow:
+    tokens, response = _checked(found, vocab_size)
+    prompt = tokens[: int(response.argmax())] if response.any() else tokens
+    if not len(prompt):
+        raise RowFault("no_prompt", "no token stands before the first that responds: there is no prompt")
+    kept = prompt[-max_length:]
+    return _placed(row, kept, np.zeros(len(kept), dtype=np.bool_), len(prompt) - len(kept))
+
+
+def _checked(found: Spelled | RowFault, vocab_size: int | None) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    if isinstance(found, RowFault):
+        raise found
+    tokens, response = found
+    input_ids = np.array(tokens, dtype=np.int32)
+    if vocab_size is not None and len(input_ids) and int(input_ids.max()) >= vocab_size:
+        i = int((input_ids >= vocab_size).argmax())
+        message = f"input_ids[{i}] is {tokens[i]}; the model has {vocab_size} tokens, from 0"
+        raise RowFault("token_out_of_vocabulary", message)
+    return input_ids, response
+
+
+def _placed(row: Row, input_ids: NDArray[np.int32], response: NDArray[np.bool_], truncated: int) -> TokenRow:
+    return TokenRow(
+        row_id=row.row_id,
+        source=row.source,
+        line=row.line,
+        id=row.id,
+        input_ids=input_ids,
+        response=response,
+        truncated=truncated,
+    )
+
+
+def _bad_row(row: Row, fault: RowFault) -> BadRow:
+    stored = [_stored(record) for record in _records(row.record)]
+    whole = dict(zip(BRANCHES, stored, strict=True)) if isinstance(row.record, Pair) else stored[0]
+    return BadRow(
+        row_id=row.row_id,
+        source=row.source,
+        line=row.line,
+        reason=fault.reason,
+        message=fault.message,
+        excerpt=visible(json.dumps(whole, ensure_ascii=False, default=str)),
+    )
+
+
+def _stored(record: Record) -> object:
+    """What an excerpt is made of."""
+    if isinstance(record, Messages | Prompt):
+        return record.messages
+    if isinstance(record, Tokens):
+        return {"input_ids": record.input_ids[:_EXCERPT_TOKENS], "labels": record.labels[:_EXCERPT_TOKENS]}
+    return asdict(record)

@@ -1,0 +1,99 @@
+"""The arithmetic of tests/benchmarks/pays, and that the README's tables are those of its result lines."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def pays(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "tests/benchmarks/pays"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("page", ["README.md", "tests/benchmarks/pays/results/README.md"])
+def test_pages_have_the_tables_of_the_result_lines(page: str, pays: Any) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    tables = pays("tables")
+    assert len(tables.MARKED.findall(text)) >= 2
+    assert tables.filled(text) == text, "run: python tests/benchmarks/pays/tables.py --readme"
+
+
+@pytest.fixture
+def data(smollm2_tokenizer: Any) -> Path:
+    """The folder of the real rows, which the tokenizer of the model cuts."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs real rows in {folder}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["outcome", "counterfactual", "fidelity"])
+def test_lines_are_of_the_settings_as_they_are(name: str, pays: Any, data: Path) -> None:
+    for line in pays("lines").read(name):
+        assert line["config"]["about"] == pays("settings").about(line["config"]["setting"], data)
+
+
+def test_lines_are_of_the_selections_as_they_are(pays: Any) -> None:
+    selections = pays("grid").SELECTIONS
+    for line in pays("lines").read("outcome"):
+        told = selections[line["config"]["selection"]].about()
+        assert {name: line["config"][name] for name in told} == told
+
+
+@pytest.mark.parametrize("name", ["clean", "corrupted", "lightly", "mixture", "narrow", "preference"])
+def test_what_is_measured_on_trains_nothing(name: str, pays: Any, data: Path) -> None:
+    where = pays("settings").setting(name, data)
+    parts = ("train", "held", "target", "retention", "remember", "beside")
+    rows = [row.ids.tobytes() for part in parts for row in getattr(where, part)]
+    assert len(where.train) >= 64 and len(where.held) >= 48
+    assert len(set(rows)) == len(rows)
+
+
+def test_measures_of_a_ranking_against_plain_loops(pays: Any) -> None:
+    fidelity = pays("fidelity")
+    draws = np.random.default_rng(0)
+    x, effect = draws.integers(0, 12, 40).astype(float), draws.normal(size=40)
+    good = draws.random(40) < 0.7
+    pairs = list(itertools.product(x[good], x[~good]))
+    assert math.isclose(fidelity.area(x, good), sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs))
+
+    def plain_ranks(values: Any) -> list[float]:
+        return [sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
+
+    wanted = np.corrcoef(plain_ranks(x), plain_ranks(effect))[0, 1]
+    assert math.isclose(fidelity.spearman(x, effect), wanted)
+    assert fidelity.positive_kept(effect, effect) == pytest.approx(
+        sum(sorted(effect.clip(0))[-20:]) / sum(effect.clip(0))
+    )
+
+
+def test_what_is_dropped_has_no_weight(pays: Any) -> None:
+    settings, counterfactual = pays("settings"), pays("counterfactual")
+    rows = [
+        settings.Row(ids=np.arange(4, dtype=np.int32), response=np.array(r, bool), good=np.array(r, bool))
+        for r in ([0, 1, 1, 0], [0, 0, 1, 1])
+    ]
+    where = settings.Setting(
+        name="clean",
+        train=rows,
+        target=[],
+        held=[],
+        retention=[],
+        remember=[],
+        beside=[],
+        learning_rate=1.0,
+        epochs=1,
+        batch=1,
+    )
+    weights = counterfactual._without(where, np.array([True, False, False, True]))
+    assert [w.tolist() for w in weights] == [[0, 0, 1, 0], [0, 0, 1, 0]]

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model
+
+from alphatoken_curate.engine.capture import ScoringModel, captured
+from alphatoken_curate.errors import ModelError
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_captured_model_gives_the_same_logits_and_is_given_back_unchanged(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.arange(2 * 15).reshape(2, 15) % 61
+    before = model(input_ids=ids).logits
+    kinds = {name: p.requires_grad for name, p in model.named_parameters()}
+    with captured(model, 2) as scoring:
+        for start in (0, 9):
+            hidden = scoring.hidden(ids, start)
+            logits = scoring.head(hidden.flatten(0, 1)).view(2, 15 - start, -1)
+            assert torch.allclose(logits, before[:, start:], atol=1e-6)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == kinds
+
+
+def test_the_prefix_needs_no_graph_and_the_trunk_keeps_none() -> None:
+    scoring = ScoringModel(tiny_model("llama"), 2)
+    ids = torch.arange(2 * 15).reshape(2, 15) % 61
+    with scoring.graph(ids, 6) as hidden:
+        assert hidden.shape == (2, 9, 16)
+        assert all(scoring.input(i)[0].shape[0] == 2 * 9 for i in range(len(scoring.maps)))
+        seen: list[int] = []
+        scoring.backward([hidden], [torch.ones_like(hidden)], lambda index, *_: seen.append(index))
+    assert sorted(seen) == list(range(len(scoring.maps)))
+    assert not any(p.requires_grad for p in scoring.model.parameters())
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_map_that_gets_its_positions_in_another_order_is_refused(turned: bool) -> None:
+    """Flat rows are taken to be those of (B, T) in order; (T, B) has as many, and the same logits."""
+    model = tiny_model("llama")
+    mlp = model.model.layers[3].mlp
+    plain = mlp.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not turned:
+            return plain(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        flat = x.transpose(0, 1).flatten(0, 1)
+        return plain(flat).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
+
+    mlp.forward = forward
+    if turned:
+        with pytest.raises(ModelError, match=r"layers\.3\.mlp\.\w+_proj is not one vector for each position"):
+            ScoringModel(model, 2)
+    else:
+        ScoringModel(model, 2)
+
+
+def test_more_layers_than_there_are_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"--layers 5: the model has 4 decoder blocks\. Give 1 to 4, or all"):
+        ScoringModel(tiny_model("llama"), 5)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, Decimal
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alphatoken_curate.errors import CurateError, UsageError
+from alphatoken_curate.masks import choose
+
+Token = tuple[float, int, int]
+"""score, row, position."""
+
+SCORE = st.one_of(st.sampled_from([-1.0, -0.5, 0.0, -0.0, 0.5, 1.0]), st.floats(-1e3, 1e3, width=32))
+KEEP = st.one_of(st.sampled_from(["positive", 1.0, 0.1, 0.3, 0.5, 0.7]), st.decimals("0.01", "1", places=2).map(float))
+SCOPE = st.sampled_from(["global", "row", "batch:1", "batch:2", "batch:3"])
+BLOCK = st.sampled_from([1, 2, 3, 7, 1 << 20])
+WEIGHTS = st.sampled_from(["binary", "rank", "sigmoid", "relu"])
+
+
+@st.composite
+def tokens(draw: st.DrawFn) -> list[Token]:
+    found = []
+    for row in range(draw(st.integers(0, 6))):
+        positions = draw(st.sets(st.integers(1, 12), max_size=6))
+        found += [(draw(SCORE), row, position) for position in sorted(positions)]
+    return found
+
+
+def columns(found: list[Token]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores, and how many tokens each row has; rows may have none."""
+    return np.array([score for score, _, _ in found], np.float32), lengths(*(row for _, row, _ in found))
+
+
+def lengths(*rows: int) -> np.ndarray:
+    """Tokens of each row, from the row of each token."""
+    return np.bincount(np.array(rows, np.int64))
+
+
+# The oracle: plain Python over sorted tuples, sharing nothing with the module.
+
+
+def scope_of(scope: str, row: int) -> int:
+    if ":" in scope:
+        return row // int(scope.removeprefix("batch:"))
+    return row if scope == "row" else 0
+
+
+def plain_places(found: list[Token], scope: str) -> dict[Token, tuple[int, int]]:
+    """Token -> (place in its scope from 0, size of its scope)."""
+    places = {}
+    for one in {scope_of(scope, token[1]) for token in found}:
+        members = sorted((t for t in found if scope_of(scope, t[1]) == one), key=lambda t: (-t[0], t[1], t[2]))
+        places |= {token: (place, len(members)) for place, token in enumerate(members)}
+    return places
+
+
+def plain_kept(found: list[Token], keep: float | str, scope: str) -> set[Token]:
+    if keep == "positive":
+        return {token for token in found if token[0] > 0}
+    share = Decimal(repr(keep))
+    places = plain_places(found, scope)
+    return {t for t, (place, n) in places.items() if place < int((share * n).to_integral_value(ROUND_CEILING))}
+
+
+def plain_best(found: list[Token], alive: set[Token]) -> set[Token]:
+    lost = {token[1] for token in found} - {token[1] for token in alive}
+    return {min((t for t in found if t[1] == row), key=lambda t: (-t[0], t[2])) for row in lost}
+
+
+def plain_weights(found: list[Token], keep: float | str, scope: str, kind: str, allow: bool) -> dict[Token, float]:
+    rms = math.sqrt(math.fsum(t[0] ** 2 for t in found) / len(found)) or 1.0 if found else 1.0
+    places = plain_places(found, scope)
+    formula = {
+        "binary": lambda t: 1.0,
+        "rank": lambda t: 1 - places[t][0] / places[t][1],
+        "sigmoid": lambda t: 1 / (1 + math.exp(-t[0] / rms)),
+        "relu": lambda t: max(t[0], 0.0),
+    }[kind]
+    weight = {token: formula(token) for token in plain_kept(found, keep, scope)}
+    back = set() if allow else plain_best(found, {token for token, w in weight.items() if w > 0})
+    weight |= {token: formula(token) for token in back}
+    least = min((w for w in weight.values() if w > 0), default=1.0)
+    weight |= {token: weight[token] or least for token in back}
+    trained = [w for w in weight.values() if w > 0]
+    return {token: w * len(trained) / math.fsum(trained) for token, w in weight.items() if w > 0}
+
+
+@given(tokens(), KEEP, SCOPE, st.booleans(), BLOCK)
+@settings(max_examples=300, deadline=None)
+def test_kept_is_what_sorting_says(found: list[Token], keep: float | str, scope: str, allow: bool, block: int) -> None:
+    found = [(float(np.float32(score)), row, position) for score, row, position in found]
+    with patch.object(choose, "_BLOCK", block):
+        got = choose.kept(*columns(found), keep=keep, scope=scope, allow_empty_rows=allow)
+    want = plain_kept(found, keep, scope)
+    want |= set() if allow else plain_best(found, want)
+    assert {token for token, kept in zip(found, got, strict=True) if kept} == want
+
+
+@given(tokens(), KEEP, SCOPE, WEIGHTS, st.booleans(), BLOCK)
+@settings(max_examples=300, deadline=None)
+def test_weights_are_what_the_formulas_say(
+    found: list[Token], keep: float | str, scope: str, kind: str, allow: bool, block: int
+) -> None:
+    found = [(float(np.float32(score)), row, position) for score, row, position in found]
+    with patch.object(choose, "_BLOCK", block):
+        got = choose.weighed(*columns(found), keep=keep, scope=scope, weights=kind, allow_empty_rows=allow).weight
+    want = plain_weights(found, keep, scope, kind, allow)
+    assert got.dtype == np.float32
+    assert {t for t, w in zip(found, got, strict=True) if w > 0} == set(want)
+    np.testing.assert_allclose(got, [want.get(token, 0.0) for token in found], rtol=1e-5, atol=2e-38)
+    if want:
+        assert got[got > 0].mean(dtype=np.float64) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 20, 30, 70, 100, 1000])
+@pytest.mark.parametrize("keep", ["0.1", "0.2", "0.3", "0.6", "0.7", "0.07", "0.57", "0.001", "1"])
+def test_exactly_the_ceiling_is_kept(n: int, keep: str) -> None:
+    numerator, denominator = (int(x) for x in (Decimal(keep) * 1000, Decimal(1000)))
+    want = -(-n * numerator // denominator)
+    score = np.zeros(n, np.float32)  # all tie: the first ones in order are kept
+    got = choose.kept(score, np.array([n]), keep=float(keep), scope="global")
+    assert got.tolist() == [True] * want + [False] * (n - want)
+
+
+def test_batches_count_scored_rows() -> None:
+    score = np.array([9, 8, 7, 6, 1, 2, 3, 4], np.float32)
+    got = choose.kept(score, np.full(4, 2), keep=0.25, scope="batch:2", allow_empty_rows=True)
+    assert np.flatnonzero(got).tolist() == [0, 7]
+
+
+def test_rows_given_back_are_counted_once_and_get_the_smallest_weight() -> None:
+    score = np.array([4, 2, -1, -3, -2], np.float32)
+    got = choose.weighed(score, lengths(0, 0, 1, 2, 2), keep="positive", scope="global", weights="relu")
+    raw = np.array([4, 2, 2, 0, 2]) / 2.5
+    np.testing.assert_allclose(got.weight, raw, rtol=1e-6)
+    assert got.given_back == 2
+
+
+def test_a_row_whose_kept_tokens_all_weigh_nothing_gets_one_back() -> None:
+    score, each = np.array([1, -1], np.float32), lengths(0, 1)
+    got = choose.weighed(score, each, keep=1.0, scope="global", weights="relu")
+    assert got.weight.tolist() == [1, 1] and got.given_back == 1
+    got = choose.weighed(score, each, keep=1.0, scope="global", weights="relu", allow_empty_rows=True)
+    assert got.weight.tolist() == [1, 0] and got.given_back == 0
+
+
+def test_with_no_positive_weight_what_is_given_back_weighs_one() -> None:
+    score = np.array([-5, -1, -2], np.float32)
+    got = choose.weighed(score, lengths(0, 1, 1), keep="positive", scope="row", weights="relu")
+    assert got.weight.tolist() == [1, 1, 0]
+
+
+def test_weights_neither_vanish_nor_overflow() -> None:
+    score = np.array([1e-45, 3e38, 3e38, 1], np.float32)
+    got = choose.weighed(score, lengths(0, 0, 0, 0), keep=1.0, scope="row", weights="relu").weight
+    assert (got > 0).all() and np.isfinite(got).all()
+    outlier = np.array([-1e30, *[0.0] * 999_999], np.float32)
+    got = choose.weighed(outlier, np.array([10**6]), keep=1.0, scope="global", weights="sigmoid").weight
+    assert (got > 0).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_no_number_is_an_error(bad: float) -> None:
+    with pytest.raises(CurateError, match="scored row 2, response token 1"):
+        choose.kept(np.array([1, 1, bad], np.float32), np.array([1, 0, 2, 0]), keep=0.5, scope="global")
+
+
+@pytest.mark.parametrize("other", [[], [1], [3], [3, -1], [1, 1, 1]])
+def test_lengths_of_other_tokens_are_an_error(other: list[int]) -> None:
+    with pytest.raises(CurateError, match="2 scores"):
+        choose.kept(np.zeros(2, np.float32), np.array(other, np.int64), keep=0.5, scope="global")
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.01, "half", float("nan"), float("inf"), "1/0"])
+def test_a_share_that_cannot_be_used_is_refused(keep: float | str) -> None:
+    with pytest.raises(UsageError, match="keep: found"):
+        choose.parse_keep(keep)
+
+
+@pytest.mark.parametrize(
+    "scope", ["", "rows", "batch", "batch:", "batch:0", "batch:-1", "batch:1.5", "batch:9" + "9" * 30]
+)
+def test_a_scope_that_cannot_be_used_is_refused(scope: str) -> None:
+    with pytest.raises(UsageError, match="scope: found"):
+        choose.parse_scope(scope)
+
+
+def test_unknown_weights_are_refused() -> None:
+    empty = np.empty(0, np.float32), np.empty(0, np.int64)
+    with pytest.raises(UsageError, match="weights: found"):
+        choose.weighed(*empty, keep=0.5, scope="row", weights="softmax")

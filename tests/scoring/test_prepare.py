@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import make_row
+from tiny_files import token_records, write_jsonl
+
+from alphatoken_curate import InputError, ScoreConfig, UsageError
+from alphatoken_curate.models.load import find_model
+from alphatoken_curate.scoring.prepare import FISHER_DRAW, drawn, fingerprint_fields, hold_out, prepare
+
+ROWS = [make_row(i, [5, 6, 7], [(1, 3)]) for i in range(200)]
+
+
+@pytest.fixture
+def settings(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    return {"data": write_jsonl(tmp_path / "rows.jsonl", token_records(30)), "model": models["base"]}
+
+
+def ids(rows: Any) -> list[int]:
+    return [row.row_id for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "held"),
+    [(2, 32, 1), (9, 32, 1), (19, 32, 1), (20, 32, 2), (200, 32, 20), (200, 7, 7), (200, 1, 1)],
+)
+def test_the_number_of_rows_held_out(rows: int, most: int, held: int) -> None:
+    assert len(hold_out(ROWS[:rows], most, 0)) == held
+
+
+def test_held_out_rows_are_drawn_by_the_seed_and_kept_in_order() -> None:
+    first, second = ids(hold_out(ROWS, 20, 0)), ids(hold_out(ROWS, 20, 1))
+    assert first == sorted(first) and first != second
+    assert ids(hold_out(ROWS[::-1], 20, 0))[::-1] == first  # by row_id, whatever the order
+    assert np.mean([np.mean(ids(hold_out(ROWS, 20, seed))) for seed in range(60)]) == pytest.approx(99.5, abs=6)
+    assert set(ids(hold_out(ROWS, 7, 0))) <= set(first)
+
+
+def test_fisher_rows_are_other_draws_than_the_target() -> None:
+    chosen = ids(drawn(ROWS, 20, 0, FISHER_DRAW))
+    assert len(chosen) == 20 and chosen == sorted(chosen) and chosen != ids(hold_out(ROWS, 20, 0))
+    assert ids(drawn(ROWS, 999, 0, FISHER_DRAW)) == list(range(200))
+
+
+def test_one_row_cannot_be_both() -> None:
+    with pytest.raises(InputError, match="--target"):
+        hold_out(ROWS[:1], 32, 0)
+
+
+def test_rows_and_target_are_apart(settings: dict[str, Any]) -> None:
+    prepared = prepare(ScoreConfig(**settings))
+    assert prepared.rows_read == 30 and len(prepared.held_out) == 3 and prepared.target_rows == prepared.held_out
+    assert sorted(ids(prepared.rows) + ids(prepared.held_out)) == list(range(30))
+    assert ids(prepared.rows) == sorted(ids(prepared.rows))
+    assert prepared.tokenizer is None and prepared.target.files == []
+
+
+def test_a_given_target_leaves_all_rows_to_be_scored(settings: dict[str, Any], tmp_path: Path) -> None:
+    target = write_jsonl(tmp_path / "task.jsonl", token_records(5, seed=1))
+    prepared = prepare(ScoreConfig(**settings | {"target": target}))
+    assert len(prepared.rows) == 30 and prepared.held_out == [] and len(prepared.target_rows) == 5
+    assert [file.source for file in prepared.target.files] == ["task.jsonl"]
+
+
+def test_quarantine_sets_bad_rows_aside_but_never_target_rows(settings: dict[str, Any], tmp_path: Path) -> None:
+    records: list[Any] = token_records(30)
+    records[4], records[9] = "{", {"input_ids": [1, 61], "labels": [-100, 61]}
+    changes = {"data": write_jsonl(tmp_path / "odd.jsonl", records), "bad_rows": "quarantine"}
+    prepared = prepare(ScoreConfig(**settings | changes))
+    assert [(bad.row_id, bad.reason) for bad in prepared.bad] == [(4, "invalid_json"), (9, "token_out_of_vocabulary")]
+    assert prepared.rows_read == 30 and len(prepared.held_out) == 2
+    assert not {4, 9} & {*ids(prepared.rows), *ids(prepared.held_out)}
+    with pytest.raises(InputError, match=r"2 rows(.|\n)*odd\.jsonl:5(.|\n)*odd\.jsonl:10"):
+        prepare(ScoreConfig(**settings | changes | {"bad_rows": "refuse"}))
+    target = write_jsonl(tmp_path / "task.jsonl", ["{", *token_records(2)])
+    with pytest.raises(InputError, match=r"1 row(.|\n)*task\.jsonl:1"):
+        prepare(ScoreConfig(**settings | changes | {"target": target}))
+
+
+def test_a_fisher_that_is_neither_mode_nor_file(settings: dict[str, Any]) -> None:
+    prepared = prepare(ScoreConfig(**settings | {"fisher": "generated"}))
+    with pytest.raises(UsageError, match="--fisher generated: none of sampled, generate, empirical nor a file"):
+        fingerprint_fields(prepared, prepared.source, "float32")
+
+
+def fields_of(settings: dict[str, Any], reference: str | None = None, dtype: str = "float32") -> dict[str, Any]:
+    prepared = prepare(ScoreConfig(**settings))
+    return fingerprint_fields(prepared, find_model(reference) if reference else prepared.source, dtype)
+
+
+def test_the_fingerprint_holds_what_changes_results_and_nothing_else(
+    settings: dict[str, Any], models: dict[str, str], tmp_path: Path
+) -> None:
+    plain = fields_of(settings)
+    assert set(plain) == {
+        *("schema_version", "data", "model", "reference", "tokenizer", "template", "tokens", "target", "target_rows"),
+        *(
+            "estimator",
+            "layers",
+            "parameters",
+            "window",
+            "stability_weight",
+            "fisher",
+            "fisher_rows",
+            "fisher_stops",
+            "turns",
+            "max_length",
+        ),
+        *("rows_per_shard", "dtype", "seed", "kind", "beta", "target_tokens", "fisher_prompts", "fisher_new_tokens"),
+        *("prompt_tokens", "drift", "lookahead_lr", "lookahead_rows", "retention", "retention_tokens", "precondition"),
+        *("precondition_rows", "precondition_eps", "precondition_damping", "precondition_stability"),
+    }
+    json.dumps(plain)
+    for changes in (
+        *({"batch_tokens": 7}, {"device": "cpu"}, {"keep": 0.1}, {"scope": "row"}, {"weights": "rank"}, {"by": "nll"}),
+        *({"stability_scale": "rms"}, {"allow_empty_rows": True}, {"bad_rows": "quarantine"}, {"reuse": "x"}),
+        *({"generation": "all"}, {"aggregate": "last"}, {"beta": 0.3}, {"fisher_new_tokens": 3}),
+        *({"lookahead_rows": 3}, {"precondition_rows": 3}, {"precondition_eps": 0.1}, {"precondition_damping": 0.2}),
+        *({"trust_remote_code": True}, {"dtype": "float64"}),  # the dtype that was resolved is what counts
+    ):
+        assert fields_of(settings | changes) == plain, changes
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copy(settings["data"], tmp_path / "moved" / "rows.jsonl")
+    model = shutil.copytree(models["base"], tmp_path / "copy")
+    assert fields_of({"data": str(moved), "model": str(model)}) == plain
+    assert fields_of(settings, models["tuned"]) == plain | {
+        "reference": fields_of(settings, models["tuned"])["reference"]
+    }
+    assert fields_of(settings, dtype="bfloat16") == plain | {"dtype": "bfloat16"}
+
+
+def test_settings_that_do_not_matter_are_no_part_of_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("exact", "influence", "exact+influence"):
+        other = settings | {"estimator": name}
+        assert fields_of(other | {"window": 3}) == fields_of(other)
+        assert fields_of(other)["window"] is None
+    target = write_jsonl(tmp_path / "task.jsonl", token_records(2))
+    assert fields_of(settings | {"target": target, "target_rows": 3}) == fields_of(settings | {"target": target})
+    fisher = write_jsonl(tmp_path / "fisher", ["x"])
+    assert fields_of(settings | {"fisher": fisher, "fisher_rows": 3}) == fields_of(settings | {"fisher": fisher})
+    before = fields_of(settings | {"fisher": fisher})
+    Path(fisher).write_text("y")
+    after = fields_of(settings | {"fisher": fisher})
+    assert {name for name in before if before[name] != after[name]} == {"fisher"}
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 61}, {"text_config": {"vocab_size": 61}}, {"text_config": None}])
+def test_the_vocabulary_bounds_tokens_where_the_config_names_it(
+    config: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(settings["model"], tmp_path / "model"))
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    records = [*token_records(3), {"input_ids": [1, 61], "labels": [-100, 61]}]
+    data = write_jsonl(tmp_path / "d.jsonl", records)
+    found = prepare(ScoreConfig(data=data, model=str(model), bad_rows="quarantine")).bad
+    assert [bad.row_id for bad in found] == ([] if config == {"text_config": None} else [3])
+
+
+def test_which_parameters_score_is_part_of_the_fingerprint(settings: dict[str, Any]) -> None:
+    plain, every = (fields_of(settings | {"estimator": "influence", "parameters": x}) for x in ("linear", "all"))
+    assert {name for name in plain if plain[name] != every[name]} == {"parameters"}

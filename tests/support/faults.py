@@ -1,0 +1,119 @@
+"""What a test may do to a command from inside its process: a scorer that costs nothing, a disk that refuses."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alphatoken_curate.runs import artifacts
+from alphatoken_curate.runs.schema import components
+from alphatoken_curate.scoring import scorer
+from alphatoken_curate.signals.stored import RowResult
+from alphatoken_curate.tokens.tokenise import AnyRow, branches
+
+REFUSALS = {"open": errno.EROFS, "write": errno.ENOSPC, "fsync": errno.EIO, "replace": errno.EIO}
+"""What each call can be made to fail with: a file system that became read-only, a full disk, a broken one."""
+
+
+def log_scoring(path: Path) -> None:
+    """Have each shard that is scored written down, a line with its generation and number, before it is."""
+    score = scorer.ShardScorer.__call__
+
+    def logged(self: Any, shard: int, *arguments: Any) -> Any:
+        with path.open("a") as file:
+            file.write(f"{self.spec.store.generation} {shard}\n")
+        return score(self, shard, *arguments)
+
+    scorer.ShardScorer.__call__ = logged  # type: ignore[method-assign]
+
+
+def fake_scorer() -> None:
+    """Score without a model: values drawn by row and checkpoint, and small tensors in place of artefacts."""
+
+    def save(store: artifacts.Store, kind: str, part: int | None = None) -> None:
+        if not store.has(kind, part):
+            store.save(kind, {"fake": torch.zeros(8)}, part)
+
+    def score(self: Any, shard: int, rows: Sequence[AnyRow], *_: Any) -> list[RowResult | None]:
+        return [_drawn(row, self.spec.config.estimator, self.spec.store.generation) for row in rows]
+
+    scorer.ShardScorer.__call__ = score  # type: ignore[assignment]
+    scorer.ShardScorer.gradient = lambda self, kind, *_: save(self.spec.store, kind)  # type: ignore[method-assign]
+    scorer.ReferencePass.weights = lambda self: None  # type: ignore[assignment, return-value]
+    scorer.ReferencePass.fisher = lambda self, *_: save(self.spec.store, artifacts.FISHER)  # type: ignore[method-assign]
+    scorer.ReferencePass.losses = lambda self, part, *_: save(  # type: ignore[method-assign]
+        self.spec.store, artifacts.REFERENCE_NLL, part
+    )
+
+
+def _drawn(row: AnyRow, estimator: str, generation: int) -> RowResult:
+    found = []
+    for number, one in enumerate(branches(row)):
+        draws = np.random.default_rng((generation, one.row_id, number))
+        signals = {}
+        for name in components(estimator).always:
+            drawn = draws.normal(size=len(one.input_ids)).astype(np.float32)
+            signals[name] = np.where(one.response, drawn, np.float32(np.nan))
+        found.append(signals)
+    return RowResult(branches=tuple(found))
+
+
+class _Refusing(io.FileIO):
+    """A file on a disk that is full after half of what is written to it."""
+
+    def write(self, data: Any, /) -> int:
+        if len(data) > 1:
+            return super().write(memoryview(data)[: len(data) // 2])
+        raise OSError(REFUSALS["write"], os.strerror(REFUSALS["write"]))
+
+
+def refuse(call: str, name: str) -> None:
+    """Have a call (see `REFUSALS`) fail for the file that is to have this name, or with `fsync` for that folder."""
+    disk = _Disk(call, name)
+    for one in ("open", "fdopen", "fsync", "replace"):
+        setattr(os, one, getattr(disk, one))
+
+
+class _Disk:
+    """Calls of `os`, one of which is refused for one file; `marked`: descriptors of that file."""
+
+    def __init__(self, call: str, name: str) -> None:
+        self.call, self.name = call, name
+        self.marked: set[int] = set()
+        self.plain: dict[str, Any] = {one: getattr(os, one) for one in ("open", "fdopen", "fsync", "replace")}
+
+    def is_meant(self, path: Any) -> bool:
+        found = os.path.basename(path)
+        return found == self.name or found.startswith(f".{self.name}.")
+
+    def check(self, call: str, meant: bool) -> None:
+        if call == self.call and meant:
+            raise OSError(REFUSALS[call], os.strerror(REFUSALS[call]))
+
+    def open(self, path: Any, flags: int, *arguments: Any, **more: Any) -> int:
+        self.check("open", bool(flags & os.O_CREAT) and self.is_meant(path))
+        descriptor: int = self.plain["open"](path, flags, *arguments, **more)
+        self.marked.discard(descriptor)
+        if self.is_meant(path):
+            self.marked.add(descriptor)
+        return descriptor
+
+    def fdopen(self, descriptor: int, *arguments: Any, **more: Any) -> Any:
+        if self.call == "write" and descriptor in self.marked:
+            return _Refusing(descriptor, "wb")
+        return self.plain["fdopen"](descriptor, *arguments, **more)
+
+    def fsync(self, descriptor: int) -> None:
+        self.check("fsync", descriptor in self.marked)
+        self.plain["fsync"](descriptor)
+
+    def replace(self, source: Any, target: Any) -> None:
+        self.check("replace", self.is_meant(target))
+        self.plain["replace"](source, target)

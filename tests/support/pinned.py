@@ -1,0 +1,19 @@
+"""What the package and its checks ask for, a requirement a line, for pip-compile; see CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def asked() -> list[str]:
+    """Every requirement of pyproject.toml, of all extras, but for torch, whose build is the machine's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    every = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    return sorted({one for one in every if not one.startswith((project["name"], "torch>="))})
+
+
+if __name__ == "__main__":
+    print("\n".join(asked()))
