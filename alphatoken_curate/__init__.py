@@ -20,14 +20,16 @@ if TYPE_CHECKING:
         UsageError,
     )
     from alphatoken_curate.exports.export import ExportSummary, export
+    from alphatoken_curate.masks.mask import mask
     from alphatoken_curate.masks.remask import MaskSummary
     from alphatoken_curate.page.report import report
     from alphatoken_curate.reading.compare import Comparison, compare
     from alphatoken_curate.reading.scan import scan, scan_tokens
     from alphatoken_curate.reading.verify import verify
+    from alphatoken_curate.scoring.folder import ScoreSummary
     from alphatoken_curate.scoring.memory import score_tokens
     from alphatoken_curate.scoring.refresh import RefreshSummary, refresh, watch
-    from alphatoken_curate.scoring.score import ScoreSummary, mask, score
+    from alphatoken_curate.scoring.score import score
 
 _HOME = {
     "Comparison": "reading.compare",
@@ -40,12 +42,12 @@ _HOME = {
     "ModelError": "errors",
     "RefreshSummary": "scoring.refresh",
     "ScoreConfig": "config",
-    "ScoreSummary": "scoring.score",
+    "ScoreSummary": "scoring.folder",
     "StoredDataError": "errors",
     "UsageError": "errors",
     "compare": "reading.compare",
     "export": "exports.export",
-    "mask": "scoring.score",
+    "mask": "masks.mask",
     "refresh": "scoring.refresh",
     "report": "page.report",
     "scan": "reading.scan",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -21,9 +22,17 @@ FISHER_MODES = ("sampled", "generate", "empirical")
 
 _MOST_YAML_BYTES = 1 << 16
 
+_DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu|hpu|npu)(:\d+)?")
 
-def _option(default: Any, help_text: str, *, choices: tuple[str, ...] = (), kind: str = "str") -> Any:
-    metadata = {"help": help_text, "choices": choices, "kind": kind}
+
+GROUPS = ("Rows", "Model", "What is computed", "Mask", "Running")
+"""The groups of settings, in the order of --help."""
+
+_ROWS, _MODEL, _COMPUTED, _MASK, _RUNNING = GROUPS
+
+
+def _option(default: Any, help_text: str, group: str, *, choices: tuple[str, ...] = (), kind: str = "str") -> Any:
+    metadata = {"help": help_text, "group": group, "choices": choices, "kind": kind}
     return field(default=default, metadata=metadata)
 
 
@@ -33,46 +42,47 @@ class MaskConfig:
 
     keep: float | Literal["positive"] = _option(
         1.0,
-        "Share of response tokens to keep, 0 < share <= 1, or `positive`: those whose number by `--by` is above 0."
-        " 1 keeps all; as published: 0.5.",
+        "Share of response tokens to keep, or `positive`: where --by is above 0.",
+        _MASK,
         kind="keep",
+    )
+    by: str = _option(
+        "value",
+        "Number to select by: a column, `surprise`, `reference_ratio` or SQL.",
+        _MASK,
     )
     scope: str = _option(
         "global",
-        "Where the share is counted: `global`, `row`, or `batch:N` (consecutive batches of N rows).",
+        "Share of all tokens, of each `row`, or of each `batch:N` of rows.",
+        _MASK,
         kind="scope",
     )
-    weights: str = _option("binary", "Loss weights of kept tokens.", choices=("binary", "rank", "sigmoid", "relu"))
-    by: str = _option(
-        "value",
-        "What to select by: `value`, `random`, `surprise` (nll / (entropy + 0.1)), `reference_ratio` (probability under"
-        " the reference over that under the model, at most 1), a stored column, or a polars SQL expression of these,"
-        ' such as "nll - reference_nll" or "7 - surprise". The highest are kept.',
+    weights: str = _option(
+        "binary", "Loss weights of kept tokens.", _MASK, choices=("binary", "rank", "sigmoid", "relu")
     )
-    stability_weight: float = _option(
-        1.5,
-        "Weight of stability against adaptation in the value (lambda of Eq. 12).",
-        kind="float",
-    )
+    stability_weight: float = _option(1.5, "Weight of stability against adaptation in the value.", _MASK, kind="float")
     stability_scale: str = _option(
         "none",
-        "`rms` divides each objective by its RMS over the generation before they are added.",
+        "`rms` divides each objective by its RMS first.",
+        _MASK,
         choices=("none", "rms"),
     )
     allow_empty_rows: bool = _option(
-        False, "Leave rows that lost every token empty; else each gets its best one back.", kind="bool"
+        False, "Leave rows empty that lost every token; else each keeps its best.", _MASK, kind="bool"
     )
     generation: str = _option(
         "latest",
-        "Scorings the mask is made from: `latest`, `all`, or numbers such as 0,2.",
+        "Scorings to use: `latest`, `all`, or numbers such as 0,2.",
+        _MASK,
         kind="generation",
     )
     aggregate: str = _option(
         "mean",
-        "Of several generations: the `mean` of each token's signals, or the `last` generation alone.",
+        "Of several generations: `mean` of the signals, or the `last`.",
+        _MASK,
         choices=("mean", "last"),
     )
-    seed: int = _option(0, "Seed of every random draw; draws are keyed by (seed, row, position).", kind="int")
+    seed: int = _option(0, "Seed of every random draw.", _RUNNING, kind="int")
 
     def __post_init__(self) -> None:
         """Check every setting, wherever it came from; raises UsageError."""
@@ -85,87 +95,100 @@ class ScoreConfig(MaskConfig):
     """Everything `score` is told."""
 
     data: tuple[str, ...] = _option(
-        (), "Rows to score: files, folders, globs or a Hugging Face dataset name.", kind="data"
+        (), "Rows to score: files, folders, globs or a Hugging Face dataset name.", _ROWS, kind="data"
     )
-    model: str = _option("smollm2-135m", "Model to score with: folder, GGUF file, Hub id or `smollm2-135m`.")
-    reference: str | None = _option(None, "Pre-trained reference, named as --model is. Default: the same as --model.")
-    target: str | None = _option(None, "Rows of the task to learn. Default: rows held out of DATA.")
+    limit: int | None = _option(None, "Read the first N rows alone, for a trial.", _ROWS, kind="count")
+    target: str | None = _option(None, "Rows of the task to learn. Default: rows held out of DATA.", _ROWS)
     target_rows: int = _option(
         32,
-        "Rows to hold out as target where --target is not given; at most a tenth of the rows.",
+        "Most rows to hold out as target without --target; a tenth of DATA at most.",
+        _ROWS,
         kind="count",
     )
-    estimator: str = _option(
-        "published",
-        "What is computed of each token: its direct and causal path, as `published` or `exact`; its `influence`, the"
-        " exact first-order effect of leaving its loss out; or `exact+influence`.",
-        choices=ESTIMATORS,
+    turns: str = _option("all", "Assistant turns that respond.", _ROWS, choices=("all", "last"))
+    max_length: int = _option(2048, "Longest row in tokens; the rest is cut, counted and told.", _ROWS, kind="count")
+    bad_rows: str = _option(
+        "refuse",
+        "`quarantine`: set bad rows aside in rejects.jsonl and go on.",
+        _ROWS,
+        choices=("refuse", "quarantine"),
     )
-    layers: int | Literal["all"] = _option(
-        3, "Last K decoder blocks that score (see --parameters), or `all`.", kind="all_count"
-    )
-    parameters: str = _option(
-        "linear",
-        "What of those blocks scores: their `linear` maps, or `all` they hold, with the embeddings, the final norm and"
-        " the output head. `all` is for --estimator influence.",
-        choices=("linear", "all"),
-    )
-    window: int = _option(32, "Reach of the published causal path, in tokens.", kind="count")
-    fisher: str = _option(
-        "sampled",
-        "Fisher diagonal of the reference, from labels that are `sampled` from it, from answers it can `generate` (as"
-        " published), or `empirical`; or a safetensors FILE saved earlier.",
-    )
-    fisher_rows: int = _option(256, "Rows the Fisher is estimated from.", kind="count")
-    fisher_prompts: str | None = _option(
-        None, "Prompts to generate from, rows of any shape; default: those of DATA. With --fisher generate."
-    )
-    fisher_new_tokens: int = _option(128, "Tokens to generate after each prompt.", kind="count")
-    drift: str | None = _option(
-        None,
-        "What the reference is compared with: the `weights` of the model, or those after a `lookahead` step."
-        " Default: weights, and nothing where --retention is given; with both, the drift is stored beside.",
-        choices=("weights", "lookahead"),
-    )
-    lookahead_lr: float | None = _option(
-        None, "Learning rate of the lookahead step; stability scales with it.", kind="positive"
-    )
-    lookahead_rows: int = _option(256, "Rows the lookahead step is made from.", kind="count")
-    retention: str | None = _option(
-        None, "Rows of what must not be forgotten; their loss gradient takes the place of the drift in stability."
-    )
-    precondition: str = _option(
-        "none",
-        "Scale the adaptation direction by training curvature: `adam` (root of second moments), `kfac` or `ekfac`"
-        " (inverse curvature).",
-        choices=("none", "adam", "kfac", "ekfac"),
-    )
-    precondition_rows: int = _option(256, "Rows the curvature is estimated from.", kind="count")
-    precondition_eps: float = _option(1e-8, "Added to the root of second moments (adam).", kind="positive")
-    precondition_damping: float = _option(
-        0.1, "Added to the curvature, in units of its mean eigenvalue (kfac, ekfac).", kind="positive"
-    )
-    precondition_stability: bool = _option(False, "Scale the stability direction too.", kind="bool")
-    beta: float = _option(0.1, "Strength of the preference loss (beta of Eq. 14).", kind="positive")
-    reuse: str | None = _option(
-        None, "Another run folder: what it computed from the same inputs and settings is taken over."
-    )
-    turns: str = _option("all", "Assistant turns that respond.", choices=("all", "last"))
-    max_length: int = _option(2048, "Rows are cut to this many tokens; what is cut is counted and told.", kind="count")
-    rows_per_shard: int = _option(1024, "Rows read per output shard.", kind="count")
-    batch_tokens: int | Literal["auto"] = _option(
-        "auto", "Padded tokens per batch, or found by a short trial; halved when memory runs out.", kind="auto_count"
-    )
+    model: str = _option("smollm2-135m", "Folder, adapter, GGUF file, Hub id or `smollm2-135m`.", _MODEL)
+    reference: str | None = _option(None, "Model that --model was tuned from. Default: the same as --model.", _MODEL)
     dtype: str = _option(
         "auto",
         "`auto`: bfloat16 on a GPU, float32 on a CPU.",
+        _MODEL,
         choices=("auto", "float32", "bfloat16", "float16", "float64"),
     )
-    device: str = _option("auto", "`auto`: cuda where there is a card, else cpu.")
-    bad_rows: str = _option(
-        "refuse", "`quarantine` sets bad rows aside in rejects.jsonl and goes on.", choices=("refuse", "quarantine")
+    device: str = _option("auto", "`auto`: cuda where there is a card, else cpu.", _MODEL, kind="device")
+    trust_remote_code: bool = _option(
+        False, "Run code that comes with a model. Recorded in the run.", _MODEL, kind="bool"
     )
-    trust_remote_code: bool = _option(False, "Run code that comes with a model. Recorded in the run.", kind="bool")
+    estimator: str = _option(
+        "published",
+        "Paths (`published`, `exact`), or `influence` of a token's own loss.",
+        _COMPUTED,
+        choices=ESTIMATORS,
+    )
+    layers: int | Literal["all"] = _option(
+        3, "Last K decoder blocks that score, or `all`.", _COMPUTED, kind="all_count"
+    )
+    parameters: str = _option(
+        "linear",
+        "`linear` maps, or (by influence) `all`, with embeddings and head.",
+        _COMPUTED,
+        choices=("linear", "all"),
+    )
+    window: int = _option(32, "Reach of the published causal path, in tokens.", _COMPUTED, kind="count")
+    fisher: str = _option(
+        "sampled",
+        "Fisher of the reference: `sampled`, `generate`, `empirical` or a FILE.",
+        _COMPUTED,
+    )
+    fisher_rows: int = _option(256, "Rows the Fisher is estimated from.", _COMPUTED, kind="count")
+    fisher_prompts: str | None = _option(
+        None, "Prompts of --fisher generate, rows of any shape. Default: those of DATA.", _COMPUTED
+    )
+    fisher_new_tokens: int = _option(128, "Tokens to generate after each prompt.", _COMPUTED, kind="count")
+    drift: str | None = _option(
+        None,
+        "From the reference to the `weights`, or to a `lookahead` step. Default: weights.",
+        _COMPUTED,
+        choices=("weights", "lookahead"),
+    )
+    lookahead_lr: float | None = _option(
+        None, "Learning rate of the lookahead step; stability scales with it.", _COMPUTED, kind="positive"
+    )
+    lookahead_rows: int = _option(256, "Rows the lookahead step is made from.", _COMPUTED, kind="count")
+    retention: str | None = _option(
+        None,
+        "Rows not to forget: their gradient takes the drift's place in stability.",
+        _COMPUTED,
+    )
+    precondition: str = _option(
+        "none",
+        "Scale adaptation by curvature: `adam`, or inverse `kfac`, `ekfac`.",
+        _COMPUTED,
+        choices=("none", "adam", "kfac", "ekfac"),
+    )
+    precondition_rows: int = _option(256, "Rows the curvature is estimated from.", _COMPUTED, kind="count")
+    precondition_eps: float = _option(1e-8, "Added to the root of second moments (adam).", _COMPUTED, kind="positive")
+    precondition_damping: float = _option(
+        0.1, "Added to the curvature, in mean eigenvalues (kfac, ekfac).", _COMPUTED, kind="positive"
+    )
+    precondition_stability: bool = _option(False, "Scale the stability direction too.", _COMPUTED, kind="bool")
+    beta: float = _option(0.1, "Strength of the preference loss (beta of Eq. 14).", _COMPUTED, kind="positive")
+    batch_tokens: int | Literal["auto"] = _option(
+        "auto",
+        "Padded tokens per batch; `auto` by a short trial.",
+        _RUNNING,
+        kind="auto_count",
+    )
+    rows_per_shard: int = _option(1024, "Rows read per output shard.", _RUNNING, kind="count")
+    reuse: str | None = _option(
+        None, "Run to take over from what it computed of the same inputs and settings.", _RUNNING
+    )
 
     def __post_init__(self) -> None:
         """Check every setting and which of them go together; raises UsageError."""
@@ -295,6 +318,11 @@ def _data(value: Any) -> tuple[str, ...] | None:
     return found if found and all(isinstance(name, str) and name for name in found) else None
 
 
+def _device(value: Any) -> str | None:
+    """A device by torch's name for it; whether this machine has it is asked when it is used."""
+    return value if isinstance(value, str) and _DEVICE.fullmatch(value) else None
+
+
 _KINDS: dict[str, Callable[[Any], Any]] = {
     "str": lambda value: value if isinstance(value, str) and value else None,
     "bool": lambda value: value if isinstance(value, bool) else None,
@@ -306,6 +334,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "keep": _keep,
     "scope": _scope,
     "data": _data,
+    "device": _device,
     "all_count": lambda value: "all" if value == "all" else _integer(value, 1),
     "auto_count": lambda value: "auto" if value == "auto" else _integer(value, 1),
 }
@@ -321,6 +350,7 @@ _TAKES = {
     "keep": "a share above 0 and up to 1, or positive",
     "scope": "global, row, or batch:N with N rows",
     "data": "files, folders, globs or a dataset name",
+    "device": "auto, cpu, cuda or cuda:N",
     "all_count": "a whole number from 1, or all",
     "auto_count": "a whole number from 1, or auto",
 }

@@ -11,13 +11,14 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows.files import legible
 
+from .grouped import Grouped
 from .options import config_options, read_config
 
 if TYPE_CHECKING:
     from alphatoken_curate.scoring.estimate import Estimate
 
 
-@click.command()
+@click.command(cls=Grouped)
 @click.argument("data", nargs=-1)
 @click.option(
     "--estimate",
@@ -38,10 +39,10 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
 
     from alphatoken_curate.scoring.check import check
 
-    from .terminal import Listener
+    from .terminal import listener as listening
 
     started = time.perf_counter() - began
-    with Listener() as listener:
+    with listening() as listener:
         found = check(config, estimated=estimated, progress=listener)
     pairs = "; preference pairs" if found.kind == "preference" else ""
     click.echo(

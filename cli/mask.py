@@ -10,10 +10,11 @@ import click
 
 from alphatoken_curate.config import MaskConfig
 
+from .grouped import Grouped
 from .options import config_options, read_config, tell_version
 
 
-@click.command()
+@click.command(cls=Grouped)
 @click.argument("run", type=click.Path(path_type=Path))
 @config_options(MaskConfig)
 @click.pass_context
@@ -24,12 +25,12 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
     """
     config = read_config(ctx, MaskConfig)
 
-    from alphatoken_curate.scoring.score import mask
+    from alphatoken_curate.masks.mask import mask
 
-    from .terminal import Listener
+    from .terminal import listener as listening
 
     tell_version(run)
-    with Listener() as listener:
+    with listening() as listener:
         made = mask(run, config, listener)
     verb = "Wrote" if made.created else "Already there:"
     click.echo(f"{verb} mask {made.mask} in {made.path}/")

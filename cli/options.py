@@ -12,6 +12,8 @@ from click.core import ParameterSource
 
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
 
+from .grouped import Setting
+
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=MaskConfig)
 
@@ -25,6 +27,7 @@ _METAVARS = {
     "float": "X",
     "positive": "X",
     "generation": "latest|all|N,M",
+    "device": "auto|cpu|cuda[:N]",
 }
 
 
@@ -32,10 +35,7 @@ def config_options(kind: type[MaskConfig], only: tuple[str, ...] = ()) -> Callab
     """A flag for every setting of a config class (or `only` some), and -c for a YAML file of them."""
 
     def add(function: F) -> F:
-        # What is scored, and how, before what becomes of the values.
-        shared = [item.name for item in fields(MaskConfig)]
-        ordered = sorted(fields(kind), key=lambda item: item.name in shared)
-        for item in reversed(ordered):
+        for item in reversed(fields(kind)):
             if item.name != "data" and (not only or item.name in only):
                 function = _flag(item)(function)
         return click.option(
@@ -64,10 +64,13 @@ def _is_given(ctx: click.Context, name: str) -> bool:
 def _flag(item: Field[Any]) -> Callable[[F], F]:
     name = "--" + item.name.replace("_", "-")
     kind, choices = item.metadata["kind"], item.metadata["choices"]
+    group = item.metadata["group"]
     if kind == "bool":
-        return click.option(name, is_flag=True, default=False, help=item.metadata["help"])
+        return click.option(name, cls=Setting, group=group, is_flag=True, default=False, help=item.metadata["help"])
     return click.option(
         name,
+        cls=Setting,
+        group=group,
         type=click.Choice(choices) if choices else str,
         default=None if item.default is None else str(item.default),
         metavar=None if choices else _METAVARS.get(kind, "NAME"),

@@ -13,7 +13,7 @@ from .mask import summary
 if TYPE_CHECKING:
     from alphatoken_curate import RefreshSummary
 
-    from .terminal import Listener
+    from .lines import Lines
 
 
 @click.command(name="refresh")
@@ -59,9 +59,9 @@ def command(
     from alphatoken_curate.scoring.refresh import refresh
     from alphatoken_curate.scoring.refresh import watch as each_new
 
-    from .terminal import Listener
+    from .terminal import listener as listening
 
-    with Listener() as listener:
+    with listening() as listener:
         places = {"base": base, "reference": reference, "device": device, "progress": listener}
         if checkpoint is not None:
             refresh(run, checkpoint, told=partial(_tell, listener), **places)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def command(
             _tell(listener, done)
 
 
-def _tell(listener: Listener, done: RefreshSummary) -> None:
+def _tell(listener: Lines, done: RefreshSummary) -> None:
     listener.finish()
     mask = done.mask
     if not done.shards_scored and not mask.created:
@@ -80,4 +80,6 @@ def _tell(listener: Listener, done: RefreshSummary) -> None:
     for line in summary(mask):
         click.echo(line)
     click.echo(f"  wrote   {done.run}/values/generation={done.generation}/   mask {mask.mask}: {mask.path}/")
+    if not done.has_stability:
+        click.echo("  stability is 0, as the checkpoint has the weights of the reference")
     click.echo(f"Next: alphatoken-curate stats {done.run}")

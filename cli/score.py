@@ -9,11 +9,12 @@ import click
 
 from alphatoken_curate.config import ScoreConfig
 
+from .grouped import Grouped
 from .mask import summary
 from .options import config_options, read_config
 
 
-@click.command()
+@click.command(cls=Grouped)
 @click.argument("data", nargs=-1)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder. Default: DATA's stem + .alphatoken.")
 @config_options(ScoreConfig)
@@ -28,9 +29,9 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
 
     from alphatoken_curate.scoring.score import score
 
-    from .terminal import Listener
+    from .terminal import listener as listening
 
-    with Listener() as listener:
+    with listening() as listener:
         done = score(config, out, listener)
     counts, mask = done.manifest.counts, done.mask
     if not done.shards_scored and not mask.created:
@@ -42,11 +43,13 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     for line in summary(mask):
         click.echo(line)
     click.echo(f"  values  {done.run}/values/generation=0/   mask {mask.mask}: {mask.path}/")
+    if not done.has_stability:
+        click.echo("  stability is 0, as model and reference are the same; --reference or --retention change that")
     click.echo(
         f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {_first(done)}"
     )
     if mask.kept_tokens == mask.response_tokens:
-        click.echo("Every token trains until you make another mask. Where labels may be wrong, for example:")
+        click.echo("Every token trains until you make another mask, as one without the most surprising tokens:")
         click.echo(f"  alphatoken-curate mask {done.run} --by '7 - surprise' --keep positive")
 
 

@@ -25,8 +25,9 @@ ORDER = """
     tokens: chat pieces speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
-    masks: criteria choose responses ranked remask
-    scoring: budget meter prepare idle scorer trial job beside changes score refresh memory estimate check
+    masks: criteria choose responses ranked remask mask
+    scoring: budget meter folder named identity prepare idle scorer trial job beside changes loop refresh memory
+        estimate check finished score
     reading: words scan rules verify row search histogram sums counting stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
@@ -201,7 +202,7 @@ def test_errors_are_neither_swallowed_nor_asserted(path: Path) -> None:
 def test_every_command_is_a_file_of_its_own() -> None:
     from alphatoken_curate.cli.main import COMMANDS
 
-    helpers = {"__init__", "interrupts", "main", "options", "terminal"}
+    helpers = {"__init__", "__main__", "grouped", "interrupts", "lines", "main", "options", "terminal"}
     assert {path.stem for path in modules(CLI)} - helpers == set(COMMANDS)
 
 
@@ -246,6 +247,10 @@ def test_every_source_module_has_its_tests() -> None:
         "tokens.speller": "tokens/test_tokenise",
         "scoring.scorer": "scoring/test_score",
         "scoring.job": "scoring/test_score",
+        "scoring.folder": "scoring/test_score",
+        "scoring.identity": "scoring/test_prepare",
+        "scoring.loop": "scoring/test_score",
+        "masks.mask": "masks/test_remask",
         "scoring.beside": "scoring/test_refresh",
         "scoring.check": "cli/test_main",
         "reading.counting": "reading/test_stats",

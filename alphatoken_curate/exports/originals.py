@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,14 +45,17 @@ class _Place(NamedTuple):
 def originals(opened: TrainSet) -> Iterator[Original]:
     """Every row that was read, in order. Raises `UsageError` where the files are gone or are others now."""
     stored = _stored(opened)
-    for file, known in _files(opened):
+    limited = load_settings(opened.run / CONFIG).get("limit") is not None
+    for file, known in _files(opened, limited=limited):
         meter = Meter(file)
-        for raw in raw_rows(file, meter, ()):
+        for raw in islice(raw_rows(file, meter, ()), known.rows if limited else None):
             place = next(stored, None)
             if place is None or (place.source, place.line) != (known.source, raw.line):
                 raise _changed(file, "its rows are others")
             where = f"{visible(known.source)}:{raw.line}"
             yield Original(place.row_id, where, _record(raw.record), place.response)
+        if limited:
+            meter.finish()
         if meter.digest != known.digest:
             raise _changed(file, f"its digest is {meter.digest}, the run has {known.digest}")
     if next(stored, None) is not None:
@@ -78,7 +82,7 @@ def _stored(opened: TrainSet) -> Iterator[_Place]:
         yield from (_Place(*row) for row in zip(*names, responses, strict=True))
 
 
-def _files(opened: TrainSet) -> list[tuple[DataFile, Input]]:
+def _files(opened: TrainSet, *, limited: bool) -> list[tuple[DataFile, Input]]:
     """The files that config.yaml names, each with what the manifest says of it; those on disk are checked first."""
     names = load_settings(opened.run / CONFIG).get("data")
     again = "Restore it, or score again; every other export reads the run alone."
@@ -89,6 +93,8 @@ def _files(opened: TrainSet) -> list[tuple[DataFile, Input]]:
     except InputError as error:
         raise UsageError(f"the original rows cannot be found: {error} {again}") from error
     inputs = opened.stored.inputs
+    if limited:
+        found = found[: len(inputs)]  # no other was read
     if [file.source for file in found] != [known.source for known in inputs]:
         sources = ", ".join(visible(known.source) for known in inputs)
         raise UsageError(f"the original rows are not those that were scored: the run was made of {sources}. {again}")

@@ -104,6 +104,15 @@ class Meter:
                 " as a decompression bomb does. If it is what you mean to read, store it uncompressed or in parts."
             )
 
+    def finish(self) -> None:
+        """Take the stored bytes that were not read; of a dataset of the Hub there are none."""
+        if self._file.is_hub:
+            return
+        with open(self._file.path, "rb") as stored:
+            stored.seek(self.stored_bytes)
+            while data := stored.read(CHUNK_BYTES):
+                self.take(data)
+
     @property
     def digest(self) -> str:
         """`sha256:` and the hexadecimal digest of the bytes taken so far."""

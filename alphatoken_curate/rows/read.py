@@ -48,6 +48,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, Literal
 
 from alphatoken_curate.errors import InputError
@@ -107,21 +108,28 @@ class ReadRows:
 class RowStream:
     """Rows of `data` (see `find_files`) one by one; `also` names shapes that are not read otherwise.
 
+    Only the first `limit` are read, of both kinds, and no file behind the one that has the last of them.
+
     What was read beside them until then: `bad` rows, whole `files`, and how many rows of both kinds were `read`.
     """
 
-    def __init__(self, data: Sequence[str], also: tuple[Also, ...] = ()) -> None:
+    def __init__(self, data: Sequence[str], also: tuple[Also, ...] = (), limit: int | None = None) -> None:
         self.bad: list[BadRow] = []
         self.files: list[InputFile] = []
         self.read = 0
-        self._data, self._also = data, also
+        self._data, self._also, self._limit = data, also, limit
         self._samples: dict[bool, Row] = {}
 
     def __iter__(self) -> Iterator[Row]:
         """Once. Raises InputError where nothing is found, a file is torn or is not what it should be, or no row is."""
         for file in find_files(self._data):
+            if self.read == self._limit:
+                break
             meter = Meter(file)
-            yield from self.sort(raw_rows(file, meter, _keys(self._also)), file.source)
+            left = None if self._limit is None else self._limit - self.read
+            yield from self.sort(islice(raw_rows(file, meter, _keys(self._also)), left), file.source)
+            if self._limit is not None:
+                meter.finish()
             digest, size = meter.digest, meter.stored_bytes
             self.files.append(InputFile(path=file.path, source=file.source, digest=digest, bytes=size))
         if not self.read:

@@ -7,6 +7,7 @@ few rows are unpacked at once where one may be large.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from alphatoken_curate.errors import InputError
@@ -27,6 +28,7 @@ from alphatoken_curate.rows.files import DataFile, visible
 _PARQUET = b"PAR1"
 _FOREIGN = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"\x89HDF": "HDF5"}
 _PARQUET_BATCH_ROWS, _PARQUET_FEWEST_ROWS = 64, 8
+_HUB_SECONDS = 5.0
 
 
 def raw_rows(file: DataFile, meter: Meter, keys: Collection[str]) -> Iterator[RawRow]:
@@ -125,6 +127,30 @@ def _pruned(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def _hub_or_cache(name: str) -> Iterator[None]:
+    """Ask the Hub once whether it answers; where it does not, only what was downloaded before is looked at.
+
+    Left to itself, `datasets` asks again and again for half a minute, and says so on our own output.
+    """
+    import datasets
+    import httpx2
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    offline = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        HfApi().dataset_info(name, timeout=_HUB_SECONDS)
+    except HfHubHTTPError:
+        pass  # it answers, and will say what is wrong
+    except (httpx2.HTTPError, OSError):
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = offline
+
+
 def _hub_rows(file: DataFile, meter: Meter) -> Iterator[RawRow]:
     """Rows of a Hugging Face dataset; the digest is of the rows as JSON lines with sorted keys."""
     try:
@@ -134,7 +160,8 @@ def _hub_rows(file: DataFile, meter: Meter) -> Iterator[RawRow]:
         raise InputError(message) from error
     name, _, split = file.path.partition(":")
     try:
-        table = datasets.load_dataset(name, split=split or "train")
+        with _hub_or_cache(name):
+            table = datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"{file.path}: no such file or folder, and the Hugging Face dataset {name!r} (split {split or 'train'!r})"

@@ -25,11 +25,12 @@ LEAST = 64
 """A budget below this many tokens is not halved again."""
 
 _DECIDE_TOKENS = {
-    "tokens": {"data", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"},
+    "tokens": {"data", "limit", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"},
     "target_tokens": {"data", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"},
     "retention_tokens": {"retention", "tokenizer", "template", "turns", "max_length"},
     "prompt_tokens": {"fisher", "fisher_prompts", "tokenizer", "template", "turns", "max_length"},
-    "kind": {"data"},
+    "kind": {"data", "limit"},
+    "data": {"limit"},
     "beta": {"data"},
 }
 """Fields that follow from others; digests of tokens differ alone where a template writes today's date."""
@@ -134,7 +135,7 @@ class Budget:
             # Not above: there the error still holds what was computed.
             free_memory()
             plan = Plan(batch_tokens=plan.batch_tokens // 2, halvings=plan.halvings + 1)
-            self.progress.note(f"Memory ran out: --batch-tokens is halved to {plan.batch_tokens} from here on.")
+            self.progress.warn(f"Memory ran out: --batch-tokens is halved to {plan.batch_tokens} from here on.")
 
     def _settled(self) -> Plan:
         if self._record.plan is None:

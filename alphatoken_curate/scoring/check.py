@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from alphatoken_curate.config import ScoreConfig
-from alphatoken_curate.models.load import resolve_device
-from alphatoken_curate.progress import Progress
+from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.rows.read import BadRow
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.scoring.estimate import Estimate, estimate
-from alphatoken_curate.scoring.prepare import prepare
-from alphatoken_curate.scoring.trial import planned, usual_budget
+from alphatoken_curate.scoring.named import check_named
+from alphatoken_curate.scoring.prepare import Prepared, prepare
 from alphatoken_curate.tokens.plan import by_shard, sequences
+from alphatoken_curate.tokens.tokenise import AnyRow
+
+if TYPE_CHECKING:
+    from alphatoken_curate.scoring.estimate import Estimate
 
 _TOKEN_BYTES, _LABEL_BYTES = 1.9, 1.25
 """Bytes on disk of a token's ids, and of its labels and masks: both shrink under zstd. Floats do not."""
@@ -52,19 +56,12 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
 
     `estimated`: load the models as well, try each stage on a few batches, and tell what the scoring would take.
     """
-    prepared, found = estimate(config, progress) if estimated else (prepare(config), None)
+    prepared, found = _tried(config, progress or Silent(), estimated=estimated)
     rows = prepared.rows
     lengths = np.array([len(one.input_ids) for one in sequences(rows)])
     responses = int(sum(one.response.sum() for one in sequences(rows)))
     dealt = by_shard(rows, prepared.rows_read, config.rows_per_shard)
-    if found is not None:
-        budget = found.batch_tokens
-    elif config.batch_tokens == "auto":
-        budget = usual_budget(dealt, resolve_device(config.device).type)
-    else:
-        budget = config.batch_tokens
-    plans = [planned(inside, budget) for inside in dealt]
-    batches, padded = (sum(counts) for counts in zip(*plans, strict=True))
+    budget, batches, padded = _planned(config, dealt, found)
     tokens = int(lengths.sum())
     stored = components(config.estimator)
     # Where model and reference are the same, stability is 0 and costs nothing.
@@ -90,3 +87,31 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
         train_bytes=round(4 * responses + (_TOKEN_BYTES + _LABEL_BYTES) * tokens),
         estimate=found,
     )
+
+
+def _tried(config: ScoreConfig, progress: Progress, *, estimated: bool) -> tuple[Prepared, Estimate | None]:
+    """The rows as `score` would have them, and what scoring them would take where that is asked."""
+    check_named(config)
+    progress.stage("starting", 0)
+
+    from alphatoken_curate.scoring.estimate import estimate
+    from alphatoken_curate.scoring.scorer import told_of_models
+
+    progress.note(told_of_models(config))
+    progress.stage("reading rows", 0)
+    return estimate(config, progress) if estimated else (prepare(config), None)
+
+
+def _planned(config: ScoreConfig, dealt: Sequence[Sequence[AnyRow]], found: Estimate | None) -> tuple[int, int, int]:
+    """Tokens of a batch, how many batches there are, and their tokens with padding."""
+    from alphatoken_curate.models.load import resolve_device
+    from alphatoken_curate.scoring.trial import planned, usual_budget
+
+    if found is not None:
+        budget = found.batch_tokens
+    elif config.batch_tokens == "auto":
+        budget = usual_budget(dealt, resolve_device(config.device).type)
+    else:
+        budget = config.batch_tokens
+    batches, padded = (sum(counts) for counts in zip(*(planned(inside, budget) for inside in dealt), strict=True))
+    return budget, batches, padded

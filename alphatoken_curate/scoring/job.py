@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,13 @@ from alphatoken_curate.rows.read import BadRow
 from alphatoken_curate.runs.manifest import Facts, Input, Plan
 from alphatoken_curate.runs.schema import LAYOUTS, Layout
 from alphatoken_curate.runs.shards import Branch, ValueRow
+from alphatoken_curate.scoring.identity import versions
 from alphatoken_curate.scoring.prepare import Prepared
 from alphatoken_curate.scoring.scorer import ScorerSpec
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.plan import by_shard
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches
 
-_VERSIONED = ("alphatoken-curate", "torch", "transformers", "numpy", "pyarrow")
 _DIGESTED = ("model", "reference", "tokenizer", "template", "tokens")
 
 
@@ -126,12 +124,6 @@ def _facts(prepared: Prepared, spec: ScorerSpec) -> Facts:
         checkpoint=Path(prepared.source.name).name,
         plan=Plan(batch_tokens=0),
     )
-
-
-def versions(device: str) -> dict[str, str]:
-    """What computes, by name: equal bytes are promised for equal versions and types of device."""
-    found = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    return {"python": platform.python_version(), "device": device.split(":", maxsplit=1)[0], **found}
 
 
 def _inputs(prepared: Prepared) -> Sequence[Input]:

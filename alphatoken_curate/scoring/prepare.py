@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 
-from alphatoken_curate.config import FISHER_MODES, ScoreConfig
-from alphatoken_curate.errors import InputError, UsageError
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.errors import InputError
 from alphatoken_curate.models.load import (
     ModelSource,
     find_model,
-    generation_stops,
     load_tokenizer,
     model_config,
-    model_digest,
-    tokenizer_digest,
 )
-from alphatoken_curate.rows.read import BadRow, InputFile, RowStream, kind_of, refuse
-from alphatoken_curate.runs.atomic import digest
+from alphatoken_curate.rows.files import visible
+from alphatoken_curate.rows.read import BadRow, InputFile, Row, RowStream, kind_of, refuse
 from alphatoken_curate.runs.fingerprint import Json
-from alphatoken_curate.runs.schema import SCHEMA_VERSION
+from alphatoken_curate.scoring.identity import Named, fields_of
+from alphatoken_curate.scoring.named import check_named
 from alphatoken_curate.tokens.chat import Tokenizer
 from alphatoken_curate.tokens.draws import keyed_uniform
 from alphatoken_curate.tokens.plan import sequences
-from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
+from alphatoken_curate.tokens.tokenise import NO_TOKENIZER, AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
 
 R = TypeVar("R", TokenRow, AnyRow)
 
@@ -77,13 +76,16 @@ class Prepared:
 
 def prepare(config: ScoreConfig) -> Prepared:
     """Read, check and tokenise everything. InputError names all bad rows at once, unless they are quarantined."""
+    check_named(config)
     source = find_model(config.model)
     reader = _Reader(config, source)
-    found = RowStream(config.data)
+    found = RowStream(config.data, limit=config.limit)
     rows, unusable = reader.tokens(found)
     bad = sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
     sides = {"target": config.target, "retention": config.retention, "prompts": config.fisher_prompts}
     side = {name: reader.side(name, path) for name, path in sides.items()}
+    if reader.tokenizer is None and (config.bad_rows == "refuse" or not rows):
+        _check_tokenizer(config, bad)
     wanting = bad if config.bad_rows == "refuse" else []
     if wanting or reader.bad:
         raise refuse([*wanting, *reader.bad], can_quarantine=not reader.bad)
@@ -109,20 +111,41 @@ def prepare(config: ScoreConfig) -> Prepared:
     )
 
 
+def _check_tokenizer(config: ScoreConfig, bad: Sequence[BadRow]) -> None:
+    """One line where the model has no tokenizer, and not one for each row of text."""
+    texts = [one for one in bad if one.reason == NO_TOKENIZER]
+    if texts:
+        raise InputError(
+            f"{config.model}: it has no tokenizer, and {visible(texts[0].source)}:{texts[0].line} is a row of text, the"
+            f" first of {len(texts):,}. Save a tokenizer beside the model (save_pretrained), or give rows as input_ids"
+            " and labels."
+        )
+
+
 class _Reader:
-    """Reads rows as the model of a run tokenises them; `bad`: rows of files beside DATA that cannot be used."""
+    """Reads rows as the model of a run tokenises them; `bad`: rows of files beside DATA that cannot be used.
+
+    The tokenizer is loaded once there is a row: where the first cannot be had, that is told at once.
+    """
 
     def __init__(self, config: ScoreConfig, source: ModelSource) -> None:
-        self.tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
         self.bad: list[BadRow] = []
-        self._config = config
-        self._vocabulary = _vocabulary(source, self.tokenizer)
+        self._config, self._source = config, source
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the model; None where it has none."""
+        return load_tokenizer(self._source, trust_remote_code=self._config.trust_remote_code)
+
+    @cached_property
+    def _vocabulary(self) -> int | None:
+        return _vocabulary(self._source, self.tokenizer)
 
     def tokens(self, found: RowStream) -> tuple[list[AnyRow], list[BadRow]]:
         """Tokens of rows that were read, and those that have none to score."""
-        config = self._config
+        config, rows = self._config, _begun(found)
         return tokenise(
-            found, self.tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=self._vocabulary
+            rows, self.tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=self._vocabulary
         )
 
     def side(self, name: str, path: str | None) -> SideRows:
@@ -132,7 +155,7 @@ class _Reader:
         if name == "prompts":
             found = RowStream([path], also=("prompt",))
             rows, unusable = tokenise_prompts(
-                found, self.tokenizer, max_length=self._config.max_length, vocab_size=self._vocabulary
+                _begun(found), self.tokenizer, max_length=self._config.max_length, vocab_size=self._vocabulary
             )
         else:
             found = RowStream([path], also=("text",) if name == "retention" else ())
@@ -140,6 +163,12 @@ class _Reader:
             rows = [chosen(row) for row in both]
         self.bad += sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
         return SideRows(rows=rows, files=found.files)
+
+
+def _begun(found: RowStream) -> Iterator[Row]:
+    """The rows, of which the first is read now."""
+    rows = iter(found)
+    return chain([first for first in [next(rows, None)] if first is not None], rows)
 
 
 def hold_out(rows: Sequence[AnyRow], most: int, seed: int) -> list[AnyRow]:
@@ -159,62 +188,22 @@ def drawn(rows: Sequence[R], count: int, seed: int, position: int) -> list[R]:
 
 def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -> dict[str, Json]:
     """Everything that changes values/, under the names users know it by; None where it plays no part."""
-    config = prepared.config
     template = getattr(prepared.tokenizer, "chat_template", None)
-    fields: dict[str, Json] = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": prepared.kind,
-        "data": [[file.source, file.digest] for file in prepared.files],
-        "model": model_digest(prepared.source),
-        "tokenizer": tokenizer_digest(prepared.source),
+    named = Named(
+        data=[[file.source, file.digest] for file in prepared.files],
+        model=prepared.source,
+        reference=reference,
+        target=prepared.target.digests,
+        retention=prepared.retention.digests,
+        prompts=prepared.prompts.digests,
+    )
+    return {
+        **fields_of(prepared.config, named, kind=prepared.kind, dtype=dtype),
         "template": f"sha256:{hashlib.sha256(str(template).encode()).hexdigest()}" if template else None,
         "tokens": _tokens_digest(sequences([*prepared.rows, *prepared.held_out])),
-        "target": prepared.target.digests,
-        "target_rows": None if config.target else config.target_rows,
         "target_tokens": _tokens_digest(prepared.target.rows),
-        "estimator": config.estimator,
-        "layers": config.layers,
-        "parameters": config.parameters,
-        "window": config.window if config.estimator == "published" else None,
-        "stability_weight": config.stability_weight,
-        "beta": config.beta if prepared.kind == "preference" else None,
-        "turns": config.turns,
-        "max_length": config.max_length,
-        "rows_per_shard": config.rows_per_shard,
-        "dtype": dtype,
-        "seed": config.seed,
-    }
-    fields["reference"] = fields["model"] if reference == prepared.source else model_digest(reference)
-    return fields | _stability_fields(prepared, reference) | _precondition_fields(config)
-
-
-def _stability_fields(prepared: Prepared, reference: ModelSource) -> dict[str, Json]:
-    config = prepared.config
-    estimated, generates = config.fisher in FISHER_MODES, config.fisher == "generate"
-    lookahead = config.drift == "lookahead"
-    return {
-        "fisher": config.fisher if estimated else f"sha256:{digest(_file(config.fisher))[1]}",
-        "fisher_rows": config.fisher_rows if estimated else None,
-        "fisher_prompts": prepared.prompts.digests,
-        "fisher_new_tokens": config.fisher_new_tokens if generates else None,
-        "fisher_stops": generation_stops(reference) if generates else None,
-        "prompt_tokens": _tokens_digest(prepared.prompts.rows),
-        "drift": config.drift or ("weights" if config.retention is None else None),
-        "lookahead_lr": config.lookahead_lr,
-        "lookahead_rows": config.lookahead_rows if lookahead else None,
-        "retention": prepared.retention.digests,
         "retention_tokens": _tokens_digest(prepared.retention.rows),
-    }
-
-
-def _precondition_fields(config: ScoreConfig) -> dict[str, Json]:
-    kind = config.precondition
-    return {
-        "precondition": kind,
-        "precondition_rows": config.precondition_rows if kind != "none" else None,
-        "precondition_eps": config.precondition_eps if kind == "adam" else None,
-        "precondition_damping": config.precondition_damping if kind in ("kfac", "ekfac") else None,
-        "precondition_stability": config.precondition_stability,
+        "prompt_tokens": _tokens_digest(prepared.prompts.rows),
     }
 
 
@@ -233,10 +222,3 @@ def _vocabulary(source: ModelSource, tokenizer: Tokenizer | None) -> int | None:
     config = model_config(source)
     size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     return size if isinstance(size, int) else None
-
-
-def _file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise UsageError(f"--fisher {name}: none of {', '.join(FISHER_MODES)} nor a file. Name a safetensors file.")
-    return path

@@ -14,6 +14,7 @@ from typing import Any
 
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
 from alphatoken_curate.errors import BusyError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
+from alphatoken_curate.masks.mask import mask_and_card, mend
 from alphatoken_curate.masks.remask import MaskSummary
 from alphatoken_curate.models.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
 from alphatoken_curate.models.likeness import check_alike
@@ -30,15 +31,19 @@ from alphatoken_curate.runs.schema import SCHEMA_VERSION
 from alphatoken_curate.runs.shards import ValueRow
 from alphatoken_curate.scoring import beside
 from alphatoken_curate.scoring.budget import Budget, older
-from alphatoken_curate.scoring.job import Cut, Job, ShardRows, versions
-from alphatoken_curate.scoring.score import mask_and_card, mend, run_generation, write_manifest
+from alphatoken_curate.scoring.identity import has_stability, versions
+from alphatoken_curate.scoring.job import Cut, Job, ShardRows
+from alphatoken_curate.scoring.loop import run_generation, write_manifest
 from alphatoken_curate.scoring.scorer import ScorerSpec
 from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefreshSummary:
-    """What `refresh` did at one checkpoint. `shards_scored` is 0 where its generation was there already."""
+    """What `refresh` did at one checkpoint. `shards_scored` is 0 where its generation was there already.
+
+    `has_stability` is False where the checkpoint is the reference, and every stability is 0.
+    """
 
     run: Path
     checkpoint: str
@@ -46,6 +51,7 @@ class RefreshSummary:
     manifest: Manifest
     mask: MaskSummary
     shards_scored: int
+    has_stability: bool
 
 
 def refresh(
@@ -117,7 +123,7 @@ def watch(
                 # Not fit to be scored; or the training deleted it, file by file, while it was read: it may come back.
                 if is_complete(place) is None:
                     seen.add(mark)
-                listener.note(f"{checkpoint.name} is not scored: {error}")
+                listener.warn(f"{checkpoint.name} is not scored: {error}")
                 continue
             seen.add(mark)
             if done is not None:
@@ -168,6 +174,7 @@ class _Run:
             manifest=now,
             mask=mask,
             shards_scored=scored,
+            has_stability=has_stability(about),
         )
 
     def _score(
@@ -187,8 +194,6 @@ class _Run:
             maps=Store(folder=self.folder / "artifacts", fields=self.fields).shapes(TARGET),
         )
         progress.note(f"{checkpoint.name} becomes generation {number}")
-        if "stab" not in spec.objectives:
-            progress.note("STABILITY IS ZERO: this checkpoint has the same weights as the reference.")
         try:
             return run_generation(self.folder, _job(self.folder, stored, spec, checkpoint), spec, budget, progress)
         except (ModelError, InputError):

@@ -29,6 +29,7 @@ from alphatoken_curate.engine.precision import narrow
 from alphatoken_curate.errors import InputError, ModelError
 from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import (
+    DEMO_MODEL,
     ModelSource,
     find_model,
     free_memory,
@@ -117,6 +118,15 @@ class ScorerSpec:
 
     def _captured(self, model: PreTrainedModel) -> ScoringModel:
         return ScoringModel(model, self.config.layers, self.config.parameters)  # type: ignore[arg-type]
+
+
+def told_of_models(config: ScoreConfig) -> str:
+    """What will compute: `model smollm2-135m (default), cpu, float32`. Raises UsageError for a device not here."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device.type, config.parameters)
+    default = " (default)" if config.model == DEMO_MODEL else ""
+    reference = f", reference {config.reference}" if config.reference not in (None, config.model) else ""
+    return f"model {config.model}{default}{reference}, {device}, {dtype}"
 
 
 def spec_of(prepared: Prepared, folder: Path, reuse: Path | None = None) -> ScorerSpec:
@@ -312,7 +322,7 @@ class ShardScorer:
             scoring = self.scoring
             directions = [self._direction(objective) for objective in self.spec.objectives]
             if not all(any(matrix.any() for matrix in direction) for direction in directions[1:]):
-                progress.note("STABILITY IS ZERO: the scoring blocks have the weights of the reference.")
+                progress.warn("Stability is 0: the blocks that score have the weights of the reference.")
             self._scorer = make_scorer(scoring, directions, self.spec.config.estimator, self.spec.config.window)
         return self._scorer
 

@@ -27,6 +27,9 @@ from alphatoken_curate.tokens.speller import Spelled, Speller
 _BATCH_ROWS = 1000
 _EXCERPT_TOKENS = 100
 
+NO_TOKENIZER = "no_tokenizer"
+"""The reason of a row of text where the model has no tokenizer."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TokenRow:
@@ -138,7 +141,7 @@ def _prepare(record: Record, speller: Speller | None) -> Spelled | RenderedText 
     if isinstance(record, Tokens):
         return record.input_ids, np.array(record.labels) != IGNORE_INDEX
     if speller is None:
-        return RowFault("no_tokenizer", "a row of text needs a tokenizer; name a model that has one")
+        return RowFault(NO_TOKENIZER, "a row of text needs a tokenizer; name a model that has one")
     if isinstance(record, PromptCompletion):
         return joined(record)
     if isinstance(record, Passage):

@@ -19,10 +19,10 @@ from transformers.trainer_callback import ExportableState
 
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import CurateError, UsageError
+from alphatoken_curate.masks.mask import mask as make_mask
 from alphatoken_curate.reading.scan import choose_mask
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.scoring.refresh import refresh
-from alphatoken_curate.scoring.score import mask as make_mask
 from alphatoken_curate.trainers.current import CurrentMask, Served
 
 

@@ -18,6 +18,7 @@ from tiny_files import Ended, command, contents, token_records, write_jsonl
 from alphatoken_curate import CurateError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
 from alphatoken_curate.cli import main as main_module
 from alphatoken_curate.cli.main import COMMANDS
+from alphatoken_curate.runs import manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,6 +89,13 @@ def test_the_installed_command_is_this_one() -> None:
     assert done.stdout.startswith("alphatoken-curate ")
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "alphatoken_curate", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("alphatoken-curate ")
+
+
 def test_an_unknown_command_or_flag(data: str) -> None:
     refused(command("scores", data), 2, "No such command")
     refused(command("score", data, "--layer", 3), 2, "--layers")
@@ -103,12 +111,40 @@ def test_score_says_what_it_wrote_and_what_comes_next(data: str, models: dict[st
     assert ended.code == 0
     assert f"Wrote {run}" in ended.out and "7 scored of 8 (1 held out as target)" in ended.out
     assert f"alphatoken-curate stats {run}" in ended.out and f"{run}/train/mask=0000/" in ended.out
-    assert "STABILITY IS ZERO" in ended.err and "scoring: 100%" in ended.err
-    assert ended.err.count("STABILITY IS ZERO") == 1
+    assert "scoring: 100%" in ended.err
+    assert ended.out.count("stability is 0") == 1 and "stability" not in ended.err.lower() and "!" not in ended.err
     again = command("score", data, "--model", models["base"], "-o", run)
     assert again.code == 0 and "is finished" in again.out and "Nothing was written" in again.out
     shown = next(line for line in ended.out.splitlines() if "show" in line).split("--row ")[1]
     assert command("show", run, "--row", shown).code == 0
+
+
+def test_a_trial_on_the_first_rows_has_a_folder_of_its_own(
+    data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = command("score", data, "--model", models["base"], "--limit", 4)
+    run = Path(f"{Path(data).stem}.limit-4.alphatoken")
+    assert ended.code == 0 and f"Wrote {run}" in ended.out and "3 scored of 4" in ended.out
+    assert manifest.read(run).settings["limit"] == 4 and "limit: 4" in (run / "config.yaml").read_text()
+    assert command("verify", run).code == 0
+    again = command("score", data, "--model", models["base"], "--limit", 4)
+    assert "is finished" in again.out
+    other = command("score", data, "--model", models["base"], "--limit", 5, "-o", run)
+    refused(other, 4, "limit")
+    assert command("check", data, "--model", models["base"], "--limit", 4).out.split()[1] == "4"
+    replayed = command("score", "--config", run / "config.yaml", "-o", "replayed")
+    assert replayed.code == 0 and contents(Path("replayed") / "values") == contents(run / "values")
+
+
+def test_check_and_score_say_first_what_will_compute(
+    data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for arguments in (("check", data), ("score", data, "-o", tmp_path / "run")):
+        ended = command(*arguments, "--model", models["tuned"], "--reference", models["base"])
+        first = next(line for line in ended.err.splitlines() if line != "starting")
+        assert first == f"model {models['tuned']}, reference {models['base']}, cpu, float32"
 
 
 def test_the_default_run_folder_is_named_after_the_data(
@@ -328,7 +364,7 @@ def test_nothing_but_bad_rows(models: dict[str, str], tmp_path: Path) -> None:
 
 def test_text_without_a_tokenizer(models: dict[str, str], tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "text.jsonl", [{"prompt": "a", "completion": "b"}])
-    refused(command("score", text, "--model", models["base"]), 3, "text.jsonl:1: no_tokenizer")
+    refused(command("score", text, "--model", models["base"]), 3, "has no tokenizer, and text.jsonl:1 is a row of text")
 
 
 # --- exit 4: stored data

@@ -321,7 +321,7 @@ class Thief(Notes):
 
 def unscored(notes: Notes) -> list[str]:
     """The checkpoints of which a watch said so."""
-    return [note.partition(" is not scored: ")[0] for note in notes.notes if " is not scored: " in note]
+    return [note.partition(" is not scored: ")[0] for note in notes.warnings if " is not scored: " in note]
 
 
 @pytest.fixture
@@ -417,7 +417,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_told_of_once_and_passed_over(run:
         assert [next(watching).checkpoint for _ in range(2)] == ["checkpoint-100", LAST]
         shutil.copytree(going / "checkpoint-100", going / "checkpoint-2000")
         next(watching)
-    assert [note for note in notes.notes if "its files lack lm_head.weight" in note and "checkpoint-20 " in note]
+    assert [note for note in notes.warnings if "its files lack lm_head.weight" in note and "checkpoint-20 " in note]
     assert unscored(notes) == ["checkpoint-20"] and verify(run) == []
 
 

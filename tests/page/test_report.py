@@ -97,7 +97,7 @@ def test_only_its_own_parts_may_run_or_style(tmp_path: Path) -> None:
 
 
 def test_the_script_writes_text_alone() -> None:
-    script = Path(alphatoken_curate.__file__).with_name("page") / "report.js".read_text()
+    script = (Path(alphatoken_curate.__file__).with_name("page") / "report.js").read_text()
     for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval", "Function(", "fetch(", "import"):
         assert word not in script, word
 

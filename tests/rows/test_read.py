@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pyarrow as pa
 import pytest
 import zstandard
@@ -22,7 +23,7 @@ from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows import containers
 from alphatoken_curate.rows.files import find_files
 from alphatoken_curate.rows.pairs import BRANCHES
-from alphatoken_curate.rows.read import BadRow, ReadRows, kind_of, read_rows, refuse, rows_of
+from alphatoken_curate.rows.read import BadRow, ReadRows, RowStream, kind_of, read_rows, refuse, rows_of
 from alphatoken_curate.rows.shapes import Messages, Pair, Passage, Prompt, PromptCompletion, Tokens
 
 GOOD = {"prompt": "1 + 1 =", "completion": " 2"}
@@ -350,6 +351,7 @@ def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list([{**GOOD, "id": 1}, {"prompt": None, "completion": "b", "id": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     result = read_rows(["owner/name:test", "plain"])
     assert asked == [("owner/name", "test"), ("plain", "train")]
     assert [(row.row_id, row.source, row.line) for row in result.rows] == [(0, "owner/name:test", 1), (2, "plain", 1)]
@@ -357,6 +359,54 @@ def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.files[0].digest == result.files[1].digest
     with pytest.raises(InputError, match=r"'owner/absent' \(split 'train'\) cannot be read"):
         read_rows(["owner/absent"])
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    datasets, constants = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub").constants
+    asked: list[float] = []
+
+    def unreachable(self: object, name: str, timeout: float) -> None:
+        asked.append(timeout)
+        raise httpx2.ConnectTimeout("no answer")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(InputError, match="owner/name: no such file or folder, and the Hugging Face dataset"):
+            read_rows(["owner/name"])
+        assert (offline, offline) == (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+    assert len(asked) == 2 and max(asked) <= 10
+    assert "Retry" not in caplog.text + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("limit", [1, 3, 4, 5, 6, 9])
+def test_a_limit_reads_the_first_rows_and_no_file_behind_them(tmp_path: Path, suffix: str, limit: int) -> None:
+    paths = []
+    for name in ("a", "b"):
+        rows = [GOOD | {"id": f"{name}{n}"} for n in range(4)]
+        path = tmp_path / f"{name}{suffix}"
+        if suffix == ".parquet":
+            parquet.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            text = b"".join(map(line, rows))
+            path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+        paths.append(str(path))
+    whole, stream = read_rows(paths), RowStream(paths, limit=limit)
+    rows = list(stream)
+    assert [row.id for row in rows] == [row.id for row in whole.rows][:limit] and stream.read == min(limit, 8)
+    # What is known of a file is known of the whole file.
+    assert stream.files == whole.files[: 1 if limit <= 4 else 2]
+
+
+def test_a_limit_counts_bad_rows_too(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{\n" + line(GOOD) + line(GOOD))
+    stream = RowStream([str(path)], limit=2)
+    assert [row.row_id for row in stream] == [1] and [bad.row_id for bad in stream.bad] == [0] and stream.read == 2
 
 
 # --- shapes ---

@@ -112,7 +112,7 @@ def test_running_out_of_memory_halves_and_says_so(error: BaseException, tmp_path
     made = budget(tmp_path, notes=notes)
     assert made.spend(fails(2, error), 0) == 250
     assert (made.plan(0).batch_tokens, made.plan(0).halvings) == (250, 2)
-    assert [note.split("halved to ")[1].split()[0] for note in notes.notes] == ["500", "250"]
+    assert [note.split("halved to ")[1].split()[0] for note in notes.warnings] == ["500", "250"]
     assert made.spend(fails(0, error), 1) == 250  # from here on
 
 

@@ -84,9 +84,8 @@ def test_quarantine_sets_bad_rows_aside_but_never_target_rows(settings: dict[str
 
 
 def test_a_fisher_that_is_neither_mode_nor_file(settings: dict[str, Any]) -> None:
-    prepared = prepare(ScoreConfig(**settings | {"fisher": "generated"}))
     with pytest.raises(UsageError, match="--fisher generated: none of sampled, generate, empirical nor a file"):
-        fingerprint_fields(prepared, prepared.source, "float32")
+        prepare(ScoreConfig(**settings | {"fisher": "generated"}))
 
 
 def fields_of(settings: dict[str, Any], reference: str | None = None, dtype: str = "float32") -> dict[str, Any]:
@@ -98,6 +97,7 @@ def test_the_fingerprint_holds_what_changes_results_and_nothing_else(
     settings: dict[str, Any], models: dict[str, str], tmp_path: Path
 ) -> None:
     plain = fields_of(settings)
+    (tmp_path / "other" / "artifacts").mkdir(parents=True)
     assert set(plain) == {
         *("schema_version", "data", "model", "reference", "tokenizer", "template", "tokens", "target", "target_rows"),
         *(
@@ -119,7 +119,12 @@ def test_the_fingerprint_holds_what_changes_results_and_nothing_else(
     json.dumps(plain)
     for changes in (
         *({"batch_tokens": 7}, {"device": "cpu"}, {"keep": 0.1}, {"scope": "row"}, {"weights": "rank"}, {"by": "nll"}),
-        *({"stability_scale": "rms"}, {"allow_empty_rows": True}, {"bad_rows": "quarantine"}, {"reuse": "x"}),
+        *(
+            {"stability_scale": "rms"},
+            {"allow_empty_rows": True},
+            {"bad_rows": "quarantine"},
+            {"reuse": str(tmp_path / "other")},
+        ),
         *({"generation": "all"}, {"aggregate": "last"}, {"beta": 0.3}, {"fisher_new_tokens": 3}),
         *({"lookahead_rows": 3}, {"precondition_rows": 3}, {"precondition_eps": 0.1}, {"precondition_damping": 0.2}),
         *({"trust_remote_code": True}, {"dtype": "float64"}),  # the dtype that was resolved is what counts
@@ -133,6 +138,8 @@ def test_the_fingerprint_holds_what_changes_results_and_nothing_else(
         "reference": fields_of(settings, models["tuned"])["reference"]
     }
     assert fields_of(settings, dtype="bfloat16") == plain | {"dtype": "bfloat16"}
+    # A setting that came later is not there at its default, so that runs of before stay finished.
+    assert fields_of(settings | {"limit": 100})["limit"] == 100 and "limit" not in plain
 
 
 def test_settings_that_do_not_matter_are_no_part_of_it(settings: dict[str, Any], tmp_path: Path) -> None:

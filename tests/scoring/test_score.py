@@ -44,7 +44,7 @@ from alphatoken_curate import (
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.atomic import TEMPORARY
 from alphatoken_curate.runs.schema import COMPONENTS, SFT, SIGNALS
-from alphatoken_curate.scoring.score import default_run
+from alphatoken_curate.scoring.folder import default_run
 from alphatoken_curate.signals.paths import PathScorer
 from alphatoken_curate.tokens.plan import Batch
 
@@ -257,7 +257,7 @@ def test_held_out_rows(rows: int, most: int, held: int, settings: dict[str, Any]
     settings |= {"data": data, "target_rows": most, "reference": None, "rows_per_shard": 50, "layers": 1}
     made = score(ScoreConfig(**settings), tmp_path / "run", notes)
     assert made.manifest.counts.target == held and made.manifest.counts.scored == rows - held
-    assert any(f"{held} rows are held out" in note for note in notes.notes)
+    assert any(f"{'1 row is' if held == 1 else f'{held} rows are'} held out" in note for note in notes.notes)
     found = frame(tmp_path / "run")
     aside = found.filter(status="target")
     assert aside["input_ids"].list.len().min() > 0 and aside["response"].list.any().all()
@@ -281,10 +281,8 @@ def test_the_same_reference_gives_stability_of_exactly_zero(
 ) -> None:
     shutil.copytree(models["tuned"], tmp_path / "copy")  # equal weights under another name are the same model
     for reference in (None, settings["model"], str(tmp_path / "copy")):
-        notes = Notes()
         run = tmp_path / f"run{len(str(reference))}"
-        score(ScoreConfig(**settings | {"reference": reference}), run, notes)
-        assert len([note for note in notes.notes if "STABILITY IS ZERO" in note and "--reference" in note]) == 1
+        assert not score(ScoreConfig(**settings | {"reference": reference}), run).has_stability
         found = frame(run).filter(status="scored")
         for name in ("stab_direct", "stab_causal"):
             signal = flat(found[name])
@@ -298,7 +296,7 @@ def test_another_reference_gives_stability_and_its_losses(
 ) -> None:
     notes = Notes()
     score(ScoreConfig(**settings | {"target": target}), tmp_path / "run", notes)
-    assert not [note for note in notes.notes if "STABILITY" in note]
+    assert not [told for told in (*notes.notes, *notes.warnings) if "tability" in told]
     score(ScoreConfig(**settings | {"target": target, "model": models["base"]}), tmp_path / "base")
     found, base = frame(tmp_path / "run"), frame(tmp_path / "base")
     assert np.nanmax(np.abs(flat(found["stab_direct"]))) > 0
@@ -401,11 +399,13 @@ def test_progress_tells_every_token(settings: dict[str, Any], target: str, tmp_p
     notes = Notes()
     score(ScoreConfig(**settings | {"target": target, "max_length": 17}), tmp_path / "run", notes)
     stages = dict(notes.stages)
-    assert list(stages) == ["Fisher of the reference", "reference losses", "target gradient", "scoring"]
+    assert [name for name, tokens in notes.stages if not tokens] == ["starting", "reading rows", "loading model"]
+    counted = [name for name, tokens in notes.stages if tokens]
+    assert counted == ["Fisher of the reference", "reference losses", "target gradient", "scoring"]
     assert notes.done == stages and stages["scoring"] > 0
     lengths = [len(record["input_ids"]) for record in token_records(ROWS)]
     cut = sum(max(0, n - 17) for n in lengths)
-    assert any(f"--max-length 17: {cut} tokens" in note for note in notes.notes)
+    assert any(f"--max-length 17: {cut} tokens" in told for told in notes.warnings)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,9 @@ def test_progress_tells_every_token(settings: dict[str, Any], target: str, tmp_p
     ],
 )
 def test_the_default_run_folder(data: str, run: str) -> None:
-    assert default_run([data]) == Path(run)
+    assert default_run(ScoreConfig(data=data)) == Path(run)
+    trial = default_run(ScoreConfig(data=data, limit=20))
+    assert trial == Path(run.replace(".alphatoken", ".limit-20.alphatoken"))
 
 
 # --- resume
@@ -680,7 +682,7 @@ def test_memory_that_runs_out_halves_the_budget(
     with monkeypatch.context() as patch:
         _limit(patch, 90)
         made = score(ScoreConfig(**settings | {"batch_tokens": 300}), run, notes)
-    assert [note for note in notes.notes if "halved to" in note] == [
+    assert [note for note in notes.warnings if "halved to" in note] == [
         f"Memory ran out: --batch-tokens is halved to {n} from here on." for n in (150, 75)
     ]
     plans = made.manifest.generations[0].plan
@@ -723,7 +725,7 @@ def test_a_halving_in_the_reference_pass(
     monkeypatch.setattr(ScoringModel, "hidden", limited)
     notes = Notes()
     made = score(ScoreConfig(**settings | {"batch_tokens": 200}), tmp_path / "run", notes)
-    assert any("halved to 100" in note for note in notes.notes)
+    assert any("halved to 100" in told for told in notes.warnings)
     assert {plan.batch_tokens for plan in made.manifest.generations[0].plan} == {100}
     assert_same_signals(frame(tmp_path / "run"), frame(tmp_path / "plain"))
 
@@ -782,9 +784,8 @@ def test_lookahead_gives_stability_before_any_tuning(settings: dict[str, Any], t
     base = settings | {"model": settings["reference"], "target": target, "drift": "lookahead"}
     found = {}
     for rate in (1e-6, 2e-6):
-        notes = Notes()
-        made = score(ScoreConfig(**base | {"lookahead_lr": rate}), tmp_path / f"run{rate}", notes)
-        assert not any("STABILITY IS ZERO" in note for note in notes.notes)
+        made = score(ScoreConfig(**base | {"lookahead_lr": rate}), tmp_path / f"run{rate}")
+        assert made.has_stability
         found[rate] = signals_of(made.run, "stab")
         assert np.isnan(flat(frame(made.run)["reference_nll"])).all()
     assert_close(found[2e-6], 2 * found[1e-6], 1e-6)

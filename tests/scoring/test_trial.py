@@ -247,7 +247,7 @@ def test_a_run_finds_its_budget_before_it_computes(
     done = score(ScoreConfig(**settings), run, notes)
     # The model it was tried on went on to work.
     assert loads == ([models["base"], models["tuned"]] if reference else [models["tuned"]])
-    stages = [name for name, _ in notes.stages]
+    stages = [name for name, tokens in notes.stages if tokens]
     assert stages[0] == "trial of --batch-tokens" and len(stages) > 1
     found = recorded(run)["first"]
     assert found >= 32 and found & (found - 1) == 0

@@ -10,5 +10,7 @@ CLI = ROOT / "cli"
 
 
 def modules(folder: Path) -> list[Path]:
-    """Those of the folder and, in the library, of its folders."""
-    return sorted([*folder.glob("*.py"), *(path for path in folder.glob("[a-z]*/*.py") if folder == LIBRARY)])
+    """Those of the folder and, in the library, of its folders; `__main__` counts with the command line."""
+    library = [*LIBRARY.glob("*.py"), *LIBRARY.glob("[a-z]*/*.py")]
+    main = LIBRARY / "__main__.py"
+    return sorted(set(library) - {main} if folder == LIBRARY else {*folder.glob("*.py"), main})

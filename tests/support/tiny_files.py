@@ -195,6 +195,7 @@ class Notes:
     def __init__(self) -> None:
         self.stages: list[tuple[str, int]] = []
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.done: dict[str, int] = {}
 
     def stage(self, name: str, tokens: int) -> None:
@@ -206,6 +207,9 @@ class Notes:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 __all__ = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ MISTRAL = (
     "{{ '<|im_start|>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
+
+
+@pytest.fixture
+def tokenizer(smollm2_tokenizer: Any) -> Iterator[Any]:
+    """SmolLM2's tokenizer, whose template a test may replace."""
+    template = smollm2_tokenizer.chat_template
+    yield smollm2_tokenizer
+    smollm2_tokenizer.chat_template = template
 
 
 def run_pairs(tokenizer: Any, *records: AnyRecord, **options: Any) -> tuple[list[PairRow], list[BadRow]]:

@@ -14,6 +14,7 @@ from tiny_files import command, contents
 
 from alphatoken_curate.config import MaskConfig, ScoreConfig
 from alphatoken_curate.errors import FingerprintError, UsageError
+from alphatoken_curate.masks.mask import mask
 from alphatoken_curate.page.report import render
 from alphatoken_curate.reading.compare import compare
 from alphatoken_curate.reading.row import read_row
@@ -26,7 +27,7 @@ from alphatoken_curate.reading.words import read_vocabulary
 from alphatoken_curate.runs import manifest, schema
 from alphatoken_curate.runs.schema import LAYOUTS, SIGNALS, VERSIONS, VOCABULARY_COLUMNS, components
 from alphatoken_curate.scoring.refresh import refresh
-from alphatoken_curate.scoring.score import mask, score
+from alphatoken_curate.scoring.score import score
 
 DATA = Path(__file__).parents[1] / "data"
 every_run = pytest.mark.parametrize("version", VERSIONS)

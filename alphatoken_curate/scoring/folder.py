@@ -1,0 +1,64 @@
+"""The folder of a run: what it is called, whether it is ours to write to, and what a scoring left in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.errors import UsageError
+from alphatoken_curate.masks.remask import MaskSummary
+from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs.manifest import Manifest
+from alphatoken_curate.scoring.budget import NAME as BUDGET
+
+SUFFIX = ".alphatoken"
+"""A run folder's default name is the stem of its data and this."""
+
+_FOLDERS = ("artifacts", "train", "values")
+"""Folders of a run; what a killed writer leaves before its first file lies in one of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSummary:
+    """What `score` did. `shards_scored` is 0 where the values were there already.
+
+    `has_stability` is False where model and reference are the same, and every stability is 0.
+    """
+
+    run: Path
+    manifest: Manifest
+    mask: MaskSummary
+    shards_scored: int
+    has_stability: bool
+
+
+def default_run(config: ScoreConfig) -> Path:
+    """`data.jsonl` -> `data.alphatoken`, with --limit 100 `data.limit-100.alphatoken`, in the current folder."""
+    name = Path(config.data[0].rstrip("/")).name
+    while Path(name).suffix in (".gz", ".zst", ".jsonl", ".json", ".ndjson", ".parquet"):
+        name = Path(name).stem
+    kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("._")
+    trial = "" if config.limit is None else f".limit-{config.limit}"
+    return Path((kept or "run") + trial + SUFFIX)
+
+
+def check_ours(run: Path) -> None:
+    """Refuse a folder that holds other things: a README.md there is not ours to replace."""
+    if run.exists() and not run.is_dir():
+        raise UsageError(f"{run}: a file. Name a folder for the run with -o.")
+    if not run.exists() or (run / "artifacts" / BUDGET).is_file() or (run / manifest.NAME).is_file():
+        return
+    foreign = sorted(path.name for path in run.iterdir() if path.name not in _FOLDERS)
+    if foreign:
+        raise UsageError(f"{run}: not a run folder, and not empty (it has {foreign[0]!r}). Name another one with -o.")
+
+
+def artifacts_of(run: str | None) -> Path | None:
+    """The artifacts/ of the run that --reuse names. Raises UsageError where there are none."""
+    if run is None:
+        return None
+    folder = Path(run).expanduser() / "artifacts"
+    if not folder.is_dir():
+        raise UsageError(f"--reuse {run}: no run folder with artifacts/ in it. Name a run that was scored before.")
+    return folder

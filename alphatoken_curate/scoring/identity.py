@@ -1,0 +1,108 @@
+"""What a run is known by: the fingerprint fields that follow from settings and files, and what computes it.
+
+The digests of tokens are no part of it: they follow from these fields and the versions of libraries, and take a
+tokenizer (`prepare.fingerprint_fields` adds them).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from alphatoken_curate.config import FISHER_MODES, ScoreConfig
+from alphatoken_curate.models.load import ModelSource, generation_stops, model_digest, tokenizer_digest
+from alphatoken_curate.runs.atomic import digest
+from alphatoken_curate.runs.fingerprint import Json
+from alphatoken_curate.runs.schema import SCHEMA_VERSION
+
+OF_TOKENS = ("template", "tokens", "target_tokens", "retention_tokens", "prompt_tokens")
+"""The fingerprint fields that take a tokenizer."""
+
+_VERSIONED = ("alphatoken-curate", "torch", "transformers", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """The files and models of a run: `data` as (source, digest) of each file, the others as digests of theirs."""
+
+    data: list[list[str]]
+    model: ModelSource
+    reference: ModelSource
+    target: list[str] | None
+    retention: list[str] | None
+    prompts: list[str] | None
+
+
+def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> dict[str, Json]:
+    """Fingerprint fields by the names users know them by; None where one plays no part.
+
+    A setting that is newer than the first release is left out at its default, so that finished runs stay finished.
+    """
+    model = model_digest(named.model)
+    newer: dict[str, Json] = {"limit": config.limit}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "data": named.data,
+        "model": model,
+        "reference": model if named.reference == named.model else model_digest(named.reference),
+        "tokenizer": tokenizer_digest(named.model),
+        "target": named.target,
+        "target_rows": None if config.target else config.target_rows,
+        "estimator": config.estimator,
+        "layers": config.layers,
+        "parameters": config.parameters,
+        "window": config.window if config.estimator == "published" else None,
+        "stability_weight": config.stability_weight,
+        "beta": config.beta if kind == "preference" else None,
+        "turns": config.turns,
+        "max_length": config.max_length,
+        "rows_per_shard": config.rows_per_shard,
+        "dtype": dtype,
+        "seed": config.seed,
+        **_stability_fields(config, named),
+        **_precondition_fields(config),
+        **{name: value for name, value in newer.items() if value is not None},
+    }
+
+
+def _stability_fields(config: ScoreConfig, named: Named) -> dict[str, Json]:
+    estimated, generates = config.fisher in FISHER_MODES, config.fisher == "generate"
+    lookahead = config.drift == "lookahead"
+    return {
+        "fisher": config.fisher if estimated else f"sha256:{digest(Path(config.fisher).expanduser())[1]}",
+        "fisher_rows": config.fisher_rows if estimated else None,
+        "fisher_prompts": named.prompts,
+        "fisher_new_tokens": config.fisher_new_tokens if generates else None,
+        "fisher_stops": generation_stops(named.reference) if generates else None,
+        "drift": config.drift or ("weights" if config.retention is None else None),
+        "lookahead_lr": config.lookahead_lr,
+        "lookahead_rows": config.lookahead_rows if lookahead else None,
+        "retention": named.retention,
+    }
+
+
+def _precondition_fields(config: ScoreConfig) -> dict[str, Json]:
+    kind = config.precondition
+    return {
+        "precondition": kind,
+        "precondition_rows": config.precondition_rows if kind != "none" else None,
+        "precondition_eps": config.precondition_eps if kind == "adam" else None,
+        "precondition_damping": config.precondition_damping if kind in ("kfac", "ekfac") else None,
+        "precondition_stability": config.precondition_stability,
+    }
+
+
+def has_stability(fields: Mapping[str, Json]) -> bool:
+    """Whether a run of these fields has a stability: its reference is another model, or rows stand for it."""
+    drift = fields["drift"] == "weights" and fields["model"] != fields["reference"]
+    return drift or fields["drift"] == "lookahead" or fields["retention"] is not None
+
+
+def versions(device: str) -> dict[str, str]:
+    """What computes, by name: equal bytes are promised for equal versions and types of device."""
+    found = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    return {"python": platform.python_version(), "device": device.split(":", maxsplit=1)[0], **found}

@@ -1,0 +1,51 @@
+"""Whether what a user named is there: looked at before anything heavy is imported, and before anything is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alphatoken_curate.config import FISHER_MODES, ScoreConfig
+from alphatoken_curate.errors import UsageError
+from alphatoken_curate.masks.remask import check_settings
+from alphatoken_curate.models.load import DEMO_MODEL, find_model
+from alphatoken_curate.rows.files import find_files
+from alphatoken_curate.runs.schema import LAYOUTS, components
+from alphatoken_curate.scoring.folder import artifacts_of
+
+
+def check_named(config: ScoreConfig) -> None:
+    """Raise UsageError, InputError or ModelError where a file, folder, model or column that was named is not there.
+
+    What a Hub id names is not asked for here.
+    """
+    find_files(config.data)
+    for name in (config.target, config.retention, config.fisher_prompts):
+        if name is not None:
+            find_files([name])
+    for name in (config.model, config.reference):
+        if name is not None and _is_local(name):
+            find_model(name)
+    if config.fisher not in FISHER_MODES and not Path(config.fisher).expanduser().is_file():
+        told = f"none of {', '.join(FISHER_MODES)} nor a file. Name a safetensors file."
+        raise UsageError(f"--fisher {config.fisher}: {told}")
+    artifacts_of(config.reuse)
+    _check_mask(config)
+
+
+def _is_local(name: str) -> bool:
+    """Whether a model is named by a path; an adapter may be of a base that is not here."""
+    path = Path(name).expanduser()
+    there = path.exists() and not (path / "adapter_config.json").is_file()
+    return name != DEMO_MODEL and (there or name.startswith((".", "/", "~")) or name.count("/") > 1)
+
+
+def _check_mask(config: ScoreConfig) -> None:
+    """Settings of the mask must be right for one kind of rows at least; which these are is not known yet."""
+    problems = []
+    for layout in LAYOUTS.values():
+        try:
+            check_settings(config, components(config.estimator), layout)
+        except UsageError as error:
+            problems.append(error)
+    if len(problems) == len(LAYOUTS):
+        raise problems[0]
