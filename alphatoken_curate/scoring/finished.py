@@ -62,7 +62,7 @@ def _same_fields(config: ScoreConfig, run: Path, stored: Manifest) -> Mapping[st
 
 
 def _is_whole(run: Path, stored: Manifest) -> bool:
-    """Whether all that the manifest names is as it was written; of shards, those of the first scoring, their footers."""
+    """Whether what the manifest names is as it was written; of the first scoring's shards the footers are looked at."""
     if not stored.generations or not all(_is_as_written(run, file) for file in stored.files):
         return False
     first = stored.generations[0]

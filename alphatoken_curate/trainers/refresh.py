@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm  # what the Trainer draws its own bars with
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -43,6 +44,8 @@ class RefreshCallback(TrainerCallback, ExportableState):
     `new_process` starts a process for it (spawned: the script needs `if __name__ == "__main__":`), and training goes on
     until an epoch needs the mask, or the next checkpoint is saved; with `device="cpu"` or another card it takes no
     memory of the training's. `base`, `reference`, `device`: as `refresh` takes them.
+
+    A line says when rows are scored, and which mask comes into force.
 
     It never goes on by an old mask: what fails in a refresh fails the training, with the same error. Resumed from a
     checkpoint, training goes by the mask that was in force there, and the checkpoint's own refresh is finished first.
@@ -88,7 +91,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
             self._begin_refresh(args, state)
         else:
             stored = manifest.read(Path(self.run))
-            self._use(int(state.epoch or 0), choose_mask(Path(self.run), stored, self.mask).mask)
+            self._use(state, int(state.epoch or 0), choose_mask(Path(self.run), stored, self.mask).mask)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,7 +102,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
         # A resumed training announces an epoch that it goes on with too. Of rows without a count, no other epoch begins
         # at a whole number: each pass over them is a part of one.
         if self._due and not (resumed and epoch % 1):
-            self._use(math.ceil(epoch), self._collect(args))
+            self._use(state, math.ceil(epoch), self._collect(args))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Score the rows at the checkpoint that was saved."""
@@ -130,9 +133,10 @@ class RefreshCallback(TrainerCallback, ExportableState):
                 raise UsageError(f"RefreshCallback cannot go with {why}")
         collator.current = self._current
 
-    def _use(self, epoch: int, mask: int) -> None:
+    def _use(self, state: TrainerState, epoch: int, mask: int) -> None:
         self._current.use(mask)
         self.masks.append((epoch, mask))
+        _tell(state, f"mask {mask} of {self.run} is in force from epoch {epoch} on")
 
     def _begin_refresh(self, args: TrainingArguments, state: TrainerState) -> None:
         self._due = True
@@ -140,6 +144,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         self._finish()
+        _tell(state, f"{self.run} is scored at {folder.name}{' in a process of its own' if self.new_process else ''}")
         if not self.new_process:
             self._made = refreshed(self.run, str(folder), self.models)
             return
@@ -173,6 +178,12 @@ class RefreshCallback(TrainerCallback, ExportableState):
             torch.distributed.broadcast(told, 0)
             made = int(told)
         return made
+
+
+def _tell(state: TrainerState, text: str) -> None:
+    """A line above the bars of the Trainer, from its first process."""
+    if state.is_world_process_zero:
+        tqdm.write(f"RefreshCallback: {text}")
 
 
 def refreshed(run: str, checkpoint: str, models: dict[str, str | None]) -> int:

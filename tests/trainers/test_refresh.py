@@ -118,7 +118,11 @@ def expected(run: Path, number: int) -> list[tuple[tuple[int, ...], tuple[float,
 
 @pytest.mark.parametrize("kind", ["trainer", "workers", "sft", "packed", "dpo"])
 def test_each_epoch_trains_on_the_mask_of_the_last_checkpoint(
-    kind: str, finished: dict[str, Path], models: dict[str, str], tmp_path: Path
+    kind: str,
+    finished: dict[str, Path],
+    models: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = Path(shutil.copytree(finished["preference" if kind == "dpo" else "sft"], tmp_path / "run"))
     before = Path(shutil.copytree(run, tmp_path / "before"))
@@ -130,6 +134,14 @@ def test_each_epoch_trains_on_the_mask_of_the_last_checkpoint(
     epochs = watched(made)
     made.train()
     assert callback.masks == [(0, 0), (1, 1)]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("RefreshCallback: ")]
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert [line.partition(": ")[2] for line in told] == [
+        f"mask 0 of {run} is in force from epoch 0 on",
+        f"{run} is scored at checkpoint-{steps[0]}",
+        f"mask 1 of {run} is in force from epoch 1 on",
+        f"{run} is scored at checkpoint-{steps[1]}",
+    ]
     assert [sorted(epoch) for epoch in epochs] == [expected(run, 0), expected(run, 1)]
     assert expected(run, 0) != expected(run, 1)
     # Every checkpoint was scored, and as the command would have done it.
