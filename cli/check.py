@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,14 +33,12 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
     Loads no model but with --estimate. Exit 3 where a row is bad, with every bad row's file, line and reason; with
     --bad-rows quarantine they are counted.
     """
-    began = time.perf_counter()
     config = read_config(ctx, ScoreConfig, data)
 
     from alphatoken_curate.scoring.check import check
 
     from .terminal import listener as listening
 
-    started = time.perf_counter() - began
     with listening() as listener:
         found = check(config, estimated=estimated, progress=listener)
     pairs = "; preference pairs" if found.kind == "preference" else ""
@@ -68,18 +65,18 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
         if len(found.bad) > 20:
             click.echo(f"  and {len(found.bad) - 20} more")
     if found.estimate is not None:
-        _tell(found.estimate, started)
+        _tell(found.estimate)
     if not found.rows:
         raise InputError("No row is left to score.")
 
 
-def _tell(found: Estimate, started: float) -> None:
+def _tell(found: Estimate) -> None:
     """A line for each stage, and the total."""
     click.echo(f"{'estimate':<26}{'seconds':>9}")
-    for name, seconds in (("starting", started), *((stage.name, stage.seconds) for stage in found.stages)):
-        click.echo(f"  {name:<24}{seconds:>9,.1f}")
+    for stage in found.stages:
+        click.echo(f"  {stage.name:<24}{stage.seconds:>9,.1f}")
     peak = f"peak memory {found.peak_bytes / 2**20:,.0f} MiB, {found.batch_tokens:,} tokens a batch"
-    click.echo(f"  {'total':<24}{started + found.seconds:>9,.1f}   {peak}")
+    click.echo(f"  {'total':<24}{found.seconds:>9,.1f}   {peak}")
 
 
 def _size(count: int) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.rows.read import BadRow
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.scoring.named import check_named
+from alphatoken_curate.scoring.named import check_named, told_of_models
 from alphatoken_curate.scoring.prepare import Prepared, prepare
 from alphatoken_curate.tokens.plan import by_shard, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow
@@ -91,15 +92,19 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
 
 def _tried(config: ScoreConfig, progress: Progress, *, estimated: bool) -> tuple[Prepared, Estimate | None]:
     """The rows as `score` would have them, and what scoring them would take where that is asked."""
+    began = time.perf_counter()
     check_named(config)
     progress.stage("starting", 0)
 
-    from alphatoken_curate.scoring.estimate import estimate
-    from alphatoken_curate.scoring.scorer import told_of_models
+    from alphatoken_curate.scoring.estimate import StageEstimate, estimate
 
     progress.note(told_of_models(config))
     progress.stage("reading rows", 0)
-    return estimate(config, progress) if estimated else (prepare(config), None)
+    if not estimated:
+        return prepare(config), None
+    started = StageEstimate(name="starting", seconds=time.perf_counter() - began)
+    prepared, found = estimate(config, progress)
+    return prepared, replace(found, stages=(started, *found.stages))
 
 
 def _planned(config: ScoreConfig, dealt: Sequence[Sequence[AnyRow]], found: Estimate | None) -> tuple[int, int, int]:

@@ -26,6 +26,7 @@ from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of
 from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.job import Job, job_of, record
+from alphatoken_curate.scoring.named import told_of_models
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.scorer import (
     ReferencePass,
@@ -33,7 +34,6 @@ from alphatoken_curate.scoring.scorer import (
     ShardScorer,
     count_tokens,
     spec_of,
-    told_of_models,
 )
 from alphatoken_curate.scoring.trial import find_budget, first_model
 from alphatoken_curate.signals.preference import Pairs
@@ -93,12 +93,12 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
     missing = [index for index in range(len(job.shards)) if index not in done]
     if not missing:
         return 0
-    progress.stage("loading model", 0)
     reference, scorer = ReferencePass(spec), ShardScorer(spec)
     rows = [job.shards[index].rows for index in missing]
     budget.decide(partial(find_budget, spec, rows, first_model(spec, missing, reference, scorer), progress))
     _reference_stage(job, reference, missing, budget, progress)
     _directions(job, spec, scorer, budget, progress)
+    scorer.ready(progress)
     progress.stage("scoring", sum(count_tokens(job.shards[index].rows) for index in missing))
     for index in missing:
         shard = job.shards[index]

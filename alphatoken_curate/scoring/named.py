@@ -1,4 +1,4 @@
-"""Whether what a user named is there: looked at before anything heavy is imported, and before anything is read."""
+"""What a user named: whether it is there, looked at before anything heavy is imported, and what it comes to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import check_settings
-from alphatoken_curate.models.load import DEMO_MODEL, find_model
+from alphatoken_curate.models.load import DEMO_MODEL, find_model, resolve_device, resolve_dtype
 from alphatoken_curate.rows.files import find_files
 from alphatoken_curate.runs.schema import LAYOUTS, components
 from alphatoken_curate.scoring.folder import artifacts_of
@@ -49,3 +49,15 @@ def _check_mask(config: ScoreConfig) -> None:
             problems.append(error)
     if len(problems) == len(LAYOUTS):
         raise problems[0]
+
+
+def told_of_models(config: ScoreConfig) -> str:
+    """What will compute: `model smollm2-135m (default), cpu, float32`. Raises UsageError for a device not here.
+
+    Torch is imported for it.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device.type, config.parameters)
+    default = " (default)" if config.model == DEMO_MODEL else ""
+    reference = f", reference {config.reference}" if config.reference not in (None, config.model) else ""
+    return f"model {config.model}{default}{reference}, {device}, {dtype}"

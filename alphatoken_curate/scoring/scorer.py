@@ -29,7 +29,6 @@ from alphatoken_curate.engine.precision import narrow
 from alphatoken_curate.errors import InputError, ModelError
 from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import (
-    DEMO_MODEL,
     ModelSource,
     find_model,
     free_memory,
@@ -120,15 +119,6 @@ class ScorerSpec:
         return ScoringModel(model, self.config.layers, self.config.parameters)  # type: ignore[arg-type]
 
 
-def told_of_models(config: ScoreConfig) -> str:
-    """What will compute: `model smollm2-135m (default), cpu, float32`. Raises UsageError for a device not here."""
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device.type, config.parameters)
-    default = " (default)" if config.model == DEMO_MODEL else ""
-    reference = f", reference {config.reference}" if config.reference not in (None, config.model) else ""
-    return f"model {config.model}{default}{reference}, {device}, {dtype}"
-
-
 def spec_of(prepared: Prepared, folder: Path, reuse: Path | None = None) -> ScorerSpec:
     """What scores the rows of a run whose artifacts/ are in `folder`; those in `reuse` are taken over.
 
@@ -171,6 +161,12 @@ class ReferencePass:
             self._scoring = self.spec.capture(self.spec.reference, self.model)
         return self._scoring
 
+    def ready(self, progress: Progress) -> ScoringModel:
+        """The same; that it is being loaded is said."""
+        if self._scoring is None:
+            progress.stage("loading reference", 0)
+        return self.scoring
+
     def answers(self, part: int, prompts: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> list[TokenRow]:
         """Answers the reference generates to some prompts, kept in a part of their own."""
         store, config = self.spec.store, self.spec.config
@@ -191,6 +187,7 @@ class ReferencePass:
     def fisher(self, rows: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> None:
         """Estimate F from rows and keep it. Raises InputError where it is not finite."""
         sampled, seed = self.spec.config.fisher == "sampled", self.spec.config.seed
+        self.ready(progress)
         progress.stage("Fisher of the reference", self.spec.passes * sum(len(row.input_ids) for row in rows))
         batches = counted(rows, batch_tokens, progress)
         found = fisher_diagonal(self.scoring, rows, batches, sampled=sampled, seed=seed)
@@ -247,6 +244,12 @@ class ShardScorer:
             self._check_maps(self._scoring)
         return self._scoring
 
+    def ready(self, progress: Progress) -> ScoringModel:
+        """The same; that it is being loaded is said."""
+        if self._scoring is None:
+            progress.stage("loading model", 0)
+        return self.scoring
+
     def gradient(
         self, kind: str, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int
     ) -> None:
@@ -256,6 +259,7 @@ class ShardScorer:
         """
         if self.spec.store.has(kind):
             return
+        self.ready(progress)
         progress.stage(f"{kind} gradient", count_tokens(rows) * self.spec.passes)
         scoring, weigh = self.scoring, pairs.weigh if pairs is not None else None
         # Retention and lookahead are true gradients; the published G is not.
@@ -274,6 +278,7 @@ class ShardScorer:
         if self.spec.store.has(artifacts.PRECONDITION):
             return
         kind = self.spec.config.precondition
+        self.ready(progress)
         progress.stage(f"{kind} curvature", count_tokens(rows) * (2 if kind == "ekfac" else 1))
         weigh: Weigh = pairs.weigh if pairs is not None else row_means
         found = estimate(kind, self.scoring, lambda: counted(rows, batch_tokens, progress), weigh, progress.note)

@@ -399,7 +399,9 @@ def test_progress_tells_every_token(settings: dict[str, Any], target: str, tmp_p
     notes = Notes()
     score(ScoreConfig(**settings | {"target": target, "max_length": 17}), tmp_path / "run", notes)
     stages = dict(notes.stages)
-    assert [name for name, tokens in notes.stages if not tokens] == ["starting", "reading rows", "loading model"]
+    assert [name for name, tokens in notes.stages if not tokens] == [
+        "starting", "reading rows", "loading reference", "loading model",
+    ]  # fmt: skip
     counted = [name for name, tokens in notes.stages if tokens]
     assert counted == ["Fisher of the reference", "reference losses", "target gradient", "scoring"]
     assert notes.done == stages and stages["scoring"] > 0
