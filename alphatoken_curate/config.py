@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.wording import nearest
 
 T = TypeVar("T")
 
@@ -222,9 +222,8 @@ def checked(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
-            raise UsageError(f"{where}: no setting {name!r}. {hint}")
+            hint = nearest(name, known) or f" Known: {', '.join(known)}."
+            raise UsageError(f"{where}: no setting {name!r}.{hint}")
     return kind(**settings)
 
 

@@ -9,6 +9,7 @@ import click
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows.files import legible
+from alphatoken_curate.wording import count
 
 from .grouped import Grouped
 from .options import config_options, read_config
@@ -35,6 +36,7 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
     """
     config = read_config(ctx, ScoreConfig, data)
 
+    from alphatoken_curate.rows.read import grouped
     from alphatoken_curate.scoring.check import check
 
     from .terminal import listener as listening
@@ -51,19 +53,16 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
     click.echo(f"response tokens  {found.response_tokens:>12,}   {found.response_tokens / found.tokens:.1%} of all")
     if found.truncated_rows:
         click.echo(
-            f"cut off          {found.truncated_tokens:>12,}   in {found.truncated_rows:,} rows, by --max-length"
+            f"cut off          {found.truncated_tokens:>12,}   in {count(found.truncated_rows, 'row')}, by --max-length"
         )
-    click.echo(
-        f"padding          {found.padding:>12.1%}   in {found.batches:,} batches of {found.batch_tokens:,} tokens"
-    )
+    batches = f"{count(found.batches, 'batch', 'batches')} of {found.batch_tokens:,} tokens"
+    click.echo(f"padding          {found.padding:>12.1%}   in {batches}")
     stored = f"about {_size(found.value_bytes)} of values, {_size(found.train_bytes)} of train"
     click.echo(f"shards           {found.shards:>12,}   {stored}")
     if found.bad:
         click.echo(f"bad rows         {len(found.bad):>12,}   set aside with --bad-rows quarantine")
-        for bad in found.bad[:20]:
-            click.echo(legible(f"  {bad.source}:{bad.line}: {bad.reason}: {bad.message}"))
-        if len(found.bad) > 20:
-            click.echo(f"  and {len(found.bad) - 20} more")
+        for line in grouped(found.bad):
+            click.echo(legible(line))
     if found.estimate is not None:
         _tell(found.estimate)
     if not found.rows:

@@ -8,14 +8,31 @@ from typing import Any
 
 import click
 
+from alphatoken_curate.wording import count
+
 from .options import tell_version
 
-TRAINERS = ("hf", "llamafactory", "ms-swift", "levanter", "tinker", "megatron", "verl", "skyrl", "jsonl-weights")
+TRAINERS = (
+    "trl",
+    "unsloth",
+    "axolotl",
+    "together",
+    "hf",
+    "llamafactory",
+    "ms-swift",
+    "levanter",
+    "tinker",
+    "megatron",
+    "verl",
+    "skyrl",
+    "jsonl-weights",
+)
 
 _HELP = """Write the rows of the run folder RUN, with their mask and weights, as files that another trainer reads.
 
 \b
-hf             transformers, TRL, Unsloth; with --strict Axolotl and Together
+trl, unsloth   files that transformers reads too, by their own name: hf
+axolotl        the same with --strict, as together
 llamafactory   LLaMA-Factory, from tokenized_path
 ms-swift       ms-swift, JSON lines
 levanter, tinker, megatron, verl, skyrl
@@ -61,8 +78,9 @@ def _summary(done: Any) -> Iterator[str]:
     if done.answers:
         yield f"  answers  {done.answers:,}, of which {done.answers_trained:,} have weight 1"
     if done.cut_rows:
-        yield f"  cut      {done.cut_rows:,} rows, {done.cut_tokens:,} tokens"
+        yield f"  cut      {count(done.cut_rows, 'row')}, {count(done.cut_tokens, 'token')}"
     told = ", ".join(f"{reason} {count:,}" for reason, count in done.dropped.items())
-    yield f"  dropped  {sum(done.dropped.values()):,} rows{f': {told}; see {done.path}/dropped.jsonl' if told else ''}"
+    rows = count(sum(done.dropped.values()), "row")
+    yield f"  dropped  {rows}{f': {told}; see {done.path}/dropped.jsonl' if told else ''}"
     yield f"  data     {done.data}"
     yield f"Next: the config lines in {done.path}/README.md"

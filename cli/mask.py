@@ -9,12 +9,22 @@ from typing import Any
 import click
 
 from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.wording import count
 
 from .grouped import Grouped
 from .options import config_options, read_config, tell_version
 
+_EPILOG = """\b
+--by takes a column of values/ (see `show --help`), row_id, position, token_id,
+omega and margin of pairs, and
+  surprise         nll / (entropy + 0.1): cost over what any token would cost
+  reference_ratio  probability under the reference over the model's, at most 1
+  random           a draw for each token, by --seed
+or SQL of all but random: --by "nll - reference_nll", --by "7 - surprise".
+"""
 
-@click.command(cls=Grouped)
+
+@click.command(cls=Grouped, epilog=_EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
 @config_options(MaskConfig)
 @click.pass_context
@@ -37,7 +47,8 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
     for line in summary(made):
         click.echo(line)
     if not made.newest:
-        click.echo("  Readers take the newest mask by default; name this one by its number.")
+        click.echo("Readers take the newest mask; name this one by its number:")
+        click.echo(f"  alphatoken-curate export {run} --mask {made.mask} --for trl -o DIR")
 
 
 def summary(made: Any) -> Iterator[str]:
@@ -46,14 +57,15 @@ def summary(made: Any) -> Iterator[str]:
     if made.branches:
         yield f"          {', '.join(f'{name} {_kept(counts)}' for name, counts in made.branches.items())} kept"
     if made.rows_given_back:
-        what = "branches" if made.branches else "rows"
-        yield f"          {made.rows_given_back} {what} that would have lost every token got their best one back"
+        words = ("branch", "branches") if made.branches else ("row", "rows")
+        yield f"          {count(made.rows_given_back, *words)} that would have lost every token got the best one back"
     if made.generations != (0,):
         many = len(made.generations) > 1
         numbers = ", ".join(map(str, made.generations))
         yield f"  values  the mean of generations {numbers}" if many else f"  values  generation {numbers}"
     if made.rows_left_out:
-        yield f"          {made.rows_left_out} rows scored in only some of them were left out"
+        rows = count(made.rows_left_out, "row", "rows")
+        yield f"          {rows} scored in only some of them left out"
 
 
 def _kept(counts: Any) -> str:

@@ -90,4 +90,4 @@ def tell_version(run: Path) -> None:
     except StoredDataError:
         return  # of which the command speaks itself
     if absent:
-        click.echo(f"! {run}: {absent}", err=True)
+        click.echo(f"{run}: {absent}", err=True)

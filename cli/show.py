@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from alphatoken_curate.wording import count
+
 from .options import tell_version
 
 if TYPE_CHECKING:
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     from alphatoken_curate.reading.row import RowView
 
 _EPILOG = """\b
-Columns: value, loss_weight, nll, entropy, reference_nll, and what the run's
-estimator gives of adapt_direct, adapt_causal, adapt_upstream, adapt_influence,
+--by, which may be given again: value, loss_weight, nll, entropy, reference_nll,
+surprise, reference_ratio, SQL of single tokens, and what the run's estimator
+gives of adapt_direct, adapt_causal, adapt_upstream, adapt_influence,
 stab_direct, stab_causal, stab_upstream, stab_influence, drift_direct,
 drift_causal, drift_influence.
 
@@ -33,9 +36,7 @@ _MOST_HITS = 20
 @click.option("--search", metavar="TEXT", help="Rows whose prompt or response has TEXT; if only one has, show it.")
 @click.option("--branch", type=click.Choice(["chosen", "rejected"]), help="One branch of a pair. Default: both.")
 @click.option("--generation", type=int, metavar="G", help="The scoring to show. Default: the newest.")
-@click.option(
-    "--column", "columns", multiple=True, help="What to colour by, or a column of the table; may be given again."
-)
+@click.option("--by", "columns", multiple=True, help="As in mask: what to colour by; or columns of the table.")
 @click.option("--tokens", is_flag=True, help="A table in place of the text: one line a response token, every signal.")
 def command(
     run: Path,
@@ -74,7 +75,7 @@ def _searched(console: Console, run: Path, text: str, generation: int | None) ->
         return hits[0].row_id
     if not hits:
         raise UsageError(f"{run}: no row has the text {visible(text)!r}; upper and lower case are alike")
-    console.print(f"{len(hits):,} rows have it; show one with --row N", style="bold")
+    console.print(f"{count(len(hits), 'row has', 'rows have')} it; show one with --row N", style="bold")
     for hit in hits[:_MOST_HITS]:
         console.print("", hit_text(hit, console.width), sep="\n")
     if len(hits) > _MOST_HITS:

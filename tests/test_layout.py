@@ -16,7 +16,7 @@ from sources import CLI, LIBRARY, ROOT, modules
 import alphatoken_curate
 
 ORDER = """
-    : errors config progress
+    : errors wording config progress
     runs: fingerprint documents schema atomic sealed shards records manifest card artifacts
     models: folders adapters load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
@@ -230,7 +230,6 @@ def test_every_source_module_has_its_tests() -> None:
     elsewhere = {
         "errors": "cli/test_main",
         "progress": "scoring/test_score",
-        "runs.fingerprint": "runs/test_manifest",
         "runs.documents": "runs/test_manifest",
         "runs.atomic": "runs/test_shards",
         "runs.records": "runs/test_shards",

@@ -24,12 +24,21 @@ from alphatoken_curate.exports.settle import Tally, counted, settled
 from alphatoken_curate.reading.trainset import TrainSet, open_train
 from alphatoken_curate.runs.atomic import Sink, atomic_file, digest
 from alphatoken_curate.runs.fingerprint import Json
+from alphatoken_curate.wording import nearest
 
 FORMS: Mapping[str, Form] = {
     form.name: form
     for form in (hf.FORM, llamafactory.FORM, swift.FORM, *shifted.FORMS, *unshifted.FORMS, messages.FORM)
 }
 """By the name that --for takes."""
+
+ALIASES: Mapping[str, tuple[str, bool]] = {
+    "trl": ("hf", False),
+    "unsloth": ("hf", False),
+    "axolotl": ("hf", True),
+    "together": ("hf", True),
+}
+"""Other names that --for takes: the form each stands for, and whether that is `strict`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +73,9 @@ def export(
     strict: bool = False,
     binarize: bool = False,
 ) -> ExportSummary:
-    """Write the rows of a mask (default: the newest) for `trainer`, a key of `FORMS`, into the new folder `output`.
+    """Write the rows of a mask (default: the newest) for `trainer` into the new folder `output`.
+
+    `trainer`: a key of `FORMS` or of `ALIASES`.
 
     `max_length`: longer rows are cut at the end, with their weights; those left with nothing to train are dropped and
     named. `strict`: of `hf` only the columns that every reader takes. `binarize`: weights above 0 become 1. The same
@@ -72,7 +83,8 @@ def export(
     known or has no form for these rows or weights, and where `output` is there and not empty; `StoredDataError` for a
     damaged run; `CurateError` where the disk refuses or does not give back what was written.
     """
-    form, place = _form(trainer), Path(output)
+    trainer, always_strict = ALIASES.get(trainer, (trainer, False))
+    form, place, strict = _form(trainer), Path(output), strict or always_strict
     opened = open_train(run, mask)
     _check_asked(form, opened, max_length, strict=strict)
     _check_place(place, opened.run)
@@ -102,7 +114,8 @@ _JSON = orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 
 def _form(trainer: str) -> Form:
     if trainer not in FORMS:
-        raise UsageError(f"trainer: found {trainer!r}; give one of {', '.join(FORMS)}")
+        names = (*FORMS, *ALIASES)
+        raise UsageError(f"trainer: found {trainer!r}.{nearest(trainer, names)} Give one of {', '.join(names)}")
     return FORMS[trainer]
 
 

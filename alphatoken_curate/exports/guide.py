@@ -10,6 +10,7 @@ from alphatoken_curate.exports.form import IN_WORDS, REASONS, Form, Told
 from alphatoken_curate.exports.settle import Tally
 from alphatoken_curate.reading.trainset import TrainSet
 from alphatoken_curate.runs.fingerprint import Json
+from alphatoken_curate.wording import count
 
 RECORD, README, DROPPED = "export.json", "README.md", "dropped.jsonl"
 
@@ -51,7 +52,7 @@ def _what(form: Form, told: Told, tally: Tally) -> Iterator[str]:
     else:
         yield f"The loss is divided by {form.divides}."
     if tally.answers:
-        yield f"Of {_count(tally.answers, 'answer')}, {tally.answers_trained:,} are to train."
+        yield f"Of {count(tally.answers, 'answer')}, {tally.answers_trained:,} are to train."
 
 
 _PAIRS = (
@@ -61,12 +62,12 @@ _PAIRS = (
 
 
 def _rows(tally: Tally, settings: Mapping[str, Json]) -> Iterator[str]:
-    yield from ("", "## Rows", "", f"- {_count(tally.rows, 'row')} written, in the order of the run (`row_id`)")
+    yield from ("", "## Rows", "", f"- {count(tally.rows, 'row')} written, in the order of the run (`row_id`)")
     if tally.cut_rows:
         most = settings["max_length"]
-        yield f"- {_count(tally.cut_rows, 'row')} cut at the end to {most} tokens, {tally.cut_tokens:,} tokens in all"
-    for reason, count in sorted(tally.dropped.items()):
-        yield f"- {_count(count, 'row')} dropped, `{reason}`: {REASONS[reason]}"
+        yield f"- {count(tally.cut_rows, 'row')} cut at the end to {most} tokens, {tally.cut_tokens:,} tokens in all"
+    for reason, number in sorted(tally.dropped.items()):
+        yield f"- {count(number, 'row')} dropped, `{reason}`: {REASONS[reason]}"
     yield f"- each of those dropped is named in `{DROPPED}`" if tally.dropped else "- none dropped"
 
 
@@ -120,7 +121,3 @@ def record(form: Form, tally: Tally, opened: TrainSet, settings: Mapping[str, Js
         "weights": {"sum": tally.weight_sum, "soft": tally.soft},
         "answers": {"all": tally.answers, "trained": tally.answers_trained} if tally.answers else None,
     }
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

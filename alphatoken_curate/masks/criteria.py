@@ -27,10 +27,18 @@ from alphatoken_curate.runs.schema import (
 )
 from alphatoken_curate.signals import composite
 from alphatoken_curate.tokens.draws import keyed_uniform
+from alphatoken_curate.wording import nearest
 
 Columns = Mapping[str, NDArray[Any]]
 
 _MAX_EXPRESSION = 10_000
+
+_OF_ONE = re.compile(
+    "ABS|AND|BETWEEN|CASE|CEIL|COALESCE|ELSE|END|EXP|FLOOR|GREATEST|IF|IS|LEAST|LN|LOG|LOG10|LOG1P|LOG2|NOT|NULL|NULLIF"
+    "|OR|POW|POWER|ROUND|SIGN|SQRT|THEN|WHEN",
+    re.IGNORECASE,
+)
+"""Words and functions of SQL that look at one token alone."""
 
 
 def known_columns(layout: Layout) -> tuple[str, ...]:
@@ -60,6 +68,12 @@ def is_expression(by: str) -> bool:
     """Whether `by` may look at several tokens at once, as `nll - avg(nll)` does, so that all are evaluated together."""
     alone = ("random", *known_columns(PREFERENCE))
     return by.removeprefix("-") not in EXPRESSIONS and by not in alone
+
+
+def is_of_single_tokens(by: str, layout: Layout = SFT) -> bool:
+    """Whether `by` can be told of each token alone: columns, numbers, arithmetic and functions of one token."""
+    words = re.findall(r"[^\W\d]\w*", re.sub(r"\d[\w.]*", "", by))
+    return all(word in (*known_columns(layout), *EXPRESSIONS, "random") or _OF_ONE.fullmatch(word) for word in words)
 
 
 def selection(
@@ -146,7 +160,8 @@ def _named(by: str, known: Sequence[str], components: Components) -> set[str]:
     unknown = sorted(named - set(known))
     if unknown or not named:
         found = f"names no column {', '.join(map(repr, unknown))}" if unknown else "names no column at all"
-        raise UsageError(f"by: {by!r} {found}; the columns are {', '.join((*known, *EXPRESSIONS))}")
+        near = nearest(unknown[0], (*known, *EXPRESSIONS, "random")) if unknown else ""
+        raise UsageError(f"by: {by!r} {found}.{near} The columns are {', '.join((*known, *EXPRESSIONS))}")
     for name in sorted(named & (set(SIGNALS) - set(components.signals))):
         raise UsageError(f"by: {name} was not computed: {NOT_COMPUTED[name]}")
     return named

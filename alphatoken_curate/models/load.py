@@ -338,7 +338,7 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
     if missing := sorted(report["missing_keys"]):
         # transformers would make these up at random, with a warning.
         raise ModelError(
-            f"{source.name}: its files lack {missing[0]} ({len(missing)} weights of {type(model).__name__} in all)."
+            f"{source.name}: its files lack {missing[0]} ({len(missing)} in all of {type(model).__name__})."
             " Name a whole causal language model."
         )
     return model

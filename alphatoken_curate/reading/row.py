@@ -13,11 +13,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from alphatoken_curate.errors import StoredDataError, UsageError
+from alphatoken_curate.masks import criteria
 from alphatoken_curate.reading.scan import choose_generation
 from alphatoken_curate.reading.words import read_vocabulary, spelled
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.manifest import Generation, Manifest, Mask
-from alphatoken_curate.runs.schema import NOT_COMPUTED, PAIR_COLUMNS, SIGNALS, Layout
+from alphatoken_curate.runs.schema import NOT_COMPUTED, PAIR_COLUMNS, SFT, SIGNALS, Components, Layout, components
+
+PARTED = components("published")
 
 COLUMNS = (*SIGNALS, "loss_weight")
 """Of each response token."""
@@ -68,6 +71,10 @@ class RowView:
     margin: float | None = None
     reason: str | None = None
     """Why a rejected row was refused, where rejects.jsonl says so."""
+    layout: Layout = SFT
+    components: Components = PARTED
+    stability_weight: float = 1.5
+    """Of the run: what an expression may name, and what its value is made of."""
 
     @property
     def left_out(self) -> bool:
@@ -82,17 +89,44 @@ class RowView:
         return found
 
     def column(self, branch: BranchView, name: str) -> NDArray[np.float32]:
-        """Signal or weight, (T,) float32, NaN off the response. Raises `UsageError` where there are no numbers."""
+        """Signal, weight or what `--by` of a mask gives, (T,) float32, NaN off the response.
+
+        Raises `UsageError` where there are no numbers.
+        """
         if name not in COLUMNS:
-            raise UsageError(f"column: found {name!r}; give one of {', '.join(COLUMNS)}")
+            return self._selected(branch, name)
         if name == "loss_weight":
             if branch.weight is None:
                 why = f"mask {self.mask} leaves row {self.row_id} out" if self.left_out else "the run has no mask yet"
-                raise UsageError(f"column: {why}, so no loss_weight; make one with `mask`")
+                raise UsageError(f"by: {why}, so no loss_weight; make one with `mask`")
             return np.where(branch.response, branch.weight, np.float32(np.nan))
         if not self.computed(name) and name in NOT_COMPUTED:
-            raise UsageError(f"column: {name} was not computed: {NOT_COMPUTED[name]}")
+            raise UsageError(f"by: {name} was not computed: {NOT_COMPUTED[name]}")
         return branch.signals[name]
+
+    def _selected(self, branch: BranchView, by: str) -> NDArray[np.float32]:
+        """An expression, name or draw, of single tokens: those of the whole run are not here."""
+        criteria.columns_needed(by, self.components, self.layout)  # each is there
+        if not criteria.is_of_single_tokens(by, self.layout):
+            raise UsageError(
+                f"by: {by!r} may look at several tokens at once, which for a mask are those of the whole run. Give an"
+                " expression of single tokens; or make that mask, and show its loss_weight"
+            )
+        at = np.flatnonzero(branch.response)
+        numbers = {"row_id": self.row_id, "omega": self.omega, "margin": self.margin}
+        columns = {name: np.full(len(at), number) for name, number in numbers.items() if number is not None}
+        columns |= {"position": at.astype(np.int32), "token_id": branch.token_ids[at]}
+        columns |= {name: signal[at] for name, signal in branch.signals.items()}
+        result = np.full(len(branch.response), np.nan, np.float32)
+        result[at] = criteria.selection(
+            by,
+            columns,
+            components=self.components,
+            stability_weight=self.stability_weight,
+            layout=self.layout,
+            branch=self.branches.index(branch),
+        )
+        return result
 
     def computed(self, name: str) -> bool:
         """Whether the row has numbers of this signal."""
@@ -157,6 +191,9 @@ def _view(run: Path, stored: Manifest, scoring: Generation, index: int, record: 
         mask=mask.mask if mask else None,
         mask_generations=mask.generations if mask else (),
         reason=_reason(run, stored, number) if record["status"] == "rejected" else None,
+        layout=layout,
+        components=manifest.components(stored),
+        stability_weight=float(str(stored.settings["stability_weight"])),
     )
 
 

@@ -57,9 +57,13 @@ from alphatoken_curate.rows.files import find_files, visible
 from alphatoken_curate.rows.pairs import PREFERENCE, PROMPT_LIKE
 from alphatoken_curate.rows.shapes import OPEN, SFT, SIDE, Also, AnyRecord, Pair, Shapes, wrong
 from alphatoken_curate.rows.tables import raw_rows
+from alphatoken_curate.wording import count, ranges
 
 MAX_BAD_ROWS = 1_000_000
 """Most bad rows that are told one by one; a file with more is not what it should be."""
+
+_MOST_REASONS, _MOST_RANGES = 20, 10
+"""Most lines of a message, and most ranges of line numbers in each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,16 +193,26 @@ def rows_of(records: Sequence[Mapping[str, Any]], source: str, also: tuple[Also,
     return ReadRows(rows=rows, bad=stream.bad, files=[])
 
 
-def refuse(bad: Sequence[BadRow], limit: int = 20, *, can_quarantine: bool = True) -> InputError:
-    """The error that names the first `limit` bad rows and counts the others; target rows cannot be set aside."""
-    count = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
-    lines = [f"  {visible(row.source)}:{row.line}: {row.reason}: {row.message}" for row in bad[:limit]]
-    if len(bad) > limit:
-        lines.append(f"  and {len(bad) - limit} more")
+def refuse(bad: Sequence[BadRow], *, can_quarantine: bool = True) -> InputError:
+    """The error that names bad rows as `grouped` does; target rows cannot be set aside."""
     advice = "Correct them, or set them aside with --bad-rows quarantine, which lists them in rejects.jsonl."
     if not can_quarantine:
         advice = "Correct them. Rows of DATA can be set aside with --bad-rows quarantine, those of --target cannot."
-    return InputError("\n".join([f"{count} cannot be used:", *lines, advice]))
+    return InputError("\n".join([f"{count(len(bad), 'row')} cannot be used:", *grouped(bad), advice]))
+
+
+def grouped(bad: Sequence[BadRow]) -> Iterator[str]:
+    """A line for each reason in each file, in order of first appearance, with the lines it holds for."""
+    groups: dict[tuple[str, str, str], list[BadRow]] = {}
+    for row in bad:
+        groups.setdefault((row.source, row.reason, row.message), []).append(row)
+    told = list(groups.items())
+    for (source, reason, message), rows in told[:_MOST_REASONS]:
+        lines = [row.line for row in rows]
+        more = f" (lines {ranges(lines, _MOST_RANGES)})" if len(lines) > 1 else ""
+        yield f"  {visible(source)}:{lines[0]}: {reason}: {message}{more}"
+    if left := sum(len(rows) for _, rows in told[_MOST_REASONS:]):
+        yield f"  and {left:,} more"
 
 
 def kind_of(rows: Sequence[Row]) -> Literal["sft", "preference"]:

@@ -12,7 +12,7 @@ from alphatoken_curate.models.load import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.atomic import atomic_file
 from alphatoken_curate.runs.documents import Unreadable, decode, sealed, unsealed
-from alphatoken_curate.runs.fingerprint import Json, differing
+from alphatoken_curate.runs.fingerprint import Json, differing, told_apart
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
 
@@ -192,7 +192,7 @@ def _check_same(run: Path, stored: Mapping[str, Json], fields: Mapping[str, Json
     names = _causes(differing(stored, fields), stored, fields)
     if names:
         raise FingerprintError(
-            f"{run}: it was made with other settings or inputs: {', '.join(names)}."
+            f"{run}: it was made with other settings or inputs: {told_apart(names, stored, fields)}."
             " Give the ones it was made with, or another folder with -o.",
             names,
             stored,

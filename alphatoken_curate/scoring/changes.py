@@ -19,6 +19,7 @@ from alphatoken_curate.runs.records import read_records
 from alphatoken_curate.runs.schema import LAYOUTS
 from alphatoken_curate.scoring.prepare import Prepared
 from alphatoken_curate.tokens.tokenise import branches
+from alphatoken_curate.wording import count
 
 _DECIDE_TOKENS = frozenset({"kind", "tokenizer", "template", "turns", "max_length"})
 """Where one of these differs too, tokens say nothing of the rows they were made from."""
@@ -77,25 +78,21 @@ def _rows(was: Sequence[_Line], rows: int, now: Sequence[_Line]) -> Iterator[str
     before, after = [one.key for one in was], [one.key for one in now]
     same = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(was), len(now)))
     place = next((f"line {one.line}" for one in (*now[same : same + 1], *was[same : same + 1])), "the end")
-    more, counts = len(now) - rows, f"it had {_count(rows)}, and has {_count(len(now))}"
+    more, counts = len(now) - rows, f"it had {count(rows, 'row')}, and has {count(len(now), 'row')}"
     if same == len(was) < rows:
-        yield f"the {_count(same)} scored so far are the same; {counts}"
+        yield f"the {count(same, 'row')} scored so far are the same; {counts}"
     if same == len(was) == len(now):
         yield "every row gives the same tokens; what else it holds differs, or how it is written"
     if more > 0 and before == after[:same] + after[same + more :]:
-        yield f"{_count(more)} added{' at the end' if same == len(was) else ''}, from {place} on"
+        yield f"{count(more, 'row')} added{' at the end' if same == len(was) else ''}, from {place} on"
     if more < 0 and after == before[:same] + before[same - more :]:
-        yield f"{_count(-more)} removed{' at the end' if same == len(now) else ''}, from line {was[same].line} on"
+        yield f"{count(-more, 'row')} removed{' at the end' if same == len(now) else ''}, from line {was[same].line} on"
     if Counter(before) == Counter(after):
         yield f"the same rows in another order, from {place} on"
     if more == 0:
         edited = sum(a != b for a, b in zip(before, after, strict=False))
-        yield f"{_count(edited)} edited, the first at {place}"
+        yield f"{count(edited, 'row')} edited, the first at {place}"
     yield f"its rows differ from {place} on; {counts}"
-
-
-def _count(rows: int) -> str:
-    return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def _stored(run: Path, kind: str) -> tuple[dict[str, list[_Line]], dict[str, int]]:

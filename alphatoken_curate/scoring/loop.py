@@ -38,6 +38,7 @@ from alphatoken_curate.scoring.scorer import (
 from alphatoken_curate.scoring.trial import find_budget, first_model
 from alphatoken_curate.signals.preference import Pairs
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
+from alphatoken_curate.wording import count
 
 
 def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSummary:
@@ -66,12 +67,12 @@ def _tell(prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
     if (unread := idle(prepared.config, prepared.kind)) is not None:
         progress.warn(unread)
     if prepared.held_out:
-        rows = "1 row is" if len(prepared.held_out) == 1 else f"{len(prepared.held_out):,} rows are"
+        rows = count(len(prepared.held_out), "row is", "rows are")
         progress.note(f"{rows} held out as target: not scored, not in train/. --target names rows of the task instead.")
     cut = [row.truncated for row in prepared.rows if row.truncated]
     if cut:
-        rows = "1 row is" if len(cut) == 1 else f"{len(cut):,} rows are"
-        progress.warn(f"{rows} longer than --max-length {prepared.config.max_length}: {sum(cut):,} tokens were cut.")
+        rows, tokens = count(len(cut), "row is", "rows are"), count(sum(cut), "token was", "tokens were")
+        progress.warn(f"{rows} longer than --max-length {prepared.config.max_length}: {tokens} cut.")
     if prepared.config.retention is not None and prepared.config.drift == "weights" and not spec.has_reference:
         progress.note("The reference has the same weights as the model, so there is no drift to store beside.")
 

@@ -28,6 +28,7 @@ from alphatoken_curate.tokens.chat import Tokenizer
 from alphatoken_curate.tokens.draws import keyed_uniform
 from alphatoken_curate.tokens.plan import sequences
 from alphatoken_curate.tokens.tokenise import NO_TOKENIZER, AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
+from alphatoken_curate.wording import count
 
 R = TypeVar("R", TokenRow, AnyRow)
 
@@ -90,7 +91,9 @@ def prepare(config: ScoreConfig) -> Prepared:
     if wanting or reader.bad:
         raise refuse([*wanting, *reader.bad], can_quarantine=not reader.bad)
     if not rows:
-        raise InputError(f"{', '.join(config.data)}: none of its {len(bad)} rows can be scored. Run check to see why.")
+        raise InputError(
+            f"{', '.join(config.data)}: none of its {count(len(bad), 'row')} can be scored. Run check to see why."
+        )
     kind = kind_of(found.samples)
     held_out: list[AnyRow] = []
     if config.target is None:

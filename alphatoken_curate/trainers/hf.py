@@ -22,6 +22,7 @@ from alphatoken_curate.trainers.collator import WEIGHT, WeightedCollator
 from alphatoken_curate.trainers.current import ROWS, Served
 from alphatoken_curate.trainers.dataset import LISTS
 from alphatoken_curate.trainers.loss import Denominator, count_items, weighted_loss
+from alphatoken_curate.wording import count
 
 COLUMNS = ("row_id", ROWS, "seq_lengths", *LISTS, *(prefix + name for prefix in PREFERENCE.branches for name in LISTS))
 """Columns of rows that must reach the collator."""
@@ -159,7 +160,11 @@ def check_length(dataset: Any, columns: tuple[str, ...], limit: int | None) -> A
         return dataset.map(_refuse_long, fn_kwargs={"columns": columns, "limit": limit})
     longest = [max(len(row[name]) for name in columns) for row in dataset.select_columns(list(columns))]
     if over := [length for length in longest if length > limit]:
-        raise _too_long(f"{len(over)} of {len(longest)} rows are longer", max(over), limit)
+        raise _too_long(
+            f"{len(over):,} of {count(len(longest), 'row')} {'is' if len(over) == 1 else 'are'} longer",
+            max(over),
+            limit,
+        )
     return dataset
 
 

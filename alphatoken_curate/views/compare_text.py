@@ -10,6 +10,7 @@ from alphatoken_curate.reading.compare import Changed, Comparison, Overlap, Side
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.views.heat import readable
 from alphatoken_curate.views.row_text import SYMBOLS, shortened
+from alphatoken_curate.wording import count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,8 +26,12 @@ def compare_lines(found: Comparison, width: int) -> Iterator[Text | Table]:
     for name, side in (("first ", found.first), ("second", found.second)):
         place = f"{visible(side.run)}, generation {side.generation}, at {visible(side.checkpoint)}"
         yield Text(f"{name}  ", "bold").append(f"{place} ({side.estimator})", "not bold")
-    apart = f"; {found.rows_apart:,} rows are not, or differ" if found.rows_apart else ""
-    yield Text(f"{found.tokens:,} response tokens of {found.rows:,} rows are in both{apart}")
+    apart = (
+        f"; {count(found.rows_apart, 'row')} {'is' if found.rows_apart == 1 else 'are'} not, or differ"
+        if found.rows_apart
+        else ""
+    )
+    yield Text(f"{count(found.tokens, 'response token')} of {count(found.rows, 'row')} are in both{apart}")
     yield Text("\nrank correlation (Spearman) and RMS", "bold")
     yield _signals(found)
     yield Text("\nmasks", "bold")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.runs.schema import SFT
+from alphatoken_curate.runs.schema import units_of
 
 LEVELS = 17
 MIDDLE = 8
@@ -27,6 +27,7 @@ NO_LEVEL = -1
 SCALE_PERCENTILE = 98
 """Values beyond this percentile of |value| share the end colours, so that one outlier does not pale all others."""
 
+_WEIGHT = "multiples of the mean"
 _UNSIGNED = ("nll", "entropy", "reference_nll", "loss_weight")
 
 
@@ -102,8 +103,7 @@ class Unit:
     @property
     def label(self) -> str:
         """`nats`, or `1e-3 nats` where numbers are written divided by a thousandth."""
-        name = "multiples of the mean" if self.name == "ratio" else self.name
-        return f"1e{self.exponent} {name}" if self.exponent else name
+        return f"1e{self.exponent} {self.name}" if self.exponent else self.name
 
     def write(self, value: float) -> str:
         """`+0.42`; `0` for exactly 0, nothing for NaN."""
@@ -114,8 +114,7 @@ class Unit:
 
 def unit_of(column: str, scale: float) -> Unit:
     """The unit in which values of this magnitude have about three digits. Columns of one unit share one exponent."""
-    field = (SFT.train if column == "loss_weight" else SFT.values).field(column)
-    name = field.metadata[b"units"].decode()
+    name = _WEIGHT if column == "loss_weight" else units_of(column, "none")
     if column in _UNSIGNED:
         return Unit(name=name, signed=False)
     digits = int(np.floor(np.log10(scale)))

@@ -17,6 +17,7 @@ from alphatoken_curate.rows.files import visible
 from alphatoken_curate.runs.schema import SIGNALS
 from alphatoken_curate.views import heat
 from alphatoken_curate.views.heat import MIDDLE, PALETTE, Unit, readable
+from alphatoken_curate.wording import count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,7 +129,7 @@ def _pair_line(margin: float, omega: float) -> str:
 
 def _counts(view: RowView, branch: BranchView) -> str:
     tokens, response = len(branch.token_ids), int(branch.response.sum())
-    about = f"{tokens:,} tokens, {response:,} in the response"
+    about = f"{count(tokens, 'token')}, {response:,} in the response"
     if branch.weight is not None:
         kept = int(branch.kept.sum())
         about += f"; mask {view.mask} keeps {kept:,} of {response:,} ({kept / max(1, response):.1%})"

@@ -13,6 +13,7 @@ from alphatoken_curate.reading.stats import SCALES, GenerationStats, Stats
 from alphatoken_curate.reading.sums import MEANS, objectives
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.runs.schema import components
+from alphatoken_curate.wording import count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,9 +84,13 @@ def _counts(found: Stats) -> Table:
     lines |= {f"  {name}": _kept(branch) for name, branch in found.branches.items()}
     if found.rows_left_out:
         numbers = ", ".join(map(str, found.masks[-1].generations))
-        lines["left out"] = f"{found.rows_left_out:,} rows: not each of generations {numbers} of the mask scored them"
+        lines["left out"] = (
+            f"{count(found.rows_left_out, 'row')}: not each of generations {numbers} of the mask scored them"
+        )
     if found.truncated_rows:
-        lines["cut"] = f"{found.truncated_tokens:,} tokens of {found.truncated_rows:,} rows, by --max-length"
+        lines["cut"] = (
+            f"{count(found.truncated_tokens, 'token')} of {count(found.truncated_rows, 'row')}, by --max-length"
+        )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -279,8 +284,8 @@ def _pair_notes(found: Stats) -> Iterator[str]:
     pairs = found.pairs
     if pairs and pairs.omega is not None and pairs.margin is not None and pairs.margin_above_zero is not None:
         yield (
-            f"{pairs.rows:,} pairs: mean margin {pairs.margin:+.3g}, above 0 in {pairs.margin_above_zero:.1%} (the"
-            " model prefers chosen to rejected more than the reference does);"
+            f"{count(pairs.rows, 'pair')}: mean margin {pairs.margin:+.3g}, above 0 in {pairs.margin_above_zero:.1%}"
+            " (the model prefers chosen to rejected more than the reference does);"
             f" mean omega {pairs.omega:.3g} (the weight of a pair in training)"
         )
 

@@ -21,7 +21,7 @@ def test_it_says_what_was_written_and_what_comes_next(tmp_path: Path) -> None:
     for line in (
         f"rows     {rows}",
         "(all 0 or 1)",
-        f"dropped  {lost} rows: cut_away {lost}; see {place}/dropped.jsonl",
+        f"dropped  {lost} row{'s' if lost > 1 else ''}: cut_away {lost}; see {place}/dropped.jsonl",
         f"data     {place}/train.parquet",
         f"{place}/README.md",
     ):
@@ -47,7 +47,7 @@ def test_flags_reach_the_export(tmp_path: Path) -> None:
         (["--for", "hf", "--strict"], "--binarize"),
         (["--for", "verl", "--strict"], "--strict is for --for hf"),
         (["--for", "hf", "--mask", "4"], "has no mask 4"),
-        (["--for", "nope"], "'nope' is not one of 'hf'"),
+        (["--for", "nope"], "'nope' is not one of 'trl'"),
         (["--for", "hf", "--max-length", "1"], "--max-length"),
         ([], "Missing option '--for'"),
     ],

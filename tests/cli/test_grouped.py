@@ -21,9 +21,9 @@ def helped(command: str, width: int = WIDTH) -> str:
 
 
 def sections(text: str) -> dict[str, list[str]]:
-    """The lines of each section, by its head."""
+    """The lines of each section, by its head; what stands below them all is left out."""
     parts = re.split(r"^(\w[\w ]*):\n", text, flags=re.MULTILINE)
-    return {name: body.splitlines() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: body.split("\n\n")[0].splitlines() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 @pytest.mark.parametrize(("command", "kind"), [("score", ScoreConfig), ("check", ScoreConfig), ("mask", MaskConfig)])

@@ -180,11 +180,12 @@ def test_check_tells_what_score_would_do(data: str, models: dict[str, str], tmp_
 
 def test_check_lists_bad_rows(models: dict[str, str], tmp_path: Path) -> None:
     odd = write_jsonl(
-        tmp_path / "odd.jsonl", [*token_records(4), "{", *({"input_ids": 3, "labels": []} for _ in range(25))]
+        tmp_path / "odd.jsonl",
+        [*token_records(4), "{", *({"input_ids": [1, 2], "labels": [1, n]} for n in range(3, 28))],
     )
     refused(command("check", odd, "--model", models["base"]), 3, "odd.jsonl:5: invalid_json", "and 6 more")
     ended = command("check", odd, "--model", models["base"], "--bad-rows", "quarantine")
-    assert ended.code == 0 and "odd.jsonl:6: wrong_type" in ended.out and "and 6 more" in ended.out
+    assert ended.code == 0 and "odd.jsonl:6: label_mismatch" in ended.out and "and 6 more" in ended.out
 
 
 def test_a_config_file_with_flags_on_top(data: str, models: dict[str, str], tmp_path: Path) -> None:
@@ -373,7 +374,7 @@ def test_text_without_a_tokenizer(models: dict[str, str], tmp_path: Path) -> Non
 def test_other_settings_are_named(run: Path, data: str, models: dict[str, str]) -> None:
     before = contents(run)
     ended = command("score", data, "--model", models["base"], "--layers", 1, "--window", 3, "-o", run)
-    refused(ended, 4, str(run), "layers, window", "-o")
+    refused(ended, 4, str(run), "layers (3 there, 1 here), window (32 there, 3 here)", "-o")
     assert contents(run) == before
 
 
@@ -386,6 +387,29 @@ def test_damage_is_named(run: Path, data: str, models: dict[str, str]) -> None:
     assert ended.code == 0 and "made anew from the shards" in " ".join(ended.err.split())
     (run / "artifacts" / "run.json").write_text("{}")
     refused(command("score", data, "--model", models["base"], "-o", run), 4, "run.json", "damaged")
+
+
+def test_a_mask_that_is_there_prints_the_command_that_uses_it(run: Path, tmp_path: Path) -> None:
+    for keep in (0.5, 0.6):
+        assert command("mask", run, "--keep", keep).code == 0
+    again = command("mask", run, "--keep", 0.5)
+    assert again.code == 0 and "Already there: mask 1" in again.out
+    (line,) = [line.strip() for line in again.out.splitlines() if " export " in line]
+    assert line == f"alphatoken-curate export {run} --mask 1 --for trl -o DIR"
+    words = [str(tmp_path / "out") if word == "DIR" else word for word in line.split()[1:]]
+    assert command(*words).code == 0
+    assert "export" not in command("mask", run, "--keep", 0.7).out
+
+
+def test_a_reason_is_told_once_with_the_lines_it_holds_for(tmp_path: Path, models: dict[str, str]) -> None:
+    rows = [*token_records(2), {"x": 1}, {"x": 2}, *token_records(1), {"x": 3}, "{"]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for name in ("score", "check"):
+        ended = command(name, data, "--model", models["base"])
+        assert ended.code == 3 and "4 rows cannot be used" in ended.err
+        assert ended.err.count("unknown_shape") == 1 and "(lines 3-4, 6)" in ended.err and "invalid_json" in ended.err
+    told = command("check", data, "--model", models["base"], "--bad-rows", "quarantine").out
+    assert told.count("unknown_shape") == 1 and "(lines 3-4, 6)" in told
 
 
 # --- all of the errors, and interrupts

@@ -139,7 +139,7 @@ def test_show_without_a_palette_writes_numbers(run: Path, env: dict[str, str]) -
 
 def test_show_any_column_and_by_id(run: Path) -> None:
     columns = [*components("published").always, "reference_nll", "loss_weight"]
-    outputs = {name: invoke(show, run, "--id", "n6", "--column", name).output for name in columns}
+    outputs = {name: invoke(show, run, "--id", "n6", "--by", name).output for name in columns}
     assert len(set(outputs.values())) == len(outputs)
     for name, out in outputs.items():
         assert out.startswith("row 6 ")
@@ -147,9 +147,9 @@ def test_show_any_column_and_by_id(run: Path) -> None:
 
 
 def test_show_several_columns(run: Path) -> None:
-    out = invoke(show, run, "--row", 6, "--column", "nll", "--column", "adapt_direct").output
+    out = invoke(show, run, "--row", 6, "--by", "nll", "--by", "adapt_direct").output
     assert out.index("text:nll") < out.index("text:adapt_direct")
-    table = invoke(show, run, "--row", 6, "--column", "nll", "--column", "adapt_direct", "--tokens").output
+    table = invoke(show, run, "--row", 6, "--by", "nll", "--by", "adapt_direct", "--tokens").output
     assert table.split("\n\n")[1].split()[:7] == ["adapt", "at", "text", "kept", "weight", "nll", "direct"]
 
 
@@ -193,13 +193,13 @@ def test_show_rows_without_values(run: Path, row: int, told: str) -> None:
 def test_show_leaves_errors_to_the_caller(run: Path) -> None:
     assert isinstance(invoke(show, run, "--row", 99).exception, UsageError)
     assert isinstance(invoke(show, run).exception, UsageError)
-    assert isinstance(invoke(show, run, "--row", 0, "--column", "x").exception, UsageError)
+    assert isinstance(invoke(show, run, "--row", 0, "--by", "x").exception, UsageError)
     assert isinstance(invoke(show, run / "none", "--row", 0).exception, StoredDataError)
 
 
 def test_help_names_every_column_and_imports_nothing_heavy() -> None:
     out = invoke(show, "--help").output
-    assert all(re.search(rf"\b{name}\b", out.split("Columns:")[1]) for name in (*SIGNALS, "loss_weight"))
+    assert all(re.search(rf"\b{name}\b", out.split("--by, which may")[1]) for name in (*SIGNALS, "loss_weight"))
     code = (
         "import sys; from alphatoken_curate.cli import compare, show, stats;"
         " print([m for m in ('rich', 'numpy', 'polars', 'pyarrow', 'torch') if m in sys.modules])"

@@ -22,7 +22,7 @@ import alphatoken_curate
 from alphatoken_curate import CurateError, StoredDataError, UsageError, export, mask
 from alphatoken_curate.cli.export import TRAINERS
 from alphatoken_curate.exports import export as module
-from alphatoken_curate.exports.export import FORMS
+from alphatoken_curate.exports.export import ALIASES, FORMS
 from alphatoken_curate.exports.form import (
     IN_WORDS,
     Asked,
@@ -53,7 +53,7 @@ def runs(folder: Path) -> dict[tuple[str, str], Path]:
 
 
 def test_the_command_knows_every_exporter() -> None:
-    assert sorted(TRAINERS) == sorted(FORMS)
+    assert sorted(TRAINERS) == sorted((*FORMS, *ALIASES))
     assert alphatoken_curate.export is export
 
 
@@ -324,8 +324,8 @@ def test_pairs_are_refused_where_there_is_no_form(
 
 def test_what_is_asked_amiss_is_refused(runs: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     run = runs["sft", "binary"]
-    with pytest.raises(UsageError, match="give one of hf, llamafactory"):
-        export(run, trainer="trl", output=tmp_path / "out")
+    with pytest.raises(UsageError, match="Give one of hf, llamafactory"):
+        export(run, trainer="trlx", output=tmp_path / "out")
     with pytest.raises(UsageError, match="--strict is for --for hf"):
         export(run, trainer="verl", output=tmp_path / "out", strict=True)
     with pytest.raises(UsageError, match="at least 2"):
@@ -433,3 +433,23 @@ def test_many_rows_are_written_batch_by_batch(tmp_path: Path, monkeypatch: pytes
         export(run, trainer=trainer, output=tmp_path / trainer)
         assert read(trainer, tmp_path / trainer) == truth(run)
     assert pq.ParquetFile(tmp_path / "megatron" / "train.idx.parquet").num_row_groups == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "strict"),
+    [("trl", "hf", False), ("unsloth", "hf", False), ("axolotl", "hf", True), ("together", "hf", True)],
+)
+def test_trainers_by_their_own_names(tmp_path: Path, name: str, form: str, strict: bool) -> None:
+    run = small_run(tmp_path / "run")
+    by_name = export(run, trainer=name, output=tmp_path / "a", binarize=True)
+    by_form = export(run, trainer=form, strict=strict, output=tmp_path / "b", binarize=True)
+    assert by_name.trainer == form
+    written = [(folder / "train.parquet").read_bytes() for folder in (by_name.path, by_form.path)]
+    assert written[0] == written[1]
+    about = [json.loads((folder / "export.json").read_bytes()) for folder in (by_name.path, by_form.path)]
+    assert [one["settings"]["strict"] for one in about] == [strict, strict]
+
+
+def test_a_name_that_is_near_is_suggested(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"found 'axolotls'\. Did you mean axolotl\? Give one of hf, "):
+        export(small_run(tmp_path / "run"), trainer="axolotls", output=tmp_path / "a")

@@ -97,7 +97,7 @@ def test_random_depends_on_seed_row_and_position_alone() -> None:
         ("nll; drop table x", "not a polars SQL expression"),
         ("read_parquet('x')", "not a polars SQL expression"),
         ("(" * 5000 + "nll" + ")" * 5000, "at most"),
-        ("boredom + nll", "'boredom'; the columns are row_id, position, token_id, nll"),
+        ("boredom + nll", "'boredom'. The columns are row_id, position, token_id, nll"),
         ("1", "names no column"),
         ("COLUMNS('n.*')", "names no column"),
         ("sum(nll)", "one number per token"),
@@ -199,3 +199,30 @@ def test_a_component_that_is_missing_everywhere_is_damage() -> None:
     for estimator, name in (("published", "adapt_direct"), ("influence", "stab_influence")):
         with pytest.raises(StoredDataError, match=f"column {name} has no value at 50 of 50"):
             selected(name, {name: nothing}, components=components(estimator))
+
+
+@pytest.mark.parametrize(
+    ("by", "near"), [("nul", "nll"), ("entrpy", "entropy"), ("suprise", "surprise"), ("rando", "random")]
+)
+def test_a_column_that_is_near_is_suggested(by: str, near: str) -> None:
+    with pytest.raises(UsageError, match=f"Did you mean {near}\\?"):
+        selected(by)
+    with pytest.raises(UsageError) as caught:
+        selected("zzzz - 1")
+    assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("by", "alone"),
+    [
+        *(
+            (by, True)
+            for by in ("nll", "random", "-surprise", "7 - surprise", "1e-3 * exp(nll)", "nll > 2 and value < 0")
+        ),
+        *((by, True) for by in ("CASE WHEN nll > 1 THEN 0 ELSE 1 END", "least(1.0, abs(value))")),
+        *((by, False) for by in ("nll - avg(nll)", "rank() over (order by nll)", "sum(nll)", "nll - lag(nll) over ()")),
+        *((by, False) for by in ("max(nll)", "count(*)", "first(nll)", "nope")),
+    ],
+)
+def test_what_looks_at_one_token_alone(by: str, alone: bool) -> None:
+    assert criteria.is_of_single_tokens(by) == alone

@@ -17,6 +17,7 @@ from small_run import (
     write_rejects,
 )
 
+from alphatoken_curate import MaskConfig, mask
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.masks.remask import make_mask
 from alphatoken_curate.reading.row import BranchView, RowView, read_row
@@ -173,7 +174,7 @@ def test_without_a_mask_all_response_tokens_count_as_kept(tmp_path: Path) -> Non
 def test_columns_that_cannot_be_shown(tmp_path: Path) -> None:
     view = read_row(small_run(tmp_path / "run", value_rows(reference=False)), row=0)
     (branch,) = view.branches
-    with pytest.raises(UsageError, match=r"found 'colour'.*loss_weight"):
+    with pytest.raises(UsageError, match=r"'colour' names no column 'colour'. The columns are .*surprise"):
         view.column(branch, "colour")
     asked = {"reference_nll": "--reference", "drift_direct": "--retention", "drift_causal": "--drift"}
     asked |= {"adapt_upstream": r"exact\+influence", "stab_influence": "--estimator influence"}
@@ -215,3 +216,29 @@ def test_damage_is_found_in_what_is_read(tmp_path: Path) -> None:
     assert read_row(run, row=0).mask == 0
     with pytest.raises(StoredDataError, match="part-00001"):
         read_row(run, row=6)
+
+
+BY = ("7 - surprise", "surprise", "-nll", "value * 2", "random", "position + token_id")
+
+
+@pytest.mark.parametrize(
+    ("kind", "by"), [*(("sft", by) for by in BY), *(("preference", by) for by in (*BY, "omega", "value * margin"))]
+)
+def test_numbers_to_show_by_are_those_that_a_mask_is_made_by(tmp_path: Path, kind: str, by: str) -> None:
+    run = small_run(tmp_path / "run", value_rows(kind=kind), kind=kind)
+    made = mask(run, MaskConfig(by=by, keep=0.5, scope="row", weights="rank"))
+    view = read_row(run, row=0)
+    assert made.created
+    for branch in view.branches:
+        numbers, kept = view.column(branch, by), branch.kept
+        assert np.array_equal(np.isfinite(numbers), branch.response)
+        dropped = branch.response & ~kept
+        assert kept.any() and (not dropped.any() or numbers[kept].min() >= numbers[dropped].max())
+
+
+def test_what_looks_at_several_tokens_is_refused_and_not_shown_of_one_row(tmp_path: Path) -> None:
+    view = read_row(small_run(tmp_path / "run"), row=0)
+    with pytest.raises(UsageError, match="may look at several tokens at once, which for a mask are those of the whole"):
+        view.column(view.branches[0], "nll - avg(nll)")
+    with pytest.raises(UsageError, match=r"names no column 'nul'\. Did you mean nll"):
+        view.column(view.branches[0], "nul")

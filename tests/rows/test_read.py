@@ -23,7 +23,7 @@ from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows import containers
 from alphatoken_curate.rows.files import find_files
 from alphatoken_curate.rows.pairs import BRANCHES
-from alphatoken_curate.rows.read import BadRow, ReadRows, RowStream, kind_of, read_rows, refuse, rows_of
+from alphatoken_curate.rows.read import BadRow, ReadRows, RowStream, grouped, kind_of, read_rows, refuse, rows_of
 from alphatoken_curate.rows.shapes import Messages, Pair, Passage, Prompt, PromptCompletion, Tokens
 
 GOOD = {"prompt": "1 + 1 =", "completion": " 2"}
@@ -781,17 +781,31 @@ def test_prompts_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
 
 def test_refuse_names_the_first_and_counts_the_others() -> None:
     bad = [
-        BadRow(row_id=i, source="a.jsonl", line=i + 1, reason="invalid_json", message="it is cut", excerpt="")
+        BadRow(row_id=i, source="a.jsonl", line=i + 1, reason="invalid_json", message=f"it is cut at {i}", excerpt="")
         for i in range(25)
     ]
     text = str(refuse(bad))
-    assert text.startswith("25 rows cannot be used:\n  a.jsonl:1: invalid_json: it is cut\n")
+    assert text.startswith("25 rows cannot be used:\n  a.jsonl:1: invalid_json: it is cut at 0\n")
     assert "a.jsonl:20:" in text
     assert "a.jsonl:21:" not in text
     assert "and 5 more" in text
     assert "--bad-rows quarantine" in text
     assert str(refuse(bad[:1])).startswith("1 row cannot")
     assert "more" not in str(refuse(bad[:20]))
+
+
+def test_a_reason_is_told_once_in_each_file_with_the_lines_it_holds_for() -> None:
+    places = [*(("a.jsonl", line) for line in (3, 4, 9)), ("b.jsonl", 1), *(("a.jsonl", 2 * n) for n in range(10, 30))]
+    bad = [
+        BadRow(row_id=i, source=source, line=line, reason="null_field", message="prompt is null", excerpt="")
+        for i, (source, line) in enumerate(places)
+    ]
+    lines = list(grouped(bad))
+    ranges = "3-4, 9, 20, 22, 24, 26, 28, 30, 32, 34 and 12 more"
+    assert lines == [
+        f"  a.jsonl:3: null_field: prompt is null (lines {ranges})",
+        "  b.jsonl:1: null_field: prompt is null",
+    ]
 
 
 # --- properties ---

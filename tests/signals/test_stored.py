@@ -227,7 +227,7 @@ def test_a_run_from_its_values_to_its_masks_and_views(tmp_path: Path, estimator:
     table = output(show, run, "--row", 0, "--tokens")
     assert all(name.split("_")[1] in table.split() for name in (*known.of_value, *known.upstream))
     for name in (*known.of_value, *known.upstream):
-        assert f":{name}" in output(show, run, "--row", 0, "--column", name)
+        assert f":{name}" in output(show, run, "--row", 0, "--by", name)
     assert verify(run) == []
 
 
@@ -240,7 +240,7 @@ def prefixes(run: Path) -> tuple[str, ...]:
 )
 def test_what_the_run_has_not_is_explained_by_every_command(tmp_path: Path, estimator: str, absent: str) -> None:
     run = made_run(tmp_path / "run", estimator, "sft")
-    for command, flags in ((mask, ("--by", absent)), (show, ("--row", 0, "--column", absent))):
+    for command, flags in ((mask, ("--by", absent)), (show, ("--row", 0, "--by", absent))):
         error = CliRunner().invoke(command.command, [str(run), *map(str, flags)]).exception
         assert isinstance(error, UsageError) and f"{absent} was not computed: " in str(error)
         assert "--estimator" in str(error)

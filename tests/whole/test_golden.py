@@ -35,11 +35,11 @@ CASES: dict[str, tuple[list[str], dict[str, str | None]]] = {
     "show": (["show", "sft", "--row", "0"], PLAIN),
     "show-scripts": (["show", "sft", "--id", "words-peace"], PLAIN),
     "show-emoji-256-colours": (["show", "sft", "--id", "email-thanks"], MANY),
-    "show-japanese-16-colours": (["show", "sft", "--search", "japanese", "--column", "nll"], SIXTEEN),
+    "show-japanese-16-colours": (["show", "sft", "--search", "japanese", "--by", "nll"], SIXTEEN),
     "show-no-colour": (["show", "sft", "--row", "0", "--generation", "0"], {**MANY, "NO_COLOR": "1"}),
     "show-code-tokens": (["show", "sft", "--id", "code-dedupe", "--tokens"], {**PLAIN, "COLUMNS": "120"}),
     "show-two-columns": (
-        ["show", "sft", "--id", "unit-oven", "--tokens", "--column", "nll", "--column", "value"],
+        ["show", "sft", "--id", "unit-oven", "--tokens", "--by", "nll", "--by", "value"],
         PLAIN,
     ),
     "show-search": (["show", "sft", "--search", "×"], PLAIN),

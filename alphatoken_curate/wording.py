@@ -1,0 +1,29 @@
+"""Words that messages share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+_NEAR = 0.65
+"""How alike names must be, by `difflib`: `nul` and `nll` are, `boredom` and `random` are not."""
+
+
+def count(number: int, what: str, many: str | None = None) -> str:
+    """`1 row`, `2,000 rows`; `many` where that is no `s` more: `1 branch`, `3 branches`."""
+    return f"{number:,} {what if number == 1 else many or what + 's'}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean nll?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=_NEAR)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def ranges(numbers: Sequence[int], most: int) -> str:
+    """`3, 7, 9-120` of ascending numbers; `and 14 more` behind so many ranges."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda one: one[1] - one[0])]
+    shown = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs[:most]]
+    left = sum(map(len, runs[most:]))
+    return ", ".join(shown) + (f" and {left:,} more" if left else "")
