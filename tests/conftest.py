@@ -77,13 +77,12 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny tensors are computed fastest by one thread, above all while other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="session", autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> None:
+    """Tiny tensors are computed fastest by one thread, above all while other programs run; real models are not tiny."""
+    asked = str(request.config.getoption("-m"))
+    if "slow" not in asked.replace("not slow", ""):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,6 @@ from alphatoken_curate.cli import main as main_module
 from alphatoken_curate.cli.main import COMMANDS
 from alphatoken_curate.runs import manifest
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def data(folder: Path) -> str:

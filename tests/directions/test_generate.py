@@ -24,8 +24,6 @@ from alphatoken_curate.progress import Silent
 from alphatoken_curate.tokens.draws import keyed_uniform
 from alphatoken_curate.tokens.tokenise import TokenRow
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LENGTHS = (7, 1, 12, 7, 9, 2, 23)
 EVERYTHING = 10_000
 

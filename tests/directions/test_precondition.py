@@ -26,8 +26,6 @@ ROWS = [("llama", False), ("gpt2", False), ("phi3", False), ("gemma2", True), ("
 MIXTURES = [("mixtral", False), ("gpt_oss", True)]
 """Families, and whether their rows are pairs."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def rows_of(pairs: bool) -> list[AnyRow]:
     """The usual rows; or pairs: long and short shared prompts, branches that differ in length, no shared prompt."""

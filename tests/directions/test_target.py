@@ -17,7 +17,7 @@ FAMILIES = ["llama", "gpt2", "phi3", "gemma2", "mixtral", "gpt_oss"]
 LAYERS = 3
 BUDGETS = (1, 45, 10_000)
 
-pytestmark = pytest.mark.usefixtures("one_thread", "all_float64")
+pytestmark = pytest.mark.usefixtures("all_float64")
 
 
 def pairs() -> list[AnyRow]:

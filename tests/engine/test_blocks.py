@@ -71,7 +71,7 @@ def test_names_of_experts_and_routers() -> None:
     assert with_names["model.layers.3.mlp.router.weight"].name == "model.layers.3.mlp.router"
 
 
-@pytest.mark.usefixtures("one_thread", "all_float64")
+@pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize(
     ("family", "settings"),
     [

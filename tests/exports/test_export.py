@@ -406,7 +406,7 @@ def test_the_folder_opens_as_a_dataset(runs: dict[tuple[str, str], Path], tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["sft", "preference"])
-def test_a_scored_run_is_exported(models: dict[str, str], tmp_path: Path, one_thread: None, kind: str) -> None:
+def test_a_scored_run_is_exported(models: dict[str, str], tmp_path: Path, kind: str) -> None:
     records: list[dict[str, Any]] = token_records(12)
     if kind == "preference":
         pairs = zip(records[::2], records[1::2], strict=True)

@@ -252,7 +252,7 @@ def test_values_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ a real run
 
 
-def test_a_chat_that_was_scored(smollm2_tokenizer: Any, tmp_path: Path, one_thread: None) -> None:
+def test_a_chat_that_was_scored(smollm2_tokenizer: Any, tmp_path: Path) -> None:
     """Each message's tokens, by the text between two of them, against what is kept of them."""
     model = tiny_model("llama", vocab_size=len(smollm2_tokenizer))
     with quiet():

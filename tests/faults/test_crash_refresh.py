@@ -251,7 +251,6 @@ class Patience(Notes):
             self._hold.close()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_watch_waits_for_another_process(run: Path, whole: dict[str, Path], out: Path) -> None:
     with contextlib.ExitStack() as hold, within(30):
         hold.enter_context(one_writer(run))
@@ -333,7 +332,6 @@ def going(out: Path, tmp_path: Path) -> Path:
     return tmp_path / "going"
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("word", "gone"),
     [
@@ -356,7 +354,6 @@ def test_a_checkpoint_deleted_before_it_is_read_is_left_out(word: str, gone: str
     assert [one.shards_scored for one in refresh(run, going)] == [0, 0]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_checkpoint_deleted_once_it_is_read_is_scored(run: Path, whole: dict[str, Path], going: Path) -> None:
     watching = watch(run, going, interval=0.01, progress=Thief("scoring", [going / "checkpoint-20"]))
     with within(30):
@@ -365,7 +362,6 @@ def test_a_checkpoint_deleted_once_it_is_read_is_scored(run: Path, whole: dict[s
     assert contents(run) == contents(whole["sft"])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_checkpoint_deleted_right_after_it_was_found_is_left_out(run: Path, going: Path, tmp_path: Path) -> None:
     """And scored after all once it is back."""
     notes = Notes()
@@ -381,7 +377,6 @@ def test_a_checkpoint_deleted_right_after_it_was_found_is_left_out(run: Path, go
     assert verify(run) == []
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_checkpoint_that_was_to_come_next_is_missed(run: Path, going: Path) -> None:
     with pytest.raises(ModelError, match=r"checkpoint-100: .* was deleted after .* Run the same command again"):
         refresh(run, going, progress=Thief("scoring", [going / "checkpoint-100"]))
@@ -389,7 +384,6 @@ def test_a_checkpoint_that_was_to_come_next_is_missed(run: Path, going: Path) ->
     assert verify(run) == []
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_checkpoint_deleted_while_it_is_read_is_scored_once_it_is_back(
     run: Path, going: Path, tmp_path: Path
 ) -> None:
@@ -404,7 +398,6 @@ def test_a_checkpoint_deleted_while_it_is_read_is_scored_once_it_is_back(
     assert unscored(notes) == ["checkpoint-20"] and verify(run) == []
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_checkpoint_that_cannot_be_loaded_is_told_of_once_and_passed_over(run: Path, going: Path) -> None:
     file = going / "checkpoint-20" / "model.safetensors"
     weights = load_file(file)

@@ -32,8 +32,6 @@ from alphatoken_curate.rows.files import legible
 from alphatoken_curate.rows.shapes import Prompt
 from alphatoken_curate.runs.artifacts import TARGET, Store
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EOT = "<|im_end|>"
 
 

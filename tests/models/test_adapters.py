@@ -18,7 +18,6 @@ from alphatoken_curate import ModelError
 from alphatoken_curate.models.load import find_model, load_model
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 GPT2 = {"target_modules": ["c_attn", "c_proj", "c_fc"]}
 

@@ -20,7 +20,6 @@ from alphatoken_curate import ModelError
 from alphatoken_curate.models.checkpoints import Watcher, find_checkpoints, is_complete, signature
 from alphatoken_curate.models.load import ModelSource, _digest_once, digest_files, find_model, load_model, model_digest
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 

@@ -33,7 +33,6 @@ from alphatoken_curate.models.load import (
 from alphatoken_curate.signals.paths import PathScorer
 from alphatoken_curate.tokens.plan import collate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 

@@ -13,8 +13,6 @@ from tiny_files import command, contents, token_records, write_jsonl
 
 from alphatoken_curate import FingerprintError, ScoreConfig, score
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROWS = [json.dumps(record) for record in token_records(11)]
 NEW = [json.dumps(record) for record in token_records(3, seed=50)]
 

@@ -17,8 +17,6 @@ from alphatoken_curate.signals.paths import PathScorer
 
 MIB = 1 << 20
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def size(padded: int, width: int) -> Size:
     return Size(padded=padded, width=width)

@@ -14,7 +14,6 @@ from tiny_files import perturbed, token_records
 from alphatoken_curate import InputError, ModelError, ScoreConfig, score_tokens
 from alphatoken_curate.runs.schema import COMPONENTS, PREFERENCE, SFT, SIGNALS, components
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TARGET = token_records(3, seed=5)
 
 

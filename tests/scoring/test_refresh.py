@@ -43,8 +43,6 @@ from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.runs.schema import COMPONENTS, SIGNALS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROWS = 13
 
 

@@ -21,7 +21,6 @@ from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.schema import LAYOUTS, OPTIONAL, PAIR_COLUMNS, SIGNALS
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 DORA = {"target_modules": "all-linear", "use_dora": True}
 STEPS = ["checkpoint-8", "checkpoint-10"]

@@ -51,8 +51,6 @@ from alphatoken_curate.tokens.plan import Batch
 PARITY = Path(__file__).parents[3] / "shared" / "fixtures" / "release_parity"
 ROWS = 11
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def target(folder: Path) -> str:

@@ -19,8 +19,6 @@ from transformers import AutoModelForCausalLM
 from alphatoken_curate import ScoreConfig, mask, scan, score, score_tokens, verify
 from alphatoken_curate.engine.capture import ScoringModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TARGET, KEYS = token_records(4, seed=9), ("input_ids", "labels")
 
 

@@ -24,8 +24,6 @@ from alphatoken_curate.signals.paths import PathScorer
 from alphatoken_curate.tokens.plan import Batch, plan_batches
 from alphatoken_curate.tokens.tokenise import TokenRow
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def rows(*lengths: int) -> list[TokenRow]:
     return [

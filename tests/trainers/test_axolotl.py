@@ -18,8 +18,6 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.trainers import as_dataset
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class StandIn(Trainer):
     """As Axolotl's: it does things of its own, and leaves the loss to the class behind it."""

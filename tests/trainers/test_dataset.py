@@ -19,7 +19,6 @@ from alphatoken_curate.errors import FingerprintError, StoredDataError, UsageErr
 from alphatoken_curate.trainers import TrainDataset, WeightedCollator, as_dataset, weighted_loss
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),  # workers of loaders
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more of them than cores
 ]

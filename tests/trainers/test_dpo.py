@@ -16,10 +16,9 @@ from trl import DPOConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.trainers import WeightedDPOTrainer, as_dataset
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"),  # TRL's own call
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # TRL's own call
 
 BETA = 0.5
 _BRANCHES = ("chosen", "rejected")

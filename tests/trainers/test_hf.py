@@ -21,8 +21,6 @@ from alphatoken_curate import ScoreConfig, score
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.trainers import TrainDataset, WeightedTrainer, as_dataset
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module", params=["binary", "rank"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,8 +12,6 @@ from alphatoken_curate.errors import UsageError
 from alphatoken_curate.trainers import loss as module
 from alphatoken_curate.trainers import weighted_loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPE = (3, 7, 11)
 
 

@@ -24,7 +24,6 @@ from alphatoken_curate.trainers import refresh as module
 from alphatoken_curate.trainers.current import CurrentMask
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),  # workers of loaders
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # more of them than cores
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"),  # TRL's own call

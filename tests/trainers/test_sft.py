@@ -17,10 +17,9 @@ from trl import SFTConfig, SFTTrainer
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.trainers import WeightedSFTTrainer, as_dataset
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"),  # TRL's own call
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # TRL's own call
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "padded": {"max_length": None},

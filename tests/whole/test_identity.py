@@ -33,8 +33,6 @@ from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.job import job_of, record
 from alphatoken_curate.scoring.scorer import ShardScorer, spec_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DATED = "{{ strftime_now('%d') }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}.{% endfor %}"
 DATED += "{% if add_generation_prompt %}a:{% endif %}"
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 :."
