@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import importlib
 import json
 import pstats
 import tempfile
@@ -38,15 +37,13 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.reading.verify import verify
 from alphatoken_curate.runs import shards
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
-from alphatoken_curate.scoring import scorer
+from alphatoken_curate.scoring import identity, loop, prepare, scorer
+from alphatoken_curate.scoring.score import score
 from alphatoken_curate.scoring.scorer import ShardScorer, counted
 from alphatoken_curate.signals.paths import Signals
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.plan import Batch
 from alphatoken_curate.tokens.tokenise import AnyRow
-
-# The package has functions of these names.
-prepare, score = (importlib.import_module(f"alphatoken_curate.scoring.{name}") for name in ("prepare", "score"))
 
 START = "start"
 MODEL = "model"
@@ -71,6 +68,9 @@ class RandomSignals:
 
 class LightScorer(ShardScorer):
     """A scorer of shards that loads no model."""
+
+    def ready(self, progress: Progress) -> Any:
+        """Nothing."""
 
     def gradient(self, kind: str, rows: Sequence[AnyRow], pairs: Any, progress: Progress, batch_tokens: int) -> None:
         """Nothing: random signals have no direction."""
@@ -135,20 +135,20 @@ def watched(clock: Clock, light: bool) -> ExitStack:
     places: list[tuple[Any, str, str]] = [
         (prepare, "find_model", START),
         (prepare, "load_tokenizer", START),
-        (prepare, "model_digest", START),
+        (identity, "model_digest", START),
         (scorer, "load_model", START),
-        (score, "write_beside", START),
+        (loop, "write_beside", START),
         (prepare, "tokenise", "read, tokens"),
         (shards, "write_values", "write values"),
-        (score, "write_manifest", "manifest"),
-        (score, "mask_and_card", "mask, train"),
+        (loop, "write_manifest", "manifest"),
+        (loop, "mask_and_card", "mask, train"),
         (scorer, "row_signals", "plan, store"),
     ]
     watching = ExitStack()
     for module, name, stage in places:
         watching.enter_context(patch.object(module, name, clock.timed(stage, getattr(module, name))))
     if light:
-        watching.enter_context(patch.object(score, "ShardScorer", LightScorer))
+        watching.enter_context(patch.object(loop, "ShardScorer", LightScorer))
     else:
         watching.enter_context(patch.object(ShardScorer, "gradient", clock.timed(MODEL, ShardScorer.gradient)))
         watching.enter_context(patch.object(scorer, "make_scorer", partial(_timed_scorer, clock, scorer.make_scorer)))
@@ -192,7 +192,7 @@ def _run(args: Namespace, rows: int, light: bool, profiler: cProfile.Profile | N
         config = ScoreConfig(data=(str(data),), model=args.model, estimator=args.estimator, **settings)
         clock = Clock()
         with profiler or nullcontext(), watched(clock, light):
-            score.score(config, run)
+            score(config, run)
             with clock.stage("verify"):
                 problems = verify(run)
     if problems:

@@ -21,7 +21,7 @@ Question = Callable[..., int]
 
 
 def histogram(frame: object) -> int:
-    """The README's histogram."""
+    """The histogram of sample_data/README.md."""
     import polars as pl
 
     value = pl.col("value").clip(-3, 3).round(0).cast(pl.Int8)

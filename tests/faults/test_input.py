@@ -1,6 +1,6 @@
 """Bad, odd and hostile input, whole: each fault is told by its line, touches no other row, and memory stays bounded.
 
-`pytest --rewrite` of this file writes what the fourteen faults give into the README's table of them.
+`pytest --rewrite` of this file writes what the fourteen faults give into the table of tests/benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from tiny import tiny_model
 from tiny_files import NAN_TOKEN, command, quiet, token_records, write_jsonl
 
 from alphatoken_curate import InputError, ScoreConfig, scan, score, verify
-from alphatoken_curate import score as score_function
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.rows import tables
 from alphatoken_curate.rows.read import read_rows
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.schema import components
+from alphatoken_curate.scoring import loop
 from alphatoken_curate.scoring.scorer import ScorerSpec
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PAGE = ROOT / "tests" / "benchmarks" / "README.md"
 ROWS, LINE = 1000, 501
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -96,7 +96,7 @@ def written(folder: Path, fault: Fault, suffix: str) -> Path:
 
 
 def outcome(path: Path) -> str:
-    """What comes of a file, in the words of the README's table."""
+    """What comes of a file, in the words of the table."""
     try:
         result = read_rows([str(path)])
     except InputError as error:
@@ -170,8 +170,8 @@ def with_table(text: str) -> str:
 
 
 def test_the_table_of_faults_is_what_comes_of_them(same_text: Callable[[Path, str], None]) -> None:
-    same_text(README, with_table(README.read_text(encoding="utf-8")))
-    text = README.read_text(encoding="utf-8")
+    same_text(PAGE, with_table(PAGE.read_text(encoding="utf-8")))
+    text = PAGE.read_text(encoding="utf-8")
     assert with_table(text.replace("`too_deep`", "`fine`")) == text
 
 
@@ -246,6 +246,9 @@ class Fake:
         pair = len(parts) > 1
         return RowResult(branches=parts, omega=0.05 if pair else None, margin=0.0 if pair else None)
 
+    def ready(self, *_: object) -> None:
+        """Nothing is loaded."""
+
     def gradient(self, *_: object) -> None:
         """There is no direction."""
 
@@ -312,11 +315,10 @@ def _accounted(model: str, items: list[tuple[str, str]], target: str | None, per
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring without a model or a mask, and without waiting for a disk."""
-    module = sys.modules[score_function.__module__]
-    monkeypatch.setattr(module, "ReferencePass", Fake)
-    monkeypatch.setattr(module, "ShardScorer", Fake)
-    monkeypatch.setattr(module, "first_model", lambda *_: None)
-    monkeypatch.setattr(module, "mask_and_card", lambda run, *_, **__: (None, manifest.read(run)))
+    monkeypatch.setattr(loop, "ReferencePass", Fake)
+    monkeypatch.setattr(loop, "ShardScorer", Fake)
+    monkeypatch.setattr(loop, "first_model", lambda *_: None)
+    monkeypatch.setattr(loop, "mask_and_card", lambda run, *_, **__: (None, manifest.read(run)))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 

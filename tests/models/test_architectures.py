@@ -1,6 +1,6 @@
-"""Every family of decoders that the README's table names, against one backward per token.
+"""Every family of decoders that the table in README.md beside this file names, against one backward per token.
 
-`pytest --rewrite` of this file writes the table that these tests prove into README.md.
+`pytest --rewrite` of this file writes the table that these tests prove.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from alphatoken_curate.signals.influence import InfluenceScorer
 from alphatoken_curate.signals.paths import PathScorer, Signals
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parent / "README.md"
 START, END = "<!-- architectures: written by tests/models/test_architectures.py -->", "<!-- end of architectures -->"
 EXACT, LAYERS, WINDOW = 1e-10, 3, 4
 ESTIMATORS = ("published", "exact", "influence")
 ROWS = tiny_rows()[1:4]
 """A one-token prompt, a one-token answer, two turns; of three lengths, so that a batch of them is padded."""
 
-pytestmark = pytest.mark.usefixtures("one_thread", "all_float64")
+pytestmark = pytest.mark.usefixtures("all_float64")
 
 
 def layers_of(family: str) -> int:
@@ -151,7 +151,7 @@ def test_what_cannot_be_captured_is_refused_by_name_and_left_as_it_was(family: s
 
 
 def table() -> str:
-    """What the tests above prove, as the README has it."""
+    """What the tests above prove, as the page has it."""
     rounding = ", ".join(f"`{family}`" for family in sorted(ROUNDING))
     lines = [
         f"{len(FAMILIES)} families of decoders, by the `model_type` of their config.json; of mixtures of experts the"
@@ -171,11 +171,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def readme_with(text: str) -> str:
-    before, _, rest = README.read_text(encoding="utf-8").partition(START)
+def page_with(text: str) -> str:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}\n{text}\n{END}{after}"
 
 
-def test_the_readme_has_the_table_these_tests_prove(same_text: Callable[[Path, str], None]) -> None:
-    same_text(README, readme_with(table()))
+def test_the_page_has_the_table_these_tests_prove(same_text: Callable[[Path, str], None]) -> None:
+    same_text(PAGE, page_with(table()))

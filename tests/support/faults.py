@@ -45,6 +45,7 @@ def fake_scorer() -> None:
         return [_drawn(row, self.spec.config.estimator, self.spec.store.generation) for row in rows]
 
     scorer.ShardScorer.__call__ = score  # type: ignore[assignment]
+    scorer.ShardScorer.ready = lambda self, _: None  # type: ignore[assignment, return-value]
     scorer.ShardScorer.gradient = lambda self, kind, *_: save(self.spec.store, kind)  # type: ignore[method-assign]
     scorer.ReferencePass.weights = lambda self: None  # type: ignore[assignment, return-value]
     scorer.ReferencePass.fisher = lambda self, *_: save(self.spec.store, artifacts.FISHER)  # type: ignore[method-assign]

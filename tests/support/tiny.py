@@ -209,7 +209,7 @@ UNCAPTURED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "bart": (_COMMON, r"found no list of 4 decoder blocks", "an encoder and a decoder"),
 }
-"""By model type: settings, what the message says, and why in the README's words."""
+"""By model type: settings, what the message says, and why in the words of models/README.md."""
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:

@@ -1,7 +1,7 @@
 """Tables and figures from the result lines; nothing is typed by hand.
 
-Prints every table there are lines for. `--readme` writes those that README.md and results/README.md mark by
-`<!-- pays: NAME SETTING -->` (`claims`: the outcomes of three seeds or more); `--svg DIR` draws the outcomes:
+Prints every table there are lines for. `--readme` writes those that results/README.md marks by
+`<!-- pays: NAME SETTING -->`; `--svg DIR` draws the outcomes:
 
     python tests/benchmarks/pays/tables.py --readme
 """
@@ -14,7 +14,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from html import escape
 from pathlib import Path
 from statistics import mean, stdev
@@ -81,9 +80,9 @@ def by_selection(setting: str) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def outcome(setting: str, seeds: int = 1) -> str:
-    """Losses after training beside training on all tokens, the best first, of what has that many seeds."""
-    found = {name: runs for name, runs in by_selection(setting).items() if len(runs) >= seeds}
+def outcome(setting: str) -> str:
+    """Losses after training beside training on all tokens, the best first."""
+    found = by_selection(setting)
     plain = found.get("all tokens", {})
     names = sorted(found, key=lambda name: mean(one["curve"][-1]["target_loss"] for one in found[name].values()))
     has_bad = any(one["bad_tokens"] for one in plain.values())
@@ -159,9 +158,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "fidelity": fidelity,
     "counterfactual": counterfactual,
     "outcome": outcome,
-    "claims": partial(outcome, seeds=3),
 }
-PAGES = [Path(__file__).parents[3] / "README.md", lines.RESULTS / "README.md"]
+PAGE = lines.RESULTS / "README.md"
 MARKED = re.compile(r"(<!-- pays: (\w+) (\w+) -->\n).*?(<!-- end of pays -->)", re.DOTALL)
 
 
@@ -173,11 +171,11 @@ def filled(text: str) -> str:
 def main() -> None:
     """Print every table there are lines for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", action="store_true", help="write the tables that both pages mark")
+    parser.add_argument("--readme", action="store_true", help="write the tables of results/README.md")
     parser.add_argument("--svg", metavar="DIR", help="folder for figures")
     args = parser.parse_args()
-    for page in PAGES if args.readme else []:
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    if args.readme:
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     for name, table in TABLES.items():
         for setting in dict.fromkeys(line["config"]["setting"] for line in lines.read(name)):
             print(f"\n## {name}: {setting}\n\n{table(setting)}")
