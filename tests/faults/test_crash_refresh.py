@@ -338,7 +338,7 @@ def going(out: Path, tmp_path: Path) -> Path:
         ("checkpoint-20 becomes", "."),
         ("checkpoint-20 becomes", "config.json"),
         ("reference losses", "."),
-        ("target gradient", "model.safetensors"),
+        ("loading model", "model.safetensors"),
     ],
 )
 def test_a_checkpoint_deleted_before_it_is_read_is_left_out(word: str, gone: str, run: Path, going: Path) -> None:
