@@ -72,7 +72,7 @@ def test_the_readme_is_short_and_says_early_which_command_to_run() -> None:
 def test_the_two_commands_are_there() -> None:
     assert "python -m venv" in block("ci: score")
     assert "alphatoken-curate score sample_data/sft.jsonl" in block("ci: score")
-    assert block("ci: test").strip().endswith("pytest")
+    assert block("ci: test").strip().endswith("&& pytest -n auto --dist loadfile")
 
 
 def test_no_line_is_said_twice() -> None:

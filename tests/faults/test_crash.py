@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from crashes import POINTS, assert_readable, temporaries
+from daily import daily
 from forks import Forks
 from tiny_files import contents, token_records, write_jsonl
 
@@ -68,7 +69,7 @@ def _killed_then_whole(forks: Forks, point: str, command: tuple[object, ...], ru
     assert all(contents(run)[name] == content for name, content in before.items())
 
 
-@pytest.mark.parametrize("point", _points(every=7))
+@pytest.mark.parametrize("point", daily(_points(every=7), _points(every=28)))
 def test_score_killed_at_a_point_ends_the_same(
     point: str, forks: Forks, score_command: tuple[object, ...], whole: Path, tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def _killed_at_random(
     return killed
 
 
+@pytest.mark.long
 def test_kills_at_random_moments(forks: Forks, score_command: tuple[object, ...], whole: Path, tmp_path: Path) -> None:
     draw = random.Random(1)
     killed = 0
@@ -142,7 +144,7 @@ def test_many_kills_at_random_moments(
     _killed_at_random(forks, random.Random(seed), (*score_command, run), whole, run, 1 + seed % 3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", daily([signal.SIGINT, signal.SIGTERM], [signal.SIGINT]))
 @pytest.mark.parametrize(
     "once", ["artifacts/run.json", "artifacts/fisher.safetensors", "values/generation=0/part-00001.parquet"]
 )

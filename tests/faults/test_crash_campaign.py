@@ -14,6 +14,7 @@ from pathlib import Path
 import orjson
 import pytest
 from crashes import Bench, assert_readable, bench_of, resumed, stamps, temporaries
+from daily import daily
 from forks import Forks, Process
 from small_run import sealed_manifest
 from tiny_files import contents
@@ -40,7 +41,7 @@ def real(forks: Forks, folder: Path, models: dict[str, str]) -> Bench:
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", daily(POINTS, POINTS[1:2]))
 def test_killed_at_a_named_point(point: str, kind: str, bench: Bench, tmp_path: Path) -> None:
     bench.whole(kind)
     run = bench.begun(kind, tmp_path / "run")
@@ -86,10 +87,12 @@ def kills(bench: Bench, draw: random.Random, folder: Path, wanted: int, in_a_row
     return hit
 
 
+@pytest.mark.long
 def test_kills_at_random_moments(bench: Bench, tmp_path: Path) -> None:
     assert min(kills(bench, random.Random(1), tmp_path, 25).values()) >= 2
 
 
+@pytest.mark.long
 def test_five_kills_in_a_row(bench: Bench, tmp_path: Path) -> None:
     assert sum(kills(bench, random.Random(2), tmp_path, 15, in_a_row=5).values()) >= 15
 
@@ -110,7 +113,7 @@ def test_five_kills_in_a_row_ten_times(bench: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", daily([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_an_interrupt_leaves_nothing_unfinished(number: int, kind: str, bench: Bench, tmp_path: Path) -> None:
     bench.whole(kind)
     run = bench.begun(kind, tmp_path / "run")
@@ -149,6 +152,7 @@ def trials(bench: Bench, folder: Path, count: int) -> int:
     return met
 
 
+@pytest.mark.long
 def test_two_processes_on_one_run(bench: Bench, tmp_path: Path) -> None:
     trials(bench, tmp_path, 3)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from crashes import POINTS, assert_readable, temporaries
+from daily import daily
 from forks import Forks, within
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
@@ -135,6 +136,7 @@ def points(seed: int, count: int) -> list[dict[str, Any]]:
     return [{"kill_at": f"{kind}:{draw.randint(1, longest.get(kind, 5))}"} for kind in kinds]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "seed"), [("sft", 0), ("preference", 2)])
 def test_refresh_killed_again_and_again_ends_the_same(
     kind: str, seed: int, forks: Forks, scored: dict[str, Path], whole: dict[str, Path], out: Path, tmp_path: Path
@@ -144,12 +146,13 @@ def test_refresh_killed_again_and_again_ends_the_same(
     assert killed_then_whole(forks, kills, ("refresh", run, "--checkpoint", out), run, whole[kind]) >= 7, kills
 
 
+@pytest.mark.long
 def test_watch_killed_again_and_again_ends_the_same(forks: Forks, run: Path, whole: dict[str, Path], out: Path) -> None:
     kills = points(3, 12)
     assert killed_then_whole(forks, kills, ("refresh", run, "--watch", out, *EVERY), run, whole["sft"]) >= 7, kills
 
 
-@pytest.mark.parametrize("point", ["before-manifest:1", "mid-write:1"])
+@pytest.mark.parametrize("point", daily(["before-manifest:1", "mid-write:1"], ["mid-write:1"]))
 def test_refresh_killed_thrice_at_the_same_step_ends_the_same(
     point: str, forks: Forks, run: Path, whole: dict[str, Path], out: Path
 ) -> None:
@@ -164,6 +167,7 @@ def test_a_card_that_was_being_written_when_refresh_was_killed_is_gone_in_the_en
     assert killed_then_whole(forks, kills, ("refresh", run, "--checkpoint", out), run, whole["sft"]) == 1
 
 
+@pytest.mark.long
 def test_refresh_killed_at_random_moments_ends_the_same(
     forks: Forks, run: Path, whole: dict[str, Path], out: Path
 ) -> None:
@@ -172,6 +176,7 @@ def test_refresh_killed_at_random_moments_ends_the_same(
     assert killed_then_whole(forks, kills, ("refresh", run, "--checkpoint", out), run, whole["sft"]) >= 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "point"),
     [
@@ -191,6 +196,7 @@ def test_mask_of_all_generations_killed_ends_the_same(
 # --- interrupts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "number", "once"),
     [

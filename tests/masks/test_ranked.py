@@ -140,11 +140,13 @@ def test_a_mask_holds_no_more_of_a_token_than_is_said(
     assert grows(masked(**settings), runs) <= bound + PER_ROW + MORE
 
 
+@pytest.mark.long
 def test_stats_hold_no_more_of_a_token_than_is_said(runs: list[Path]) -> None:
     assert grows(lambda run: spreads(run, published(stability_scale="rms")), runs) <= 14 + PER_ROW + MORE
     assert grows(stats, runs) <= 14 + PER_ROW + MORE
 
 
+@pytest.mark.long
 def test_verify_and_the_manifest_hold_one_shard(runs: list[Path]) -> None:
     assert grows(verify, runs) <= 8 + MORE
     assert grows(manifest.rebuild, runs) <= 4 + MORE

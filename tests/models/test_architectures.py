@@ -14,8 +14,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from daily import daily
 from directed import assert_close, by_gradients, by_name, directions, influence_of
-from tiny import FAMILIES, LAYERS_ALL, REFUSED, ROUNDING, UNCAPTURED, tiny_model, tiny_rows
+from tiny import CORE, FAMILIES, LAYERS_ALL, REFUSED, ROUNDING, UNCAPTURED, tiny_model, tiny_rows
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -94,7 +95,7 @@ def signals_of(signals: Signals, batch: Batch, i: int) -> Tensor:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", daily(FAMILIES, CORE))
 def test_every_family_is_exact_or_refused(family: str, estimator: str) -> None:
     reason = REFUSED.get(family, {}).get(estimator)
     if reason is not None:
@@ -114,7 +115,7 @@ def test_every_family_is_exact_or_refused(family: str, estimator: str) -> None:
                 assert error.item() < ROUNDING.get(family, {}).get(estimator, EXACT)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", daily(FAMILIES, CORE))
 def test_every_parameter_is_exact_with_blocks_below_that_only_pass_tangents_on(family: str) -> None:
     scoring, plain = ScoringModel(tiny_model(family), LAYERS, "all"), tiny_model(family)
     both = directions(scoring)
@@ -125,7 +126,7 @@ def test_every_parameter_is_exact_with_blocks_below_that_only_pass_tangents_on(f
         assert_close(influence, wanted, ROUNDING.get(family, {}).get("influence", EXACT))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", daily(FAMILIES, CORE))
 def test_the_oracle_sums_to_the_gradient_on_the_weights_and_agrees_with_eps(family: str) -> None:
     """Experts are a textbook's in the oracle, and transformers' own under the gradient."""
     scoring, direction, plain = captured(family)

@@ -212,6 +212,10 @@ UNCAPTURED: dict[str, tuple[dict[str, Any], str, str]] = {
 """By model type: settings, what the message says, and why in the words of models/README.md."""
 
 
+CORE = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt2", "gpt_oss"]
+"""Families that are tested each time: what most people have, and what is made in other ways."""
+
+
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     """A random model of a family, in evaluation mode. Norm weights and biases are random too, not ones and zeros."""
     torch.manual_seed(seed)

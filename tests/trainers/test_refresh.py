@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from daily import daily
 from hand import sft_loss, stored
 from small_run import published
 from tiny_files import pair_records, quiet, token_records, write_jsonl
@@ -115,7 +116,7 @@ def expected(run: Path, number: int) -> list[tuple[tuple[int, ...], tuple[float,
     return sorted((tuple(row[b + "input_ids"]), tuple(row[b + "loss_weight"])) for row in rows for b in branches)
 
 
-@pytest.mark.parametrize("kind", ["trainer", "workers", "sft", "packed", "dpo"])
+@pytest.mark.parametrize("kind", daily(["trainer", "workers", "sft", "packed", "dpo"], ["trainer", "dpo"]))
 def test_each_epoch_trains_on_the_mask_of_the_last_checkpoint(
     kind: str,
     finished: dict[str, Path],
@@ -161,6 +162,7 @@ def test_of_several_checkpoints_in_an_epoch_the_last_gives_the_mask(
     assert sorted(epochs[1]) == expected(run, 2) != expected(run, 1)
 
 
+@pytest.mark.long
 def test_an_epoch_of_streamed_rows_trains_on_the_mask_of_the_last_checkpoint(
     run: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -223,6 +225,7 @@ def test_a_resumed_training_goes_by_the_mask_of_then(
         assert torch.equal(weights(made)[name], wanted), name
 
 
+@pytest.mark.long
 def test_a_training_resumed_from_an_earlier_checkpoint_takes_that_ones_mask(
     run: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -238,6 +241,7 @@ def test_a_training_resumed_from_an_earlier_checkpoint_takes_that_ones_mask(
         assert torch.equal(weights(made)[name], wanted), name
 
 
+@pytest.mark.long
 def test_callback_states_may_be_restored_by_the_trainer(run: Path, models: dict[str, str], tmp_path: Path) -> None:
     trainer(run, models, tmp_path / "out", [RefreshCallback(run)], epochs=2).train()
     made = trainer(

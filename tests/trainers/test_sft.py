@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from daily import daily
 from datasets import Dataset
 from hand import gradients, sft_loss, stored
 from tiny import tiny_model
@@ -43,7 +44,7 @@ def trainer(out: Path, rows: Any, *, accumulation: int = 1, model: Any = None, *
 
 
 @pytest.mark.parametrize("denominator", ["count", "sum"])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", daily([1, 4], [4]))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_is_that_computed_by_hand(
     run: Path, tmp_path: Path, layout: str, accumulation: int, denominator: str
@@ -115,7 +116,7 @@ def test_evaluation_goes_by_weights_and_text_goes_trls_way(run: Path, tmp_path: 
     assert abs(text - sft_loss(tiny(), [whole], "count").item()) < 1e-6
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", daily([1, 4], [4]))
 def test_the_auxiliary_loss_of_experts_stays_trls(tmp_path: Path, accumulation: int) -> None:
     run = train_run(tmp_path / "run")
     changes = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "num_experts": 5}

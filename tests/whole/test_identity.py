@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from daily import daily
 from safetensors.torch import load_file, save_file
 from tiny_files import command, contents, plain_llama, save_gguf, token_records, write_jsonl
 from tokenizers import Tokenizer
@@ -370,7 +371,7 @@ REPLAYED: dict[str, Callable[[Settings], Settings]] = {
 }
 
 
-@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize("name", daily(REPLAYED, ["held out, a bad row", "pairs, rms", "chats"]))
 def test_the_config_replays_the_run_from_anywhere(
     name: str, files: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

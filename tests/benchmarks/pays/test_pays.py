@@ -37,6 +37,7 @@ def data(smollm2_tokenizer: Any) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["outcome", "counterfactual", "fidelity"])
 def test_lines_are_of_the_settings_as_they_are(name: str, pays: Any, data: Path) -> None:
     for line in pays("lines").read(name):
