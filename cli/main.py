@@ -25,7 +25,7 @@ COMMANDS = {
     "compare": "Show two runs, or two generations of one, side by side.",
     "report": "Write a run as one HTML page: charts, and rows coloured by value.",
     "export": "Write the rows of a mask as files that another trainer reads.",
-    "verify": "Check every file of a run: digests, checksums, counts, alignment.",
+    "verify": "Check every file of a run, or of an export: digests, counts, alignment.",
 }
 
 EXIT_CODES = """

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from alphatoken_curate.runs.folder import check_is_run
+
 from .mask import summary
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def command(
     """
     if (checkpoint is None) == (watch is None):
         raise click.UsageError("Give either --checkpoint C or --watch DIR.")
+    check_is_run(run)  # before torch is imported
 
     from alphatoken_curate.scoring.refresh import refresh
     from alphatoken_curate.scoring.refresh import watch as each_new

@@ -17,7 +17,7 @@ import alphatoken_curate
 
 ORDER = """
     : errors wording config progress
-    runs: fingerprint documents schema atomic sealed shards records manifest card artifacts
+    runs: fingerprint documents schema atomic sealed shards records folder manifest card artifacts
     models: folders adapters load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
         capture value_rows
@@ -31,7 +31,7 @@ ORDER = """
     reading: words scan rules verify row search histogram sums counting stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
-    exports: form settle hf llamafactory swift shifted unshifted verl_dataset originals messages guide export
+    exports: form settle hf llamafactory swift shifted unshifted verl_dataset originals messages guide verify export
     trainers: loss collator dataset current heads hf sft dpo refresh axolotl
 """
 """Folders and the modules inside them, in the order of imports: a module imports only from those before it.

@@ -10,9 +10,10 @@ from alphatoken_curate.exports.form import IN_WORDS, REASONS, Form, Told
 from alphatoken_curate.exports.settle import Tally
 from alphatoken_curate.reading.trainset import TrainSet
 from alphatoken_curate.runs.fingerprint import Json
+from alphatoken_curate.runs.folder import EXPORT
 from alphatoken_curate.wording import count
 
-RECORD, README, DROPPED = "export.json", "README.md", "dropped.jsonl"
+RECORD, README, DROPPED = EXPORT, "README.md", "dropped.jsonl"
 
 
 def readme(form: Form, told: Told, tally: Tally, opened: TrainSet, settings: Mapping[str, Json]) -> str:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import MaskSummary, make_mask
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs import card, manifest
 from alphatoken_curate.runs.atomic import one_writer
+from alphatoken_curate.runs.folder import check_is_run
 from alphatoken_curate.runs.manifest import Manifest
 
 
 def mask(run: Path | str, config: MaskConfig, progress: Progress | None = None) -> MaskSummary:
     """Make masks and loss weights again from stored values: no model, seconds. See `MaskConfig` for the choices."""
     folder = Path(run)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
+    check_is_run(folder)
     with one_writer(folder):
         mend(folder, progress or Silent())
         return mask_and_card(folder, config, stale=False)[0]

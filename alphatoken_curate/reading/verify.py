@@ -45,7 +45,7 @@ def verify(run: str | Path) -> list[Problem]:
     """Every problem of a run folder, file by file; an empty list means that all of it is as it was written.
 
     A file whose digest is not the manifest's is not read further. Where the manifest is damaged the shards on disk are
-    checked by their own footers. Raises nothing for damage.
+    checked by their own footers. Raises nothing for damage, and `UsageError` for what is no run folder.
     """
     folder = Path(run)
     problems: list[Problem] = []

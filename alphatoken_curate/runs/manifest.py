@@ -17,10 +17,11 @@ from alphatoken_curate.runs import shards
 from alphatoken_curate.runs.atomic import atomic_file, digest, kill_point
 from alphatoken_curate.runs.documents import Unreadable, decode, sealed, unsealed
 from alphatoken_curate.runs.fingerprint import Json, differing
+from alphatoken_curate.runs.folder import MANIFEST, check_is_run
 from alphatoken_curate.runs.schema import BY_ESTIMATOR, LAYOUTS, STATUSES, VERSIONS, Components, Layout
 from alphatoken_curate.runs.shards import Footer, Shard
 
-NAME = "manifest.json"
+NAME = MANIFEST
 
 T = TypeVar("T")
 
@@ -168,8 +169,9 @@ def encode(manifest: Manifest) -> bytes:
 def read(run: Path) -> Manifest:
     """manifest.json, read strictly, of any schema version there ever was.
 
-    Raises `StoredDataError` for anything that is not exactly a manifest.
+    Raises `UsageError` for what is no run folder, `StoredDataError` for anything that is not exactly a manifest.
     """
+    check_is_run(run)
     try:
         return _read(run / NAME)
     except Unreadable as error:

@@ -141,8 +141,6 @@ class _Run:
         self, folder: Path, progress: Progress, *, base: str | None, reference: str | None, device: str | None
     ) -> None:
         self.folder = folder
-        if not folder.is_dir():
-            raise UsageError(f"{folder}: no such run folder. Make one with: alphatoken-curate score DATA -o {folder}")
         stored = _read(folder, progress)
         first = shards.read_footer(folder / stored.generations[0].shards[0].path)
         self.fields: Mapping[str, Json] = first.fields

@@ -26,7 +26,7 @@ class CurrentMask:
     """Gives rows the labels and weights of one mask of a run, whatever their own say.
 
     A row of the run that the mask does not have, since a checkpoint could not score it, trains nothing. Raises
-    `StoredDataError` for a folder that is no run.
+    `UsageError` for a folder that is no run, `StoredDataError` for one that is not finished.
     """
 
     def __init__(self, run: str | Path) -> None:

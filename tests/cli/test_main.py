@@ -312,7 +312,7 @@ def test_a_folder_that_is_no_run(data: str, models: dict[str, str], tmp_path: Pa
     refused(command("mask", tmp_path / "nowhere"), 2, "no such run folder", "score DATA -o")
     assert not (tmp_path / "nowhere").exists()
     for name in ("mask", "verify", "stats"):
-        refused(command(name, tmp_path / "project"), 4, "manifest.json", "missing")
+        refused(command(name, tmp_path / "project"), 2, "not a run folder", "no manifest.json", "score DATA -o")
     assert contents(tmp_path / "project") == {"notes.txt": b"mine"}
 
 

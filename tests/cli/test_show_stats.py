@@ -194,7 +194,9 @@ def test_show_leaves_errors_to_the_caller(run: Path) -> None:
     assert isinstance(invoke(show, run, "--row", 99).exception, UsageError)
     assert isinstance(invoke(show, run).exception, UsageError)
     assert isinstance(invoke(show, run, "--row", 0, "--by", "x").exception, UsageError)
-    assert isinstance(invoke(show, run / "none", "--row", 0).exception, StoredDataError)
+    assert isinstance(invoke(show, run.parent / "none", "--row", 0).exception, UsageError)
+    (run / "manifest.json").unlink()
+    assert isinstance(invoke(show, run, "--row", 0).exception, StoredDataError)
 
 
 def test_help_names_every_column_and_imports_nothing_heavy() -> None:

@@ -330,7 +330,7 @@ def test_what_is_asked_amiss_is_refused(runs: dict[tuple[str, str], Path], tmp_p
         export(run, trainer="verl", output=tmp_path / "out", strict=True)
     with pytest.raises(UsageError, match="at least 2"):
         export(run, trainer="hf", output=tmp_path / "out", max_length=1)
-    with pytest.raises(StoredDataError, match="no finished run"):
+    with pytest.raises(UsageError, match="no such run folder"):
         export(tmp_path / "nowhere", trainer="hf", output=tmp_path / "out")
     assert not any(tmp_path.iterdir())
 

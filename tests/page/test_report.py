@@ -55,7 +55,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_bytes() == (run / "report.html").read_bytes()
     refused = command("report", run, "-o", tmp_path)
     assert refused.code == 2 and "is a folder; name a file" in refused.err
-    assert command("report", tmp_path).code == 4
+    assert command("report", tmp_path).code == 2
 
 
 def test_errors(tmp_path: Path) -> None:

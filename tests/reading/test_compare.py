@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_run import published, scored, small_run, value_rows, write_generation
 
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.errors import StoredDataError, UsageError
+from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import make_mask
 from alphatoken_curate.reading.compare import Comparison, compare, spearman
 from alphatoken_curate.reading.scan import scan_tokens
@@ -187,7 +187,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     other = small_run(tmp_path / "other", [replace(row, row_id=0, line=1) for row in value_rows(12)[11:]])
     with pytest.raises(UsageError, match="no row is scored in both with the same tokens"):
         compare(one, other)
-    with pytest.raises(StoredDataError, match=r"manifest\.json: missing"):
+    with pytest.raises(UsageError, match="none: no such run folder"):
         compare(one, tmp_path / "none")
 
 

@@ -119,8 +119,12 @@ def test_only_what_the_manifest_names_is_read(run: Path) -> None:
 
 
 def test_a_run_that_is_not_whole_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoredDataError, match=r"manifest\.json: missing"):
+    with pytest.raises(UsageError, match="not a run folder"):
         scan(tmp_path)
+    (run / "manifest.json").rename(tmp_path / "kept")
+    with pytest.raises(StoredDataError, match=r"manifest\.json: missing"):
+        scan(run)
+    (tmp_path / "kept").rename(run / "manifest.json")
     path = run / "values/generation=0/part-00001.parquet"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(StoredDataError, match=r"part-00001\.parquet: not the file that the manifest names"):

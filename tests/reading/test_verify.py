@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from small_run import published, sealed_manifest, small_run, value_rows, write_generation
 
+from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import make_mask
 from alphatoken_curate.reading.verify import verify
 from alphatoken_curate.runs import card, manifest, shards
@@ -282,7 +283,8 @@ def test_with_a_damaged_manifest_the_shards_are_checked_by_themselves(
 
 def test_an_empty_folder_and_none_at_all(tmp_path: Path) -> None:
     assert files(tmp_path) == {"manifest.json", "."}
-    assert files(tmp_path / "absent") == {"manifest.json", "."}
+    with pytest.raises(UsageError, match="no such run folder"):
+        files(tmp_path / "absent")
 
 
 def test_a_card_that_names_an_old_mask(run: Path) -> None:
