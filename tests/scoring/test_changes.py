@@ -69,7 +69,7 @@ def test_what_changed_in_a_file_is_told(edit: str, run: Path, settings: dict[str
     change, says = EDITS[edit]
     before = contents(run)
     told = refused(run, settings, change(list(ROWS)), tmp_path)
-    assert f"rows.jsonl: {says}" in told and "settings or inputs: data." in told
+    assert f"rows.jsonl: {says}" in told and "settings or inputs: data (rows.jsonl " in told
     assert contents(run) == before
 
 
@@ -94,7 +94,11 @@ def test_an_unfinished_run_tells_what_it_has_rows_of(run: Path, settings: dict[s
 
 def test_tokens_made_otherwise_say_nothing_of_rows(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     told = refused(run, settings, [*ROWS, NEW[0]], tmp_path, max_length=2000)
-    assert "data, max_length" in told and "rows.jsonl: its bytes are others." in told
+    assert (
+        "max_length (2048 in the run, 2000 now)" in told
+        and " data (" in told
+        and "rows.jsonl: its bytes are others." in told
+    )
 
 
 def test_bad_rows_and_held_out_rows_are_rows_too(settings: dict[str, Any], tmp_path: Path) -> None:

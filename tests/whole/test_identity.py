@@ -244,9 +244,9 @@ def test_a_field_changed_alone_is_refused_by_its_name(
         assert "schema version 2, and this release writes" in ended.err and contents(run) == before
         return
     line = next(line for line in ended.err.splitlines() if "made with other settings or inputs" in line)
-    named = dict(re.findall(r"(\w+) \((.*? there, .*?) here\)", line.split("inputs: ")[1].split(". Give")[0]))
+    named = dict(re.findall(r"(\w+) \((.*? in the run, .*?) now\)", line.split("inputs: ")[1].split(". Give")[0]))
     assert set(named) == names
-    assert all(len(set(both.split(" there, "))) == 2 for both in named.values()), "the values of both sides"
+    assert all(len(set(both.split(" in the run, "))) == 2 for both in named.values()), "the values of both sides"
     assert names <= set(differing(was, told(settings))) and contents(run) == before
 
 
