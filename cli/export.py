@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from alphatoken_curate.wording import count
+from alphatoken_curate.wording import count, nearest
 
 from .options import tell_version
 
@@ -43,9 +43,17 @@ pairs: hf, llamafactory, ms-swift and tinker.
 """
 
 
+class _Trainer(click.Choice[str]):
+    """One of `TRAINERS`; of another name that is near is told."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What click says, and the name that was meant."""
+        return super().get_invalid_choice_message(value, ctx) + nearest(str(value), TRAINERS)
+
+
 @click.command(name="export", help=_HELP)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--for", "trainer", type=click.Choice(TRAINERS), required=True, help="Who is to read the files.")
+@click.option("--for", "trainer", type=_Trainer(TRAINERS), required=True, help="Who is to read the files.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", required=True, help="A new folder for them."
 )
@@ -79,7 +87,7 @@ def _summary(done: Any) -> Iterator[str]:
         yield f"  answers  {done.answers:,}, of which {done.answers_trained:,} have weight 1"
     if done.cut_rows:
         yield f"  cut      {count(done.cut_rows, 'row')}, {count(done.cut_tokens, 'token')}"
-    told = ", ".join(f"{reason} {count:,}" for reason, count in done.dropped.items())
+    told = ", ".join(f"{reason} {number:,}" for reason, number in done.dropped.items())
     rows = count(sum(done.dropped.values()), "row")
     yield f"  dropped  {rows}{f': {told}; see {done.path}/dropped.jsonl' if told else ''}"
     yield f"  data     {done.data}"

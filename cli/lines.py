@@ -8,6 +8,7 @@ from types import TracebackType
 import click
 
 from alphatoken_curate.rows.files import legible
+from alphatoken_curate.wording import count
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -56,7 +57,7 @@ class Lines:
         self.note(f"! {text}")
 
     def _begin(self) -> None:
-        click.echo(f"{self._name}: {self._total:,} tokens" if self._total else self._name, err=True)
+        click.echo(f"{self._name}: {count(self._total, 'token')}" if self._total else self._name, err=True)
 
     def _end(self) -> None:
         """How far the stage is, unless that was just told."""
@@ -66,4 +67,4 @@ class Lines:
         rate = self._done / max(time.monotonic() - self._began, 1e-9)
         left = f", {(self._total - self._done) / rate:.0f} s left" if self._done < self._total else ""
         share = self._done / max(1, self._total)
-        click.echo(f"{self._name}: {share:.0%} of {self._total:,} tokens, {rate:,.0f} tokens/s{left}", err=True)
+        click.echo(f"{self._name}: {share:.0%} of {count(self._total, 'token')}, {rate:,.0f} tokens/s{left}", err=True)

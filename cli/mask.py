@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
         click.echo(line)
     if not made.newest:
         click.echo("Readers take the newest mask; name this one by its number:")
-        click.echo(f"  alphatoken-curate export {run} --mask {made.mask} --for trl -o DIR")
+        click.echo(f"  alphatoken-curate export {shlex.quote(str(run))} --mask {made.mask} --for trl -o DIR")
+        click.echo(f"  in Python: scan({str(run)!r}, 'train', mask={made.mask}), as_dataset({str(run)!r}, {made.mask})")
 
 
 def summary(made: Any) -> Iterator[str]:
@@ -64,8 +66,7 @@ def summary(made: Any) -> Iterator[str]:
         numbers = ", ".join(map(str, made.generations))
         yield f"  values  the mean of generations {numbers}" if many else f"  values  generation {numbers}"
     if made.rows_left_out:
-        rows = count(made.rows_left_out, "row", "rows")
-        yield f"          {rows} scored in only some of them left out"
+        yield f"          {count(made.rows_left_out, 'row is', 'rows are')} left out: scored in only some of them"
 
 
 def _kept(counts: Any) -> str:

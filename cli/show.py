@@ -89,7 +89,8 @@ def _print_row(console: Console, view: RowView, branch: str | None, columns: tup
     # What reads a pipe is not bound to the width of a terminal.
     wide = console if console.is_terminal else _console(10_000)
     widths, palette = (console.width, wide.width), row_text.has_palette(console)
-    for part in row_text.row_parts(view, branch, columns, widths, palette=palette, tokens=tokens):
+    # All of it first: nothing is printed of what is refused.
+    for part in list(row_text.row_parts(view, branch, columns, widths, palette=palette, tokens=tokens)):
         (wide if tokens else console).print(part)
 
 

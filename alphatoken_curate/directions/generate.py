@@ -24,6 +24,7 @@ from alphatoken_curate.errors import InputError, ModelError, StoredDataError
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.tokens.draws import inverse_transform, keyed_uniform
 from alphatoken_curate.tokens.tokenise import TokenRow
+from alphatoken_curate.wording import count
 
 CHUNK_ROWS = 64
 """Prompts whose answers are kept together."""
@@ -58,8 +59,8 @@ def answer_room(prompts: Sequence[TokenRow], *, new_tokens: int, limit: int | No
         if limit is not None:
             most, hint = f", and {limit - 1} at most with this model", f", or give --max-length {limit} or less"
         raise InputError(
-            f"{row.source}:{row.line}: no answer can be generated after its prompt of {length} tokens: a prompt has"
-            f" 1 token at least{most} ({len(unusable)} such rows). Leave them out{hint}."
+            f"{row.source}:{row.line}: no answer can be generated after its prompt of {count(length, 'token')}: a"
+            f" prompt has 1 token at least{most} ({count(len(unusable), 'such row')}). Leave them out{hint}."
         )
     return room
 

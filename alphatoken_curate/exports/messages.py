@@ -33,6 +33,7 @@ from alphatoken_curate.exports.originals import Original, originals
 from alphatoken_curate.reading.trainset import TrainSet
 from alphatoken_curate.rows.shapes import Messages, Tokens
 from alphatoken_curate.runs.atomic import atomic_file
+from alphatoken_curate.wording import count
 
 BY_MESSAGE, BY_ROW = "messages.jsonl", "samples.jsonl"
 
@@ -96,8 +97,8 @@ def _records(
     """The row as it stands in either file."""
     if len(runs) != len(turns):
         raise UsageError(
-            f"{original.place}: {len(turns)} answers and {len(runs)} runs of response tokens, so which token is of"
-            " which message cannot be told. Export tokens, such as --for hf."
+            f"{original.place}: {count(len(turns), 'answer')} and {count(len(runs), 'run')} of response tokens, so"
+            " which token is of which message cannot be told. Export tokens, such as --for hf."
         )
     alive = {turn for turn, (start, end) in zip(turns, runs, strict=True) if weight[start:end].any()}
     messages = [

@@ -27,7 +27,7 @@ from alphatoken_curate.runs.schema import (
 )
 from alphatoken_curate.signals import composite
 from alphatoken_curate.tokens.draws import keyed_uniform
-from alphatoken_curate.wording import nearest
+from alphatoken_curate.wording import count, nearest
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -173,7 +173,8 @@ def _check_column(name: str, column: NDArray[Any], *, optional: bool) -> None:
         raise UsageError(f"by: {name} was not computed, or not in every generation averaged: {NOT_COMPUTED[name]}")
     if missing.any():
         raise StoredDataError(
-            f"column {name} has no value at {int(missing.sum())} of {len(column)} response tokens; run `verify`"
+            f"column {name} has no value at {int(missing.sum())} of {count(len(column), 'response token')};"
+            " run `verify`"
         )
 
 
@@ -186,8 +187,8 @@ def _evaluate(by: str, used: Columns) -> NDArray[np.float32]:
     kind = frame.dtypes[0]
     if frame.shape != (length, 1) or not kind.is_numeric():
         raise UsageError(
-            f"by: {by!r} gives {frame.height} entries of type {kind} for {length} response tokens;"
-            " give one number per token"
+            f"by: {by!r} gives {count(frame.height, 'entry', 'entries')} of type {kind} for"
+            f" {count(length, 'response token')}; give one number per token"
         )
     return frame.to_series().cast(pl.Float64).cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()
 
@@ -196,6 +197,6 @@ def _check_result(by: str, result: NDArray[np.float32]) -> None:
     bad = int((~np.isfinite(result)).sum())
     if bad:
         raise UsageError(
-            f"by: {by!r} gives no finite float32 at {bad} of {len(result)} response tokens;"
+            f"by: {by!r} gives no finite float32 at {bad} of {count(len(result), 'response token')};"
             " guard divisions and logarithms"
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, json_object, last_name, refuse_pickles
+from alphatoken_curate.wording import count
 
 _REPEATABLE = ("True", "False", "None", "gaussian", "orthogonal", "eva", "pissa", "olora")
 """Ways to begin a LoRA that leave the base as it was, or change it as peft can do again from the base alone."""
@@ -96,7 +97,9 @@ def merge_adapter(model: Any, folder: Path, name: str) -> Any:
             raise ModelError(f"{name}: peft cannot merge it into its base: {reason}") from error
     _refuse_warnings(said, Path(peft.__file__).parent, name)
     if left := [n for n, m in merged.named_modules() if type(m).__module__.startswith("peft.")]:
-        raise ModelError(f"{name}: peft left {left[0]} unmerged ({len(left)} modules). Merge and save it yourself.")
+        raise ModelError(
+            f"{name}: peft left {left[0]} unmerged ({count(len(left), 'module')}). Merge and save it yourself."
+        )
     return merged
 
 

@@ -31,6 +31,7 @@ from alphatoken_curate.models.folders import (
     refuse_pickles,
 )
 from alphatoken_curate.models.load import ModelSource, digest_files, find_model
+from alphatoken_curate.wording import count
 
 Signature: TypeAlias = tuple[tuple[str, int, int], ...]
 """(name, size in bytes, time of the last change in ns) of each file of a folder, by name."""
@@ -182,10 +183,10 @@ def _tensor_problems(path: Path) -> Iterator[str]:
 
 def _shard_problems(folder: Path, names: list[str]) -> Iterator[str]:
     indexes = {path.name for path in folder.glob("*.safetensors.index.json")}
-    for stem, count in sorted({(match[1], match[3]) for match in map(_SHARD.fullmatch, names) if match}):
-        wanted = {f"{stem}-{i:05}-of-{count}.safetensors" for i in range(1, int(count) + 1)}
+    for stem, all_ in sorted({(match[1], match[3]) for match in map(_SHARD.fullmatch, names) if match}):
+        wanted = {f"{stem}-{i:05}-of-{all_}.safetensors" for i in range(1, int(all_) + 1)}
         if missing := sorted(wanted - set(names)):
-            yield f"no {missing[0]} ({len(missing)} of {len(wanted)} files are missing)"
+            yield f"no {missing[0]} ({len(missing)} of {count(len(wanted), 'file')} missing)"
         if f"{stem}.safetensors.index.json" not in indexes:
             yield f"no {stem}.safetensors.index.json"
     for name in sorted(indexes):

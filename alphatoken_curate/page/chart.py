@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.page.markup import MINUS, Html, joined, number, share, tag
 from alphatoken_curate.page.numbers import Bands, Density, Overlaid
+from alphatoken_curate.wording import count
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 380.0, 58.0, 8.0, 8.0, 38.0
 
@@ -178,7 +179,7 @@ def _told_bin(plot: Plot, found: Overlaid, i: int, place: tuple[float, float], m
     total = int(found.kept[i] + found.other[i])
     kept = f", {int(found.kept[i]):,} kept ({share(found.kept[i] / total)})" if masked else ""
     left, right = plot.at(place[0]), plot.at(place[1])
-    title = tag("title", f"{name}: {total:,} tokens{kept}")
+    title = tag("title", f"{name}: {count(total, 'token')}{kept}")
     return tag("rect", title, class_="hover", x=left, y=plot.top, width=right - left, height=plot.bottom - plot.top)
 
 
@@ -249,7 +250,7 @@ def bands(slug: str, found: Bands, labels: Sequence[str], x_name: str, y_name: s
         boxes.append(tag("line", class_="median", x1=left, x2=right, y1=middle, y2=middle))
         kept = f", {share(float(found.kept[i]))} kept" if masked else ""
         name = f"{labels[i]} to {labels[i + 1]}" if at_edges else labels[i]
-        title = f"{x_name} {name}: {int(found.count[i]):,} tokens, median {number(float(found.middle[i]))}{kept}"
+        title = f"{x_name} {name}: {count(int(found.count[i]), 'token')}, median {number(float(found.middle[i]))}{kept}"
         area = {"x": left, "y": plot.top, "width": right - left, "height": height - BOTTOM - plot.top}
         told.append(tag("rect", tag("title", title), class_="hover", **area))
     below = Plot(x=x, y=Axis(low=0, high=1, name="kept"), top=plot.bottom + 14, bottom=height - BOTTOM)

@@ -90,11 +90,6 @@ def agreement(value: float | None) -> str:
     return "0.00" if text[1:] == "0.00" else text
 
 
-def counted(count: int, word: str) -> str:
-    """`1 token`, `1,234 tokens`."""
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
-
-
 def listed(words: Sequence[str]) -> str:
     """`a, b and c`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

@@ -13,7 +13,6 @@ from alphatoken_curate.page.markup import (
     NONE,
     Html,
     Part,
-    counted,
     facts,
     figure,
     foreign,
@@ -33,6 +32,7 @@ from alphatoken_curate.reading.stats import Stats
 from alphatoken_curate.reading.sums import objectives
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.runs.schema import STATUSES, lacks
+from alphatoken_curate.wording import count
 
 NATS = "nats per unit step"
 
@@ -89,7 +89,7 @@ def what_was_run(run: Path, tokens: RunTokens, found: Stats) -> Html:
     if len(stored.generations) > 1:
         told.append(("Generation", f"{tokens.generation.generation}, the newest of {len(stored.generations)}"))
     if found.truncated_rows:
-        cut = f"{counted(found.truncated_tokens, 'token')} of {counted(found.truncated_rows, 'row')}, by --max-length"
+        cut = f"{count(found.truncated_tokens, 'token')} of {count(found.truncated_rows, 'row')}, by --max-length"
         told.append(("Cut", cut))
     if (absent := lacks(stored.schema_version)) is not None:
         told.append(("Columns", absent))
@@ -105,9 +105,9 @@ def _status(status: str) -> str:
 def _inputs(tokens: RunTokens) -> Iterator[Part]:
     inputs = tokens.stored.inputs
     for place, one in enumerate(inputs[:_MOST_SOURCES]):
-        yield from (", " if place else None, foreign(one.source), f" ({counted(one.rows, 'row')})")
+        yield from (", " if place else None, foreign(one.source), f" ({count(one.rows, 'row')})")
     if len(inputs) > _MOST_SOURCES:
-        yield f" and {len(inputs) - _MOST_SOURCES:,} more files"
+        yield f" and {count(len(inputs) - _MOST_SOURCES, 'more file')}"
 
 
 def _reference(tokens: RunTokens) -> str:
@@ -146,7 +146,7 @@ def _refused(run: Path, stored: Manifest, found: Stats) -> Html | None:
     if not reasons:
         return None
     ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:_MOST_REASONS]
-    told = f"{counted(found.rows['rejected'], 'row')} of {found.rows['read']:,}; `show` names each with its reason."
+    told = f"{count(found.rows['rejected'], 'row')} of {found.rows['read']:,}; `show` names each with its reason."
     names = table("Why rows were refused", ("reason", "rows"), [(foreign(a), f"{b:,}") for a, b in ordered])
     return tag("div", figure("refused", "Why were rows refused?", told, names), class_="charts")
 
@@ -181,18 +181,17 @@ def _kept_table(tokens: RunTokens, found: Stats, weight: Floats) -> Html:
     loss = tokens.signals["nll"]
     rows = []
     for name, inside in sorts:
-        count, stays = int((inside & decided).sum()), int((inside & kept).sum())
-        rows.append(
-            (name, f"{count:,}", f"{stays:,}", share(stays / count if count else None), bar(stays / (count or 1)))
-        )
+        all_, stays = int((inside & decided).sum()), int((inside & kept).sum())
+        rows.append((name, f"{all_:,}", f"{stays:,}", share(stays / all_ if all_ else None), bar(stays / (all_ or 1))))
     of_loss = float(loss[kept].sum(dtype=np.float64)) / (float(loss[decided].sum(dtype=np.float64)) or 1.0)
     total, stays = int(decided.sum()), int(kept.sum())
     answer = (
-        f"{stays:,} of {total:,} response tokens are kept ({share(stays / (total or 1))});"
+        f"{stays:,} of {count(total, 'response token is', 'response tokens are')} kept ({share(stays / (total or 1))});"
         f" they hold {share(of_loss)} of the loss."
     )
     if found.rows_left_out:
-        answer += f" {counted(found.rows_left_out, 'row')} not scored by each generation of the mask are left out."
+        rows_out = count(found.rows_left_out, "row is", "rows are")
+        answer += f" {rows_out} left out: not each generation of the mask scored them."
     head = ("tokens", "count", "kept", "share", "")
     return figure("kept", "How many tokens are kept?", answer, table("Kept tokens", head, rows, class_="bars"))
 

@@ -14,7 +14,6 @@ from alphatoken_curate.page.markup import (
     Html,
     agreement,
     column,
-    counted,
     figure,
     foreign,
     joined,
@@ -310,7 +309,7 @@ def _masks(run: Path, tokens: RunTokens) -> Html:
     question = "Do masks change?"
     known = tokens.stored.masks
     if len(known) < 2:
-        return figure("drift-masks", question, f"There is {counted(len(known), 'mask')}.", Html(""))
+        return figure("drift-masks", question, "There is one mask." if known else "There is no mask yet.", Html(""))
     weights = [masked(run, tokens, one) for one in known]
     rows = []
     for place, one in enumerate(known):

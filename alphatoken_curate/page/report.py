@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.page.markup import Html, Part, counted, joined, note, share, tag
+from alphatoken_curate.page.markup import Html, Part, joined, note, share, tag
 from alphatoken_curate.page.overview import NAMES, how_distributed, how_many_kept, what_was_run
 from alphatoken_curate.page.relations import over_time, what_agrees, what_goes_with_it, which_tokens
 from alphatoken_curate.page.rows import MOST_ROWS, MOST_TOKENS, PackedRows, pack_rows
@@ -22,6 +22,7 @@ from alphatoken_curate.reading.stats import Stats, stats
 from alphatoken_curate.runs.atomic import atomic_file
 from alphatoken_curate.runs.schema import STATUSES
 from alphatoken_curate.views import heat
+from alphatoken_curate.wording import count
 
 NAME = "report.html"
 """The page's name in a run folder, unless another place is named."""
@@ -207,7 +208,7 @@ def _viewer(tokens: RunTokens, found: Stats, rows: PackedRows) -> Html:
 
 
 def _how_many(rows: PackedRows) -> str:
-    told = f"All {counted(rows.total, 'row')} are here." if rows.total > 1 else "The one row is here."
+    told = f"All {count(rows.total, 'row')} are here." if rows.total > 1 else "The one row is here."
     if rows.shown < rows.total:
         told = (
             f"{rows.shown:,} of {rows.total:,} rows are here, drawn at random by their numbers (at most {MOST_ROWS:,}"

@@ -19,6 +19,7 @@ from alphatoken_curate.reading.words import read_vocabulary, spelled
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.manifest import Generation, Manifest, Mask
 from alphatoken_curate.runs.schema import NOT_COMPUTED, PAIR_COLUMNS, SFT, SIGNALS, Components, Layout, components
+from alphatoken_curate.wording import count
 
 PARTED = components("published")
 
@@ -113,8 +114,9 @@ class RowView:
                 " expression of single tokens; or make that mask, and show its loss_weight"
             )
         at = np.flatnonzero(branch.response)
-        numbers = {"row_id": self.row_id, "omega": self.omega, "margin": self.margin}
-        columns = {name: np.full(len(at), number) for name, number in numbers.items() if number is not None}
+        columns: dict[str, NDArray[Any]] = {"row_id": np.full(len(at), self.row_id, np.int64)}
+        of_pair = {name: getattr(self, name) for name in PAIR_COLUMNS}
+        columns |= {name: np.full(len(at), x, np.float32) for name, x in of_pair.items() if x is not None}
         columns |= {"position": at.astype(np.int32), "token_id": branch.token_ids[at]}
         columns |= {name: signal[at] for name, signal in branch.signals.items()}
         result = np.full(len(branch.response), np.nan, np.float32)
@@ -150,7 +152,7 @@ def read_row(run: Path, *, row: int | None = None, id: str | None = None, genera
     table = shards.read_shard(run, scoring.shards[index], layout.values)
     found = table.filter(pc.equal(table["row_id"], number)).to_pylist()
     if len(found) != 1:
-        raise StoredDataError(f"{path}: holds row {number} {len(found)} times; run `verify`")
+        raise StoredDataError(f"{path}: holds row {number} {count(len(found), 'time')}; run `verify`")
     return _view(run, stored, scoring, index, found[0])
 
 

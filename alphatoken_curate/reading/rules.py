@@ -19,6 +19,7 @@ from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.manifest import Mask
 from alphatoken_curate.runs.schema import IGNORE_INDEX, PAIR_COLUMNS, SIGNALS, STATUSES, Components, Layout
 from alphatoken_curate.runs.shards import Shard, entries
+from alphatoken_curate.wording import count
 
 _MEAN = 1e-4
 """How far the mean of float32 loss weights may be from 1."""
@@ -60,7 +61,7 @@ def values(
         response, _ = entries(table[prefix + "response"])
         tokens, trains = tokens + len(response), trains + int(response.sum())
     if (len(ids), tokens, trains) != (shard.rows, shard.tokens, shard.response_tokens):
-        yield f"{len(ids)} rows, {tokens} tokens, {trains} in responses: not as in the manifest"
+        yield f"{count(len(ids), 'row')}, {count(tokens, 'token')}, {trains} in responses: not as in the manifest"
     if PAIR_COLUMNS[0] in layout.values.names:
         yield from _pairs(table, layout, status == "scored", beta)
     total.rows += len(ids)
@@ -179,7 +180,7 @@ def sums(mask: Mask, layout: Layout, totals: Sequence[Total]) -> Iterator[str]:
     """Where the branches of a mask, added up, are not as the manifest has it, or the mean weight of one is not 1."""
     kept, response = sum(total.kept for total in totals), sum(total.response for total in totals)
     if (kept, response) != (mask.kept_tokens, mask.response_tokens):
-        yield f"{kept} of {response} tokens kept, not {mask.kept_tokens} of {mask.response_tokens}"
+        yield f"{kept} of {count(response, 'token')} kept, not {mask.kept_tokens} of {mask.response_tokens}"
     for prefix, total in zip(layout.branches, totals, strict=True):
         if total.kept and abs(total.weight / total.kept - 1) > _MEAN:
             yield f"mean of `{prefix}loss_weight` over the tokens that train is {total.weight / total.kept}, not 1"
@@ -201,7 +202,8 @@ def train(table: pa.Table, scored: pa.Table, shard: Shard, layout: Layout, total
         tokens += len(entries(table[prefix + "input_ids"])[0])
         response += total.response - before
     if (table.num_rows, tokens, response) != (shard.rows, shard.tokens, shard.response_tokens):
-        yield f"{table.num_rows} rows, {tokens} tokens, {response} in responses: not as the manifest has it"
+        found = f"{count(table.num_rows, 'row')}, {count(tokens, 'token')}, {response} in responses"
+        yield f"{found}: not as the manifest has it"
 
 
 def _train_branch(table: pa.Table, scored: pa.Table, prefix: str, total: Total) -> Iterator[str]:

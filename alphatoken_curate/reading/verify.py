@@ -16,6 +16,7 @@ from alphatoken_curate.runs.atomic import TEMPORARY, digest
 from alphatoken_curate.runs.manifest import File, Generation, Manifest, Mask
 from alphatoken_curate.runs.schema import LAYOUTS, SFT, STATUSES, Components, Layout
 from alphatoken_curate.runs.shards import Shard
+from alphatoken_curate.wording import count
 
 AGAIN = "delete it and run the command that made it again"
 _FOLDERS = ("values", "train", "artifacts")
@@ -180,7 +181,7 @@ def _wrong_counts(stored: Manifest, total: rules.Total, status: Counter[str] | N
 def _other_rows(run: _Run, generation: Generation, index: int, table: pa.Table) -> Iterator[str]:
     first = run.stored.generations[0]
     if index >= len(first.shards):
-        yield f"the first generation has {len(first.shards)} shards, and none for these rows"
+        yield f"the first generation has {count(len(first.shards), 'shard')}, and none for these rows"
     elif generation is not first:
         rows, _ = _table(run, first.shards[index], run.layout.values, first.fingerprint)
         yield from () if rows is None else rules.other_rows(table, rows, run.layout)

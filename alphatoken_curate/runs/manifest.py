@@ -20,6 +20,7 @@ from alphatoken_curate.runs.fingerprint import Json, differing
 from alphatoken_curate.runs.folder import MANIFEST, check_is_run
 from alphatoken_curate.runs.schema import BY_ESTIMATOR, LAYOUTS, STATUSES, VERSIONS, Components, Layout
 from alphatoken_curate.runs.shards import Footer, Shard
+from alphatoken_curate.wording import count
 
 NAME = MANIFEST
 
@@ -258,11 +259,12 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
     lengths = {generation.generation: len(generation.shards) for generation in manifest.generations}
     for generation in manifest.generations:
         if len(generation.plan) != len(generation.shards):
-            yield f"generation {generation.generation} has {len(generation.plan)} plans"
+            yield f"generation {generation.generation} has {count(len(generation.plan), 'plan')}"
     for mask in manifest.masks:
         if not _is_whole(mask, lengths):
             named = ", ".join(map(str, mask.generations)) or "none"
-            yield f"mask {mask.mask} has {len(mask.shards)} shards of generations {named}; the run has {lengths}"
+            has = f"{count(len(mask.shards), 'shard')} of generations {named}"
+            yield f"mask {mask.mask} has {has}; the run has {lengths}"
     numbered = {"generation": [g.generation for g in manifest.generations], "mask": [m.mask for m in manifest.masks]}
     for name, numbers in numbered.items():
         if numbers != sorted(set(numbers)):

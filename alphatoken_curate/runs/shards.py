@@ -25,6 +25,7 @@ from alphatoken_curate.runs import sealed
 from alphatoken_curate.runs.atomic import atomic_file, digest
 from alphatoken_curate.runs.fingerprint import Json, differing, fingerprint
 from alphatoken_curate.runs.schema import IGNORE_INDEX, PAIR_COLUMNS, SCHEMA_VERSION, SIGNALS, STATUSES, Layout, lacking
+from alphatoken_curate.wording import count
 
 SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
@@ -298,7 +299,7 @@ def read(
         absent = {name: lacks[name] for name in wanted if name in lacks}
         result = file.read(columns=list(dict.fromkeys(absent.get(name, name) for name in wanted)))
         if result.num_rows != about["counts"]["rows"]:
-            raise sealed.damaged(path, f"{result.num_rows} rows of {about['counts']['rows']}")
+            raise sealed.damaged(path, f"{count(result.num_rows, 'row')} of {about['counts']['rows']}")
         result.validate(full=True)
         return _with_nulls(result, schema, absent).select(wanted) if absent else result
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
+from alphatoken_curate.wording import count
 
 Tokenizer = Any
 """A tokenizer of transformers; not imported here, since that takes seconds."""
@@ -171,7 +172,7 @@ class ChatTemplate:
             for i, (start, end) in zip(respond, spans, strict=True):
                 _check_kept(messages[i], text[start:end])
         elif respond != answers or not spans:
-            raise _not_splittable(f"it marks {len(spans)} answers where there are {len(answers)}")
+            raise _not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
         return text, spans
 
     def _spans_by_prefix(

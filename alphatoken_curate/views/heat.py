@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.masks.criteria import is_expression
 from alphatoken_curate.runs.schema import units_of
 
 LEVELS = 17
@@ -102,8 +103,8 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """`nats`, or `1e-3 nats` where numbers are written divided by a thousandth."""
-        return f"1e{self.exponent} {self.name}" if self.exponent else self.name
+        """`nats`, or `1e-3 nats` where numbers are written divided by a thousandth; empty where they have no unit."""
+        return f"1e{self.exponent} {self.name}".rstrip() if self.exponent else self.name
 
     def write(self, value: float) -> str:
         """`+0.42`; `0` for exactly 0, nothing for NaN."""
@@ -114,7 +115,8 @@ class Unit:
 
 def unit_of(column: str, scale: float) -> Unit:
     """The unit in which values of this magnitude have about three digits. Columns of one unit share one exponent."""
-    name = _WEIGHT if column == "loss_weight" else units_of(column, "none")
+    named = "" if is_expression(column) else units_of(column, "none")
+    name = _WEIGHT if column == "loss_weight" else named
     if column in _UNSIGNED:
         return Unit(name=name, signed=False)
     digits = int(np.floor(np.log10(scale)))

@@ -166,11 +166,13 @@ def legend(view: RowView, column: str, width: int, *, palette: bool) -> Text:
     from rich.text import Text
 
     scale = scale_of_row(view, column)
-    unit = heat.unit_of(column, scale)
+    unit, shown = heat.unit_of(column, scale), visible(column)
+    units = f" in {unit.label}" if unit.label else ""
     if not palette:
-        told = f"Each response token is text:{column}, in {unit.label}; ~text:{column}~ is dropped. {SYMBOLS}."
+        units = units and f",{units}"
+        told = f"Each response token is text:{shown}{units}; ~text:{shown}~ is dropped. {SYMBOLS}."
         return Text(textwrap.fill(told, width) + "\n")
-    result = Text(f"{column} in {unit.label}: ").append_text(_ramp(unit, scale))
+    result = Text(f"{shown}{units}: ").append_text(_ramp(unit, scale))
     result.append("\n").append("kept", "bold").append(" ").append("dropped", "strike").append(" ")
     result.append("prompt", "dim").append(f" · the ends hold the {100 - heat.SCALE_PERCENTILE}% largest\n")
     return result.append(SYMBOLS + "\n", "dim")
@@ -315,10 +317,10 @@ def _split(text: str) -> list[str]:
 def token_table(
     view: RowView, branch: BranchView, chosen: Sequence[str], *, palette: bool, width: int
 ) -> tuple[Table, tuple[str, ...]]:
-    """One line per response token: position, text, whether it is kept, its weight, and the signals `chosen`, or all.
+    """One line per response token: position, text, whether it is kept, its weight, and the columns `chosen`, or all.
 
     Text is coloured by the first of them, or by value, where there is a `palette`. Columns that do not fit `width` are
-    left out, and named beside the table. Raises `UsageError` for signals that there are no numbers of.
+    left out, and named beside the table. Raises `UsageError` for columns that there are no numbers of.
     """
     from rich.cells import cell_len
     from rich.table import Table
@@ -369,10 +371,12 @@ def _columns(view: RowView, branch: BranchView, chosen: Sequence[str], at: NDArr
         yield _Column("kept", tuple("yes" if branch.kept[i] else "no" for i in at))
         yield _Column("weight", tuple(f"{branch.weight[i]:.2f}" for i in at))
     # The weight stands where it always does.
-    for name in [name for name in chosen if name in _HEADS] if chosen else filter(view.computed, _TABLE_ORDER):
-        unit = heat.unit_of(name, scale_of_row(view, name))
+    names = dict.fromkeys(name for name in chosen if name != "loss_weight")
+    for name in names if chosen else filter(view.computed, _TABLE_ORDER):
+        unit, values = heat.unit_of(name, scale_of_row(view, name)), view.column(branch, name)
         power = f"\n1e{unit.exponent}" if unit.exponent else ""
-        yield _Column(_HEADS[name] + power, tuple(unit.write(float(branch.signals[name][i])) for i in at))
+        head = _HEADS.get(name) or shortened(visible(name))
+        yield _Column(head + power, tuple(unit.write(float(values[i])) for i in at))
 
 
 def shortened(text: str, width: int = 24) -> str:

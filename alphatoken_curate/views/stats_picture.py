@@ -17,6 +17,7 @@ from alphatoken_curate.reading.stats import Stats
 from alphatoken_curate.reading.sums import MEANS
 from alphatoken_curate.views.heat import PALETTE, readable
 from alphatoken_curate.views.stats_text import end_of
+from alphatoken_curate.wording import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +60,7 @@ def panels(found: Stats) -> list[Panel]:
     Of many sources or generations the largest.
     """
     mask = "" if found.kept_share is None else f", mask {found.masks[-1].mask} keeps {found.kept_share:.1%}"
-    told = f"generation {found.generation}, {found.scored_tokens:,} tokens{mask}"
+    told = f"generation {found.generation}, {count(found.scored_tokens, 'token')}{mask}"
     return [
         Panel(name="value", told=told, unit=_unit("value"), histogram=found.histograms["value"]),
         *(_of_signal(found, name) for name in found.histograms if name != "value"),
@@ -84,7 +85,7 @@ def _of_groups(word: str, groups: Sequence[tuple[str, GroupStats]]) -> Iterator[
         return
     for name, one in sorted(groups, key=lambda item: -item[1].scored_tokens)[:_MOST_GROUPS]:
         kept = "" if one.kept_share is None else f", {one.kept_share:.1%} kept"
-        told = f"{one.scored_tokens:,} tokens{kept}, mean {one.mean or 0:+.3g}"
+        told = f"{count(one.scored_tokens, 'token')}{kept}, mean {one.mean or 0:+.3g}"
         title = f"value, {word} {end_of(readable(name, alone=True, dots=False))}"
         yield Panel(name=title, told=told, unit=_unit("value"), histogram=one.values)
 
@@ -100,7 +101,7 @@ def _bins(histogram: Histogram) -> Iterator[tuple[float, float, int, int, str]]:
         if i or histogram.count[0]:
             left = i - 1 + 0.4 * ((i == len(edges)) - (i == 0))
             share = f", {kept[i]:,} kept" if histogram.kept else ""
-            yield left, left + 1, histogram.count[i], kept[i], f"{name}: {histogram.count[i]:,} tokens{share}"
+            yield left, left + 1, histogram.count[i], kept[i], f"{name}: {count(histogram.count[i], 'token')}{share}"
 
 
 def _ticks(histogram: Histogram) -> range:
@@ -156,16 +157,16 @@ def _panel(panel: Panel, x: float, y: float, width: float, height: float) -> Ite
     begin = left + 1.4 * size
 
     def bar(kind: str, a: float, b: float, low: int, high: int) -> str:
-        up, down = (base - (base - top) * count / max(1, most) for count in (high, low))
+        up, down = (base - (base - top) * tokens / max(1, most) for tokens in (high, low))
         box = f'x="{begin + a * size + 0.5:.1f}" y="{up:.1f}" width="{(b - a) * size - 1:.1f}" height="{down - up:.2f}"'
         return f'<rect class="{kind}" {box}/>'
 
     yield f'<line class="faint" x1="{left:.1f}" x2="{x + width - 8:.1f}" y1="{top:.1f}" y2="{top:.1f}"/>'
-    yield f'<text x="{left:.1f}" y="{top - 4:.1f}">{most:,} tokens</text>'
-    for a, b, count, kept, told in _bins(histogram):
-        if count:
+    yield f'<text x="{left:.1f}" y="{top - 4:.1f}">{count(most, "token")}</text>'
+    for a, b, tokens, kept, told in _bins(histogram):
+        if tokens:
             bars = [bar("kept", a, b, 0, kept)] if kept else []
-            bars += [bar("dropped", a, b, kept, count)] if kept < count else []
+            bars += [bar("dropped", a, b, kept, tokens)] if kept < tokens else []
             yield f"<g><title>{_text(told)}</title>{''.join(bars)}</g>"
     yield f'<line x1="{left:.1f}" x2="{x + width - 8:.1f}" y1="{base:.1f}" y2="{base:.1f}"/>'
     for place in _ticks(histogram):

@@ -38,7 +38,7 @@ def stats_lines(found: Stats, width: int) -> Iterator[Text | Table]:
         units = ", ".join(name for name in MEANS if name in found.histograms)
         yield Text(f"\nsignals{shown}, nats per unit step; {units} in nats", "bold")
         yield _signal_table(found.histograms)
-    yield Text(f"\nspread{shown}: RMS over {found.scored_tokens:,} tokens, nats per unit step", "bold")
+    yield Text(f"\nspread{shown}: RMS over {count(found.scored_tokens, 'token')}, nats per unit step", "bold")
     yield _spread_table(found)
     notes = [*_pair_notes(found), *_notes(found)]
     yield Text("\n" + "\n".join(_filled(line, width) for line in notes))

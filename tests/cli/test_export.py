@@ -48,6 +48,7 @@ def test_flags_reach_the_export(tmp_path: Path) -> None:
         (["--for", "verl", "--strict"], "--strict is for --for hf"),
         (["--for", "hf", "--mask", "4"], "has no mask 4"),
         (["--for", "nope"], "'nope' is not one of 'trl'"),
+        (["--for", "axolotls"], "Did you mean axolotl?"),
         (["--for", "hf", "--max-length", "1"], "--max-length"),
         ([], "Missing option '--for'"),
     ],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -372,7 +373,7 @@ def test_text_without_a_tokenizer(models: dict[str, str], tmp_path: Path) -> Non
 def test_other_settings_are_named(run: Path, data: str, models: dict[str, str]) -> None:
     before = contents(run)
     ended = command("score", data, "--model", models["base"], "--layers", 1, "--window", 3, "-o", run)
-    refused(ended, 4, str(run), "layers (3 there, 1 here), window (32 there, 3 here)", "-o")
+    refused(ended, 4, str(run), "layers (3 in the run, 1 now), window (32 in the run, 3 now)", "-o")
     assert contents(run) == before
 
 
@@ -388,14 +389,17 @@ def test_damage_is_named(run: Path, data: str, models: dict[str, str]) -> None:
 
 
 def test_a_mask_that_is_there_prints_the_command_that_uses_it(run: Path, tmp_path: Path) -> None:
+    run = run.rename(tmp_path / "my run")
     for keep in (0.5, 0.6):
         assert command("mask", run, "--keep", keep).code == 0
     again = command("mask", run, "--keep", 0.5)
     assert again.code == 0 and "Already there: mask 1" in again.out
     (line,) = [line.strip() for line in again.out.splitlines() if " export " in line]
-    assert line == f"alphatoken-curate export {run} --mask 1 --for trl -o DIR"
-    words = [str(tmp_path / "out") if word == "DIR" else word for word in line.split()[1:]]
-    assert command(*words).code == 0
+    assert line == f"alphatoken-curate export '{run}' --mask 1 --for trl -o DIR"
+    words = [str(tmp_path / "out") if word == "DIR" else word for word in shlex.split(line)[1:]]
+    exported = command(*words)
+    assert exported.code == 0 and "of mask 1" in exported.out
+    assert f"  in Python: scan('{run}', 'train', mask=1), as_dataset('{run}', 1)\n" in again.out
     assert "export" not in command("mask", run, "--keep", 0.7).out
 
 

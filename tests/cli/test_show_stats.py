@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.cells import cell_len
 from small_run import published, small_run, value_rows, with_stability, write_pieces
+from tiny_files import command
 
 from alphatoken_curate.cli.show import command as show
 from alphatoken_curate.cli.stats import command as stats
@@ -107,8 +108,8 @@ def test_show_and_stats_of_one_generation(pairs: Path) -> None:
     assert "\ngeneration 2, at checkpoint-2\n" in newest
     assert "\ngeneration 0, at base; mask 0 is made from generation 2\n" in first
     has_values(first, read_row(pairs, row=6, generation=0).branches[1])
-    for command, more in ((show, ["--row", 6]), (stats, [])):
-        result = invoke(command, pairs, *more, "--generation", 1)
+    for tested, more in ((show, ["--row", 6]), (stats, [])):
+        result = invoke(tested, pairs, *more, "--generation", 1)
         assert "has no generation 1; it has 0, 2" in str(result.exception)
     assert orjson.loads(invoke(stats, pairs, "--json", "--generation", 0).output)["generation"] == 0
     assert "value of generation 0," in invoke(stats, pairs, "--generation", 0).output
@@ -151,6 +152,25 @@ def test_show_several_columns(run: Path) -> None:
     assert out.index("text:nll") < out.index("text:adapt_direct")
     table = invoke(show, run, "--row", 6, "--by", "nll", "--by", "adapt_direct", "--tokens").output
     assert table.split("\n\n")[1].split()[:7] == ["adapt", "at", "text", "kept", "weight", "nll", "direct"]
+
+
+def test_show_takes_what_masks_are_made_by(run: Path) -> None:
+    by = ("--by", "7 - surprise", "--by", "nll")
+    out = invoke(show, run, "--row", 6, *by).output
+    assert "text:7 - surprise;" in out and "text:nll, in nats;" in " ".join(out.split())
+    table = invoke(show, run, "--row", 6, *by, "--tokens").output.split("\n\n")[1].splitlines()
+    view = read_row(run, row=6)
+    (branch,) = view.branches
+    numbers = view.column(branch, "7 - surprise")[branch.response]
+    assert table[0].split() == ["at", "text", "kept", "weight", "7", "-", "surprise", "nll"]
+    assert [float(line.split()[-2]) for line in table[1:]] == pytest.approx(numbers, abs=0.006)
+
+
+def test_nothing_is_shown_of_what_is_refused(run: Path) -> None:
+    for by in ("nul", "nll - avg(nll)"):
+        for more in ((), ("--tokens",)):
+            refused = command("show", run, "--row", 6, "--by", "nll", "--by", by, *more)
+            assert (refused.code, refused.out) == (2, "") and f"by: '{by}'" in refused.err
 
 
 def test_show_a_row_by_its_text(run: Path) -> None:

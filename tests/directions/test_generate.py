@@ -197,7 +197,7 @@ def test_prompts_that_leave_no_room_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"tiny.jsonl:11: .* prompt of 16 tokens.* 15 at most .*\(2 such rows\)"):
         answers(model, prompts_of((5, 16, 40)))
     empty = make_row(0, [], [])
-    with pytest.raises(InputError, match=r"tiny.jsonl:1: .* prompt of 0 tokens.* 1 token at least \(1 such rows\)"):
+    with pytest.raises(InputError, match=r"tiny.jsonl:1: .* prompt of 0 tokens.* 1 token at least \(1 such row\)"):
         answer_room([empty], new_tokens=6, limit=None)
 
 

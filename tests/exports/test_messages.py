@@ -127,10 +127,10 @@ def test_only_the_last_turn_responds_where_the_run_says_so(tmp_path: Path) -> No
 
 def test_answers_and_runs_of_tokens_that_do_not_match_are_refused(tmp_path: Path) -> None:
     run = chat_run(tmp_path, [{"messages": TWO}], [[(2, 12)]], "row_id >= 0")
-    with pytest.raises(UsageError, match=r"chats\.jsonl:1: 2 answers and 1 runs"):
+    with pytest.raises(UsageError, match=r"chats\.jsonl:1: 2 answers and 1 run of response"):
         exported(run, tmp_path / "out")
     more = chat_run(tmp_path / "more", [{"messages": ONE}], [[(2, 4), (6, 8)]], "row_id >= 0")
-    with pytest.raises(UsageError, match="1 answers and 2 runs"):
+    with pytest.raises(UsageError, match="1 answer and 2 runs"):
         exported(more, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -100,7 +100,7 @@ def test_random_depends_on_seed_row_and_position_alone() -> None:
         ("boredom + nll", "'boredom'. The columns are row_id, position, token_id, nll"),
         ("1", "names no column"),
         ("COLUMNS('n.*')", "names no column"),
-        ("sum(nll)", "one number per token"),
+        ("sum(nll)", "gives 1 entry of type Float32 for 50 response tokens; give one number per token"),
         ("nll > 0", "one number per token"),
         ("'a' || nll", "one number per"),
         ("nll[1]", "cannot be computed"),

@@ -214,7 +214,7 @@ def test_by_margin_the_pairs_apart_the_most_are_kept_whole(tmp_path: Path) -> No
         ]
         want = {key for _, *key in map(tuple, sorted(tokens)[: math.ceil(0.4 * len(tokens))]) for key in [tuple(key)]}
         assert stored_kept(run, made.mask, prefix) == want
-    with pytest.raises(UsageError, match="'margin'. The columns are row_id"):
+    with pytest.raises(UsageError, match=r"'margin'\. The columns are row_id"):
         make_mask(small_run(tmp_path / "sft"), published(by="margin"))
 
 
@@ -503,7 +503,7 @@ def test_the_command_tells_of_branches_and_generations(tmp_path: Path) -> None:
         for name, part, whole, gone in zip(("chosen", "rejected"), kept, response, lost, strict=True)
     ) + " kept"  # fmt: skip
     assert "  values  the mean of generations 0, 1" in lines
-    assert "          1 row scored in only some of them left out" in lines
+    assert "          1 row is left out: scored in only some of them" in lines
     assert "  values  generation 3" in told(tmp_path / "a")
 
 

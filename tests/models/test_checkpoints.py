@@ -206,7 +206,7 @@ def test_all_shards_must_be_there(sharded: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(sharded, tmp_path / "copy"))
     shards = sorted(p.name for p in path.glob("*.safetensors"))
     (path / shards[1]).unlink()
-    assert is_complete(path) == f"no {shards[1]} (1 of {len(shards)} files are missing)"
+    assert is_complete(path) == f"no {shards[1]} (1 of {len(shards)} files missing)"
     for name in shards:
         (path / name).unlink(missing_ok=True)
     save_file({"a": torch.zeros(3)}, path / "other.safetensors")

@@ -7,7 +7,6 @@ from alphatoken_curate.page.markup import (
     Html,
     agreement,
     column,
-    counted,
     escaped,
     figure,
     foreign,
@@ -83,7 +82,6 @@ def test_numbers_of_a_column_have_as_many_digits() -> None:
 
 
 def test_words() -> None:
-    assert [counted(1, "row"), counted(2000, "row")] == ["1 row", "2,000 rows"]
     assert [listed([]), listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == [
         "",
         "a",

@@ -126,7 +126,7 @@ def test_one_generation_and_one_mask(tmp_path: Path) -> None:
     run = small_run(tmp_path / "one")
     assert "There is one scoring" in over_time(run, *read(run))
     run = small_run(tmp_path / "two", generations=(0, 1))
-    assert "There is 1 mask." in over_time(run, *read(run))
+    assert "There is one mask." in over_time(run, *read(run))
 
 
 def test_overlap_is_of_joint_tokens() -> None:
