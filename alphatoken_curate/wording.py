@@ -17,7 +17,7 @@ def count(number: int, what: str, many: str | None = None) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean nll?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=_NEAR)
+    near = difflib.get_close_matches(name, [one for one in known if one != name], n=1, cutoff=_NEAR)
     return f" Did you mean {near[0]}?" if near else ""
 
 

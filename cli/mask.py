@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.rows.files import legible
 from alphatoken_curate.wording import count
 
 from .grouped import Grouped
@@ -44,7 +45,7 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
     with listening() as listener:
         made = mask(run, config, listener)
     verb = "Wrote" if made.created else "Already there:"
-    click.echo(f"{verb} mask {made.mask} in {made.path}/")
+    click.echo(legible(f"{verb} mask {made.mask} in {made.path}/"))
     for line in summary(made):
         click.echo(line)
     if not made.newest:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from alphatoken_curate.reading.row import RowView
 
 _EPILOG = """\b
---by, which may be given again: value, loss_weight, nll, entropy, reference_nll,
+--by, which may be given again: value (as stored), loss_weight, nll, entropy, reference_nll,
 surprise, reference_ratio, SQL of single tokens, and what the run's estimator
 gives of adapt_direct, adapt_causal, adapt_upstream, adapt_influence,
 stab_direct, stab_causal, stab_upstream, stab_influence, drift_direct,

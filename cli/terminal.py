@@ -15,7 +15,7 @@ from .lines import Lines
 
 def listener() -> Lines:
     """What listens to a job here."""
-    return Bars() if sys.stderr.isatty() else Lines()
+    return Bars() if sys.stderr is not None and sys.stderr.isatty() else Lines()
 
 
 class Bars(Lines):

@@ -35,7 +35,7 @@ def command(run: Path) -> None:
 
     tell_version(run)
     _tell(run, verify(run))
-    click.echo(f"{run}: every file is as it was written, and every row is accounted for.")
+    click.echo(legible(f"{run}: every file is as it was written, and every row is accounted for."))
 
 
 def _tell(run: Path, problems: list[Problem]) -> None:

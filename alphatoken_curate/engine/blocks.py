@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alphatoken_curate.engine.experts import expert_matrices
 from alphatoken_curate.errors import ModelError
+from alphatoken_curate.wording import count
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -110,10 +111,10 @@ def trunk(model: Any) -> nn.Module:
 
 def decoder_blocks(model: Any, base: nn.Module) -> list[nn.Module]:
     """All decoder blocks, first to last. Raises ModelError where they are not found."""
-    count = model.config.get_text_config().num_hidden_layers
-    stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not stacks:
-        raise ModelError(f"{type(model).__name__}: found no list of {count} decoder blocks in it.")
+        raise ModelError(f"{type(model).__name__}: found no list of {count(depth, 'decoder block')} in it.")
     return list(stacks[0])
 
 

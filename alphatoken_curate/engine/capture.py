@@ -20,6 +20,7 @@ from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, linear_ma
 from alphatoken_curate.engine.caches import cache_of, forward_with_cache
 from alphatoken_curate.engine.precision import narrow, widen
 from alphatoken_curate.errors import ModelError
+from alphatoken_curate.wording import count
 
 Direction = list[Tensor]
 """One matrix (d_out, d_in) for each linear map of S, in the order of `ScoringModel.maps`."""
@@ -60,7 +61,8 @@ class ScoringModel:
         self.layers = len(blocks) if layers == "all" else layers
         if not 1 <= self.layers <= len(blocks):
             raise ModelError(
-                f"--layers {layers}: the model has {len(blocks)} decoder blocks. Give 1 to {len(blocks)}, or all."
+                f"--layers {layers}: the model has {count(len(blocks), 'decoder block')}."
+                f" Give 1 to {len(blocks)}, or all."
             )
         self.depth = len(blocks)
         self._all_blocks = blocks

@@ -156,7 +156,8 @@ def _refuse_unknown(peft: Any, folder: Path) -> None:
 def _refuse_keys(name: str, why: str, keys: Iterable[str]) -> None:
     if found := sorted(keys):
         raise ModelError(
-            f"{name}: {len(found)} tensors of the adapter {why} ({found[0]}): it was trained from another model."
+            f"{name}: tensors of the adapter {why} ({len(found)}, the first {found[0]}):"
+            " it was trained from another model."
         )
 
 

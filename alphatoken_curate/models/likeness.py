@@ -31,10 +31,16 @@ def check_alike(model: ModelSource, reference: ModelSource) -> None:
     mine, theirs = _text_config(model), _text_config(reference)
     for key, says in _SHAPE.items():
         if key in mine and key in theirs and mine[key] != theirs[key]:
-            raise _unlike(model, reference, says.format(mine[key]), says.format(theirs[key]))
+            raise _unlike(model, reference, _said(says, mine[key]), _said(says, theirs[key]))
     known, wanted = mine.get("vocab_size"), theirs.get("vocab_size")
     if isinstance(known, int) and isinstance(wanted, int) and known < wanted:
         raise _unlike(model, reference, f"knows {known} tokens", f"knows {wanted}")
+
+
+def _said(says: str, number: object) -> str:
+    """`has 1 key-value head`, `has 2 key-value heads`."""
+    said = says.format(number)
+    return said.removesuffix("s") if number == 1 else said
 
 
 def _text_config(source: ModelSource) -> dict[str, Any]:

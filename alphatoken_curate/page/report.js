@@ -115,7 +115,7 @@ const exact = (value, { signed }) => {
   }
   return sign(plus + String(value));
 };
-/* 0 to 16, as `alphatoken_curate.heat.levels`: halves go to the even level. */
+/* 0 to 16, as `alphatoken_curate.views.heat.levels`: halves go to the even level. */
 const level = (value, scale) => {
   const at = 8 + 8 * Math.max(-1, Math.min(1, value / scale)), below = Math.floor(at);
   return at - below === 0.5 ? below + below % 2 : Math.round(at);

@@ -94,6 +94,8 @@ class RowView:
 
         Raises `UsageError` where there are no numbers.
         """
+        if not branch.signals:
+            raise UsageError(f"by: row {self.row_id} has no numbers: it was not scored ({self.status})")
         if name not in COLUMNS:
             return self._selected(branch, name)
         if name == "loss_weight":

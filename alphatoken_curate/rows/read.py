@@ -193,12 +193,14 @@ def rows_of(records: Sequence[Mapping[str, Any]], source: str, also: tuple[Also,
     return ReadRows(rows=rows, bad=stream.bad, files=[])
 
 
-def refuse(bad: Sequence[BadRow], *, can_quarantine: bool = True) -> InputError:
-    """The error that names bad rows as `grouped` does; target rows cannot be set aside."""
+def refuse(bad: Sequence[BadRow], beside: Sequence[BadRow] = ()) -> InputError:
+    """The error that names bad rows as `grouped` does; those of files `beside` DATA cannot be set aside."""
     advice = "Correct them, or set them aside with --bad-rows quarantine, which lists them in rejects.jsonl."
-    if not can_quarantine:
+    if beside:
         advice = "Correct them. Rows of DATA can be set aside with --bad-rows quarantine, those of --target cannot."
-    return InputError("\n".join([f"{count(len(bad), 'row')} cannot be used:", *grouped(bad), advice]))
+    between = ["  and of files beside DATA:"] if bad and beside else []
+    told = [*grouped(bad), *between, *grouped(beside)]
+    return InputError("\n".join([f"{count(len(bad) + len(beside), 'row')} cannot be used:", *told, advice]))
 
 
 def grouped(bad: Sequence[BadRow]) -> Iterator[str]:

@@ -57,6 +57,8 @@ def _short(value: Json) -> str:
     if isinstance(value, str):
         return value[len(_DIGEST) :][:_SHOWN] if value.startswith(_DIGEST) else _cut(value)
     if isinstance(value, Sequence):
+        if not value:
+            return "none"
         shown = "; ".join(
             " ".join(map(_short, one)) if isinstance(one, list | tuple) else _short(one) for one in value[:_FILES]
         )

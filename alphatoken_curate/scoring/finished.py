@@ -1,8 +1,9 @@
 """Whether a run is finished already: told from files and settings alone, without torch, a tokenizer or the rows.
 
 The fingerprint fields that follow from settings and files are compared with the run's. Those of tokens follow from them
-for equal versions of the libraries that made them. Where anything is in doubt the answer is no, and the scoring itself
-finds out, and says, what there is to do.
+for equal versions of the libraries that made them, but for what a chat template writes of today's date: a run that was
+finished on another day is finished. Where anything is in doubt the answer is no, and the scoring itself finds out, and
+says, what there is to do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from alphatoken_curate.runs.atomic import digest, one_writer
 from alphatoken_curate.runs.fingerprint import Json, differing
 from alphatoken_curate.runs.manifest import File, Manifest
 from alphatoken_curate.scoring.folder import ScoreSummary
-from alphatoken_curate.scoring.identity import OF_TOKENS, Named, fields_of, has_stability, versions
+from alphatoken_curate.scoring.identity import (
+    OF_TOKENS,
+    Named,
+    fields_of,
+    has_stability,
+    tokens_are_digested,
+    versions,
+)
 
 _SMALL_BYTES = 1 << 20
 
@@ -54,7 +62,9 @@ def _same_fields(config: ScoreConfig, run: Path, stored: Manifest) -> Mapping[st
     model = find_model(config.model)
     if not config.trust_remote_code and not model.gguf and model_config(model).get("auto_map"):
         return None
-    if (named := _named(config, model, footer.fields)) is None:
+    if config.device not in ("auto", "cpu") or not tokens_are_digested(model):
+        return None
+    if (named := _named(config, model, footer.fields, stored.counts.read)) is None:
         return None
     dtype = str(footer.fields["dtype"]) if config.dtype == "auto" else config.dtype
     now = fields_of(config, named, kind=str(footer.fields["kind"]), dtype=dtype)
@@ -77,14 +87,14 @@ def _is_as_written(run: Path, file: File) -> bool:
     return manifest.file_of(run, file.path) == file if small else (run / file.path).stat().st_size == file.bytes
 
 
-def _named(config: ScoreConfig, model: ModelSource, fields: Mapping[str, Json]) -> Named | None:
+def _named(config: ScoreConfig, model: ModelSource, fields: Mapping[str, Json], read: int) -> Named | None:
     """Files and models as they are now; None where rows are on the Hub, which only reading them tells of."""
     found = find_files(config.data)
     known = fields["data"]
     if any(file.is_hub for file in found) or not isinstance(known, list):
         return None
-    if config.limit is not None:
-        found = found[: len(known)]  # it was reached in the last of these
+    if config.limit == read:
+        found = found[: len(known)]  # the limit was reached in the last of these
     sides = [_digests(name) for name in (config.target, config.retention, config.fisher_prompts)]
     return Named(
         data=[[file.source, _digest(file)] for file in found],

@@ -13,13 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
-from alphatoken_curate.models.load import ModelSource, generation_stops, model_digest, tokenizer_digest
+from alphatoken_curate.models.load import (
+    TOKENIZER_FILES,
+    ModelSource,
+    generation_stops,
+    model_digest,
+    tokenizer_digest,
+    tokenizer_source,
+)
 from alphatoken_curate.runs.atomic import digest
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
 
 OF_TOKENS = ("template", "tokens", "target_tokens", "retention_tokens", "prompt_tokens")
 """The fingerprint fields that take a tokenizer."""
+
+_OTHER_FILES = ("config.json", "generation_config.json", "model", "adapter_", "README", "LICENSE", ".", "training_args")
+"""How names of files begin that no tokens come from."""
 
 _VERSIONED = ("alphatoken-curate", "torch", "transformers", "numpy", "pyarrow")
 
@@ -94,6 +104,14 @@ def _precondition_fields(config: ScoreConfig) -> dict[str, Json]:
         "precondition_damping": config.precondition_damping if kind in ("kfac", "ekfac") else None,
         "precondition_stability": config.precondition_stability,
     }
+
+
+def tokens_are_digested(source: ModelSource) -> bool:
+    """Whether the digest of the tokenizer covers all that tokens come from: no code, templates or files beside it."""
+    home = tokenizer_source(source)
+    known = (*TOKENIZER_FILES, *_OTHER_FILES)
+    there = [] if home.gguf else home.folder.iterdir()
+    return all(path.is_file() and path.name.startswith(known) for path in there)
 
 
 def has_stability(fields: Mapping[str, Json]) -> bool:

@@ -89,7 +89,7 @@ def prepare(config: ScoreConfig) -> Prepared:
         _check_tokenizer(config, bad)
     wanting = bad if config.bad_rows == "refuse" else []
     if wanting or reader.bad:
-        raise refuse([*wanting, *reader.bad], can_quarantine=not reader.bad)
+        raise refuse(wanting, reader.bad)
     if not rows:
         raise InputError(
             f"{', '.join(config.data)}: none of its {count(len(bad), 'row')} can be scored. Run check to see why."

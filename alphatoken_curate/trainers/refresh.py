@@ -6,6 +6,7 @@ select anew by adaptation and stability, train on.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 from dataclasses import fields, replace
@@ -183,7 +184,8 @@ class RefreshCallback(TrainerCallback, ExportableState):
 def _tell(state: TrainerState, text: str) -> None:
     """A line above the bars of the Trainer, from its first process."""
     if state.is_world_process_zero:
-        tqdm.write(f"RefreshCallback: {text}")
+        with contextlib.suppress(BrokenPipeError):  # what nobody reads ends no training
+            tqdm.write(f"RefreshCallback: {text}")
 
 
 def refreshed(run: str, checkpoint: str, models: dict[str, str | None]) -> int:

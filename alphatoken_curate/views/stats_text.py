@@ -181,7 +181,7 @@ def _group_table(groups: Sequence[tuple[str, GroupStats]], width: int) -> Table:
         cells = [name, f"{one.scored_tokens:,}", *([kept] if masked else []), *sizes, strip(one.values)]
         table.add_row(*map(Text, cells))
     if len(groups) > len(shown):
-        table.add_row(Text(f"and {len(groups) - len(shown)} smaller ones, in --json"))
+        table.add_row(Text(f"and {count(len(groups) - len(shown), 'smaller one')}, in --json"))
     return table
 
 
@@ -262,7 +262,7 @@ def _notes(found: Stats) -> Iterator[str]:
     if found.decided_tokens and (any(found.decisions_changed.values()) or not found.stability_is_zero):
         none, rms, of = *(found.decisions_changed[scale] for scale in SCALES), found.decided_tokens
         yield (
-            f"stability changes {none:,} of {of:,} decisions of {whose} ({none / of:.1%});"
+            f"stability changes {none:,} of {count(of, 'decision')} of {whose} ({none / of:.1%});"
             f" with --stability-scale rms {rms:,} ({rms / of:.1%})"
         )
 

@@ -414,6 +414,34 @@ def test_a_reason_is_told_once_with_the_lines_it_holds_for(tmp_path: Path, model
     assert told.count("unknown_shape") == 1 and "(lines 3-4, 6)" in told
 
 
+def test_a_closed_stderr_ends_nothing(data: str, models: dict[str, str], tmp_path: Path) -> None:
+    code = "import sys; sys.stderr = None; from alphatoken_curate.cli.main import main; main()"
+    made = ("score", 0, ("-o", tmp_path / "run"))
+    for name, wanted, more in (("check", 0, ()), made, ("score", 3, ("--target", "no.jsonl"))):
+        words = [sys.executable, "-c", code, name, data, "--model", models["base"], *map(str, more)]
+        assert subprocess.run(words, capture_output=True, check=False).returncode == wanted
+    assert (tmp_path / "run" / "manifest.json").is_file()
+
+
+def test_a_plan_for_a_card_is_made_where_there_is_none(
+    data: str, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    ended = command("check", data, "--model", models["base"], "--device", "cuda", "--batch-tokens", 64)
+    assert ended.code == 0 and f"model {models['base']}, cuda, bfloat16" in ended.err
+
+
+def test_bad_rows_of_two_files_of_one_name_are_told_apart(models: dict[str, str], tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "rows.jsonl", [*token_records(3), "{"])
+    places = [tmp_path / folder / "rows.jsonl" for folder in ("a", "b")]
+    ended = command("check", places[0], "--target", places[1], "--model", models["base"])
+    lines = [line.strip() for line in ended.err.splitlines()]
+    assert ended.code == 3 and lines.count("and of files beside DATA:") == 1
+    assert len([line for line in lines if line.startswith("rows.jsonl:4: invalid_json")]) == 2
+
+
 # --- all of the errors, and interrupts
 
 

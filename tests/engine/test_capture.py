@@ -59,3 +59,5 @@ def test_a_map_that_gets_its_positions_in_another_order_is_refused(turned: bool)
 def test_more_layers_than_there_are_is_refused() -> None:
     with pytest.raises(ModelError, match=r"--layers 5: the model has 4 decoder blocks\. Give 1 to 4, or all"):
         ScoringModel(tiny_model("llama"), 5)
+    with pytest.raises(ModelError, match=r"the model has 1 decoder block\. Give 1 to 1, or all"):
+        ScoringModel(tiny_model("llama", num_hidden_layers=1), 5)

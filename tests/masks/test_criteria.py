@@ -219,7 +219,10 @@ def test_a_column_that_is_near_is_suggested(by: str, near: str) -> None:
             (by, True)
             for by in ("nll", "random", "-surprise", "7 - surprise", "1e-3 * exp(nll)", "nll > 2 and value < 0")
         ),
-        *((by, True) for by in ("CASE WHEN nll > 1 THEN 0 ELSE 1 END", "least(1.0, abs(value))")),
+        *(
+            (by, True)
+            for by in ("CASE WHEN nll > 1 THEN 0 ELSE 1 END", "CAST(nll > 1 AS INT)", "least(1.0, abs(value))")
+        ),
         *((by, False) for by in ("nll - avg(nll)", "rank() over (order by nll)", "sum(nll)", "nll - lag(nll) over ()")),
         *((by, False) for by in ("max(nll)", "count(*)", "first(nll)", "nope")),
     ],

@@ -242,3 +242,22 @@ def test_what_looks_at_several_tokens_is_refused_and_not_shown_of_one_row(tmp_pa
         view.column(view.branches[0], "nll - avg(nll)")
     with pytest.raises(UsageError, match=r"names no column 'nul'\. Did you mean nll"):
         view.column(view.branches[0], "nul")
+
+
+@pytest.mark.parametrize("status", ["target", "failed", "rejected"])
+@pytest.mark.parametrize("by", ["nll", "7 - surprise"])
+def test_a_row_that_was_not_scored_has_no_numbers(tmp_path: Path, status: str, by: str) -> None:
+    rows = value_rows()
+    number = next(row.row_id for row in rows if row.status == status)
+    view = read_row(small_run(tmp_path / "run", rows), row=number)
+    with pytest.raises(UsageError, match=rf"by: row {number} has no numbers: it was not scored \({status}\)"):
+        view.column(view.branches[0], by)
+
+
+def test_numbers_of_a_pair_are_as_a_mask_has_them(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", value_rows(kind="preference"), kind="preference")
+    view = read_row(run, row=0)
+    branch, omega = view.branches[0], np.float32(view.omega or 0)
+    assert np.array_equal(
+        view.column(branch, "omega * nll")[branch.response], omega * branch.signals["nll"][branch.response]
+    )

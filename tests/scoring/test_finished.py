@@ -12,11 +12,13 @@ from loaded import HEAVY, loaded_by
 from tiny_files import contents, token_records, write_jsonl
 
 from alphatoken_curate import FingerprintError, InputError, ScoreConfig, score, verify
+from alphatoken_curate.progress import Silent
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.fingerprint import differing
 from alphatoken_curate.runs.shards import read_footer
 from alphatoken_curate.scoring.finished import finished
 from alphatoken_curate.scoring.identity import OF_TOKENS
+from alphatoken_curate.scoring.loop import score_rows
 from alphatoken_curate.scoring.prepare import fingerprint_fields, prepare
 
 
@@ -107,6 +109,40 @@ def test_where_a_file_is_lost_it_is_not_finished_and_the_scoring_mends_it(
     if not lost.startswith("values"):
         score(ScoreConfig(**settings), run)
         assert contents(run) == contents(whole)
+
+
+def test_a_limit_that_was_not_reached_says_nothing_of_files_that_came(settings: dict[str, Any], tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    write_jsonl(rows / "a.jsonl", token_records(5))
+    for limit, finished_then in ((100, False), (5, True), (4, True)):
+        config = ScoreConfig(**settings | {"data": str(rows), "limit": limit})
+        run = score(config, tmp_path / f"run{limit}").run
+        assert finished(config, run) is not None
+        write_jsonl(rows / "b.jsonl", token_records(7, seed=9))
+        assert (finished(config, run) is not None) == finished_then
+        if finished_then:
+            assert score_rows(config, run, Silent()).shards_scored == 0
+        else:
+            with pytest.raises(FingerprintError, match="data"):
+                score(config, run)
+        (rows / "b.jsonl").unlink()
+
+
+@pytest.mark.parametrize("name", ["additional_chat_templates/tool_use.jinja", "tokenization_own.py", "tekken.json"])
+def test_what_no_digest_of_a_tokenizer_covers_is_in_doubt(
+    settings: dict[str, Any], run: Path, tmp_path: Path, name: str
+) -> None:
+    model = Path(shutil.copytree(settings["model"], tmp_path / "model"))
+    assert finished(ScoreConfig(**settings | {"model": str(model)}), run) is not None
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text("{}")
+    assert finished(ScoreConfig(**settings | {"model": str(model)}), run) is None
+
+
+def test_a_device_that_may_not_be_there_is_in_doubt(settings: dict[str, Any], run: Path) -> None:
+    assert finished(ScoreConfig(**settings | {"device": "cpu"}), run) is not None
+    assert finished(ScoreConfig(**settings | {"device": "cuda:7"}), run) is None
 
 
 def test_other_versions_are_in_doubt(settings: dict[str, Any], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,6 +284,7 @@ UNLIKE: dict[str, tuple[str, dict[str, Any], str]] = {
     "shallower": ("llama", {"num_hidden_layers": 3}, "has 3 decoder blocks"),
     "wider": ("llama", {"hidden_size": 32}, "hidden size of 32"),
     "other heads": ("llama", {"num_key_value_heads": 4}, "4 key-value heads"),
+    "one head": ("llama", {"num_key_value_heads": 1}, "has 1 key-value head,.*has 2 key-value heads"),
     "fewer tokens": ("llama", {"vocab_size": 60}, "knows 60 tokens.*knows 61"),
     "other architecture": ("qwen2", {}, "is a qwen2 model.*is a llama model"),
 }

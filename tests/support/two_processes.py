@@ -1,4 +1,4 @@
-"""What two processes compute together; started by `test_trainers_hf.py` with torch.distributed.run."""
+"""What two processes compute together; started by `trainers/test_hf.py` with torch.distributed.run."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,6 +266,14 @@ def test_a_refresh_in_a_process_of_its_own(run: Path, models: dict[str, str], tm
 
 
 @pytest.mark.slow
+def test_a_reader_that_went_away_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(module.tqdm, "write", gone)
+    module._tell(SimpleNamespace(is_world_process_zero=True), "a line")  # type: ignore[arg-type]
+
+
 def test_what_fails_in_a_process_of_its_own_fails_the_training(
     run: Path, models: dict[str, str], tmp_path: Path
 ) -> None:

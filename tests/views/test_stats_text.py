@@ -290,6 +290,8 @@ def test_sources_branches_and_generations_are_told_apart(width: int) -> None:
     lines = [line for line in text.splitlines() if "part-" in line]
     assert [line.split()[1] for line in lines] == [str(100 + i) for i in range(3, 15)]
     assert "and 3 smaller ones" in text
+    one_more = dict(list(sources.items())[:13])
+    assert "and 1 smaller one, in --json" in shown(replace(found, sources=one_more), width)
     assert all("█│▇▂" in line and line.startswith("…") for line in lines)
     assert all(("+0.25" in line) == (width >= 80) for line in lines)
     chosen, rejected = (next(line for line in text.splitlines() if line.startswith(name)) for name in found.branches)
