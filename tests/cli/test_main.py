@@ -418,7 +418,7 @@ def test_a_closed_stderr_ends_nothing(data: str, models: dict[str, str], tmp_pat
     code = "import sys; sys.stderr = None; from alphatoken_curate.cli.main import main; main()"
     made = ("score", 0, ("-o", tmp_path / "run"))
     for name, wanted, more in (("check", 0, ()), made, ("score", 3, ("--target", "no.jsonl"))):
-        words = [sys.executable, "-c", code, name, data, "--model", models["base"], *map(str, more)]
+        words = [sys.executable, "-P", "-c", code, name, data, "--model", models["base"], *map(str, more)]
         assert subprocess.run(words, capture_output=True, check=False).returncode == wanted
     assert (tmp_path / "run" / "manifest.json").is_file()
 
