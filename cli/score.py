@@ -36,6 +36,8 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     counts, mask = done.manifest.counts, done.mask
     if not done.shards_scored and not mask.created:
         click.echo(f"{done.run} is finished: the values and mask {mask.mask} are there already. Nothing was written.")
+    elif not done.shards_scored:
+        click.echo(f"{done.run} was scored before; wrote mask {mask.mask}, which readers take from now on.")
     else:
         click.echo(f"Wrote {done.run}")
     aside = [f"{n} {word}" for word, n in _aside(counts) if n]
@@ -48,8 +50,10 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     click.echo(
         f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {_first(done)}"
     )
-    if mask.kept_tokens == mask.response_tokens:
-        click.echo("Every token trains until you make another mask, as one without the most surprising tokens:")
+    if not mask.newest:
+        click.echo(f"Readers take the newest mask, which is another; name this one: --mask {mask.mask}")
+    elif mask.kept_tokens == mask.response_tokens and not mask.branches:
+        click.echo("Every token trains until you make another mask. Only where tokens may be wrong, for example:")
         click.echo(f"  alphatoken-curate mask {done.run} --by '7 - surprise' --keep positive")
 
 
