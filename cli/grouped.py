@@ -11,6 +11,9 @@ from alphatoken_curate.config import GROUPS
 _OWN = GROUPS[-1]
 """The group of a command's own options."""
 
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+"""Settings of every command."""
+
 _COLUMN = 24
 """Names of options that are longer stand on a line of their own."""
 
@@ -24,7 +27,10 @@ class Setting(click.Option):
 
 
 class Grouped(click.Command):
-    """A command whose --help shows its options group by group."""
+    """A command whose --help shows its options group by group, also where it is called without its parent."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **{"context_settings": HELP, **attributes})
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for each group that has options."""

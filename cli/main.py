@@ -13,6 +13,7 @@ import click
 from alphatoken_curate.errors import CurateError
 from alphatoken_curate.rows.files import legible
 
+from .grouped import HELP
 from .interrupts import interruptible
 
 COMMANDS = {
@@ -64,7 +65,7 @@ class _Lazy(click.Group):
     cls=_Lazy,
     help=_HELP,
     epilog=EXIT_CODES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings=HELP,
 )
 @click.version_option(package_name="alphatoken-curate", message="%(package)s %(version)s")
 def cli() -> None:
