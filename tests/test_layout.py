@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sources import CLI, LIBRARY, ROOT, modules
+from sources import CLI, LIBRARY, ROOT, imports, modules
 
 import alphatoken_curate
 
@@ -275,12 +275,3 @@ def test_tests_and_what_helps_them_stand_apart() -> None:
         assert not [name for name in imports(path) if name.startswith("test_")], (
             f"{path}: move what it needs to support/"
         )
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Top names of all that a file imports."""
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""

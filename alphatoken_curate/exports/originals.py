@@ -45,8 +45,9 @@ class _Place(NamedTuple):
 def originals(opened: TrainSet) -> Iterator[Original]:
     """Every row that was read, in order. Raises `UsageError` where the files are gone or are others now."""
     stored = _stored(opened)
-    limited = load_settings(opened.run / CONFIG).get("limit") is not None
-    for file, known in _files(opened, limited=limited):
+    settings = load_settings(opened.run / CONFIG)
+    limited = settings.get("limit") is not None
+    for file, known in _files(opened, settings.get("data"), limited=limited):
         meter = Meter(file)
         for raw in islice(raw_rows(file, meter, ()), known.rows if limited else None):
             place = next(stored, None)
@@ -82,9 +83,8 @@ def _stored(opened: TrainSet) -> Iterator[_Place]:
         yield from (_Place(*row) for row in zip(*names, responses, strict=True))
 
 
-def _files(opened: TrainSet, *, limited: bool) -> list[tuple[DataFile, Input]]:
+def _files(opened: TrainSet, names: object, *, limited: bool) -> list[tuple[DataFile, Input]]:
     """The files that config.yaml names, each with what the manifest says of it; those on disk are checked first."""
-    names = load_settings(opened.run / CONFIG).get("data")
     again = "Restore it, or score again; every other export reads the run alone."
     if not isinstance(names, list) or not names:
         raise UsageError(f"{opened.run / CONFIG}: names no data, so the original rows cannot be found. {again}")

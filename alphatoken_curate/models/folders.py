@@ -19,6 +19,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
+def names_a_path(name: str) -> bool:
+    """Whether a model's name is that of a place on this machine rather than a Hub id."""
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def last_name(name: str) -> str:
     """The last component of a path of any system, or of a Hub id, in lower case."""
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()

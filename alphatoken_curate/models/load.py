@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import importlib
 import importlib.metadata
 import struct
 from collections.abc import Iterable, Iterator
@@ -30,6 +29,7 @@ from alphatoken_curate.models.folders import (
     json_object,
     last_name,
     model_weights,
+    names_a_path,
 )
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _find(
         return ModelSource(name=name, folder=path.parent, gguf=path.name)
     if path.is_dir():
         return _in_folder(name, path, base)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if names_a_path(name):
         raise ModelError(f"{name}: no model here. --model takes a folder with safetensors, a .gguf file or a Hub id.")
     return _in_folder(name, download(name, revision, local), base)
 

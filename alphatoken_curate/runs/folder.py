@@ -18,8 +18,9 @@ EXPORT = "export.json"
 
 _BEGUN = ("values/generation=*", "train/mask=*", "artifacts/run.json")
 """One of these makes a run of a folder without a manifest: one that was begun, or that lost it."""
-_FOLDERS = frozenset({"artifacts", "train", "values"})
-_PARTS = _FOLDERS | {MANIFEST, "config.yaml", "rejects.jsonl", "README.md", "report.html"}
+FOLDERS = frozenset({"artifacts", "train", "values"})
+"""Folders of a run; what a killed writer leaves before its first file lies in one of them."""
+_PARTS = FOLDERS | {MANIFEST, "config.yaml", "rejects.jsonl", "README.md", "report.html"}
 _ROWS = re.compile(r".*\.(parquet|(jsonl|ndjson|json)(\.gz|\.zst)?)")
 _MOST_CHARS = 80
 _MOST_BYTES = 64 << 20
@@ -74,7 +75,7 @@ def _begun(folder: Path) -> bool:
         names = {name for name in os.listdir(folder) if not name.startswith(".")}
     except OSError:
         return True  # the reader meets it too, and says so
-    return _is_marked(folder) or (names <= _FOLDERS and next(_around(folder), None) is None)
+    return _is_marked(folder) or (names <= FOLDERS and next(_around(folder), None) is None)
 
 
 def _is_marked(folder: Path) -> bool:

@@ -53,16 +53,16 @@ def finished(config: ScoreConfig, run: Path) -> ScoreSummary | None:
 
 def _same_fields(config: ScoreConfig, run: Path, stored: Manifest) -> Mapping[str, Json] | None:
     """The fingerprint fields of the run's first generation, where these settings and inputs have the same."""
-    if not _is_whole(run, stored) or (stored.counts.rejected and config.bad_rows == "refuse"):
+    if not stored.generations or (stored.counts.rejected and config.bad_rows == "refuse"):
         return None
     footer = shards.read_footer(run / stored.generations[0].shards[0].path)
+    if not _is_whole(run, stored, footer.fields):
+        return None
     made = footer.facts["versions"]
     if not isinstance(made, Mapping) or versions(str(made["device"])) != made:
         return None
     model = find_model(config.model)
-    if not config.trust_remote_code and not model.gguf and model_config(model).get("auto_map"):
-        return None
-    if config.device not in ("auto", "cpu") or not tokens_are_digested(model):
+    if _is_in_doubt(config, model):
         return None
     if (named := _named(config, model, footer.fields, stored.counts.read)) is None:
         return None
@@ -71,12 +71,17 @@ def _same_fields(config: ScoreConfig, run: Path, stored: Manifest) -> Mapping[st
     return footer.fields if set(differing(footer.fields, now)) <= set(OF_TOKENS) else None
 
 
-def _is_whole(run: Path, stored: Manifest) -> bool:
+def _is_in_doubt(config: ScoreConfig, model: ModelSource) -> bool:
+    """Whether the scoring may refuse what is named, or make other tokens of it, though no digest differs."""
+    needs_code = not config.trust_remote_code and not model.gguf and bool(model_config(model).get("auto_map"))
+    return needs_code or config.device not in ("auto", "cpu") or not tokens_are_digested(model)
+
+
+def _is_whole(run: Path, stored: Manifest, fields: Mapping[str, Json]) -> bool:
     """Whether what the manifest names is as it was written; of the first scoring's shards the footers are looked at."""
-    if not stored.generations or not all(_is_as_written(run, file) for file in stored.files):
+    if not all(_is_as_written(run, file) for file in stored.files):
         return False
     first = stored.generations[0]
-    fields = shards.read_footer(run / first.shards[0].path).fields
     found = shards.committed(shards.values_folder(run, first.generation), fields)
     return first.generation == 0 and found == dict(enumerate(first.shards))
 

@@ -9,14 +9,12 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import MaskSummary
 from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs.folder import FOLDERS
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.scoring.budget import NAME as BUDGET
 
 SUFFIX = ".alphatoken"
 """A run folder's default name is the stem of its data and this."""
-
-_FOLDERS = ("artifacts", "train", "values")
-"""Folders of a run; what a killed writer leaves before its first file lies in one of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +47,7 @@ def check_ours(run: Path) -> None:
         raise UsageError(f"{run}: a file. Name a folder for the run with -o.")
     if not run.exists() or (run / "artifacts" / BUDGET).is_file() or (run / manifest.NAME).is_file():
         return
-    foreign = sorted(path.name for path in run.iterdir() if path.name not in _FOLDERS)
+    foreign = sorted(path.name for path in run.iterdir() if path.name not in FOLDERS)
     if foreign:
         raise UsageError(f"{run}: not a run folder, and not empty (it has {foreign[0]!r}). Name another one with -o.")
 

@@ -114,10 +114,14 @@ def tokens_are_digested(source: ModelSource) -> bool:
     return all(path.is_file() and path.name.startswith(known) for path in there)
 
 
+def has_drift(fields: Mapping[str, Json]) -> bool:
+    """Whether the drift from the reference is a direction of a run of these fields, and not zero."""
+    return fields["drift"] == "lookahead" or (fields["drift"] == "weights" and fields["model"] != fields["reference"])
+
+
 def has_stability(fields: Mapping[str, Json]) -> bool:
-    """Whether a run of these fields has a stability: its reference is another model, or rows stand for it."""
-    drift = fields["drift"] == "weights" and fields["model"] != fields["reference"]
-    return drift or fields["drift"] == "lookahead" or fields["retention"] is not None
+    """Whether a run of these fields has a stability: by the drift, or by rows of what must not be forgotten."""
+    return has_drift(fields) or fields["retention"] is not None
 
 
 def versions(device: str) -> dict[str, str]:

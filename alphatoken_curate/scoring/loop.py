@@ -24,6 +24,7 @@ from alphatoken_curate.scoring.beside import write_beside
 from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of
+from alphatoken_curate.scoring.identity import has_stability
 from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.job import Job, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
@@ -58,9 +59,8 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSu
         if write_beside(folder, prepared, spec.dtype, budget.first) or scored:
             write_manifest(folder)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
-    return ScoreSummary(
-        run=folder, manifest=stored, mask=mask, shards_scored=scored, has_stability="stab" in spec.objectives
-    )
+    stable = has_stability(spec.store.fields)
+    return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored, has_stability=stable)
 
 
 def _tell(prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:

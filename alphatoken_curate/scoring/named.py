@@ -7,6 +7,7 @@ from pathlib import Path
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import check_settings
+from alphatoken_curate.models.folders import names_a_path
 from alphatoken_curate.models.load import DEMO_MODEL, find_model, resolve_device, resolve_dtype
 from alphatoken_curate.rows.files import find_files
 from alphatoken_curate.runs.schema import LAYOUTS, components
@@ -23,20 +24,13 @@ def check_named(config: ScoreConfig) -> None:
         if name is not None:
             find_files([name])
     for name in (config.model, config.reference):
-        if name is not None and _is_local(name):
-            find_model(name)
+        if name not in (None, DEMO_MODEL) and names_a_path(str(name)):
+            find_model(str(name))
     if config.fisher not in FISHER_MODES and not Path(config.fisher).expanduser().is_file():
         told = f"none of {', '.join(FISHER_MODES)} nor a file. Name a safetensors file."
         raise UsageError(f"--fisher {config.fisher}: {told}")
     artifacts_of(config.reuse)
     _check_mask(config)
-
-
-def _is_local(name: str) -> bool:
-    """Whether a model is named by a path; an adapter may be of a base that is not here."""
-    path = Path(name).expanduser()
-    there = path.exists() and not (path / "adapter_config.json").is_file()
-    return name != DEMO_MODEL and (there or name.startswith((".", "/", "~")) or name.count("/") > 1)
 
 
 def _check_mask(config: ScoreConfig) -> None:

@@ -40,6 +40,7 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
+from alphatoken_curate.scoring.identity import has_drift
 from alphatoken_curate.scoring.prepare import Prepared, fingerprint_fields
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.preference import Pairs, reference_sums
@@ -72,8 +73,7 @@ class ScorerSpec:
     @property
     def has_drift(self) -> bool:
         """Whether the drift from the reference is a direction of this run, and not zero."""
-        drift = self.store.fields["drift"]
-        return drift == "lookahead" or (drift == "weights" and self.has_reference)
+        return has_drift(self.store.fields)
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from chats import CHATML, answer, chat, responses, run, run_prompts, user
 from hostile_run import PAYLOADS, hostile_run
 from pinned import asked
 from safetensors.torch import load_file
-from sources import CLI, LIBRARY, ROOT, modules
+from sources import CLI, LIBRARY, ROOT, imports, modules
 from tiny_files import command, contents, token_records, write_jsonl
 
 from alphatoken_curate.directions import drift
@@ -396,17 +395,9 @@ _MAY = {
 }
 
 
-def _imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield (node.module or "").partition(".")[0]
-
-
 @pytest.mark.parametrize("path", [*modules(LIBRARY), *modules(CLI)], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_network_is_asked_in_two_places_only(path: Path) -> None:
-    assert set(_imports(path)) & _NETWORK <= _MAY.get(f"{path.parent.name}/{path.stem}", set())
+    assert set(imports(path)) & _NETWORK <= _MAY.get(f"{path.parent.name}/{path.stem}", set())
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"weights_only\s*=\s*False|allow_pickle\s*=\s*True|trust_remote_code\s*=\s*True", text)
     assert not re.search(r"verify\s*=\s*False|mktemp\(|os\.chmod", text)
@@ -415,7 +406,7 @@ def test_the_network_is_asked_in_two_places_only(path: Path) -> None:
 def test_where_the_network_may_be_asked_it_is() -> None:
     for name in ("models/folders", "models/load", "rows/tables"):
         wanted = _MAY[name]
-        assert set(_imports(LIBRARY / f"{name}.py")) & _NETWORK == wanted
+        assert set(imports(LIBRARY / f"{name}.py")) & _NETWORK == wanted
 
 
 def test_what_checks_use_is_pinned_by_hash() -> None:
