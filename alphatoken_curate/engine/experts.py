@@ -29,10 +29,15 @@ _watches: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
 
 def expert_matrices(module: nn.Module) -> dict[str, bool]:
     """Parameters that hold a matrix for each expert, and whether as (d_in, d_out); of another module, none."""
-    if not hasattr(module, "_is_expert_parallel") or not hasattr(module, "has_gate"):
+    # What transformers' interface gives each of its modules.
+    if not hasattr(module, "has_gate") or not hasattr(module, "is_transposed"):
         return {}
-    into = "gate_up_proj" if module.has_gate else "up_proj"
-    return dict.fromkeys((into, "down_proj"), bool(module.is_transposed))
+    return dict.fromkeys((_first(module), "down_proj"), bool(module.is_transposed))
+
+
+def _first(module: Any) -> str:
+    """The matrix that an expert begins with."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def install(blocks: list[nn.Module]) -> Callable[[], None]:
@@ -117,11 +122,11 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 def _expert(module: Any, expert: int, x: Tensor, places: Tensor, told: Watch) -> Tensor:
     """One expert on the rows x (n, D) of its positions."""
-    into = "gate_up_proj" if module.has_gate else "up_proj"
+    into = _first(module)
     inner = told(into, expert, x, _multiply(module, into, expert, x), places)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     out = told("down_proj", expert, inner, _multiply(module, "down_proj", expert, inner), places)
-    normed: Tensor = module.post_expert_norm(out) if module.has_post_expert_norm else out
+    normed: Tensor = module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
     return normed
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from alphatoken_curate.errors import ModelError
+from alphatoken_curate.models.releases import network_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -108,13 +109,13 @@ def checked(folder: Path) -> Path:
 
 def download(hub_id: str, revision: str | None, local: bool) -> Path:
     """The folder of a model of the Hub; `local` takes it from the cache alone. Raises ModelError."""
-    import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
+    refused: tuple[type[Exception], ...] = (HFValidationError, *network_errors())
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES, local_files_only=local))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+    except refused as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{hub_id}: no such folder here, and the Hub did not give it ({reason}). Check the name, or the network."

@@ -6,7 +6,6 @@ safetensors or GGUF.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import importlib.metadata
 import struct
@@ -17,7 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alphatoken_curate.errors import ModelError, UsageError
+from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.adapters import AdapterRecord, merge_adapter, read_record
 from alphatoken_curate.models.folders import (
     ADAPTER_CONFIG,
@@ -31,6 +30,7 @@ from alphatoken_curate.models.folders import (
     model_weights,
     names_a_path,
 )
+from alphatoken_curate.models.releases import before, keep_soft_caps, name_stops
 
 if TYPE_CHECKING:
     import torch
@@ -293,6 +293,8 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 home.folder, trust_remote_code=trust_remote_code, **home.load_options
             )
+            if home.gguf and before("5.18"):
+                name_stops(tokenizer, home.folder / home.gguf)
     except _unreadable() as error:
         raise ModelError(f"{source.name}: transformers cannot load its tokenizer: {error!r}") from error
     return tokenizer
@@ -335,6 +337,7 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
         told = str(error) if isinstance(error, OSError | RuntimeError | SafetensorError) else repr(error)
         raise ModelError(f"{source.name}: transformers cannot load it: {told}") from error
     model, report = loaded
+    keep_soft_caps(model)
     if missing := sorted(report["missing_keys"]):
         # transformers would make these up at random, with a warning.
         raise ModelError(
@@ -364,37 +367,3 @@ def _gguf_needed(source: ModelSource) -> Iterator[None]:
                 " Run: pip install 'alphatoken-curate[demo]'."
             ) from error
         raise
-
-
-def free_memory() -> None:
-    """Give a dropped model's memory back before the next one is loaded."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the card where there is one."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: no such device. Use cpu, cuda, cuda:0 or auto.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch sees no CUDA card here. Use --device cpu.")
-    return device
-
-
-def resolve_dtype(name: str, device_type: str, parameters: str) -> str:
-    """Name of the dtype the model runs in: `auto` is bfloat16 on a card, float32 on a CPU.
-
-    Where every parameter is scored (`parameters` "all") `auto` is float32: tangents of all weights add up.
-    """
-    if name == "auto":
-        return "bfloat16" if device_type == "cuda" and parameters == "linear" else "float32"
-    return name

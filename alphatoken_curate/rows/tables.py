@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from alphatoken_curate.errors import InputError
+from alphatoken_curate.models.releases import network_errors
 from alphatoken_curate.rows.containers import (
     CHUNK_BYTES,
     MAX_LINE_BYTES,
@@ -134,7 +135,6 @@ def _hub_or_cache(name: str) -> Iterator[None]:
     Left to itself, `datasets` asks again and again for half a minute, and says so on our own output.
     """
     import datasets
-    import httpx2
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -143,7 +143,7 @@ def _hub_or_cache(name: str) -> Iterator[None]:
         HfApi().dataset_info(name, timeout=_HUB_SECONDS)
     except HfHubHTTPError:
         pass  # it answers, and will say what is wrong
-    except (httpx2.HTTPError, OSError):
+    except network_errors():
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError
-from alphatoken_curate.models.load import free_memory
+from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.atomic import atomic_file
 from alphatoken_curate.runs.documents import Unreadable, decode, sealed, unsealed

@@ -109,7 +109,7 @@ def _tried(config: ScoreConfig, progress: Progress, *, estimated: bool) -> tuple
 
 def _planned(config: ScoreConfig, dealt: Sequence[Sequence[AnyRow]], found: Estimate | None) -> tuple[int, int, int]:
     """Tokens of a batch, how many batches there are, and their tokens with padding."""
-    from alphatoken_curate.models.load import resolve_device
+    from alphatoken_curate.models.devices import resolve_device
     from alphatoken_curate.scoring.trial import planned, usual_budget
 
     if found is not None:

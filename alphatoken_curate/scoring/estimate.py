@@ -25,7 +25,7 @@ from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
 from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.errors import CurateError
-from alphatoken_curate.models.load import resolve_device
+from alphatoken_curate.models.devices import resolve_device
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.meter import Meter

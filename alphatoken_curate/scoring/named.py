@@ -7,8 +7,9 @@ from pathlib import Path
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import check_settings
+from alphatoken_curate.models.devices import resolve_device, resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
-from alphatoken_curate.models.load import DEMO_MODEL, find_model, resolve_device, resolve_dtype
+from alphatoken_curate.models.load import DEMO_MODEL, find_model
 from alphatoken_curate.rows.files import find_files
 from alphatoken_curate.runs.schema import LAYOUTS, components
 from alphatoken_curate.scoring.folder import artifacts_of

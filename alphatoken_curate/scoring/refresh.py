@@ -17,8 +17,9 @@ from alphatoken_curate.errors import BusyError, FingerprintError, InputError, Mo
 from alphatoken_curate.masks.mask import mask_and_card, mend
 from alphatoken_curate.masks.remask import MaskSummary
 from alphatoken_curate.models.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
+from alphatoken_curate.models.devices import resolve_device
 from alphatoken_curate.models.likeness import check_alike
-from alphatoken_curate.models.load import ModelSource, find_model, model_digest, resolve_device
+from alphatoken_curate.models.load import ModelSource, find_model, model_digest
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.artifacts import OF_MODEL, TARGET, Store

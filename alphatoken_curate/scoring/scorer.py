@@ -27,15 +27,9 @@ from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.engine.precision import narrow
 from alphatoken_curate.errors import InputError, ModelError
+from alphatoken_curate.models.devices import free_memory, resolve_device, resolve_dtype
 from alphatoken_curate.models.likeness import check_alike
-from alphatoken_curate.models.load import (
-    ModelSource,
-    find_model,
-    free_memory,
-    load_model,
-    resolve_device,
-    resolve_dtype,
-)
+from alphatoken_curate.models.load import ModelSource, find_model, load_model
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store

@@ -15,7 +15,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.parameters import rest_zeros
 from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import Direction, ScoringModel
-from alphatoken_curate.models.load import free_memory
+from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store

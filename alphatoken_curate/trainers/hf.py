@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.models.releases import before
 from alphatoken_curate.runs.schema import PREFERENCE
 from alphatoken_curate.trainers.collator import WEIGHT, WeightedCollator
 from alphatoken_curate.trainers.current import ROWS, Served
@@ -65,8 +66,12 @@ class DenominatorMixin(RowsMixin):
             self.denominator = denominator
         count_items(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), self.denominator)
         refuse(self, [("label_smoothing_factor", "it smooths labels of tokens without their weights")])
-        if getattr(self, "compute_loss_func", None) is not None:
+        if callable(getattr(self, "compute_loss_func", None)):
             raise UsageError("compute_loss_func is never given the weights of tokens; leave it out")
+        if before("5.19"):
+            # There a loss is divided by the steps of a window again, but where the model is given the count of items;
+            # TRL would call what it sets to say so.
+            self.model_accepts_loss_kwargs, self.compute_loss_func = True, None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """What the loss of a window is divided by: by `denominator`, over all processes. transformers asks for it."""

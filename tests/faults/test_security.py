@@ -385,9 +385,10 @@ def test_a_run_opens_no_socket_starts_no_program_and_writes_nowhere_else(
 _NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "httpx2", "aiohttp", "ftplib", "smtplib"}
 _NETWORK |= {"huggingface_hub", "datasets", "wandb", "posthog", "sentry_sdk", "opentelemetry", "ctypes", "cffi", "pty"}
 _MAY = {
-    "models/folders": {"httpx2", "huggingface_hub"},  # a model that the user names by its Hub id
+    "models/folders": {"huggingface_hub"},  # a model that the user names by its Hub id
     "models/load": {"huggingface_hub"},  # the name of an error
-    "rows/tables": {"datasets", "httpx2", "huggingface_hub"},  # a data set that the user names by its Hub name
+    "models/releases": {"huggingface_hub"},
+    "rows/tables": {"datasets", "huggingface_hub"},  # a data set that the user names by its Hub name
     "trainers/dataset": {"datasets"},  # rows of a mask as `datasets` holds them, from memory
     "trainers/current": {"datasets"},
     "trainers/hf": {"datasets"},

@@ -16,7 +16,7 @@ import pytest
 import torch
 from daily import daily
 from directed import assert_close, by_gradients, by_name, directions, influence_of
-from tiny import CORE, FAMILIES, LAYERS_ALL, REFUSED, ROUNDING, UNCAPTURED, tiny_model, tiny_rows
+from tiny import CORE, FAMILIES, LAYERS_ALL, REFUSED, ROUNDING, SINCE, UNCAPTURED, tiny_model, tiny_rows
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -159,14 +159,15 @@ def table() -> str:
         " weights of experts and",
         "routers too. Each is checked in float64, with padding, against one backward pass per token (`published`:",
         "the paper's equations by loops), to 1e-10 of the largest value, or 1e-6 where the model itself rounds",
-        f"({rounding}). The last column is `--estimator influence --parameters all` on three blocks of four.",
+        f"({rounding}). `all parameters` is `--estimator influence --parameters all` on three blocks of four; the last",
+        "column is the first release of transformers that will do, where that is not the oldest we take.",
         "",
-        "| family | published | exact | influence | influence of all parameters |",
-        "|---|---|---|---|---|",
+        "| family | published | exact | influence | all parameters | transformers |",
+        "|---|---|---|---|---|---|",
     ]
     for family in sorted(FAMILIES):
         said = ("refused" if estimator in REFUSED.get(family, {}) else "yes" for estimator in ESTIMATORS)
-        lines.append(f"| `{family}` | {' | '.join(said)} | yes |")
+        lines.append(f"| `{family}` | {' | '.join(said)} | yes | {SINCE.get(family, '')} |")
     lines += ["", "| refused by name | because it has |", "|---|---|"]
     lines += [f"| `{family}` | {why} |" for family, (_, _, why) in sorted(UNCAPTURED.items())]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from tiny_files import perturbed, plain_llama, quiet, save_gguf, token_records, 
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from alphatoken_curate import ModelError, ScoreConfig, UsageError, scan, score
+from alphatoken_curate import ModelError, ScoreConfig, scan, score
 from alphatoken_curate.engine.capture import ScoringModel, captured
 from alphatoken_curate.models.load import (
     ModelSource,
@@ -26,8 +26,6 @@ from alphatoken_curate.models.load import (
     load_model,
     load_tokenizer,
     model_digest,
-    resolve_device,
-    resolve_dtype,
     tokenizer_digest,
 )
 from alphatoken_curate.signals.paths import PathScorer
@@ -406,23 +404,6 @@ def test_an_adapter_of_a_gguf_model(gguf_models: dict[str, str], tmp_path: Path)
     shutil.copy(gguf_models["tuned"], tmp_path / "base" / "tuned.gguf")
     with pytest.raises(ModelError, match=r"2 \.gguf files"):
         find_model(str(tmp_path / "adapter"))
-
-
-# --- devices
-
-
-def test_devices_and_dtypes() -> None:
-    assert resolve_device("cpu") == CPU
-    assert resolve_dtype("auto", "cuda", "linear") == "bfloat16"
-    assert resolve_dtype("auto", "cuda", "all") == "float32"
-    assert resolve_dtype("auto", "cpu", "linear") == "float32"
-    assert resolve_dtype("float64", "cuda", "all") == "float64"
-    with pytest.raises(UsageError, match="--device potato"):
-        resolve_device("potato")
-    if not torch.cuda.is_available():
-        assert resolve_device("auto") == CPU
-        with pytest.raises(UsageError, match="--device cpu"):
-            resolve_device("cuda:1")
 
 
 # --- what can be captured, and what is refused by name

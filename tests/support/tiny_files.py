@@ -92,10 +92,10 @@ def save_gguf(model: Any, path: Path) -> str:
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    characters = [chr(0x21 + i) for i in range(VOCABULARY - 4)]
-    writer.add_token_list(["<pad>", "<s>", "</s>", *characters, '!"'])
+    characters = [chr(0x21 + i) for i in range(VOCABULARY - 5)]
+    writer.add_token_list(["<pad>", "<s>", "</s>", *characters, '!"', '"#'])
     writer.add_token_types([3, 3, 3] + [1] * (VOCABULARY - 3))
-    writer.add_token_merges(['! "'])
+    writer.add_token_merges(['! "', '" #'])  # one alone is no list to readers before 5.20
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}

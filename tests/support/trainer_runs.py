@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from alphatoken_curate.models.releases import before
+
 ROWS, PACKED = 8, 24
 """Rows of a run; of their packs, which hold two rows each, the length."""
 
@@ -56,6 +58,10 @@ def settings(folder: Path, accumulation: int, batch: int = ROWS, **more: Any) ->
         "dataloader_pin_memory": False,
         **more,
     }
+
+
+NO_CHECKPOINTING = {("gradient" if before("5.23") else "activation") + "_checkpointing": False}
+"""What turns recomputing off: transformers gave it another name."""
 
 
 @dataclass(frozen=True)

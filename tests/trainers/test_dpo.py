@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from hand import dpo_loss, gradients, stored
 from tiny_files import perturbed
-from trainer_runs import ROWS, assert_close, settings, step, tiny, tokenizer, train_run
+from trainer_runs import NO_CHECKPOINTING, ROWS, assert_close, settings, step, tiny, tokenizer, train_run
 from trl import DPOConfig
 
 from alphatoken_curate.errors import UsageError
@@ -35,7 +35,7 @@ def policy() -> Any:
 
 
 def trainer(out: Path, rows: Any, *, accumulation: int = 1, model: Any = None, **more: Any) -> WeightedDPOTrainer:
-    more = {"max_length": None, "activation_checkpointing": False, "beta": BETA, **more}
+    more = {"max_length": None, **NO_CHECKPOINTING, "beta": BETA, **more}
     peft = {"peft_config": more.pop("peft_config")} if "peft_config" in more else {"ref_model": tiny()}
     return WeightedDPOTrainer(
         model=model or policy(),

@@ -15,7 +15,7 @@ from daily import daily
 from hand import sft_loss, stored
 from small_run import published
 from tiny_files import pair_records, quiet, token_records, write_jsonl
-from trainer_runs import settings, tokenizer
+from trainer_runs import NO_CHECKPOINTING, settings, tokenizer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from alphatoken_curate import CurateError, FingerprintError, ScoreConfig, mask, refresh, score
@@ -79,7 +79,7 @@ def of_trl(kind: str, run: Path, models: dict[str, str], out: Path, callbacks: l
 
     from alphatoken_curate.trainers import WeightedDPOTrainer, WeightedSFTTrainer
 
-    own = {"activation_checkpointing": False, "max_length": None}
+    own = {**NO_CHECKPOINTING, "max_length": None}
     given = {"model": model_of(models), "train_dataset": as_dataset(run, 0), "processing_class": tokenizer()}
     given["callbacks"] = callbacks
     if kind == "dpo":
@@ -347,7 +347,7 @@ def test_reference_log_probabilities_of_the_first_mask_are_refused(
     from alphatoken_curate.trainers import WeightedDPOTrainer
 
     run = finished["preference"]
-    own = {"activation_checkpointing": False, "max_length": None, "precompute_ref_log_probs": True}
+    own = {**NO_CHECKPOINTING, "max_length": None, "precompute_ref_log_probs": True}
     made = WeightedDPOTrainer(
         model=model_of(models),
         args=DPOConfig(**arguments(tmp_path, 1, **own)),

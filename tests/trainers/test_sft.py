@@ -12,7 +12,7 @@ from daily import daily
 from datasets import Dataset
 from hand import gradients, sft_loss, stored
 from tiny import tiny_model
-from trainer_runs import PACKED, ROWS, assert_close, settings, step, tiny, tokenizer, train_run
+from trainer_runs import NO_CHECKPOINTING, PACKED, ROWS, assert_close, settings, step, tiny, tokenizer, train_run
 from trl import SFTConfig, SFTTrainer
 
 from alphatoken_curate.errors import UsageError
@@ -37,7 +37,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def trainer(out: Path, rows: Any, *, accumulation: int = 1, model: Any = None, **more: Any) -> WeightedSFTTrainer:
     own = {"denominator": more.pop("denominator")} if "denominator" in more else {}
     batch = ROWS // 2 if more.get("packing") else ROWS
-    arguments = SFTConfig(**settings(out, accumulation, batch, activation_checkpointing=False, **more))
+    arguments = SFTConfig(**settings(out, accumulation, batch, **NO_CHECKPOINTING, **more))
     return WeightedSFTTrainer(
         model=model or tiny(), args=arguments, train_dataset=rows, processing_class=tokenizer(), **own
     )
@@ -84,7 +84,7 @@ def test_a_masked_last_token_changes_nothing(run: Path, tmp_path: Path, layout: 
 def test_binary_masks_train_as_trl_does_with_the_labels(tmp_path: Path) -> None:
     rows = as_dataset(train_run(tmp_path / "run"))
     found = step(trainer(tmp_path, rows, accumulation=4, max_length=None))
-    arguments = SFTConfig(**settings(tmp_path, 4, activation_checkpointing=False, max_length=None))
+    arguments = SFTConfig(**settings(tmp_path, 4, **NO_CHECKPOINTING, max_length=None))
     bare = rows.select_columns(["input_ids", "labels"])
     plain = SFTTrainer(model=tiny(), args=arguments, train_dataset=bare, processing_class=tokenizer())
     wanted = step(plain)
@@ -97,7 +97,7 @@ def test_metrics_of_trl_are_as_without_weights(run: Path, tmp_path: Path) -> Non
     rows = as_dataset(run)
     logged = []
     for kind in (WeightedSFTTrainer, SFTTrainer):
-        arguments = SFTConfig(**settings(tmp_path, 1, activation_checkpointing=False, max_length=None, logging_steps=1))
+        arguments = SFTConfig(**settings(tmp_path, 1, **NO_CHECKPOINTING, max_length=None, logging_steps=1))
         data = rows if kind is WeightedSFTTrainer else rows.select_columns(["input_ids", "labels"])
         made = kind(model=tiny(), args=arguments, train_dataset=data, processing_class=tokenizer())
         made.train()
@@ -145,7 +145,7 @@ def test_what_would_leave_weights_aside_is_refused(run: Path, tmp_path: Path) ->
         trainer(tmp_path, rows, max_length=None, loss_type="dft")
     with pytest.raises(UsageError, match="'bfd', which leaves rows whole"):
         trainer(tmp_path, rows, max_length=PACKED, packing=True, packing_strategy="wrapped")
-    arguments = SFTConfig(**settings(tmp_path, 1, activation_checkpointing=False, max_length=None))
+    arguments = SFTConfig(**settings(tmp_path, 1, **NO_CHECKPOINTING, max_length=None))
     careless = WeightedSFTTrainer(model=tiny(), args=arguments, train_dataset=rows, processing_class=tokenizer())
     careless.data_collator = careless.data_collator.inner
     with pytest.raises(UsageError, match="a batch has no loss_weight"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hand import sft_loss, stored
 from tiny_files import command, quiet
+from trainer_runs import NO_CHECKPOINTING
 from transformers import AutoModelForCausalLM
 
 from alphatoken_curate import verify
@@ -75,7 +76,7 @@ def settings(out: Path, **more: Any) -> dict[str, Any]:
         "learning_rate": 1e-5,
         "save_only_model": True,
         "logging_steps": 1,
-        "activation_checkpointing": False,
+        **NO_CHECKPOINTING,
         "bf16": False,
         "use_cpu": True,
         "report_to": "none",
