@@ -4,8 +4,8 @@
     python tests/benchmarks/estimate.py --data gsm8k_sft.jsonl --rows 200 -- --estimator exact --layers all
 
 What follows `--` goes to both commands. Seconds are those of a whole command on the wall; memory is the most that its
-process ever held (on a card: that torch allocated there is told by the estimate alone). Both commands share what else
-the machine does: a ratio means little where it was busy, so the load is printed, and `--repeat` does it all again.
+process ever held, or on a card that torch allocated there since the last trial of a batch. Both commands share what
+else the machine does: a ratio means little where it was busy, so the load is printed, and `--repeat` does it all again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def run(*arguments: str) -> Ran:
     code = (
         "import sys, resource; from alphatoken_curate.cli.main import main; sys.argv[0] = 'alphatoken-curate'\n"
         "try: main()\n"
-        "finally: print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "finally:\n"
+        "    import torch\n"
+        "    card = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0\n"
+        "    print('PEAK', card // 1024 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=False)

@@ -8,19 +8,22 @@ that, and a job that does not fit says so). One table for each share of a row th
 second, the ratio of its seconds to those of a plain no-grad forward with logits at all positions, that ratio counted in
 multiplications alone, the share of the card's matrix peak (two operations for each multiplication a job cannot do
 without, to what one large bfloat16 product reaches in the same run), peak memory above the model's weights, and what of
-it the job holds ready. Seconds are medians of `--rounds` after a warm-up, a forward before each job's.
+it the job holds ready. Seconds are medians of `--rounds` after a warm-up, a forward before each job's. `--json FILE`
+holds the same numbers, and is written again after each job.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,15 +146,42 @@ def _median(work: Callable[[], Any], device: Device, rounds: int) -> float:
     return statistics.median(device.seconds(work) for _ in range(rounds))
 
 
-def report(name: str, shape: Shape, batches: list[Batch], found: Found, peak: float) -> str:
-    """A line of a table."""
+def numbers(name: str, shape: Shape, batches: list[Batch], found: Found, peak: float) -> dict[str, Any]:
+    """Of a job in one setting: what a line of the table tells, and seconds of both it and the forward."""
     work = work_of(batches)
     needed, least = (multiplications(what, shape, work) for what in (name, "forward"))
-    tokens = sum(batch.input_ids.size for batch in batches)
+    return {
+        "job": name,
+        "seconds": found.seconds,
+        "forward_seconds": found.forward,
+        "times_forward": found.seconds / found.forward,
+        "bound": needed / least,
+        "tokens_per_second": sum(batch.input_ids.size for batch in batches) / found.seconds,
+        "of_peak": needed / found.seconds / peak,
+        "peak_gib": found.peak / 2**30,
+        "held_gib": found.held / 2**30,
+    }
+
+
+def line(told: dict[str, Any]) -> str:
+    """A line of a table."""
+    if "seconds" not in told:
+        return f"{told['job']:<16} does not fit on this card"
     return (
-        f"{name:<16}{found.seconds:>9.3f}{found.seconds / found.forward:>11.2f}{needed / least:>8.2f}"
-        f"{tokens / found.seconds:>11.0f}{needed / found.seconds / peak:>9.1%}"
-        f"{found.peak / 2**30:>11.2f}{found.held / 2**30:>11.2f}"
+        f"{told['job']:<16}{told['seconds']:>9.3f}{told['times_forward']:>11.2f}{told['bound']:>8.2f}"
+        f"{told['tokens_per_second']:>11.0f}{told['of_peak']:>9.1%}{told['peak_gib']:>11.2f}{told['held_gib']:>11.2f}"
+    )
+
+
+def table(prompt: float, told: list[dict[str, Any]], args: Namespace) -> str:
+    """The jobs of one setting."""
+    return "\n".join(
+        [
+            f"{args.rows} rows of {args.length} tokens, {prompt:.0%} prompt, {args.batch_tokens} tokens a batch",
+            f"{'job':<16}{'seconds':>9}{'x forward':>11}{'bound':>8}{'tokens/s':>11}{'of peak':>9}"
+            f"{'peak GiB':>11}{'held GiB':>11}",
+            *map(line, told),
+        ]
     )
 
 
@@ -166,6 +196,7 @@ def parse() -> Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--jobs", nargs="+", default=JOBS)
+    parser.add_argument("--json", type=Path, help="also write the numbers here, after each job")
     return parser.parse_args()
 
 
@@ -179,23 +210,26 @@ def main() -> None:
         )
     name = torch.cuda.get_device_name() if device.is_card else "no CUDA card: CPU, which says nothing of a card"
     peak = matrix_peak(device, getattr(torch, args.dtype), 16384 if device.is_card else 512)
-    print(
+    head = (
         f"{name}; torch {torch.__version__}; {args.shape} in {args.dtype}; a large product: {2e-12 * peak:.1f} TFLOP/s"
     )
+    print(head, flush=True)
     settings = [make_batches(args, prompt) for prompt in args.prompt]
     shape = shape_of(make_model(args, device))
-    lines: list[list[str]] = [[] for _ in settings]
+    told: list[list[dict[str, Any]]] = [[] for _ in settings]
     for what in args.jobs:
         try:
-            for at, found in enumerate(measure(what, args, device, settings)):
-                lines[at].append(report(what, shape, settings[at], found, peak))
+            found = measure(what, args, device, settings)
         except torch.OutOfMemoryError:
-            for each in lines:
-                each.append(f"{what:<16} does not fit on this card")
-    for prompt, each in zip(args.prompt, lines, strict=True):
-        print(f"\n{args.rows} rows of {args.length} tokens, {prompt:.0%} prompt, {args.batch_tokens} tokens a batch")
-        print(f"{'job':<16}{'seconds':>9}{'x forward':>11}{'bound':>8}{'tokens/s':>11}{'of peak':>9}", end="")
-        print(f"{'peak GiB':>11}{'held GiB':>11}", *each, sep="\n")
+            for each in told:
+                each.append({"job": what, "fits": False})
+        else:
+            for each, batches, one in zip(told, settings, found, strict=True):
+                each.append(numbers(what, shape, batches, one, peak))
+        tables = [table(prompt, each, args) for prompt, each in zip(args.prompt, told, strict=True)]
+        if args.json is not None:
+            args.json.write_text(json.dumps({"head": head, "prompt": args.prompt, "jobs": told, "tables": tables}))
+    print("", *tables, sep="\n\n")
 
 
 if __name__ == "__main__":
