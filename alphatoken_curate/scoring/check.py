@@ -41,6 +41,8 @@ class CheckSummary:
     longest: int
     truncated_rows: int
     truncated_tokens: int
+    told: dict[str, int]
+    """How many rows are not as they were given, by what the chat template did."""
     batches: int
     batch_tokens: int
     padding: float
@@ -80,6 +82,7 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
         longest=int(lengths.max(initial=0)),
         truncated_rows=sum(row.truncated > 0 for row in rows),
         truncated_tokens=sum(row.truncated for row in rows),
+        told=prepared.told,
         batches=batches,
         batch_tokens=budget,
         padding=1 - tokens / padded,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from alphatoken_curate.errors import InputError
 from alphatoken_curate.models.load import (
     ModelSource,
     find_model,
+    generation_stops,
     load_tokenizer,
     model_config,
 )
@@ -68,6 +70,8 @@ class Prepared:
     prompts: SideRows
     bad: list[BadRow]
     """Bad rows of DATA, by row_id."""
+    told: dict[str, int]
+    """How many rows, of DATA and of files beside it, are not as they were given, by what the chat template did."""
 
     @property
     def target_rows(self) -> list[TokenRow]:
@@ -110,6 +114,7 @@ def prepare(config: ScoreConfig) -> Prepared:
         rows=rows,
         held_out=held_out,
         bad=bad,
+        told=dict(sorted(reader.told.items())),
         **side,
     )
 
@@ -126,13 +131,15 @@ def _check_tokenizer(config: ScoreConfig, bad: Sequence[BadRow]) -> None:
 
 
 class _Reader:
-    """Reads rows as the model of a run tokenises them; `bad`: rows of files beside DATA that cannot be used.
+    """Reads rows as the model of a run tokenises them.
 
+    `bad` are the rows of files beside DATA that cannot be used; `told` counts those that are not as they were given.
     The tokenizer is loaded once there is a row: where the first cannot be had, that is told at once.
     """
 
     def __init__(self, config: ScoreConfig, source: ModelSource) -> None:
         self.bad: list[BadRow] = []
+        self.told: Counter[str] = Counter()
         self._config, self._source = config, source
 
     @cached_property
@@ -148,7 +155,13 @@ class _Reader:
         """Tokens of rows that were read, and those that have none to score."""
         config, rows = self._config, _begun(found)
         return tokenise(
-            rows, self.tokenizer, max_length=config.max_length, turns=config.turns, vocab_size=self._vocabulary
+            rows,
+            self.tokenizer,
+            max_length=config.max_length,
+            turns=config.turns,
+            vocab_size=self._vocabulary,
+            stops=_stops(self._source, self.tokenizer),
+            told=self.told,
         )
 
     def side(self, name: str, path: str | None) -> SideRows:
@@ -166,6 +179,14 @@ class _Reader:
             rows = [chosen(row) for row in both]
         self.bad += sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
         return SideRows(rows=rows, files=found.files)
+
+
+def _stops(source: ModelSource, tokenizer: Tokenizer | None) -> frozenset[str]:
+    """Texts of the tokens that end an answer by generation_config.json."""
+    found = generation_stops(source)
+    ids = found if isinstance(found, list) else [found]
+    known = [one for one in ids if isinstance(one, int) and tokenizer is not None and 0 <= one < len(tokenizer)]
+    return frozenset(map(str, tokenizer.convert_ids_to_tokens(known))) if tokenizer is not None else frozenset()
 
 
 def _begun(found: RowStream) -> Iterator[Row]:

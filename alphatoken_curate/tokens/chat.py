@@ -1,13 +1,12 @@
 """Chats become text by the tokenizer's chat template, with the character spans that respond.
 
-Where the template marks its answers (`{% generation %}`), those marks
-are the response. Elsewhere turn i responds from the end of `messages[:i]` rendered with the generation prompt to its
-own end-of-turn token, that token included and what the template writes after it (a newline, say) not; whatever else
-the template puts behind the generation prompt, such as an empty thought, counts as answer. Both renderings must be
-prefixes of the whole; a template that rewrites earlier turns is refused for the rows where it does.
+Where the template marks its answers (`{% generation %}`), those marks are the response; elsewhere `turns` tells where
+each answer stands: what the model itself would write at its turn, to the token it stops at. Messages are given in the
+first form that the template bears: arguments of calls as objects or as JSON text, content as text or as parts.
 
 Text that spells a special token, `<|im_end|>` in a user's message, is told apart from what the template writes by a
-mark set within it while the template runs.
+mark set within it while the template runs. In an answer those are special tokens that the template itself writes within
+answers (around a thought or a call); what closes a turn or opens one stays text there too.
 
 A tokenizer without a chat template is that of a base model: there a record's `plain` text stands in for the chat where
 it has one, and is raw text; other chats are refused.
@@ -16,13 +15,17 @@ it has one, and is raw text; other chats are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
+
+import orjson
 
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
+from alphatoken_curate.tokens.turns import RESERVED, find_answers, is_kept, not_splittable
 from alphatoken_curate.wording import count
 
 Tokenizer = Any
@@ -41,7 +44,8 @@ _MACRO = "{% macro __response() %}" + _OPEN + "{{ caller() }}" + _CLOSE + "{% en
 class RenderedText(NamedTuple):
     """Text and the character spans [start, end) that respond; `marked`: a `MARK` hides spelled specials.
 
-    `bos`: a BOS goes in front where the tokenizer adds one. `eos`: an EOS that responds goes behind.
+    `bos`: a BOS goes in front where the tokenizer adds one. `eos`: an EOS that responds goes behind. `notes`: what of
+    the row is not as it was given, in words that go on from "the chat template".
     """
 
     text: str
@@ -49,6 +53,7 @@ class RenderedText(NamedTuple):
     marked: bool = False
     bos: bool = False
     eos: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def joined(record: PromptCompletion) -> RenderedText:
@@ -91,8 +96,9 @@ class Specials:
 class ChatTemplate:
     """A tokenizer's chat template; `last_only`: of each chat only the last assistant turn responds."""
 
-    def __init__(self, tokenizer: Tokenizer, specials: Specials, *, last_only: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, specials: Specials, *, last_only: bool, stops: frozenset[str]) -> None:
         self._tokenizer = tokenizer
+        self._stops = stops | {tokenizer.eos_token} - {None}
         self._specials = specials.pattern
         self._last_only = last_only
 
@@ -102,15 +108,21 @@ class ChatTemplate:
             if record.plain is None:
                 raise _no_template()
             return joined(record.plain)
-        messages, tools, marked = self._hidden(record.messages, record.tools)
+        return self._as_borne(record.messages, partial(self._rendered_chat, record))
+
+    def _rendered_chat(self, record: Messages, given: list[Any]) -> RenderedText:
+        messages, tools, marked = self._hidden(given, record.tools)
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         respond = [i for i in answers if i >= record.respond_from][-1 if self._last_only else 0 :]
-        template = self._tokenizer.get_chat_template(tools=tools)
+        template, notes = self._tokenizer.get_chat_template(tools=tools), list[str]()
         if _GENERATION.search(template):
             text, spans = self._spans_by_marks(template, messages, tools, answers, respond)
         else:
-            text, spans = self._spans_by_prefix(messages, tools, respond)
-        return _rendered(text, spans, marked)
+            text = self._apply(messages, tools)
+            render = partial(self._apply, tools=tools)
+            found = find_answers(text, messages, respond, render, specials=self._specials, stops=self._stops)
+            spans, notes = found.spans, found.notes
+        return _rendered(text, spans, marked, notes)
 
     def render_prompt(self, record: Prompt) -> RenderedText:
         """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
@@ -118,30 +130,77 @@ class ChatTemplate:
             if record.plain is None:
                 raise _no_template()
             return unanswered(record.plain)
-        messages, tools, marked = self._hidden(record.messages, record.tools)
+        return self._as_borne(record.messages, partial(self._rendered_prompt, record))
+
+    def _rendered_prompt(self, record: Prompt, given: list[Any]) -> RenderedText:
+        messages, tools, marked = self._hidden(given, record.tools)
         return _rendered(self._apply(messages, tools, prompt=True), [], marked)
+
+    def _as_borne(self, messages: list[Any], render: Callable[[list[Any]], RenderedText]) -> RenderedText:
+        """Rendered in the first form of the messages that the template bears.
+
+        Raises the first fault; one of a form that the template bears, but that shows no answer, before others.
+        """
+        faults = []
+        for form in _forms(messages):
+            try:
+                return render(form)
+            except RowFault as fault:
+                faults.append(fault)
+        raise min(faults, key=lambda fault: fault.reason == "template_error")
 
     def _hidden(self, messages: list[Any], tools: list[Any] | None) -> tuple[list[Any], list[Any] | None, bool]:
         """Messages and tools with the special tokens hidden that they spell, and whether there is one."""
         texts = [*_strings([_but_role(message) for message in messages]), *_strings(tools)]
-        if any(mark in text for text in texts for mark in (_OPEN, _CLOSE, MARK)):
-            raise RowFault("noncharacter", "the text has one of U+FDD0 to U+FDD2, which are no characters; remove it")
+        if any(mark in text for text in texts for mark in (_OPEN, _CLOSE, MARK)) or any(map(RESERVED.search, texts)):
+            raise RowFault("noncharacter", "the text has one of U+FDD0 to U+FDDE, which are no characters; remove it")
         if any(self._specials.search(text) for text in texts):
-            hidden = [{"role": message["role"], **self._marked(_but_role(message))} for message in messages]
-            return hidden, self._marked(tools), True
+            hidden = [self._hidden_message(message) for message in messages]
+            return hidden, self._marked(tools, frozenset()), True
         return messages, tools, False
 
-    def _marked(self, value: Any) -> Any:
-        """`value` with `MARK` behind the first character of each special token that its texts spell."""
+    def _hidden_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        known = self._spoken if message["role"] == "assistant" else frozenset[str]()
+        return {"role": message["role"], **self._marked(_but_role(message), known)}
+
+    def _marked(self, value: Any, known: frozenset[str]) -> Any:
+        """`value` with `MARK` behind the first character of each special token that its texts spell; `known` stay."""
         if isinstance(value, str):
-            return self._specials.sub(lambda found: found[0][0] + MARK + found[0][1:], value)
+            return self._specials.sub(lambda found: found[0] if found[0] in known else _apart(found[0]), value)
         if isinstance(value, list):
-            return [self._marked(item) for item in value]
+            return [self._marked(item, known) for item in value]
         if isinstance(value, dict):
-            return {self._marked(key): self._marked(item) for key, item in value.items()}
+            return {self._marked(key, known): self._marked(item, known) for key, item in value.items()}
         return value
 
-    def _apply(self, messages: list[Any], tools: Any, *, prompt: bool = False, template: str | None = None) -> str:
+    @cached_property
+    def _spoken(self) -> frozenset[str]:
+        """Special tokens that the template itself writes within answers, as those around a thought or a call.
+
+        All that its source names, but for those that stand outside the answer of a plain chat, or close it.
+        """
+        chat = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        template = str(self._tokenizer.get_chat_template())
+        try:
+            text = self._apply(chat)
+            found = find_answers(text, chat, [1], self._apply, specials=self._specials, stops=self._stops)
+            prompt = self._apply(chat[:1], prompt=True)
+        except RowFault:
+            return frozenset()
+        ((start, end),) = found.spans
+        outside = self._specials.findall("\n".join([text[:start], text[end:], prompt]))
+        closing, place = list[str](), end
+        for special in reversed(list(self._specials.finditer(text, start, end))):
+            if special.end() == place:
+                closing.append(special[0])
+                place = special.start()
+        # A generation prompt may open a thought, and close it.
+        paired = {name for name in outside if _partner(name) in template}
+        return frozenset(self._specials.findall(template)) - ({*outside} - paired) - {*closing} - self._stops
+
+    def _apply(
+        self, messages: list[Any], tools: Any = None, *, prompt: bool = False, template: str | None = None
+    ) -> str:
         import jinja2
 
         try:
@@ -166,65 +225,68 @@ class ChatTemplate:
             if piece.startswith(_OPEN):
                 spans.append((start, len(text)))
         if text != self._apply(messages, tools):
-            raise _not_splittable("it writes other text when its generation blocks are marked")
+            raise not_splittable("it writes other text when its generation blocks are marked")
         if len(spans) == len(answers):
             spans = [span for i, span in zip(answers, spans, strict=True) if i in respond]
             for i, (start, end) in zip(respond, spans, strict=True):
-                _check_kept(messages[i], text[start:end])
+                if not is_kept(text[start:end], messages[i]):
+                    raise not_splittable(f"it leaves out or rewrites part of answer {i}")
         elif respond != answers or not spans:
-            raise _not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
+            raise not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
         return text, spans
 
-    def _spans_by_prefix(
-        self, messages: list[Any], tools: Any, respond: list[int]
-    ) -> tuple[str, list[tuple[int, int]]]:
-        text = self._apply(messages, tools)
-        spans = []
-        for i in respond:
-            if i == 0:
-                raise _not_splittable("no message stands before the first answer")
-            head = self._apply(messages[:i], tools, prompt=True)
-            if not text.startswith(head):
-                raise _not_splittable(f"the messages before answer {i} are written otherwise once the answer follows")
-            through = text if i == len(messages) - 1 else self._apply(messages[: i + 1], tools)
-            shared = len(through) if text.startswith(through) else _shared(text, through)
-            turn = text[len(head) : shared]
-            before = turn[: max(0, turn.find(_answer(messages[i])))]
-            if before.strip() and head == self._apply(messages[:i], tools):
-                raise _not_splittable(
-                    f"it has no generation prompt and writes {visible(before, 40)!r} before an answer"
-                )
-            length = self._turn_length(messages[i], turn, is_whole=shared == len(through))
-            spans.append((len(head), len(head) + length))
-        return text, spans
 
-    def _turn_length(self, message: dict[str, Any], turn: str, *, is_whole: bool) -> int:
-        """Characters of the turn up to its end-of-turn token, that included. Raises RowFault."""
-        answer = _answer(message)
-        start = turn.find(answer)
-        ends = [found.end() for found in self._specials.finditer(turn)]
-        if start >= 0 and answer and not message.get("tool_calls"):
-            ends = [end for end in ends if end > start + len(answer)][:1]
-        if not ends and not is_whole:
-            raise _not_splittable("it writes an answer otherwise once messages follow")
-        length = ends[-1] if ends else len(turn)
-        _check_kept(message, turn[:length])
-        return length
+def _forms(messages: list[Any]) -> Iterator[list[Any]]:
+    """The messages as templates may want them: arguments of calls as objects or as their JSON, content as parts."""
+    parsed = [_with_arguments(message) for message in messages]
+    yield parsed
+    if parsed != messages:
+        yield messages
+    if all(isinstance(message.get("content"), str) for message in messages):
+        yield [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in parsed]
 
 
-def _rendered(text: str, spans: list[tuple[int, int]], marked: bool) -> RenderedText:
+def _with_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of its calls as objects, where they are the JSON of one, OpenAI's own form."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not any(isinstance(_arguments(call), str) for call in calls):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _arguments(call: Any) -> Any:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return function.get("arguments") if isinstance(function, dict) else None
+
+
+def _with_object(call: Any) -> Any:
+    arguments = _arguments(call)
+    if not isinstance(arguments, str):
+        return call
+    try:
+        found = orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return call
+    if not isinstance(found, dict):
+        return call
+    if "function" in call:
+        return {**call, "function": {**call["function"], "arguments": found}}
+    return {**call, "arguments": found}
+
+
+def _rendered(text: str, spans: list[tuple[int, int]], marked: bool, notes: Sequence[str] = ()) -> RenderedText:
     if marked and _ESCAPED_MARK in text:
-        raise _not_splittable("it escapes the characters of text that spells a special token")
-    return RenderedText(text=text, spans=spans, marked=marked)
+        raise not_splittable("it escapes the characters of text that spells a special token")
+    return RenderedText(text=text, spans=spans, marked=marked, notes=tuple(dict.fromkeys(notes)))
 
 
-def _answer(message: dict[str, Any]) -> str:
-    return str(message.get("content") or "").strip()
+def _partner(special: str) -> str:
+    """`</think>` of `<think>`, and the other way round; of another token, one that no template has."""
+    return special[0] + special[2:] if special[1:2] == "/" else special[0] + "/" + special[1:]
 
 
-def _shared(one: str, other: str) -> int:
-    """Length of the longest prefix that both have."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _apart(special: str) -> str:
+    return special[0] + MARK + special[1:]
 
 
 def _but_role(message: dict[str, Any]) -> dict[str, Any]:
@@ -250,16 +312,3 @@ def _no_template() -> RowFault:
         "the tokenizer has no chat template; use a model that has one, or rows with prompt + completion as text,"
         " or input_ids + labels",
     )
-
-
-def _not_splittable(why: str) -> RowFault:
-    return RowFault(
-        "template_not_splittable",
-        f"the chat template does not show where the answer is: {why}; try --turns last, or input_ids + labels rows",
-    )
-
-
-def _check_kept(message: dict[str, Any], turn: str) -> None:
-    """Raise RowFault where the template left out part of the answer; white space may differ."""
-    if "".join(_answer(message).split()) not in "".join(turn.split()):
-        raise _not_splittable("it leaves out or rewrites part of an answer")

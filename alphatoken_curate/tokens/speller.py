@@ -30,10 +30,10 @@ Spelled = tuple[list[int], NDArray[np.bool_]]
 class Speller:
     """A tokenizer with what has to be known of it."""
 
-    def __init__(self, tokenizer: Tokenizer, *, last_only: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, last_only: bool, stops: frozenset[str] = frozenset()) -> None:
         self._tokenizer = tokenizer
         self._specials = Specials.of(tokenizer)
-        self.template = ChatTemplate(tokenizer, self._specials, last_only=last_only)
+        self.template = ChatTemplate(tokenizer, self._specials, last_only=last_only, stops=stops)
 
     def encode(self, items: Sequence[RenderedText]) -> Iterator[Spelled | RowFault]:
         """Tokens and response mask of each text, in order."""

@@ -8,6 +8,7 @@ tokens are left are refused, as rows without an answer are: nothing can be learn
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -78,7 +79,14 @@ def chosen(row: AnyRow) -> TokenRow:
 
 
 def tokenise(
-    rows: Iterable[Row], tokenizer: Tokenizer | None, *, max_length: int, turns: str, vocab_size: int | None
+    rows: Iterable[Row],
+    tokenizer: Tokenizer | None,
+    *,
+    max_length: int,
+    turns: str,
+    vocab_size: int | None,
+    stops: frozenset[str] = frozenset(),
+    told: Counter[str] | None = None,
 ) -> tuple[list[AnyRow], list[BadRow]]:
     """Tokens of every row, in order, and the rows that have none that respond or cannot be tokenised, with reasons.
 
@@ -86,12 +94,14 @@ def tokenise(
 
     `turns` is "all" or "last" (assistant turns that respond). Rows are cut at the right to `max_length` tokens, each
     branch of a pair by itself. A pair is bad where one of its branches is. `vocab_size`, where given, bounds every
-    token. Pre-tokenised rows need no tokenizer.
+    token. Pre-tokenised rows need no tokenizer. `stops` are texts of tokens that the model stops at, beside its
+    tokenizer's EOS: where a template closes no turn, the one that opens the next turn responds. In `told` the rows are
+    counted that are not as they were given, by what the chat template did.
     """
     good: list[AnyRow] = []
     bad: list[BadRow] = []
-    speller = None if tokenizer is None else Speller(tokenizer, last_only=turns == "last")
-    for row, found in _spelled(rows, speller):
+    speller = None if tokenizer is None else Speller(tokenizer, last_only=turns == "last", stops=stops)
+    for row, found in _spelled(rows, speller, told):
         try:
             good.append(_any_row(row, found, max_length, vocab_size))
         except RowFault as fault:
@@ -121,7 +131,9 @@ def tokenise_prompts(
 # --- text to tokens ---
 
 
-def _spelled(rows: Iterable[Row], speller: Speller | None) -> Iterator[tuple[Row, list[Spelled | RowFault]]]:
+def _spelled(
+    rows: Iterable[Row], speller: Speller | None, told: Counter[str] | None = None
+) -> Iterator[tuple[Row, list[Spelled | RowFault]]]:
     """Every row with the tokens of each of its branches, or why there are none."""
     waiting = iter(rows)
     while batch := list(islice(waiting, _BATCH_ROWS)):
@@ -129,6 +141,8 @@ def _spelled(rows: Iterable[Row], speller: Speller | None) -> Iterator[tuple[Row
         texts = [item for items in prepared for item in items if isinstance(item, RenderedText)]
         encoded = iter(speller.encode(texts) if speller else ())
         for row, items in zip(batch, prepared, strict=True):
+            if told is not None:
+                told.update({note for item in items if isinstance(item, RenderedText) for note in item.notes})
             found = [_finished(row, item if not isinstance(item, RenderedText) else next(encoded)) for item in items]
             yield row, _with_one_prompt(items, found, speller)
 

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import make_row
-from tiny_files import token_records, write_jsonl
+import torch
+from chats import answer, responses, user
+from templates import thinking, tokenizer_of
+from tiny import make_row, tiny_model
+from tiny_files import command, token_records, write_jsonl
 
 from alphatoken_curate import InputError, ScoreConfig, UsageError
 from alphatoken_curate.models.load import find_model
@@ -172,3 +175,37 @@ def test_the_vocabulary_bounds_tokens_where_the_config_names_it(
 def test_which_parameters_score_is_part_of_the_fingerprint(settings: dict[str, Any]) -> None:
     plain, every = (fields_of(settings | {"estimator": "influence", "parameters": x}) for x in ("linear", "all"))
     assert {name for name in plain if plain[name] != every[name]} == {"parameters"}
+
+
+ROLES = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""No turn is closed."""
+
+
+def test_a_token_that_opens_the_next_turn_ends_an_answer_where_the_model_stops_at_it(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("<|user|><|assistant|>")
+    tokenizer.chat_template = ROLES
+    model = tiny_model("llama", dtype=torch.float32, vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"messages": [user("a"), thinking("b", "hm"), user("c"), answer("d")]},
+        {"messages": [user("e"), answer("f")]},
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = ScoreConfig(data=(data,), model=str(tmp_path / "model"), target=data)
+    prepared = prepare(config)
+    assert [responses(tokenizer, row) for row in prepared.rows] == [["b<|user|>", "d"], ["f"]]
+    # DATA and --target are the same rows.
+    wanted = {"leaves out their reasoning_content": 2, "leaves out their thinking": 2}
+    wanted |= {"writes no token to stop at behind an answer": 4}
+    assert prepared.told == wanted
+    said = command("score", data, "--target", data, "--model", tmp_path / "model", "-o", tmp_path / "run")
+    assert "! 2 rows: the chat template leaves out their reasoning_content." in said.err
+    assert (
+        "not as given                4   rows: the chat template writes no token to stop"
+        in command("check", data, "--target", data, "--model", tmp_path / "model").out
+    )

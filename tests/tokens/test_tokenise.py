@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,23 +165,21 @@ def test_generation_blocks_give_what_transformers_gives(tokenizer: Any) -> None:
     assert good[0].response.tolist() == [bool(x) for x in theirs["assistant_masks"]]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_for_these_rows(tokenizer: Any) -> None:
+def test_a_template_that_rewrites_earlier_turns_has_each_answer_where_it_stands(tokenizer: Any) -> None:
     tokenizer.chat_template = QWEN3
     thought = "<think>\nhm\n</think>\n\n"
     assert spoken(tokenizer, user("a"), answer("b")) == ["<think>\n\n</think>\n\nb" + EOT]
     assert spoken(tokenizer, user("a"), answer(thought + "b")) == [thought + "b" + EOT]
     several = [user("a"), answer(thought + "b"), user("c"), answer(thought + "d")]
-    bad = refused(tokenizer, *several)
-    assert bad.reason == "template_not_splittable"
-    assert "--turns last" in bad.message
+    told: Counter[str] = Counter()
+    assert spoken(tokenizer, *several, told=told) == ["b" + EOT, thought + "d" + EOT]
+    assert told == {"leaves out their content up to </think>": 1}
     assert spoken(tokenizer, *several, turns="last") == [thought + "d" + EOT]
 
 
 def test_templates_that_cannot_be_split(tokenizer: Any) -> None:
     messages = [user("a"), answer("b")]
     for template, said in {
-        # the prompt changes once it is answered
-        "{{ messages | length }}" + CHATML: "written otherwise",
         # the header of the answer comes with the answer alone
         CHATML.partition("{% if add")[0]: "no generation prompt",
         # part of the answer is lost
@@ -191,6 +190,13 @@ def test_templates_that_cannot_be_split(tokenizer: Any) -> None:
         assert (bad.reason, said in bad.message) == ("template_not_splittable", True), bad
     tokenizer.chat_template = CHATML
     assert refused(tokenizer, answer("b"), user("a")).reason == "template_not_splittable"
+
+
+def test_a_template_that_writes_the_front_otherwise_once_it_is_answered_shows_the_answer(
+    tokenizer: Any,
+) -> None:
+    tokenizer.chat_template = "{{ messages | length }}" + CHATML
+    assert spoken(tokenizer, user("a"), answer("bcd"), user("2"), answer("2")) == ["bcd" + EOT, "2" + EOT]
 
 
 def test_a_template_that_fails_is_a_bad_row_with_its_words(tokenizer: Any) -> None:
@@ -283,7 +289,8 @@ def test_white_space_that_a_special_token_takes_in(smollm2_tokenizer: Any) -> No
 
 
 def test_noncharacters_are_refused(smollm2_tokenizer: Any) -> None:
-    assert refused(smollm2_tokenizer, user("\ufdd0"), answer("b")).reason == "noncharacter"
+    for character in ("\ufdd0", "\ufdd3", "\ufdde"):
+        assert refused(smollm2_tokenizer, user(character), answer("b")).reason == "noncharacter"
 
 
 def test_prompt_and_completion_are_joined_at_a_token_border(smollm2_tokenizer: Any) -> None:
@@ -733,7 +740,7 @@ def test_any_chat_is_split_right(smollm2_tokenizer: Any, parts: list[list[str]])
     whole = "".join(texts)
     spelled = smollm2_tokenizer.decode(smollm2_tokenizer(whole)["input_ids"], clean_up_tokenization_spaces=False)
     assume(spelled == whole)  # its vocabulary lacks some bytes
-    assume(not set(whole) & set("\ufdd0\ufdd1\ufdd2"))
+    assume(not any("\ufdd0" <= character <= "\ufdde" for character in whole))
     good, bad = run(smollm2_tokenizer, chat(*messages))
     assert not bad
     assert responses(smollm2_tokenizer, good[0]) == [text + EOT for text in answers]
