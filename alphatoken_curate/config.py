@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -106,6 +107,15 @@ class ScoreConfig(MaskConfig):
         kind="count",
     )
     turns: str = _option("all", "Assistant turns that respond.", _ROWS, choices=("all", "last"))
+    chat_template: str | None = _option(
+        None, "Jinja FILE in place of the tokenizer's chat template.", _ROWS, kind="file"
+    )
+    chat_template_kwargs: str | None = _option(
+        None,
+        "What the chat template is told besides: '{\"enable_thinking\": false}'.",
+        _ROWS,
+        kind="object",
+    )
     max_length: int = _option(2048, "Longest row in tokens; the rest is cut, counted and told.", _ROWS, kind="count")
     bad_rows: str = _option(
         "refuse",
@@ -317,6 +327,15 @@ def _data(value: Any) -> tuple[str, ...] | None:
     return found if found and all(isinstance(name, str) and name for name in found) else None
 
 
+def _object(value: Any) -> str | None:
+    """A JSON object, as text in one form; YAML may hold it as a mapping."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    return json.dumps(found, sort_keys=True, ensure_ascii=False) if isinstance(found, dict) else None
+
+
 def _device(value: Any) -> str | None:
     """A device by torch's name for it; whether this machine has it is asked when it is used."""
     return value if isinstance(value, str) and _DEVICE.fullmatch(value) else None
@@ -334,6 +353,8 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "scope": _scope,
     "data": _data,
     "device": _device,
+    "file": lambda value: value if isinstance(value, str) and value else None,
+    "object": _object,
     "all_count": lambda value: "all" if value == "all" else _integer(value, 1),
     "auto_count": lambda value: "auto" if value == "auto" else _integer(value, 1),
 }
@@ -350,6 +371,8 @@ _TAKES = {
     "scope": "global, row, or batch:N with N rows",
     "data": "files, folders, globs or a dataset name",
     "device": "auto, cpu, cuda or cuda:N",
+    "file": "a file",
+    "object": 'a JSON object, such as {"enable_thinking": false}',
     "all_count": "a whole number from 1, or all",
     "auto_count": "a whole number from 1, or auto",
 }

@@ -28,6 +28,8 @@ _METAVARS = {
     "positive": "X",
     "generation": "latest|all|N,M",
     "device": "auto|cpu|cuda[:N]",
+    "file": "FILE",
+    "object": "JSON",
 }
 
 

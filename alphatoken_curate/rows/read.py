@@ -266,7 +266,7 @@ def _keys(also: tuple[Also, ...]) -> frozenset[str]:
     """Every key that is looked at."""
     whole, side = _shapes(also)
     named = {key for shapes in (whole, side) for keys in shapes for key in keys}
-    return frozenset({*named, *PROMPT_LIKE, "id", "tools", "system", "input"})
+    return frozenset({*named, *PROMPT_LIKE, "id", "tools", "system", "input", "chat_template_kwargs"})
 
 
 def _id(record: dict[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ Which keys are read is told in `rows`; preference rows are put together in `pair
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from alphatoken_curate.rows.containers import RowFault, parse_json
@@ -15,6 +15,13 @@ from alphatoken_curate.runs.schema import IGNORE_INDEX
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles a message may have."""
+
+TEMPLATE_RESERVED = {
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""What a chat template is told by the rows, and transformers by us, and no setting of a template may name."""
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
 
@@ -38,6 +45,8 @@ class Messages:
     tools: list[Any] | None = None
     respond_from: int = 0
     plain: PromptCompletion | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the row tells the chat template besides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +71,7 @@ class Prompt:
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     plain: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 Record = Messages | PromptCompletion | Tokens | Passage | Prompt
@@ -172,6 +182,23 @@ def tools_of(record: dict[str, Any]) -> list[Any] | None:
     return tools
 
 
+def kwargs_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What the row tells the chat template besides, as TRL reads it: an object, or that object as JSON text."""
+    given = value = record.get("chat_template_kwargs")
+    if isinstance(value, str) and value.strip():
+        try:
+            given = parse_json(value.encode())
+        except RowFault as fault:
+            raise RowFault("wrong_type", f"chat_template_kwargs is text that is no JSON: {fault.message}") from None
+    if given is None or given == "":
+        return {}
+    if not isinstance(given, dict):
+        raise wrong("chat_template_kwargs", "an object", given)
+    if taken := sorted(TEMPLATE_RESERVED & set(given)):
+        raise RowFault("wrong_type", f"chat_template_kwargs names {taken[0]}, which is not the row's to set")
+    return {name: item for name, item in given.items() if item is not None}
+
+
 def chat(
     record: dict[str, Any],
     messages: list[dict[str, Any]],
@@ -184,7 +211,13 @@ def chat(
         raise RowFault("no_response", "no message of the assistant: nothing responds")
     if any(not message.get("content", "").strip() and not message.get("tool_calls") for message in answers):
         raise RowFault("no_response", "a message of the assistant is empty: it has no content and no tool_calls")
-    return Messages(messages=messages, tools=tools_of(record), respond_from=respond_from, plain=plain)
+    return Messages(
+        messages=messages,
+        tools=tools_of(record),
+        respond_from=respond_from,
+        plain=plain,
+        template_kwargs=kwargs_of(record),
+    )
 
 
 def tokens_of(record: dict[str, Any], prefix: str = "") -> Tokens:
@@ -279,7 +312,7 @@ def _from_prompt(record: dict[str, Any]) -> tuple[str, Record]:
         raise RowFault("no_prompt", "prompt is empty")
     plain = None if record.get("system") else text
     messages = with_system(record, [said("user", text)])
-    return "prompt", Prompt(messages=messages, tools=tools_of(record), plain=plain)
+    return "prompt", Prompt(messages=messages, tools=tools_of(record), plain=plain, template_kwargs=kwargs_of(record))
 
 
 def _from_open_messages(record: dict[str, Any]) -> tuple[str, Record]:
@@ -297,7 +330,7 @@ def _from_open_conversations(record: dict[str, Any]) -> tuple[str, Record]:
 def _open_chat(record: dict[str, Any], messages: list[dict[str, Any]]) -> tuple[str, Record]:
     if messages[-1]["role"] == "assistant":
         raise RowFault("no_prompt", "the last message is the assistant's; a prompt ends with what it is to answer")
-    return "prompt", Prompt(messages=messages, tools=tools_of(record))
+    return "prompt", Prompt(messages=messages, tools=tools_of(record), template_kwargs=kwargs_of(record))
 
 
 SFT: Shapes = {

@@ -35,7 +35,7 @@ TARGET_ROWS = "artifacts/target_rows.parquet"
 RETENTION_ROWS = "artifacts/retention_rows.parquet"
 PROMPT_ROWS = "artifacts/prompt_rows.parquet"
 
-_PLACES = ("model", "reference", "target", "fisher", "fisher_prompts", "retention")
+_PLACES = ("model", "reference", "target", "fisher", "fisher_prompts", "retention", "chat_template")
 """Settings that may name a file or folder."""
 
 _NAMES = {"model": (DEMO_MODEL,), "reference": (DEMO_MODEL,), "fisher": FISHER_MODES}

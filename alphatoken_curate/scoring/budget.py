@@ -24,11 +24,14 @@ NAME = "run.json"
 LEAST = 64
 """A budget below this many tokens is not halved again."""
 
+_OF_CHATS = ("tokenizer", "template", "chat_template", "chat_template_kwargs", "turns", "max_length")
+
 _DECIDE_TOKENS = {
-    "tokens": {"data", "limit", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"},
-    "target_tokens": {"data", "target", "target_rows", "tokenizer", "template", "turns", "max_length", "seed"},
-    "retention_tokens": {"retention", "tokenizer", "template", "turns", "max_length"},
-    "prompt_tokens": {"fisher", "fisher_prompts", "tokenizer", "template", "turns", "max_length"},
+    "tokens": {"data", "limit", "target", "target_rows", "seed", *_OF_CHATS},
+    "target_tokens": {"data", "target", "target_rows", "seed", *_OF_CHATS},
+    "retention_tokens": {"retention", *_OF_CHATS},
+    "prompt_tokens": {"fisher", "fisher_prompts", *_OF_CHATS},
+    "template": {"chat_template"},
     "kind": {"data", "limit"},
     "data": {"limit"},
     "beta": {"data"},

@@ -52,7 +52,12 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
     A setting that is newer than the first release is left out at its default, so that finished runs stay finished.
     """
     model = model_digest(named.model)
-    newer: dict[str, Json] = {"limit": config.limit}
+    template = config.chat_template and f"sha256:{digest(Path(config.chat_template).expanduser())[1]}"
+    newer: dict[str, Json] = {
+        "limit": config.limit,
+        "chat_template": template,
+        "chat_template_kwargs": config.chat_template_kwargs,
+    }
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,

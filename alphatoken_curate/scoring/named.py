@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
@@ -11,6 +12,7 @@ from alphatoken_curate.models.devices import resolve_device, resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
 from alphatoken_curate.models.load import DEMO_MODEL, find_model
 from alphatoken_curate.rows.files import find_files
+from alphatoken_curate.rows.shapes import TEMPLATE_RESERVED
 from alphatoken_curate.runs.schema import LAYOUTS, components
 from alphatoken_curate.scoring.folder import artifacts_of
 
@@ -30,6 +32,10 @@ def check_named(config: ScoreConfig) -> None:
     if config.fisher not in FISHER_MODES and not Path(config.fisher).expanduser().is_file():
         told = f"none of {', '.join(FISHER_MODES)} nor a file. Name a safetensors file."
         raise UsageError(f"--fisher {config.fisher}: {told}")
+    if config.chat_template is not None and not Path(config.chat_template).expanduser().is_file():
+        raise UsageError(f"--chat-template {config.chat_template}: no such file. Name a file of jinja text.")
+    if taken := sorted(TEMPLATE_RESERVED & set(json.loads(config.chat_template_kwargs or "{}"))):
+        raise UsageError(f"--chat-template-kwargs names {taken[0]}, which is no setting of a template.")
     artifacts_of(config.reuse)
     _check_mask(config)
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import orjson
 
 from alphatoken_curate.config import ScoreConfig
-from alphatoken_curate.errors import InputError
+from alphatoken_curate.errors import InputError, UsageError
 from alphatoken_curate.models.load import (
     ModelSource,
     find_model,
@@ -144,8 +146,16 @@ class _Reader:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """That of the model; None where it has none."""
-        return load_tokenizer(self._source, trust_remote_code=self._config.trust_remote_code)
+        """That of the model, with the chat template that was asked for; None where it has none."""
+        found = load_tokenizer(self._source, trust_remote_code=self._config.trust_remote_code)
+        if found is not None and self._config.chat_template is not None:
+            found.chat_template = _template(Path(self._config.chat_template).expanduser())
+        return found
+
+    @cached_property
+    def _template_kwargs(self) -> dict[str, Any]:
+        found: dict[str, Any] = orjson.loads(self._config.chat_template_kwargs or "{}")
+        return found
 
     @cached_property
     def _vocabulary(self) -> int | None:
@@ -160,6 +170,7 @@ class _Reader:
             max_length=config.max_length,
             turns=config.turns,
             vocab_size=self._vocabulary,
+            template_kwargs=self._template_kwargs,
             stops=_stops(self._source, self.tokenizer),
             told=self.told,
         )
@@ -171,7 +182,11 @@ class _Reader:
         if name == "prompts":
             found = RowStream([path], also=("prompt",))
             rows, unusable = tokenise_prompts(
-                _begun(found), self.tokenizer, max_length=self._config.max_length, vocab_size=self._vocabulary
+                _begun(found),
+                self.tokenizer,
+                max_length=self._config.max_length,
+                vocab_size=self._vocabulary,
+                template_kwargs=self._template_kwargs,
             )
         else:
             found = RowStream([path], also=("text",) if name == "retention" else ())
@@ -179,6 +194,13 @@ class _Reader:
             rows = [chosen(row) for row in both]
         self.bad += sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
         return SideRows(rows=rows, files=found.files)
+
+
+def _template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--chat-template {path}: it cannot be read as UTF-8 text ({error}).") from error
 
 
 def _stops(source: ModelSource, tokenizer: Tokenizer | None) -> frozenset[str]:

@@ -15,7 +15,7 @@ it has one, and is raw text; other chats are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -96,8 +96,17 @@ class Specials:
 class ChatTemplate:
     """A tokenizer's chat template; `last_only`: of each chat only the last assistant turn responds."""
 
-    def __init__(self, tokenizer: Tokenizer, specials: Specials, *, last_only: bool, stops: frozenset[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        specials: Specials,
+        *,
+        last_only: bool,
+        stops: frozenset[str],
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._kwargs = dict(kwargs or {})
         self._stops = stops | {tokenizer.eos_token} - {None}
         self._specials = specials.pattern
         self._last_only = last_only
@@ -111,15 +120,18 @@ class ChatTemplate:
         return self._as_borne(record.messages, partial(self._rendered_chat, record))
 
     def _rendered_chat(self, record: Messages, given: list[Any]) -> RenderedText:
-        messages, tools, marked = self._hidden(given, record.tools)
+        messages, told, marked = self._hidden(given, record)
+
+        def render(chat: list[Any], **options: Any) -> str:
+            return self._apply(chat, **told, **options)
+
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         respond = [i for i in answers if i >= record.respond_from][-1 if self._last_only else 0 :]
-        template, notes = self._tokenizer.get_chat_template(tools=tools), list[str]()
+        template, notes = self._tokenizer.get_chat_template(tools=record.tools), list[str]()
         if _GENERATION.search(template):
-            text, spans = self._spans_by_marks(template, messages, tools, answers, respond)
+            text, spans = _spans_by_marks(template, render, messages, answers, respond)
         else:
-            text = self._apply(messages, tools)
-            render = partial(self._apply, tools=tools)
+            text = render(messages)
             found = find_answers(text, messages, respond, render, specials=self._specials, stops=self._stops)
             spans, notes = found.spans, found.notes
         return _rendered(text, spans, marked, notes)
@@ -133,8 +145,8 @@ class ChatTemplate:
         return self._as_borne(record.messages, partial(self._rendered_prompt, record))
 
     def _rendered_prompt(self, record: Prompt, given: list[Any]) -> RenderedText:
-        messages, tools, marked = self._hidden(given, record.tools)
-        return _rendered(self._apply(messages, tools, prompt=True), [], marked)
+        messages, told, marked = self._hidden(given, record)
+        return _rendered(self._apply(messages, prompt=True, **told), [], marked)
 
     def _as_borne(self, messages: list[Any], render: Callable[[list[Any]], RenderedText]) -> RenderedText:
         """Rendered in the first form of the messages that the template bears.
@@ -149,15 +161,19 @@ class ChatTemplate:
                 faults.append(fault)
         raise min(faults, key=lambda fault: fault.reason == "template_error")
 
-    def _hidden(self, messages: list[Any], tools: list[Any] | None) -> tuple[list[Any], list[Any] | None, bool]:
-        """Messages and tools with the special tokens hidden that they spell, and whether there is one."""
-        texts = [*_strings([_but_role(message) for message in messages]), *_strings(tools)]
+    def _hidden(self, messages: list[Any], record: Messages | Prompt) -> tuple[list[Any], dict[str, Any], bool]:
+        """Messages, and what else the template is told, with the special tokens hidden that they spell.
+
+        And whether there is one.
+        """
+        told: dict[str, Any] = {"tools": record.tools, "settings": {**self._kwargs, **record.template_kwargs}}
+        texts = [*_strings([_but_role(message) for message in messages]), *_strings(told)]
         if any(mark in text for text in texts for mark in (_OPEN, _CLOSE, MARK)) or any(map(RESERVED.search, texts)):
             raise RowFault("noncharacter", "the text has one of U+FDD0 to U+FDDE, which are no characters; remove it")
         if any(self._specials.search(text) for text in texts):
             hidden = [self._hidden_message(message) for message in messages]
-            return hidden, self._marked(tools, frozenset()), True
-        return messages, tools, False
+            return hidden, {name: self._marked(value, frozenset()) for name, value in told.items()}, True
+        return messages, told, False
 
     def _hidden_message(self, message: dict[str, Any]) -> dict[str, Any]:
         known = self._spoken if message["role"] == "assistant" else frozenset[str]()
@@ -199,41 +215,56 @@ class ChatTemplate:
         return frozenset(self._specials.findall(template)) - ({*outside} - paired) - {*closing} - self._stops
 
     def _apply(
-        self, messages: list[Any], tools: Any = None, *, prompt: bool = False, template: str | None = None
+        self,
+        messages: list[Any],
+        *,
+        tools: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        prompt: bool = False,
+        template: str | None = None,
     ) -> str:
         import jinja2
+
+        settings = self._kwargs if settings is None else settings
 
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
+                    messages,
+                    tools=tools,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **settings,
                 )
             )
         except (*_TEMPLATE_FAULTS, jinja2.TemplateError) as error:
             raise RowFault("template_error", f"the chat template fails: {visible(str(error))}") from error
 
-    def _spans_by_marks(
-        self, template: str, messages: list[Any], tools: Any, answers: list[int], respond: list[int]
-    ) -> tuple[str, list[tuple[int, int]]]:
-        tagged = _MACRO + _GENERATION.sub(
-            lambda tag: f"{{%{tag[1]} {'endcall' if tag[2] else 'call __response()'} {tag[3]}%}}", template
-        )
-        text, spans = "", []
-        for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", self._apply(messages, tools, template=tagged)):
-            start = len(text)
-            text += piece.strip(_OPEN + _CLOSE)
-            if piece.startswith(_OPEN):
-                spans.append((start, len(text)))
-        if text != self._apply(messages, tools):
-            raise not_splittable("it writes other text when its generation blocks are marked")
-        if len(spans) == len(answers):
-            spans = [span for i, span in zip(answers, spans, strict=True) if i in respond]
-            for i, (start, end) in zip(respond, spans, strict=True):
-                if not is_kept(text[start:end], messages[i]):
-                    raise not_splittable(f"it leaves out or rewrites part of answer {i}")
-        elif respond != answers or not spans:
-            raise not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
-        return text, spans
+
+def _spans_by_marks(
+    template: str, render: Callable[..., str], messages: list[Any], answers: list[int], respond: list[int]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The chat as text, and the spans of answers that the template marks. Raises RowFault."""
+    tagged = _MACRO + _GENERATION.sub(
+        lambda tag: f"{{%{tag[1]} {'endcall' if tag[2] else 'call __response()'} {tag[3]}%}}", template
+    )
+    text, spans = "", []
+    for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", render(messages, template=tagged)):
+        start = len(text)
+        text += piece.strip(_OPEN + _CLOSE)
+        if piece.startswith(_OPEN):
+            spans.append((start, len(text)))
+    if text != render(messages):
+        raise not_splittable("it writes other text when its generation blocks are marked")
+    if len(spans) == len(answers):
+        spans = [span for i, span in zip(answers, spans, strict=True) if i in respond]
+        for i, (start, end) in zip(respond, spans, strict=True):
+            if not is_kept(text[start:end], messages[i]):
+                raise not_splittable(f"it leaves out or rewrites part of answer {i}")
+    elif respond != answers or not spans:
+        raise not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
+    return text, spans
 
 
 def _forms(messages: list[Any]) -> Iterator[list[Any]]:

@@ -13,7 +13,7 @@ completion that does not end with it, an EOS that responds.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,19 @@ Spelled = tuple[list[int], NDArray[np.bool_]]
 class Speller:
     """A tokenizer with what has to be known of it."""
 
-    def __init__(self, tokenizer: Tokenizer, *, last_only: bool, stops: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        last_only: bool,
+        stops: frozenset[str] = frozenset(),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._specials = Specials.of(tokenizer)
-        self.template = ChatTemplate(tokenizer, self._specials, last_only=last_only, stops=stops)
+        self.template = ChatTemplate(
+            tokenizer, self._specials, last_only=last_only, stops=stops, kwargs=template_kwargs
+        )
 
     def encode(self, items: Sequence[RenderedText]) -> Iterator[Spelled | RowFault]:
         """Tokens and response mask of each text, in order."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,7 @@ def tokenise(
     max_length: int,
     turns: str,
     vocab_size: int | None,
+    template_kwargs: Mapping[str, Any] | None = None,
     stops: frozenset[str] = frozenset(),
     told: Counter[str] | None = None,
 ) -> tuple[list[AnyRow], list[BadRow]]:
@@ -94,13 +96,18 @@ def tokenise(
 
     `turns` is "all" or "last" (assistant turns that respond). Rows are cut at the right to `max_length` tokens, each
     branch of a pair by itself. A pair is bad where one of its branches is. `vocab_size`, where given, bounds every
-    token. Pre-tokenised rows need no tokenizer. `stops` are texts of tokens that the model stops at, beside its
+    token. Pre-tokenised rows need no tokenizer. `template_kwargs` are told to the chat template, a row's own before
+    them. `stops` are texts of tokens that the model stops at, beside its
     tokenizer's EOS: where a template closes no turn, the one that opens the next turn responds. In `told` the rows are
     counted that are not as they were given, by what the chat template did.
     """
     good: list[AnyRow] = []
     bad: list[BadRow] = []
-    speller = None if tokenizer is None else Speller(tokenizer, last_only=turns == "last", stops=stops)
+    speller = (
+        None
+        if tokenizer is None
+        else Speller(tokenizer, last_only=turns == "last", stops=stops, template_kwargs=template_kwargs)
+    )
     for row, found in _spelled(rows, speller, told):
         try:
             good.append(_any_row(row, found, max_length, vocab_size))
@@ -110,7 +117,12 @@ def tokenise(
 
 
 def tokenise_prompts(
-    rows: Iterable[Row], tokenizer: Tokenizer | None, *, max_length: int, vocab_size: int | None
+    rows: Iterable[Row],
+    tokenizer: Tokenizer | None,
+    *,
+    max_length: int,
+    vocab_size: int | None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[TokenRow], list[BadRow]]:
     """Tokens of the prompt of every row, in order, of which none responds, and the rows that have none, with reasons.
 
@@ -119,7 +131,7 @@ def tokenise_prompts(
     """
     good: list[TokenRow] = []
     bad: list[BadRow] = []
-    speller = None if tokenizer is None else Speller(tokenizer, last_only=False)
+    speller = None if tokenizer is None else Speller(tokenizer, last_only=False, template_kwargs=template_kwargs)
     for row, (found, *_) in _spelled(rows, speller):
         try:
             good.append(_prompt_row(row, found, max_length, vocab_size))

@@ -25,8 +25,10 @@ from alphatoken_curate.rows.files import visible
 
 # noncharacters of Unicode, kept free for use inside a program
 _OPEN, _DIGITS, _CLOSE = "\ufdd3", "\ufdd4\ufdd5\ufdd6\ufdd7\ufdd8\ufdd9\ufdda\ufddb\ufddc\ufddd", "\ufdde"
-# as they are, or as a template writes them that turns text to ASCII
-_MARK = re.compile(rf"(?:{_OPEN}|\\ufdd3)((?:[{_DIGITS}]|\\ufdd[4-9a-d])+)(?:{_CLOSE}|\\ufdde)")
+_NUMBERS = str.maketrans(_DIGITS, "0123456789")
+_MARK = re.compile(f"{_OPEN}[{_DIGITS}]+{_CLOSE}")
+# as a template writes them that turns text to ASCII
+_ESCAPED_OPEN, _ESCAPED = r"\ufdd3", re.compile(r"\\ufdd3(?:\\ufdd[4-9a-d])+\\ufdde")
 RESERVED = re.compile(f"[{_OPEN}-{_CLOSE}]")
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
@@ -279,6 +281,8 @@ class _Turn:
             end = self.whole.ends.get(leaf.number)
             if end is None:
                 raise not_splittable(f"it leaves out answer {self.index}")
+            if self.whole.text.endswith(leaf.text, since, end):
+                continue
             written = _squeezed(self.whole.text[since:end])
             if written.endswith(_squeezed(leaf.text)):
                 continue
@@ -341,14 +345,16 @@ def _marked_message(message: dict[str, Any], index: int, keys: Sequence[str], le
 
 def _read(marked: str) -> Rendering:
     """The text without its marks, and where the last one of each number stood."""
-    parts, ends, length, place = [], {}, 0, 0
-    for found in _MARK.finditer(marked):
-        parts.append(marked[place : found.start()])
-        length += len(parts[-1])
-        digits = re.sub(r"\\u(....)", lambda escaped: chr(int(escaped[1], 16)), found[1])
-        ends[int("".join(str(_DIGITS.index(digit)) for digit in digits))] = length
-        place = found.end()
-    return Rendering(text="".join(parts) + marked[place:], ends=ends)
+    if _ESCAPED_OPEN in marked:
+        marked = _ESCAPED.sub(lambda found: "".join(chr(int(code, 16)) for code in found[0].split(r"\u")[1:]), marked)
+    first, *others = marked.split(_OPEN)
+    parts, ends, length = [first], {}, len(first)
+    for other in others:
+        number, _, text = other.partition(_CLOSE)
+        ends[int(number.translate(_NUMBERS))] = length
+        parts.append(text)
+        length += len(text)
+    return Rendering(text="".join(parts), ends=ends)
 
 
 def _run(specials: re.Pattern[str], text: str, at: int) -> Iterator[int]:
@@ -360,6 +366,8 @@ def _run(specials: re.Pattern[str], text: str, at: int) -> Iterator[int]:
 
 def _shared(one: str, other: str) -> int:
     """Length of the longest prefix that both have."""
+    if other.startswith(one):
+        return len(one)
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

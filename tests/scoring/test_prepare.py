@@ -11,10 +11,10 @@ import torch
 from chats import answer, responses, user
 from templates import thinking, tokenizer_of
 from tiny import make_row, tiny_model
-from tiny_files import command, token_records, write_jsonl
+from tiny_files import command, contents, token_records, write_jsonl
 
 from alphatoken_curate import InputError, ScoreConfig, UsageError
-from alphatoken_curate.models.load import find_model
+from alphatoken_curate.models.load import find_model, load_tokenizer
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, drawn, fingerprint_fields, hold_out, prepare
 
 ROWS = [make_row(i, [5, 6, 7], [(1, 3)]) for i in range(200)]
@@ -209,3 +209,56 @@ def test_a_token_that_opens_the_next_turn_ends_an_answer_where_the_model_stops_a
         "not as given                4   rows: the chat template writes no token to stop"
         in command("check", data, "--target", data, "--model", tmp_path / "model").out
     )
+
+
+SWITCHED = ROLES.replace("m.content }}", "m.content + ('!' if loud else '') + '<|end|>' }}")
+
+
+@pytest.fixture
+def chatty(tmp_path: Path) -> dict[str, Any]:
+    """A model with a chat template, a file with another, and rows of which the second has settings of its own."""
+    tokenizer = tokenizer_of("<|user|><|assistant|><|end|>")
+    tokenizer.chat_template = ROLES
+    tiny_model("llama", dtype=torch.float32, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "loud.jinja").write_text(SWITCHED)
+    rows = [{"messages": [user(one), answer("yes")]} for one in "abc"]
+    rows[1]["chat_template_kwargs"] = {"loud": False}
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    return {"data": data, "target": data, "model": str(tmp_path / "model")}
+
+
+def test_a_chat_template_and_what_it_is_told_are_settings(chatty: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(find_model(chatty["model"]))
+    loud = {"chat_template": str(tmp_path / "loud.jinja"), "chat_template_kwargs": '{"loud": true}'}
+    for more, wanted in (
+        ({}, ["yes", "yes", "yes"]),
+        (loud, ["yes!<|end|>", "yes<|end|>", "yes!<|end|>"]),
+        ({"chat_template": loud["chat_template"]}, ["yes<|end|>"] * 3),
+    ):
+        prepared = prepare(ScoreConfig(**chatty, **more))
+        assert [responses(tokenizer, row) for row in prepared.rows] == [[one] for one in wanted]
+    with pytest.raises(UsageError, match="names tokenize"):
+        prepare(ScoreConfig(**chatty, chat_template_kwargs='{"tokenize": true}'))
+    with pytest.raises(UsageError, match="takes a JSON object"):
+        ScoreConfig(**chatty, chat_template_kwargs="loud")
+    with pytest.raises(UsageError, match="no such file"):
+        prepare(ScoreConfig(**chatty, chat_template=str(tmp_path / "none.jinja")))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": [user("a"), answer("b")], "chat_template_kwargs": 3}])
+    with pytest.raises(InputError, match="chat_template_kwargs is an integer; it must be an object"):
+        prepare(ScoreConfig(**(chatty | {"data": bad})))
+
+
+def test_a_run_is_known_by_its_chat_template(chatty: dict[str, Any], tmp_path: Path) -> None:
+    asked = ["--model", chatty["model"], "--target", chatty["target"], "-o", tmp_path / "run"]
+    told = ["--chat-template", tmp_path / "loud.jinja", "--chat-template-kwargs", '{"loud": true}']
+    assert command("score", chatty["data"], *asked, *told).code == 0
+    assert "is finished" in command("score", chatty["data"], *asked, *told).out
+    for other, named in ((told[:2], "chat_template_kwargs"), (told[2:], "chat_template"), ([], "chat_template")):
+        ended = command("score", chatty["data"], *asked, *other)
+        assert ended.code == 4 and named in ended.err, ended.err
+    again = command("score", "--config", tmp_path / "run" / "config.yaml", "-o", tmp_path / "again")
+    assert again.code == 0
+    assert contents(tmp_path / "run" / "values") == contents(tmp_path / "again" / "values")
+    (tmp_path / "loud.jinja").write_text(SWITCHED + "{# other #}")
+    assert command("score", chatty["data"], *asked, *told).code == 4

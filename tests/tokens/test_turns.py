@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chats import answer, run, user
+from chats import answer, responses, run, user
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates import CHATS, templates, tokenizer_of, tools_of, unmarked
@@ -220,6 +220,19 @@ def test_a_control_token_of_the_templates_own_thoughts_is_one_in_an_answer_and_t
         ids.append(row.input_ids.tolist())
     assert ids[0].count(think) == ids[1].count(think) == 1  # the second is the template's own
     assert ids[0].count(end) == ids[1].count(end) == 2  # what closes a turn is text in an answer
+
+
+def test_a_template_that_turns_text_to_ascii_shows_its_answers_whatever_escapes_a_row_spells() -> None:
+    tokenizer = tokenizer_of("<|im_start|><|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' }}{{ m.content | tojson(ensure_ascii=True) }}"
+        "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+    )
+    spelled = "\\ufdd3"
+    chats = [[user("a"), answer("b")], [user(spelled), answer("b")], [user(spelled + "\\ufdd4\\ufdde"), answer("b")]]
+    good, bad = run(tokenizer, *(Messages(messages=chat) for chat in chats))
+    assert [row.row_id for row in good] == [0, 1, 2] and not bad
+    assert {*(text for row in good for text in responses(tokenizer, row))} == {'"b"<|im_end|>'}
 
 
 # --- a small grammar
