@@ -46,7 +46,9 @@ def name_stops(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Give a GGUF's tokenizer the special tokens that the file names.
 
     Until transformers 5.17 it takes others for them: of SmolLM2 the token that begins a turn for the one that ends it.
+    It also decodes without spaces before marks, in 5.6.
     """
+    tokenizer.clean_up_tokenization_spaces = False
     gguf: Any = importlib.import_module("gguf")
     fields = gguf.GGUFReader(path).fields
     for name, theirs in _GGUF_STOPS.items():

@@ -63,7 +63,7 @@ def _speller(tokenizer: Tokenizer) -> Callable[[int, str], bytes]:
         return lambda _, name: _from_letters(name, alphabet)
     if _SPACE in replaced or "Metaspace" in kinds or getattr(tokenizer, "sp_model", None):
         return lambda _, name: _from_sentencepiece(name)
-    return lambda number, _: str(tokenizer.decode([number])).encode()
+    return lambda number, _: str(tokenizer.decode([number], clean_up_tokenization_spaces=False)).encode()
 
 
 def _decoder(tokenizer: Tokenizer) -> tuple[set[str], set[str]]:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -63,6 +65,9 @@ class Step:
 THREE_LAYERS = ("forward", "3 published", "3 exact")
 ALL_LAYERS = ("forward", "all published", "all exact", "all influence", "training step")
 
+ALL_SHAPE = ("--shape", "llama-3.2-3b")
+"""Of an 8B, directions for all layers (float32, 28 GB each) and what is made of them do not fit beside the model."""
+
 STEPS = (
     Step(name="tests", seconds=90, command=("card_steps.py", "tests", "RESULT", "DEVICE")),
     Step(
@@ -73,7 +78,7 @@ STEPS = (
     Step(
         name="all_layers",
         seconds=110,
-        command=("gpu.py", "--rounds", "3", "--prompt", "0.25", "--json", "RESULT", "--jobs", *ALL_LAYERS),
+        command=("gpu.py", *ALL_SHAPE, "--rounds", "3", "--prompt", "0.25", "--json", "RESULT", "--jobs", *ALL_LAYERS),
     ),
     Step(name="whole_run", seconds=150, command=("card_steps.py", "whole_run", "RESULT", "DEVICE")),
     Step(name="same_as_cpu", seconds=80, command=("card_steps.py", "same_as_cpu", "RESULT", "DEVICE")),
@@ -92,8 +97,8 @@ def pack(args: Namespace) -> None:
         raise SystemExit(f"{folder}: is not empty; name a new folder for the bundle.")
     wheels = folder / "wheels"
     wheels.mkdir(parents=True)
-    pip("wheel", "--no-deps", "--wheel-dir", str(wheels), str(ROOT))
     with tempfile.TemporaryDirectory() as scratch:
+        pip("wheel", "--no-deps", "--wheel-dir", str(wheels), str(clean_copy(Path(scratch) / "project")))
         pinned = Path(scratch) / "pinned.txt"
         pinned.write_text(pins((ROOT / ".ci" / "requirements.txt").read_text(encoding="utf-8"), PACKED))
         kinds = [flag for platform in PLATFORMS for flag in ("--platform", platform)]
@@ -109,11 +114,29 @@ def pack(args: Namespace) -> None:
         else:
             shutil.copy(ROOT / "tests" / name, place)
     shutil.copy(ROOT / "pyproject.toml", folder / "pyproject.toml")
-    (folder / "bundle.json").write_text(json.dumps({"python": args.python}))
+    (folder / "bundle.json").write_text(json.dumps({"python": args.python, "commit": commit()}))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > LIMIT:
         raise SystemExit(f"{folder}: {size / 2**20:.1f} MiB, which is more than {LIMIT >> 20}.")
-    print(f"{folder}: {size / 2**20:.1f} MiB. On a machine with a card: python {folder}/card.py run --out OUT")
+    script = shlex.quote(str(folder / "card.py"))
+    print(f"{folder}: {size / 2**20:.1f} MiB. On a machine with a card: python {script} run --out OUT")
+
+
+def clean_copy(folder: Path) -> Path:
+    """The project without what builds and checks left in it."""
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("alphatoken_curate", "cli"):
+        shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def commit() -> str:
+    """What the bundle was packed from."""
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "no commit"
 
 
 def pip(*arguments: str) -> None:
@@ -136,22 +159,46 @@ def pins(text: str, names: Iterable[str]) -> str:
 def run(args: Namespace) -> int:
     """Every step; 0 where all of them went well."""
     began = time.monotonic()
-    args.out.mkdir(parents=True, exist_ok=True)
+    # Whoever ends this ends the step that runs, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {args.out}: {error.strerror}.") from error
     work = Path(tempfile.mkdtemp(prefix="card-"))
     try:
         site = unpack(work / "site")
         told = machine(site, args.device)
-        report: dict[str, Any] = {"machine": told, "minutes": args.minutes, "steps": {}}
-        write(args.out, report)
+        report: dict[str, Any] = {"machine": told, "minutes": args.minutes, "steps": known_steps(args.out, told)}
         chosen = [step for step in STEPS if not args.steps or step.name in args.steps]
         for step in chosen:
             left = args.minutes * 60 - (time.monotonic() - began)
-            report["steps"][step.name] = take(step, left, work, site, args.device)
-            write(args.out, report)
+            try:
+                report["steps"][step.name] = taken = take(step, left, work, site, args.device)
+            except (KeyboardInterrupt, SystemExit):
+                report["steps"][step.name] = {"ended": "interrupted", "found": read(work / f"{step.name}.json")}
+                raise
+            finally:
+                write(args.out, report)
+            print(f"{step.name}: {taken['ended']}", flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print((args.out / "card.txt").read_text(encoding="utf-8"))
-    return int(any(each["ended"] != "well" for each in report["steps"].values()))
+    return int(any(report["steps"][step.name]["ended"] != "well" for step in chosen))
+
+
+def known_steps(out: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """What was found before on the same machine by the same bundle."""
+    before = read(out / "card.json")
+    return dict(before["steps"]) if before.get("machine") == told else {}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of JSON; empty where there is none that is whole."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def unpack(site: Path) -> Path:
@@ -164,9 +211,11 @@ def unpack(site: Path) -> Path:
 
 def machine(site: Path, device: str) -> dict[str, Any]:
     """What the machine is. Ends with all that is not as assumed, named."""
-    wanted = json.loads((HERE / "bundle.json").read_text())["python"]
-    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    bundle = json.loads((HERE / "bundle.json").read_text())
+    wanted, here = bundle["python"], f"{sys.version_info.major}.{sys.version_info.minor}"
     wrong = [] if here == wanted else [f"Python is {here}; the bundle is for {wanted} (pack --python {here})"]
+    if platform.machine() != "x86_64":
+        wrong.append(f"the processor is {platform.machine()}; the bundle's wheels are for x86_64")
     wrong += unmet(site)
     if wrong:
         raise SystemExit("This machine is not as the bundle assumes:\n  " + "\n  ".join(wrong))
@@ -174,15 +223,21 @@ def machine(site: Path, device: str) -> dict[str, Any]:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"torch {torch.__version__} sees no CUDA card. To try the bundle itself: --device cpu.")
-    card = torch.cuda.get_device_name() if device == "cuda" else "no card: the CPU stands in, in tiny shapes"
+    card = "no card: the CPU stands in, in tiny shapes"
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        card = f"{torch.cuda.get_device_name()}, {memory:.0f} GiB"
     versions = {name: metadata.version(name) for name in ASSUMED}
-    return {"card": card, "device": device, "python": here, "cuda": torch.version.cuda, "versions": versions}
+    told = {"card": card, "device": device, "commit": bundle["commit"], "python": here}
+    return told | {"cuda": torch.version.cuda, "versions": versions}
 
 
 def unmet(site: Path) -> list[str]:
     """What the project requires of the machine and does not find there."""
-    from packaging.requirements import Requirement
-
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return ["packaging is not installed, which transformers brings: so neither is that"]
     (ours,) = (one for one in metadata.distributions(path=[str(site)]) if one.metadata["Name"] == "alphatoken-curate")
     wrong = []
     for asked in map(Requirement, ours.requires or []):
@@ -209,20 +264,23 @@ def take(step: Step, left: float, work: Path, site: Path, device: str) -> dict[s
         arguments += ["--shape", "tiny", "--length", "64"]
     began, limit = time.monotonic(), min(step.seconds, left)
     print(f"{step.name}: at most {limit:.0f} s", flush=True)
-    ended, said = limited([sys.executable, str(HERE / script), *arguments], limit, work, site)
-    found = json.loads(result.read_text()) if result.is_file() else {}
+    # What a step leaves behind where it is stopped is gone before the next begins.
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        more = {"TMPDIR": scratch} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+        ended, said = limited([sys.executable, str(HERE / script), *arguments], limit, more, site)
     seconds = round(time.monotonic() - began, 1)
-    return {"ended": ended, "seconds": seconds, "found": found} | ({} if ended == "well" else {"said": said})
+    return {"ended": ended, "seconds": seconds, "found": read(result)} | ({} if ended == "well" else {"said": said})
 
 
-def limited(command: list[str], limit: float, work: Path, site: Path) -> tuple[str, list[str]]:
+def limited(command: list[str], limit: float, more: dict[str, str], site: Path) -> tuple[str, list[str]]:
     """How a command ended, and the last lines it printed. It and all that it began is killed at its limit."""
-    paths = [str(site), str(HERE), str(HERE / "tests" / "support")]
-    quiet = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(work)}
-    env = os.environ | quiet | {"PYTHONPATH": os.pathsep.join(paths)}
-    log = work / "said.txt"
+    theirs = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = [str(site), str(HERE), str(HERE / "tests" / "support"), *theirs]
+    quiet = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = os.environ | quiet | more | {"PYTHONPATH": os.pathsep.join(paths)}
+    log = Path(more["TMPDIR"]) / "said.txt"
     with log.open("w") as out:
-        child = subprocess.Popen(command, cwd=HERE, env=env, stdout=out, stderr=out, start_new_session=True)
+        child = subprocess.Popen(command, cwd=HERE, env=env, stdout=out, stderr=out, process_group=0)
         try:
             code = child.wait(limit)
             ended = "well" if code == 0 else f"exit {code}"
@@ -261,10 +319,11 @@ def main() -> int:
     packing.add_argument("--python", default="3.12", help="of the machine it is for")
     packing.set_defaults(do=pack)
     running = commands.add_parser("run", help="on the machine with the card")
-    running.add_argument("--out", type=Path, required=True)
-    running.add_argument("--minutes", type=float, default=8)
-    running.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    running.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], help="these alone")
+    names = [step.name for step in STEPS]
+    running.add_argument("--out", type=Path, required=True, help="folder for card.json and card.txt")
+    running.add_argument("--minutes", type=float, default=8, help="for all steps together (default: 8)")
+    running.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the bundle itself")
+    running.add_argument("--steps", nargs="+", choices=names, metavar="STEP", help=f"these alone of {', '.join(names)}")
     running.set_defaults(do=run)
     args = parser.parse_args()
     return args.do(args) or 0

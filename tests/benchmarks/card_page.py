@@ -15,7 +15,7 @@ def page(report: Found) -> str:
     """The whole page, of as many steps as there are by now."""
     told = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
-    lines = [told["card"], f"Python {told['python']}, CUDA {told['cuda']}, {versions}"]
+    lines = [told["card"], f"packed from {told['commit']}", f"Python {told['python']}, CUDA {told['cuda']}, {versions}"]
     for name, step in report["steps"].items():
         lines += ["", f"{TITLES[name]}: {_ended(step)}"]
         found = step.get("found")
@@ -67,7 +67,8 @@ def _whole_run(found: Found) -> Iterator[str]:
         rate = found["tokens"] / found["score_seconds"]
         yield f"unbroken: {found['score_seconds']} s, {rate:,.0f} tokens/s with all that a command does; {same}"
     if "largest_difference" in found:
-        yield f"largest difference of the two, in parts of the largest value: {_worst(found['largest_difference'])}"
+        yield "largest difference of the two, in parts of the largest value:"
+        yield from _worst(found["largest_difference"])
 
 
 def _model(found: Found) -> str:
@@ -77,14 +78,17 @@ def _model(found: Found) -> str:
     )
 
 
-def _worst(columns: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.1e}" for name, value in columns.items())
+def _worst(columns: dict[str, float]) -> Iterator[str]:
+    """Four columns a line."""
+    told = [f"{name} {value:.1e}" for name, value in columns.items()]
+    yield from (f"  {', '.join(told[at : at + 4])}" for at in range(0, len(told), 4))
 
 
 def _same_as_cpu(found: Found) -> Iterator[str]:
     yield f"float32, largest difference in parts of the largest value (wanted: {found['within']:.0e}):"
     for estimator, columns in found["largest_difference"].items():
-        yield f"{estimator}: {_worst(columns)}"
+        yield f"{estimator}:"
+        yield from _worst(columns)
 
 
 def _memory(found: Found) -> Iterator[str]:

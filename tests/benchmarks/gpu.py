@@ -3,13 +3,13 @@
     python tests/benchmarks/gpu.py
     python tests/benchmarks/gpu.py --shape tiny --length 64     # runs anywhere: a check of this script
 
-Needs a card and no download: weights are drawn on the card (16 GB; `training step` and K = all take several times
-that, and a job that does not fit says so). One table for each share of a row that is prompt. For each job: tokens per
-second, the ratio of its seconds to those of a plain no-grad forward with logits at all positions, that ratio counted in
-multiplications alone, the share of the card's matrix peak (two operations for each multiplication a job cannot do
-without, to what one large bfloat16 product reaches in the same run), peak memory above the model's weights, and what of
-it the job holds ready. Seconds are medians of `--rounds` after a warm-up, a forward before each job's. `--json FILE`
-holds the same numbers, and is written again after each job.
+Needs a card and no download: weights are drawn on the card (16 GB; `training step` and K = all take four to nine times
+that, and a job that does not fit says so: take `--shape llama-3.2-3b` for those). One table for each share of a row
+that is prompt. For each job: tokens per second, the ratio of its seconds to those of a plain no-grad forward with
+logits at all positions, that ratio counted in multiplications alone, the share of the card's matrix peak (two
+operations for each multiplication a job cannot do without, to what one large bfloat16 product reaches in the same run),
+peak memory above the model's weights, and what of it the job holds ready. Seconds are medians of `--rounds` after a
+warm-up, a forward before each job's. `--json FILE` holds the same numbers, and is written again after each job.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-3.2-3b": {
+        "vocab_size": 128256,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
         "num_key_value_heads": 8,
     },
     "tiny": {
@@ -228,7 +236,9 @@ def main() -> None:
                 each.append(numbers(what, shape, batches, one, peak))
         tables = [table(prompt, each, args) for prompt, each in zip(args.prompt, told, strict=True)]
         if args.json is not None:
-            args.json.write_text(json.dumps({"head": head, "prompt": args.prompt, "jobs": told, "tables": tables}))
+            fresh = args.json.with_suffix(".new")
+            fresh.write_text(json.dumps({"head": head, "prompt": args.prompt, "jobs": told, "tables": tables}))
+            fresh.replace(args.json)
     print("", *tables, sep="\n\n")
 
 

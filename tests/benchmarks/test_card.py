@@ -5,9 +5,11 @@ pytest -m slow -k card runs its steps on the CPU. What needs a registry, `pack`,
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -78,16 +80,18 @@ def test_without_a_card_nothing_is_begun_unless_the_cpu_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    (tmp_path / "bundle.json").write_text(json.dumps({"python": here}))
+    (tmp_path / "bundle.json").write_text(json.dumps({"python": here, "commit": "abc"}))
     monkeypatch.setattr(card, "HERE", tmp_path)
     site = installed(tmp_path / "site", "torch>=2.9")
     with pytest.raises(SystemExit, match="sees no CUDA card"):
         card.machine(site, "cuda")
     assert card.machine(site, "cpu")["python"] == here
-    (tmp_path / "bundle.json").write_text(json.dumps({"python": "3.1"}))
+    (tmp_path / "bundle.json").write_text(json.dumps({"python": "3.1", "commit": "abc"}))
     with pytest.raises(SystemExit, match=r"the bundle is for 3\.1 \(pack --python"):
         card.machine(site, "cpu")
 
+
+MACHINE = {"card": "one", "commit": "abc", "python": "3", "cuda": "13", "versions": {"torch": "2.11"}}
 
 SLOW_SCRIPT = """
 import json, pathlib, subprocess, sys, time
@@ -98,13 +102,18 @@ time.sleep(60)
 """
 
 
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    # One that was killed stays in the table until somebody asks for it.
-    return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+def gone(process: int) -> bool:
+    """Whether a process that was killed ends."""
+    for _ in range(100):
+        try:
+            os.kill(process, 0)
+            # One that ended stays in the table until somebody asks for it.
+            if "Z" in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]:
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_a_step_that_takes_too_long_is_stopped_and_keeps_what_it_found(
@@ -112,15 +121,55 @@ def test_a_step_that_takes_too_long_is_stopped_and_keeps_what_it_found(
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW_SCRIPT)
     monkeypatch.setattr(card, "HERE", tmp_path)
-    step = card.Step(name="tests", seconds=3, command=("slow.py", "RESULT"))
+    step = card.Step(name="tests", seconds=8, command=("slow.py", "RESULT"))
     began = time.monotonic()
     taken = card.take(step, 100.0, tmp_path, tmp_path, "cpu")
-    assert time.monotonic() - began < 20
-    assert taken["ended"] == "stopped after 3 s" and taken["found"]["passed"] == 3
+    assert time.monotonic() - began < 40
+    assert taken["ended"] == "stopped after 8 s" and taken["found"]["passed"] == 3
     assert taken["said"] == ["so far so good"]
-    assert not alive(taken["found"]["child"])
-    report = {"machine": {"card": "one", "python": "3", "cuda": "13", "versions": {}}, "steps": {"tests": taken}}
-    assert "stopped after 3 s" in card_page.page(report) and "3 passed" in card_page.page(report)
+    assert gone(taken["found"]["child"])
+    report = {"machine": MACHINE, "steps": {"tests": taken}}
+    assert "stopped after 8 s" in card_page.page(report) and "3 passed" in card_page.page(report)
+
+
+HALF_SCRIPT = """
+import pathlib, sys
+pathlib.Path(sys.argv[1]).write_text('{"passed": 3, "fai')
+"""
+
+
+def test_a_result_that_is_not_whole_is_none_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half.py").write_text(HALF_SCRIPT)
+    monkeypatch.setattr(card, "HERE", tmp_path)
+    step = card.Step(name="tests", seconds=30, command=("half.py", "RESULT"))
+    taken = card.take(step, 99.0, tmp_path, tmp_path, "cpu")
+    assert (taken["ended"], taken["found"]) == ("well", {})
+
+
+def test_what_was_found_before_on_the_same_machine_stays(tmp_path: Path) -> None:
+    told = {"card": "one", "commit": "a"}
+    (tmp_path / "card.json").write_text(json.dumps({"machine": told, "steps": {"memory": {"ended": "well"}}}))
+    assert card.known_steps(tmp_path, told) == {"memory": {"ended": "well"}}
+    assert card.known_steps(tmp_path, told | {"commit": "b"}) == card.known_steps(tmp_path / "none", told) == {}
+
+
+def test_an_interrupted_step_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends_its_parent = SLOW_SCRIPT.replace("\ntime.sleep", "\nimport os\nos.kill(os.getppid(), 15)\ntime.sleep")
+    (tmp_path / "slow.py").write_text(ends_its_parent)
+    (tmp_path / "wheels").mkdir()
+    monkeypatch.setattr(card, "HERE", tmp_path)
+    monkeypatch.setattr(card, "STEPS", (card.Step(name="tests", seconds=60, command=("slow.py", "RESULT")),))
+    monkeypatch.setattr(card, "machine", lambda *_: MACHINE)
+    args = argparse.Namespace(out=tmp_path / "out", minutes=2, device="cpu", steps=None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            card.run(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    taken = json.loads((tmp_path / "out" / "card.json").read_text())["steps"]["tests"]
+    assert taken["ended"] == "interrupted" and taken["found"]["passed"] == 3
+    assert gone(taken["found"]["child"])
 
 
 def test_a_step_that_fails_says_why_and_one_without_time_is_not_begun(
@@ -132,8 +181,7 @@ def test_a_step_that_fails_says_why_and_one_without_time_is_not_begun(
     taken = card.take(step, 100.0, tmp_path, tmp_path, "cpu")
     assert taken["ended"] == "exit 1" and taken["said"] == ["no such luck"] and taken["found"] == {}
     late = card.take(step, 4.0, tmp_path, tmp_path, "cpu")
-    machine = {"card": "one", "python": "3", "cuda": "13", "versions": {"torch": "2.11"}}
-    text = card_page.page({"machine": machine, "steps": {"memory": taken, "profile": late}})
+    text = card_page.page({"machine": MACHINE, "steps": {"memory": taken, "profile": late}})
     assert "| no such luck" in text and "not begun: no time was left" in text and "torch 2.11" in text
 
 

@@ -51,6 +51,8 @@ def test_a_gguf_says_which_tokens_are_special(smollm2_tokenizer: Any) -> None:
     tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", None
     name_stops(tokenizer, source.folder / source.gguf)
     assert {name: getattr(tokenizer, name) for name in wanted} == wanted
+    text = "def f ( x , y ) : it is n't ."
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.eos_token_id == 2 and tokenizer("a").input_ids == smollm2_tokenizer("a").input_ids
 
 

