@@ -31,6 +31,7 @@ _MARK = re.compile(f"{_OPEN}[{_DIGITS}]+{_CLOSE}")
 _ESCAPED_OPEN, _ESCAPED = r"\ufdd3", re.compile(r"\\ufdd3(?:\\ufdd[4-9a-d])+\\ufdde")
 RESERVED = re.compile(f"[{_OPEN}-{_CLOSE}]")
 
+_NAME = "name"
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 _THOUGHT_ENDS = "</think>"
 _EDGE = re.compile(r"\s|[<\[]")
@@ -51,10 +52,15 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """A chat as text, without marks, and where the last mark of each number stood."""
+    """A chat as text, without marks, and where the first and the last mark of each number stood."""
 
     text: str
-    ends: dict[int, int]
+    firsts: dict[int, int]
+    lasts: dict[int, int]
+
+    def end(self, leaf: Leaf) -> int | None:
+        """Where a text ends; None where it was not written. The name of a call may be written again with its result."""
+        return (self.firsts if leaf.key == _NAME else self.lasts).get(leaf.number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +122,9 @@ class _Chat:
     def of_message(self, index: int) -> list[Leaf]:
         return [leaf for leaf in self.leaves if leaf.message == index]
 
+    def before(self, index: int) -> list[Leaf]:
+        return [leaf for leaf in self.leaves if leaf.message < index]
+
 
 class _Turn:
     """One answer."""
@@ -128,7 +137,7 @@ class _Turn:
         self.render = render
         self.mine = chat.of_message(index)
         self.notes: list[str] = []
-        self.left_out = sorted({leaf.key for leaf in self.mine if leaf.number not in self.whole.ends})
+        self.left_out = sorted({leaf.key for leaf in self.mine if self.whole.end(leaf) is None})
 
     def span(self) -> tuple[int, int]:
         """[start, end). Raises RowFault."""
@@ -147,13 +156,12 @@ class _Turn:
 
     def _anchor(self, head: Rendering) -> tuple[int, int]:
         """Where the last text of earlier messages that both have ends: in `head`, and in the whole."""
-        ends = self.whole.ends
-        before = [leaf.number for leaf in self.chat.leaves if leaf.message < self.index]
-        both = [number for number in before if number in head.ends and number in ends]
-        if not both:
-            return 0, 0
-        last = max(both, key=lambda number: head.ends[number])
-        return head.ends[last], ends[last]
+        return max(self._in_both(head, self.chat.before(self.index)), default=(0, 0))
+
+    def _in_both(self, other: Rendering, leaves: Sequence[Leaf]) -> list[tuple[int, int]]:
+        """Where texts end in another rendering and in the whole, of those that both have."""
+        places = [(other.end(leaf), self.whole.end(leaf)) for leaf in leaves]
+        return [(there, here) for there, here in places if there is not None and here is not None]
 
     def _start(self, head: Rendering, at_head: int, at_whole: int) -> int:
         tail, text = head.text[at_head:], self.whole.text
@@ -198,7 +206,7 @@ class _Turn:
 
     def _begin(self, leaf: Leaf) -> int | None:
         """Where a text begins, if it stands there as it is."""
-        end = self.whole.ends.get(leaf.number)
+        end = self.whole.end(leaf)
         if end is None or not self.whole.text.endswith(leaf.text.lstrip(), 0, end):
             return None
         return end - len(leaf.text.lstrip())
@@ -209,10 +217,10 @@ class _Turn:
         text = self.whole.text
         is_last = self.index == len(self.chat.messages) - 1
         through = self.whole if is_last else _read(self.render(self.chat.messages[: self.index + 1]))
-        numbers = [leaf.number for leaf in self.mine if leaf.number in self.whole.ends and leaf.number in through.ends]
-        if numbers:
-            last = max(numbers, key=lambda number: self.whole.ends[number])
-            at, there = max(start, self.whole.ends[last]), through.ends[last] + max(0, start - self.whole.ends[last])
+        places = self._in_both(through, self.mine)
+        if places:
+            there, here = max(places, key=lambda place: place[1])
+            at, there = max(start, here), there + max(0, start - here)
         else:
             at = there = start
             if not is_last:
@@ -220,7 +228,7 @@ class _Turn:
         tail = through.text[there:]
         agreed = _shared(tail, text[at:])
         runs = self._runs(at, at + agreed)
-        if runs and numbers and not self.message.get("tool_calls"):
+        if runs and places and not self.message.get("tool_calls"):
             return runs[0][0]
         # Behind calls, and where nothing was said, other special tokens stand before those that close the turn.
         if closing := next((end for end, names in runs if self.stops & set(names)), None):
@@ -235,9 +243,8 @@ class _Turn:
 
     def _same_place(self, head: Rendering, through: Rendering, start: int, anchor: tuple[int, int]) -> int:
         """In the chat up to this answer: the place that is `start` in the whole."""
-        before = [leaf.number for leaf in self.chat.leaves if leaf.message < self.index]
-        both = [number for number in before if number in through.ends and self.whole.ends.get(number) == anchor[1]]
-        return (through.ends[both[-1]] if both else 0) + start - anchor[1]
+        both = self._in_both(through, self.chat.before(self.index))
+        return next((there for there, here in both if here == anchor[1]), 0) + start - anchor[1]
 
     def _runs(self, start: int, end: int) -> list[tuple[int, list[str]]]:
         """Special tokens within [start, end) that stand one behind the other: where such a run ends, and its tokens."""
@@ -278,7 +285,7 @@ class _Turn:
         for leaf in self.mine:
             if leaf.key != "content":
                 continue
-            end = self.whole.ends.get(leaf.number)
+            end = self.whole.end(leaf)
             if end is None:
                 raise not_splittable(f"it leaves out answer {self.index}")
             if self.whole.text.endswith(leaf.text, since, end):
@@ -295,12 +302,12 @@ class _Turn:
         names = [(call.get("function") or call).get("name") for call in self.message.get("tool_calls") or ()]
         written = _MARK.sub("", turn)
         lost = [name for name in names if name is not None and _MARK.sub("", str(name)) not in written]
-        if lost or "tool_calls" in self.left_out:
+        if lost or {"tool_calls", _NAME} & {*self.left_out}:
             raise not_splittable(f"it does not write the tool_calls of answer {self.index}")
 
     def _check_alone(self, start: int, end: int) -> None:
         for leaf in self.chat.leaves:
-            if leaf.message != self.index and start < self.whole.ends.get(leaf.number, -1) <= end:
+            if leaf.message != self.index and start < (self.whole.end(leaf) or -1) <= end:
                 raise not_splittable(f"answer {self.index} encloses another message")
 
 
@@ -337,24 +344,32 @@ def _marked_message(message: dict[str, Any], index: int, keys: Sequence[str], le
         if isinstance(value, list):
             return [walk(item, key) for item in value]
         if isinstance(value, dict):
-            return {name: item if name in ("type", "id", "name") else walk(item, key) for name, item in value.items()}
+            before = len(leaves)
+            made = {name: item if name in ("type", "id", "name") else walk(item, key) for name, item in value.items()}
+            if key == "tool_calls" and isinstance(value.get("name"), str) and len(leaves) == before:
+                made["name"] = mark(value["name"], _NAME)  # of a call whose arguments are no texts
+            return made
         return value
 
     return {key: walk(item, key) if key in keys else item for key, item in message.items()}
 
 
 def _read(marked: str) -> Rendering:
-    """The text without its marks, and where the last one of each number stood."""
+    """The text without its marks, and where those of each number stood."""
     if _ESCAPED_OPEN in marked:
         marked = _ESCAPED.sub(lambda found: "".join(chr(int(code, 16)) for code in found[0].split(r"\u")[1:]), marked)
     first, *others = marked.split(_OPEN)
-    parts, ends, length = [first], {}, len(first)
+    parts, length = [first], len(first)
+    firsts: dict[int, int] = {}
+    lasts: dict[int, int] = {}
     for other in others:
-        number, _, text = other.partition(_CLOSE)
-        ends[int(number.translate(_NUMBERS))] = length
+        digits, _, text = other.partition(_CLOSE)
+        number = int(digits.translate(_NUMBERS))
+        lasts[number] = length
+        firsts.setdefault(number, length)
         parts.append(text)
         length += len(text)
-    return Rendering(text="".join(parts), ends=ends)
+    return Rendering(text="".join(parts), firsts=firsts, lasts=lasts)
 
 
 def _run(specials: re.Pattern[str], text: str, at: int) -> Iterator[int]:

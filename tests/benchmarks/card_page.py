@@ -44,6 +44,8 @@ def _tables(found: Found) -> Iterator[str]:
 
 def _three_layers(found: Found) -> Iterator[str]:
     yield from _tables(found)
+    if "CPU" in found["head"]:
+        return  # which says nothing of a card
     quarter = found["jobs"][found["prompt"].index(0.25)]
     for told in quarter:
         if told["job"].startswith("3") and "seconds" in told:

@@ -94,6 +94,8 @@ CHATS: dict[str, list[dict[str, Any]]] = {
     "call as text": [user("Weather?"), calling("", '{"city": "Oslo"}'), result("5 C"), answer("It is 5 C.")],
     "call last": [user("Weather?"), calling("", _OSLO)],
     "call with words": [user("Weather?"), calling("Let me see.", _OSLO), result("5 C"), answer("5 C.")],
+    "call with numbers": [user("Weather?"), calling("", {"n": 3}), result("5 C"), answer("It is 5 C.")],
+    "call of nothing": [user("Weather?"), calling("", {}), result("5 C"), answer("It is 5 C.")],
     "white space": [user("One?"), answer("  padded \n"), user("Two?"), answer("\nnew line")],
     "empty": [user("One?"), answer(""), user("Two?"), answer("Yes")],
     "unanswered": [user("One?"), answer("First"), user("Two?")],

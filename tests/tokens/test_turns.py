@@ -103,6 +103,10 @@ EXPECTED: dict[str, dict[str, list[str]]] = {
     },
     "qwen3": {
         "several": ["First thing.<|im_end|>", "<think>\n\n</think>\n\nSecond thing.<|im_end|>"],
+        "call with numbers": [
+            '<tool_call>\n{"name": "get_weather", "arguments": {"n": 3}}\n</tool_call><|im_end|>',
+            "<think>\n\n</think>\n\nIt is 5 C.<|im_end|>",
+        ],
         "echoes": ["40<|im_end|>", "<think>\nThen 41 it is: 41.\n</think>\n\n41<|im_end|>"],
         "inline thoughts": ["First<|im_end|>", "<think>\nhm Two\n</think>\n\nSecond<|im_end|>"],
     },
