@@ -116,6 +116,12 @@ class ScoreConfig(MaskConfig):
         _ROWS,
         kind="object",
     )
+    assistant_specials: str = _option(
+        "template",
+        "What special tokens are that an answer spells.",
+        _ROWS,
+        choices=("template", "text", "refuse"),
+    )
     max_length: int = _option(2048, "Longest row in tokens; the rest is cut, counted and told.", _ROWS, kind="count")
     bad_rows: str = _option(
         "refuse",

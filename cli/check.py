@@ -56,7 +56,7 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
             f"cut off          {found.truncated_tokens:>12,}   in {count(found.truncated_rows, 'row')}, by --max-length"
         )
     for what, rows in found.told.items():
-        click.echo(f"not as given     {rows:>12,}   rows: the chat template {what}")
+        click.echo(f"not as given     {rows:>12,}   rows: {what}")
     batches = f"{count(found.batches, 'batch', 'batches')} of {found.batch_tokens:,} tokens"
     click.echo(f"padding          {found.padding:>12.1%}   in {batches}")
     stored = f"about {_size(found.value_bytes)} of values, {_size(found.train_bytes)} of train"

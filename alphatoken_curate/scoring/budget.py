@@ -24,7 +24,10 @@ NAME = "run.json"
 LEAST = 64
 """A budget below this many tokens is not halved again."""
 
-_OF_CHATS = ("tokenizer", "template", "chat_template", "chat_template_kwargs", "turns", "max_length")
+_OF_CHATS = (
+    *("tokenizer", "template", "chat_template", "chat_template_kwargs", "assistant_specials"),
+    *("turns", "max_length"),
+)
 
 _DECIDE_TOKENS = {
     "tokens": {"data", "limit", "target", "target_rows", "seed", *_OF_CHATS},

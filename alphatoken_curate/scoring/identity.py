@@ -57,6 +57,7 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
         "limit": config.limit,
         "chat_template": template,
         "chat_template_kwargs": config.chat_template_kwargs,
+        "assistant_specials": config.assistant_specials if config.assistant_specials != "template" else None,
     }
     return {
         "schema_version": SCHEMA_VERSION,

@@ -74,7 +74,7 @@ def _tell(prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
         rows, tokens = count(len(cut), "row is", "rows are"), count(sum(cut), "token was", "tokens were")
         progress.warn(f"{rows} longer than --max-length {prepared.config.max_length}: {tokens} cut.")
     for what, rows_told in prepared.told.items():
-        progress.warn(f"{count(rows_told, 'row')}: the chat template {what}.")
+        progress.warn(f"{count(rows_told, 'row')}: {what}.")
     if prepared.config.retention is not None and prepared.config.drift == "weights" and not spec.has_reference:
         progress.note("The reference has the same weights as the model, so there is no drift to store beside.")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import orjson
@@ -28,7 +28,7 @@ from alphatoken_curate.rows.read import BadRow, InputFile, Row, RowStream, kind_
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.scoring.identity import Named, fields_of
 from alphatoken_curate.scoring.named import check_named
-from alphatoken_curate.tokens.chat import Tokenizer
+from alphatoken_curate.tokens.chat import ChatSettings, Tokenizer
 from alphatoken_curate.tokens.draws import keyed_uniform
 from alphatoken_curate.tokens.plan import sequences
 from alphatoken_curate.tokens.tokenise import NO_TOKENIZER, AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
@@ -153,9 +153,12 @@ class _Reader:
         return found
 
     @cached_property
-    def _template_kwargs(self) -> dict[str, Any]:
-        found: dict[str, Any] = orjson.loads(self._config.chat_template_kwargs or "{}")
-        return found
+    def _chats(self) -> ChatSettings:
+        return ChatSettings(
+            kwargs=orjson.loads(self._config.chat_template_kwargs or "{}"),
+            stops=_stops(self._source, self.tokenizer),
+            assistant_specials=self._config.assistant_specials,
+        )
 
     @cached_property
     def _vocabulary(self) -> int | None:
@@ -170,8 +173,7 @@ class _Reader:
             max_length=config.max_length,
             turns=config.turns,
             vocab_size=self._vocabulary,
-            template_kwargs=self._template_kwargs,
-            stops=_stops(self._source, self.tokenizer),
+            chats=self._chats,
             told=self.told,
         )
 
@@ -186,7 +188,7 @@ class _Reader:
                 self.tokenizer,
                 max_length=self._config.max_length,
                 vocab_size=self._vocabulary,
-                template_kwargs=self._template_kwargs,
+                chats=self._chats,
             )
         else:
             found = RowStream([path], also=("text",) if name == "retention" else ())

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class RenderedText(NamedTuple):
     """Text and the character spans [start, end) that respond; `marked`: a `MARK` hides spelled specials.
 
     `bos`: a BOS goes in front where the tokenizer adds one. `eos`: an EOS that responds goes behind. `notes`: what of
-    the row is not as it was given, in words that go on from "the chat template".
+    the row is not as it was given.
     """
 
     text: str
@@ -93,6 +93,23 @@ class Specials:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatSettings:
+    """How chats are read."""
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What the template is told besides; a row's own come before them."""
+
+    stops: frozenset[str] = frozenset()
+    """Texts of tokens that the model stops at, beside its tokenizer's EOS.
+
+    Where a template closes no turn, the one that opens the next turn responds."""
+
+    assistant_specials: str = "template"
+    """Special tokens that an answer spells: those of the template's own answers are themselves and others `text`
+    (`template`), all are `text`, or the row is one to `refuse`."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template; `last_only`: of each chat only the last assistant turn responds."""
 
@@ -102,12 +119,11 @@ class ChatTemplate:
         specials: Specials,
         *,
         last_only: bool,
-        stops: frozenset[str],
-        kwargs: Mapping[str, Any] | None = None,
+        chats: ChatSettings,
     ) -> None:
         self._tokenizer = tokenizer
-        self._kwargs = dict(kwargs or {})
-        self._stops = stops | {tokenizer.eos_token} - {None}
+        self._chats = chats
+        self._stops = chats.stops | {tokenizer.eos_token} - {None}
         self._specials = specials.pattern
         self._last_only = last_only
 
@@ -127,13 +143,14 @@ class ChatTemplate:
 
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         respond = [i for i in answers if i >= record.respond_from][-1 if self._last_only else 0 :]
-        template, notes = self._tokenizer.get_chat_template(tools=record.tools), list[str]()
+        notes = self._notes_of_specials([messages[i] for i in respond]) if marked else []
+        template = self._tokenizer.get_chat_template(tools=record.tools)
         if _GENERATION.search(template):
             text, spans = _spans_by_marks(template, render, messages, answers, respond)
         else:
             text = render(messages)
             found = find_answers(text, messages, respond, render, specials=self._specials, stops=self._stops)
-            spans, notes = found.spans, found.notes
+            spans, notes = found.spans, notes + found.notes
         return _rendered(text, spans, marked, notes)
 
     def render_prompt(self, record: Prompt) -> RenderedText:
@@ -166,7 +183,7 @@ class ChatTemplate:
 
         And whether there is one.
         """
-        told: dict[str, Any] = {"tools": record.tools, "settings": {**self._kwargs, **record.template_kwargs}}
+        told: dict[str, Any] = {"tools": record.tools, "settings": {**self._chats.kwargs, **record.template_kwargs}}
         texts = [*_strings([_but_role(message) for message in messages]), *_strings(told)]
         if any(mark in text for text in texts for mark in (_OPEN, _CLOSE, MARK)) or any(map(RESERVED.search, texts)):
             raise RowFault("noncharacter", "the text has one of U+FDD0 to U+FDDE, which are no characters; remove it")
@@ -176,8 +193,18 @@ class ChatTemplate:
         return messages, told, False
 
     def _hidden_message(self, message: dict[str, Any]) -> dict[str, Any]:
-        known = self._spoken if message["role"] == "assistant" else frozenset[str]()
+        spoken = message["role"] == "assistant" and self._chats.assistant_specials != "text"
+        known = self._spoken if spoken else frozenset[str]()
         return {"role": message["role"], **self._marked(_but_role(message), known)}
+
+    def _notes_of_specials(self, answers: list[Any]) -> list[str]:
+        """What becomes of the special tokens that answers spell, where they are text. Raises RowFault where refused."""
+        apart = sorted({found for text in _strings(answers) for found in _APART.findall(text)})
+        if apart and self._chats.assistant_specials == "refuse":
+            spelled = visible(apart[0].replace(MARK, ""), 30)
+            why = f"an answer spells the special token {spelled}; --assistant-specials text keeps it as text"
+            raise RowFault("special_token", why)
+        return ["special tokens that an answer spells stay text"] if apart else []
 
     def _marked(self, value: Any, known: frozenset[str]) -> Any:
         """`value` with `MARK` behind the first character of each special token that its texts spell; `known` stay."""
@@ -225,7 +252,7 @@ class ChatTemplate:
     ) -> str:
         import jinja2
 
-        settings = self._kwargs if settings is None else settings
+        settings = self._chats.kwargs if settings is None else settings
 
         try:
             return str(
@@ -314,6 +341,9 @@ def _rendered(text: str, spans: list[tuple[int, int]], marked: bool, notes: Sequ
 def _partner(special: str) -> str:
     """`</think>` of `<think>`, and the other way round; of another token, one that no template has."""
     return special[0] + special[2:] if special[1:2] == "/" else special[0] + "/" + special[1:]
+
+
+_APART = re.compile(rf"\S?{MARK}\S{{0,30}}")
 
 
 def _apart(special: str) -> str:

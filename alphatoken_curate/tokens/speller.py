@@ -13,7 +13,7 @@ completion that does not end with it, an EOS that responds.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
-from alphatoken_curate.tokens.chat import MARK, ChatTemplate, RenderedText, Specials, Tokenizer
+from alphatoken_curate.tokens.chat import MARK, ChatSettings, ChatTemplate, RenderedText, Specials, Tokenizer
 
 Spelled = tuple[list[int], NDArray[np.bool_]]
 """T tokens and their response mask, shape (T,)."""
@@ -35,14 +35,11 @@ class Speller:
         tokenizer: Tokenizer,
         *,
         last_only: bool,
-        stops: frozenset[str] = frozenset(),
-        template_kwargs: Mapping[str, Any] | None = None,
+        chats: ChatSettings,
     ) -> None:
         self._tokenizer = tokenizer
         self._specials = Specials.of(tokenizer)
-        self.template = ChatTemplate(
-            tokenizer, self._specials, last_only=last_only, stops=stops, kwargs=template_kwargs
-        )
+        self.template = ChatTemplate(tokenizer, self._specials, last_only=last_only, chats=chats)
 
     def encode(self, items: Sequence[RenderedText]) -> Iterator[Spelled | RowFault]:
         """Tokens and response mask of each text, in order."""

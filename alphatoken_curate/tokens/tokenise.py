@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ from alphatoken_curate.rows.pairs import BRANCHES
 from alphatoken_curate.rows.read import BadRow, Row
 from alphatoken_curate.rows.shapes import AnyRecord, Messages, Pair, Passage, Prompt, PromptCompletion, Record, Tokens
 from alphatoken_curate.runs.schema import IGNORE_INDEX
-from alphatoken_curate.tokens.chat import RenderedText, Tokenizer, joined, unanswered
+from alphatoken_curate.tokens.chat import ChatSettings, RenderedText, Tokenizer, joined, unanswered
 from alphatoken_curate.tokens.speller import Spelled, Speller
 
 _BATCH_ROWS = 1000
@@ -86,8 +85,7 @@ def tokenise(
     max_length: int,
     turns: str,
     vocab_size: int | None,
-    template_kwargs: Mapping[str, Any] | None = None,
-    stops: frozenset[str] = frozenset(),
+    chats: ChatSettings | None = None,
     told: Counter[str] | None = None,
 ) -> tuple[list[AnyRow], list[BadRow]]:
     """Tokens of every row, in order, and the rows that have none that respond or cannot be tokenised, with reasons.
@@ -96,18 +94,12 @@ def tokenise(
 
     `turns` is "all" or "last" (assistant turns that respond). Rows are cut at the right to `max_length` tokens, each
     branch of a pair by itself. A pair is bad where one of its branches is. `vocab_size`, where given, bounds every
-    token. Pre-tokenised rows need no tokenizer. `template_kwargs` are told to the chat template, a row's own before
-    them. `stops` are texts of tokens that the model stops at, beside its
-    tokenizer's EOS: where a template closes no turn, the one that opens the next turn responds. In `told` the rows are
-    counted that are not as they were given, by what the chat template did.
+    token. Pre-tokenised rows need no tokenizer. `chats` says how chats are read. In `told` the rows are counted that
+    are not as they were given, by what became of them.
     """
     good: list[AnyRow] = []
     bad: list[BadRow] = []
-    speller = (
-        None
-        if tokenizer is None
-        else Speller(tokenizer, last_only=turns == "last", stops=stops, template_kwargs=template_kwargs)
-    )
+    speller = _speller(tokenizer, chats, last_only=turns == "last")
     for row, found in _spelled(rows, speller, told):
         try:
             good.append(_any_row(row, found, max_length, vocab_size))
@@ -122,7 +114,7 @@ def tokenise_prompts(
     *,
     max_length: int,
     vocab_size: int | None,
-    template_kwargs: Mapping[str, Any] | None = None,
+    chats: ChatSettings | None = None,
 ) -> tuple[list[TokenRow], list[BadRow]]:
     """Tokens of the prompt of every row, in order, of which none responds, and the rows that have none, with reasons.
 
@@ -131,7 +123,7 @@ def tokenise_prompts(
     """
     good: list[TokenRow] = []
     bad: list[BadRow] = []
-    speller = None if tokenizer is None else Speller(tokenizer, last_only=False, template_kwargs=template_kwargs)
+    speller = _speller(tokenizer, chats, last_only=False)
     for row, (found, *_) in _spelled(rows, speller):
         try:
             good.append(_prompt_row(row, found, max_length, vocab_size))
@@ -141,6 +133,10 @@ def tokenise_prompts(
 
 
 # --- text to tokens ---
+
+
+def _speller(tokenizer: Tokenizer | None, chats: ChatSettings | None, *, last_only: bool) -> Speller | None:
+    return None if tokenizer is None else Speller(tokenizer, last_only=last_only, chats=chats or ChatSettings())
 
 
 def _spelled(

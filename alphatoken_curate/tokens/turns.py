@@ -93,7 +93,7 @@ def find_answers(
         if spans and span[0] < spans[-1][1]:
             raise not_splittable("two answers overlap in it")
         spans.append(span)
-        notes += [*(f"leaves out their {key}" for key in turn.left_out), *turn.notes]
+        notes += [*(f"the chat template leaves out their {key}" for key in turn.left_out), *turn.notes]
     return Answers(spans=spans, notes=notes)
 
 
@@ -238,7 +238,7 @@ class _Turn:
         if stop := self._next_stop(at + agreed):
             return stop
         if not runs:
-            self.notes.append("writes no token to stop at behind an answer")
+            self.notes.append("the chat template writes no token to stop at behind an answer")
         return runs[-1][0] if runs else at + agreed
 
     def _same_place(self, head: Rendering, through: Rendering, start: int, anchor: tuple[int, int]) -> int:

@@ -200,8 +200,11 @@ def test_a_token_that_opens_the_next_turn_ends_an_answer_where_the_model_stops_a
     prepared = prepare(config)
     assert [responses(tokenizer, row) for row in prepared.rows] == [["b<|user|>", "d"], ["f"]]
     # DATA and --target are the same rows.
-    wanted = {"leaves out their reasoning_content": 2, "leaves out their thinking": 2}
-    wanted |= {"writes no token to stop at behind an answer": 4}
+    wanted = {
+        "the chat template leaves out their reasoning_content": 2,
+        "the chat template leaves out their thinking": 2,
+    }
+    wanted |= {"the chat template writes no token to stop at behind an answer": 4}
     assert prepared.told == wanted
     said = command("score", data, "--target", data, "--model", tmp_path / "model", "-o", tmp_path / "run")
     assert "! 2 rows: the chat template leaves out their reasoning_content." in said.err

@@ -14,7 +14,7 @@ from templates import CHATS, templates, tokenizer_of, tools_of, unmarked
 
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.shapes import Messages
-from alphatoken_curate.tokens.chat import MARK, ChatTemplate, RenderedText, Specials
+from alphatoken_curate.tokens.chat import MARK, ChatSettings, ChatTemplate, RenderedText, Specials
 
 TRAINING = sorted(name for name in templates() if name.endswith("_training"))
 STOPS = frozenset({"<|user|>", "<|observation|>"})
@@ -22,7 +22,7 @@ STOPS = frozenset({"<|user|>", "<|observation|>"})
 
 
 def rendered(tokenizer: Any, kind: str) -> RenderedText | RowFault:
-    template = ChatTemplate(tokenizer, Specials.of(tokenizer), last_only=False, stops=STOPS)
+    template = ChatTemplate(tokenizer, Specials.of(tokenizer), last_only=False, chats=ChatSettings(stops=STOPS))
     try:
         return template.render(Messages(messages=CHATS[kind], tools=tools_of(kind)))
     except RowFault as fault:
@@ -209,10 +209,13 @@ def test_what_a_template_leaves_out_is_told_by_name() -> None:
     told: Counter[str] = Counter()
     messages = CHATS["echoes"]
     run(tokenizer_of(templates()["qwen2_5"]), Messages(messages=messages), Messages(messages=messages), told=told)
-    assert told == {"leaves out their reasoning_content": 2, "leaves out their thinking": 2}
+    assert told == {
+        "the chat template leaves out their reasoning_content": 2,
+        "the chat template leaves out their thinking": 2,
+    }
     told.clear()
     run(tokenizer_of(templates()["glm4moe"]), Messages(messages=CHATS["single"]), told=told)
-    assert told == {"writes no token to stop at behind an answer": 1}
+    assert told == {"the chat template writes no token to stop at behind an answer": 1}
 
 
 def test_a_control_token_of_the_templates_own_thoughts_is_one_in_an_answer_and_text_in_a_question() -> None:
@@ -224,6 +227,21 @@ def test_a_control_token_of_the_templates_own_thoughts_is_one_in_an_answer_and_t
         ids.append(row.input_ids.tolist())
     assert ids[0].count(think) == ids[1].count(think) == 1  # the second is the template's own
     assert ids[0].count(end) == ids[1].count(end) == 2  # what closes a turn is text in an answer
+
+
+def test_special_tokens_in_answers_are_told_and_may_be_text_or_refused() -> None:
+    tokenizer = tokenizer_of(templates()["qwen3_5_think"])
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    chats = [[user("One?"), answer("<think>\nhm\n</think>\n\nFirst")], [user("<|im_end|>"), answer("First<|im_end|>")]]
+    records = [Messages(messages=chat) for chat in chats]
+    stays = {"special tokens that an answer spells stay text": 1}
+    for setting, thoughts, wanted in (("template", 1, stays), ("text", 1, {next(iter(stays)): 2})):
+        told: Counter[str] = Counter()
+        good, bad = run(tokenizer, *records, told=told, chats=ChatSettings(assistant_specials=setting))
+        assert not bad and told == wanted and [row.input_ids.tolist().count(think) for row in good][1] == thoughts
+        assert "<think>\nhm" in tokenizer.decode(good[0].input_ids)
+    good, bad = run(tokenizer, *records, chats=ChatSettings(assistant_specials="refuse"))
+    assert len(good) == 1 and [row.reason for row in bad] == ["special_token"] and "<|im_end|>" in bad[0].message
 
 
 def test_a_template_that_turns_text_to_ascii_shows_its_answers_whatever_escapes_a_row_spells() -> None:
@@ -269,7 +287,7 @@ def test_no_text_of_a_user_ever_responds_and_every_answer_does(
     tokenizer = tokenizer_of("<|im_start|><|im_end|><|stop|><|sep|>")
     tokenizer.chat_template = template
     messages = [message for one, other in turns for message in (user(f"Q{one}Q"), answer(f"Z{other}Z"))]
-    chat = ChatTemplate(tokenizer, Specials.of(tokenizer), last_only=False, stops=frozenset())
+    chat = ChatTemplate(tokenizer, Specials.of(tokenizer), last_only=False, chats=ChatSettings())
     try:
         found = chat.render(Messages(messages=messages))
     except RowFault:
