@@ -83,6 +83,8 @@ def files(models: dict[str, str], tmp_path: Path) -> Settings:
     weights = load_file(f"{found['tuned']}/model.safetensors")
     save_file({name: torch.ones_like(w) for name, w in weights.items() if w.ndim == 2}, tmp_path / "fisher.safetensors")
     (tmp_path / "elsewhere" / "artifacts").mkdir(parents=True)
+    (tmp_path / "template.jinja").write_text(DATED)
+    found["template"] = str(tmp_path / "template.jinja")
     return found | {"fisher": str(tmp_path / "fisher.safetensors"), "elsewhere": str(tmp_path / "elsewhere")}
 
 
@@ -186,6 +188,9 @@ FIELDS: dict[str, Change] = {
     "beta": Change(base=given(data="=pairs"), to=becomes(beta=0.2)),
     "turns": Change(to=becomes(turns="last")),
     "limit": Change(to=becomes(limit=5)),
+    "chat_template": Change(base=given(data="=chats", chat_template="=template"), files=appended("template", "{# #}")),
+    "chat_template_kwargs": Change(to=becomes(chat_template_kwargs='{"loud": true}')),
+    "assistant_specials": Change(to=becomes(assistant_specials="text")),
     "max_length": Change(to=becomes(max_length=2049)),
     "rows_per_shard": Change(to=becomes(rows_per_shard=1025)),
     "dtype": Change(to=becomes(dtype="bfloat16")),
@@ -223,7 +228,12 @@ def flags(settings: Settings) -> list[str]:
 
 
 def test_every_field_of_a_fingerprint_is_tried(files: Settings) -> None:
-    newer = {"limit"}  # not there at its default, as every setting that came later
+    newer = {
+        "limit",
+        "chat_template",
+        "chat_template_kwargs",
+        "assistant_specials",
+    }  # not there at its default, as every setting that came later
     assert set(FIELDS) | {"kind"} == set(told(plain(files))) | newer
 
 
