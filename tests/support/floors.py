@@ -68,7 +68,7 @@ def main() -> int:
                 pip(python, "--target", str(folder / one), one)
             env["PYTHONPATH"] = str(folder / one)
     print("with", ", ".join(asked), flush=True)
-    command = [python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", *chosen]
+    command = [python, "-P", "-m", "pytest", "-n", "auto", "--dist", "loadfile", "-p", "no:cacheprovider", *chosen]
     return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
 
 
