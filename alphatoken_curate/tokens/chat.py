@@ -25,7 +25,14 @@ import orjson
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
-from alphatoken_curate.tokens.turns import RESERVED, find_answers, is_kept, not_splittable
+from alphatoken_curate.tokens.turns import (
+    RESERVED,
+    Answers,
+    find_answers,
+    left_out_notes,
+    left_out_of_turn,
+    not_splittable,
+)
 from alphatoken_curate.wording import count
 
 Tokenizer = Any
@@ -146,12 +153,11 @@ class ChatTemplate:
         notes = self._notes_of_specials([messages[i] for i in respond]) if marked else []
         template = self._tokenizer.get_chat_template(tools=record.tools)
         if _GENERATION.search(template):
-            text, spans = _spans_by_marks(template, render, messages, answers, respond)
+            text, found = _answers_by_marks(template, render, messages, answers, respond)
         else:
             text = render(messages)
             found = find_answers(text, messages, respond, render, specials=self._specials, stops=self._stops)
-            spans, notes = found.spans, notes + found.notes
-        return _rendered(text, spans, marked, notes)
+        return _rendered(text, found.spans, marked, notes + found.notes)
 
     def render_prompt(self, record: Prompt) -> RenderedText:
         """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
@@ -269,14 +275,14 @@ class ChatTemplate:
             raise RowFault("template_error", f"the chat template fails: {visible(str(error))}") from error
 
 
-def _spans_by_marks(
+def _answers_by_marks(
     template: str, render: Callable[..., str], messages: list[Any], answers: list[int], respond: list[int]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The chat as text, and the spans of answers that the template marks. Raises RowFault."""
+) -> tuple[str, Answers]:
+    """The chat as text, and the answers that the template marks in it. Raises RowFault."""
     tagged = _MACRO + _GENERATION.sub(
         lambda tag: f"{{%{tag[1]} {'endcall' if tag[2] else 'call __response()'} {tag[3]}%}}", template
     )
-    text, spans = "", []
+    text, spans, keys = "", list[tuple[int, int]](), list[str]()
     for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", render(messages, template=tagged)):
         start = len(text)
         text += piece.strip(_OPEN + _CLOSE)
@@ -287,11 +293,10 @@ def _spans_by_marks(
     if len(spans) == len(answers):
         spans = [span for i, span in zip(answers, spans, strict=True) if i in respond]
         for i, (start, end) in zip(respond, spans, strict=True):
-            if not is_kept(text[start:end], messages[i]):
-                raise not_splittable(f"it leaves out or rewrites part of answer {i}")
+            keys += left_out_of_turn(messages[i], i, text[start:end])
     elif respond != answers or not spans:
         raise not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
-    return text, spans
+    return text, Answers(spans=spans, notes=left_out_notes(keys))
 
 
 def _forms(messages: list[Any]) -> Iterator[list[Any]]:

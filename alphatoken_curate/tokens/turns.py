@@ -16,7 +16,7 @@ that the answer stands there whole. What is left out besides is told, by the key
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ def find_answers(
         if spans and span[0] < spans[-1][1]:
             raise not_splittable("two answers overlap in it")
         spans.append(span)
-        notes += [*(f"the chat template leaves out their {key}" for key in turn.left_out), *turn.notes]
+        notes += [*left_out_notes(turn.left_out), *turn.notes]
     return Answers(spans=spans, notes=notes)
 
 
@@ -147,7 +147,7 @@ class _Turn:
         anchor = self._anchor(head)
         start = self._start(head, *anchor)
         self._check_kept(anchor[1])
-        end = self._end(head, start, anchor)
+        end = self._end(start, anchor)
         self._check_alone(start, end)
         self._check_calls(self.whole.text[start:end])
         return start, end
@@ -213,7 +213,7 @@ class _Turn:
 
     # --- end
 
-    def _end(self, head: Rendering, start: int, anchor: tuple[int, int]) -> int:
+    def _end(self, start: int, anchor: tuple[int, int]) -> int:
         text = self.whole.text
         is_last = self.index == len(self.chat.messages) - 1
         through = self.whole if is_last else _read(self.render(self.chat.messages[: self.index + 1]))
@@ -224,7 +224,7 @@ class _Turn:
         else:
             at = there = start
             if not is_last:
-                there = self._same_place(head, through, start, anchor)
+                there = self._same_place(through, start, anchor)
         tail = through.text[there:]
         agreed = _shared(tail, text[at:])
         runs = self._runs(at, at + agreed)
@@ -241,7 +241,7 @@ class _Turn:
             self.notes.append("the chat template writes no token to stop at behind an answer")
         return runs[-1][0] if runs else at + agreed
 
-    def _same_place(self, head: Rendering, through: Rendering, start: int, anchor: tuple[int, int]) -> int:
+    def _same_place(self, through: Rendering, start: int, anchor: tuple[int, int]) -> int:
         """In the chat up to this answer: the place that is `start` in the whole."""
         both = self._in_both(through, self.chat.before(self.index))
         return next((there for there, here in both if here == anchor[1]), 0) + start - anchor[1]
@@ -288,15 +288,8 @@ class _Turn:
             end = self.whole.end(leaf)
             if end is None:
                 raise not_splittable(f"it leaves out answer {self.index}")
-            if self.whole.text.endswith(leaf.text, since, end):
-                continue
-            written = _squeezed(self.whole.text[since:end])
-            if written.endswith(_squeezed(leaf.text)):
-                continue
-            thought, _, said = leaf.text.rpartition(_THOUGHT_ENDS)
-            if not thought or not written.endswith(_squeezed(said)):
-                raise not_splittable(f"it leaves out or rewrites part of answer {self.index}")
-            self.left_out.append("content up to </think>")
+            if not self.whole.text.endswith(leaf.text, since, end):
+                self.left_out += left_out(leaf.text, self.index, _squeezed(self.whole.text[since:end]).endswith)
 
     def _check_calls(self, turn: str) -> None:
         names = [(call.get("function") or call).get("name") for call in self.message.get("tool_calls") or ()]
@@ -311,12 +304,29 @@ class _Turn:
                 raise not_splittable(f"answer {self.index} encloses another message")
 
 
-def is_kept(turn: str, message: dict[str, Any]) -> bool:
-    """Whether a turn that the template marked holds the answer, but for a thought; white space may differ."""
-    content = message.get("content") or ""
-    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content if "text" in part]
-    written = _squeezed(turn)
-    return all(_squeezed(part.rpartition(_THOUGHT_ENDS)[2]) in written for part in parts)
+def left_out(text: str, index: int, stands: Callable[[str], bool]) -> list[str]:
+    """What of the text of answer `index` was not written, which may be a thought. Raises RowFault where more is lost.
+
+    `stands` tells it of a text without white space.
+    """
+    if stands(_squeezed(text)):
+        return []
+    thought, _, said = text.rpartition(_THOUGHT_ENDS)
+    if thought and stands(_squeezed(said)):
+        return [f"content up to {_THOUGHT_ENDS}"]
+    raise not_splittable(f"it leaves out or rewrites part of answer {index}")
+
+
+def left_out_of_turn(message: dict[str, Any], index: int, turn: str) -> list[str]:
+    """The same of a message, in a turn that the template marked."""
+    content, written = message.get("content") or "", _squeezed(turn)
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+    return [key for part in parts for key in left_out(part, index, written.__contains__)]
+
+
+def left_out_notes(keys: Iterable[str]) -> list[str]:
+    """What is said of texts that a template left out, by the keys they came from."""
+    return [f"the chat template leaves out their {key}" for key in keys]
 
 
 def not_splittable(why: str) -> RowFault:

@@ -218,6 +218,14 @@ def test_what_a_template_leaves_out_is_told_by_name() -> None:
     assert told == {"the chat template writes no token to stop at behind an answer": 1}
 
 
+def test_a_thought_that_is_left_out_is_told_whether_answers_are_marked_or_not() -> None:
+    chat = Messages(messages=CHATS["inline thoughts"])
+    for name, form in (("deepseekv3", "ordinary"), ("deepseekv3_training", "marked")):
+        told: Counter[str] = Counter()
+        good, _ = run(tokenizer_of(templates()[name]), chat, told=told)
+        assert good and told == {"the chat template leaves out their content up to </think>": 1}, form
+
+
 def test_a_control_token_of_the_templates_own_thoughts_is_one_in_an_answer_and_text_in_a_question() -> None:
     tokenizer = tokenizer_of(templates()["qwen3_5_think"])
     think, end = tokenizer.convert_tokens_to_ids(["<think>", "<|im_end|>"])
