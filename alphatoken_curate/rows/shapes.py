@@ -167,14 +167,20 @@ def with_system(record: dict[str, Any], messages: list[dict[str, Any]]) -> list[
     return [said("system", text_of(record, "system")), *messages]
 
 
+def _unpacked(record: dict[str, Any], name: str, unless: str) -> Any:
+    """A value as it is, or of the JSON that it is as text, as columnar files hold it."""
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return parse_json(value.encode())
+    except RowFault as fault:
+        raise RowFault("wrong_type", f"{name} is text that is {unless}: {fault.message}") from None
+
+
 def tools_of(record: dict[str, Any]) -> list[Any] | None:
     """Tools for the template: a list of objects, or that list as JSON text, as columnar files hold it."""
-    tools = value = record.get("tools")
-    if isinstance(value, str) and value.strip():
-        try:
-            tools = parse_json(value.encode())
-        except RowFault as fault:
-            raise RowFault("wrong_type", f"tools is text that is not a JSON list: {fault.message}") from None
+    tools = _unpacked(record, "tools", "not a JSON list")
     if not tools and tools in (None, [], ""):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -184,12 +190,7 @@ def tools_of(record: dict[str, Any]) -> list[Any] | None:
 
 def kwargs_of(record: dict[str, Any]) -> dict[str, Any]:
     """What the row tells the chat template besides, as TRL reads it: an object, or that object as JSON text."""
-    given = value = record.get("chat_template_kwargs")
-    if isinstance(value, str) and value.strip():
-        try:
-            given = parse_json(value.encode())
-        except RowFault as fault:
-            raise RowFault("wrong_type", f"chat_template_kwargs is text that is no JSON: {fault.message}") from None
+    given = _unpacked(record, "chat_template_kwargs", "no JSON")
     if given is None or given == "":
         return {}
     if not isinstance(given, dict):

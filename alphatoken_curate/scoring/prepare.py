@@ -207,10 +207,12 @@ def _template(path: Path) -> str:
 
 def _stops(source: ModelSource, tokenizer: Tokenizer | None) -> frozenset[str]:
     """Texts of the tokens that end an answer by generation_config.json."""
+    if tokenizer is None:
+        return frozenset()
     found = generation_stops(source)
     ids = found if isinstance(found, list) else [found]
-    known = [one for one in ids if isinstance(one, int) and tokenizer is not None and 0 <= one < len(tokenizer)]
-    return frozenset(map(str, tokenizer.convert_ids_to_tokens(known))) if tokenizer is not None else frozenset()
+    known = [one for one in ids if isinstance(one, int) and 0 <= one < len(tokenizer)]
+    return frozenset(map(str, tokenizer.convert_ids_to_tokens(known)))
 
 
 def _begun(found: RowStream) -> Iterator[Row]:

@@ -301,13 +301,18 @@ def kill_group(leader: int) -> None:
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
-    """Both files, each replaced whole."""
+    """Both files."""
     from card_page import page
 
-    for name, text in (("card.json", json.dumps(report, indent=1)), ("card.txt", page(report))):
-        fresh = out / f".{name}"
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(out / name)
+    put_whole(out / "card.json", json.dumps(report, indent=1))
+    put_whole(out / "card.txt", page(report))
+
+
+def put_whole(path: Path, text: str) -> None:
+    """A file that is there whole or as it was."""
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def main() -> int:

@@ -19,31 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from card import put_whole
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE if (HERE / "bundle.json").is_file() else HERE.parents[1]
 """Of a bundle, or of the project."""
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "cuda": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-    "cpu": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-}
-"""Of the end-to-end model: Llama-3.2-1B's on a card."""
+SHAPES = {"cuda": "llama-3.2-1b", "cpu": "tiny"}
+"""Of the end-to-end model, by the names that `gpu.py` has."""
 
 ROWS = {"cuda": (384, 1024), "cpu": (96, 48)}
 """How many, and tokens of the longest."""
@@ -68,9 +51,7 @@ class Result:
     def put(self, **found: Any) -> None:
         """Add to it."""
         self.found |= found
-        fresh = self.path.with_suffix(".new")
-        fresh.write_text(json.dumps(self.found))
-        fresh.replace(self.path)
+        put_whole(self.path, json.dumps(self.found))
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
@@ -142,10 +123,12 @@ def scoring(folder: Path, device: str) -> list[str]:
 def made(folder: Path, device: str) -> dict[str, Any]:
     """A random model, the same after a random step, and random rows; what they hold."""
     import torch
+    from gpu import SHAPES as SIZES
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[device], max_position_embeddings=4096)
+    size = SIZES[SHAPES[device]]
+    config = LlamaConfig(**size, max_position_embeddings=4096, tie_word_embeddings=True)
     with torch.device(device):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
         model.save_pretrained(folder / "base")
@@ -154,7 +137,7 @@ def made(folder: Path, device: str) -> dict[str, Any]:
                 parameter.add_(0.01 * torch.randn_like(parameter) * parameter.float().std().to(parameter.dtype))
         model.save_pretrained(folder / "tuned")
     parameters = sum(p.numel() for p in model.parameters())
-    return {"parameters": parameters} | rows_of(folder / "rows.jsonl", SHAPES[device]["vocab_size"], *ROWS[device])
+    return {"parameters": parameters} | rows_of(folder / "rows.jsonl", size["vocab_size"], *ROWS[device])
 
 
 def rows_of(path: Path, vocabulary: int, count: int, longest: int) -> dict[str, int]:

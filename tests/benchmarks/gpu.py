@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from card import put_whole
 from multiplications import Shape, multiplications, shape_of, work_of
 from speed import JOBS, forward, job, resident, rows_of_tokens
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,6 +50,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "intermediate_size": 8192,
         "num_hidden_layers": 28,
         "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
     "tiny": {
@@ -236,9 +245,7 @@ def main() -> None:
                 each.append(numbers(what, shape, batches, one, peak))
         tables = [table(prompt, each, args) for prompt, each in zip(args.prompt, told, strict=True)]
         if args.json is not None:
-            fresh = args.json.with_suffix(".new")
-            fresh.write_text(json.dumps({"head": head, "prompt": args.prompt, "jobs": told, "tables": tables}))
-            fresh.replace(args.json)
+            put_whole(args.json, json.dumps({"head": head, "prompt": args.prompt, "jobs": told, "tables": tables}))
     print("", *tables, sep="\n\n")
 
 
