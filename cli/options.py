@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
+from alphatoken_curate.config import MaskConfig, ScoreConfig, checked
+from alphatoken_curate.settings import load_settings
 
 from .grouped import Setting
 

@@ -16,7 +16,7 @@ from sources import CLI, LIBRARY, ROOT, imports, modules
 import alphatoken_curate
 
 ORDER = """
-    : errors wording config progress
+    : errors wording settings config progress
     runs: fingerprint documents schema atomic sealed shards records folder manifest card artifacts
     models: releases folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
@@ -165,7 +165,7 @@ def test_nothing_runs_foreign_code(path: Path) -> None:
 def test_the_strict_yaml_loader_is_a_safe_one() -> None:
     bases = [
         ast.unparse(base)
-        for node in ast.walk(tree(LIBRARY / "config.py"))
+        for node in ast.walk(tree(LIBRARY / "settings.py"))
         if isinstance(node, ast.ClassDef) and node.name == "Strict"
         for base in node.bases
     ]

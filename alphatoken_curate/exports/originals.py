@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alphatoken_curate.config import load_settings
 from alphatoken_curate.errors import InputError, UsageError
 from alphatoken_curate.reading.scan import choose_generation
 from alphatoken_curate.reading.trainset import TrainSet
@@ -24,6 +23,7 @@ from alphatoken_curate.runs.atomic import digest
 from alphatoken_curate.runs.manifest import Input
 from alphatoken_curate.runs.shards import entries
 from alphatoken_curate.scoring.beside import CONFIG
+from alphatoken_curate.settings import load_settings
 
 
 class Original(NamedTuple):

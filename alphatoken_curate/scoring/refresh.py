@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, load_settings
+from alphatoken_curate.config import MaskConfig, ScoreConfig, checked
 from alphatoken_curate.errors import BusyError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
 from alphatoken_curate.masks.mask import mask_and_card, mend
 from alphatoken_curate.masks.remask import MaskSummary
@@ -36,6 +36,7 @@ from alphatoken_curate.scoring.identity import has_stability, versions
 from alphatoken_curate.scoring.job import Cut, Job, ShardRows
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
 from alphatoken_curate.scoring.scorer import ScorerSpec
+from alphatoken_curate.settings import load_settings
 from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, chosen
 
 

@@ -1,0 +1,158 @@
+"""How a setting is read, by its kind: from a command line, from YAML and from Python alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+from alphatoken_curate.errors import UsageError
+
+_MOST_YAML_BYTES = 1 << 16
+
+_DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu|hpu|npu)(:\d+)?")
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """A YAML file of settings, read strictly: a mapping of names to plain values, no tags, aliases or repeated keys."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases are not read here")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [str(key) for n, key in enumerate(keys) if key in keys[:n]]
+            if twice:
+                raise yaml.YAMLError(f"the key {twice[0]!r} stands there twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        if path.stat().st_size > _MOST_YAML_BYTES:
+            raise UsageError(f"--config {path}: larger than {_MOST_YAML_BYTES} bytes, so not a config.")
+        settings = yaml.load(path.read_bytes(), Loader=Strict)
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(f"--config {path}: not a config: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UsageError(f"--config {path}: not a mapping of settings to values.")
+    return settings
+
+
+def read_setting(field_: Field[Any], value: Any) -> Any:
+    """One setting, as its kind takes it; strings are read as a command line gives them."""
+    kind, choices = field_.metadata["kind"], field_.metadata["choices"]
+    if value is None and field_.default is None:
+        return None
+    try:
+        read = _KINDS[kind](value)
+    except (TypeError, ValueError):
+        read = None
+    if read is None or (choices and read not in choices):
+        takes = ", ".join(choices) if choices else _TAKES[kind]
+        raise UsageError(f"--{field_.name.replace('_', '-')} {value!r}: it takes {takes}.")
+    return read
+
+
+def _integer(value: Any, least: int) -> int | None:
+    number = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
+    return number if number is not None and least <= number < 1 << 63 else None
+
+
+def _finite(value: Any) -> float | None:
+    number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _positive(value: Any) -> float | None:
+    number = _finite(value)
+    return number if number is not None and number > 0 else None
+
+
+def _generation(value: Any) -> str | None:
+    """`latest`, `all`, or ascending numbers; a single one may be an integer, as YAML reads it."""
+    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    if text in ("latest", "all"):
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+        return None
+    return ",".join(str(number) for number in sorted({int(part) for part in parts}))
+
+
+def _keep(value: Any) -> float | str | None:
+    if value == "positive":
+        return "positive"
+    share = _finite(value)
+    return share if share is not None and 0 < share <= 1 else None
+
+
+def _scope(value: Any) -> str | None:
+    if value in ("global", "row"):
+        return str(value)
+    word, _, rows = str(value).partition(":")
+    return str(value) if word == "batch" and rows.isdecimal() and int(rows) > 0 else None
+
+
+def _data(value: Any) -> tuple[str, ...] | None:
+    found = (value,) if isinstance(value, str) else tuple(value)
+    return found if found and all(isinstance(name, str) and name for name in found) else None
+
+
+def _object(value: Any) -> str | None:
+    """A JSON object, as text in one form; YAML may hold it as a mapping."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    return json.dumps(found, sort_keys=True, ensure_ascii=False) if isinstance(found, dict) else None
+
+
+def _device(value: Any) -> str | None:
+    """A device by torch's name for it; whether this machine has it is asked when it is used."""
+    return value if isinstance(value, str) and _DEVICE.fullmatch(value) else None
+
+
+_KINDS: dict[str, Callable[[Any], Any]] = {
+    "str": lambda value: value if isinstance(value, str) and value else None,
+    "bool": lambda value: value if isinstance(value, bool) else None,
+    "int": lambda value: _integer(value, 0),
+    "count": lambda value: _integer(value, 1),
+    "float": _finite,
+    "positive": _positive,
+    "generation": _generation,
+    "keep": _keep,
+    "scope": _scope,
+    "data": _data,
+    "device": _device,
+    "file": lambda value: value if isinstance(value, str) and value else None,
+    "object": _object,
+    "all_count": lambda value: "all" if value == "all" else _integer(value, 1),
+    "auto_count": lambda value: "auto" if value == "auto" else _integer(value, 1),
+}
+
+_TAKES = {
+    "str": "a word",
+    "bool": "true or false",
+    "int": "a whole number from 0",
+    "count": "a whole number from 1",
+    "float": "a finite number",
+    "positive": "a finite number above 0",
+    "generation": "latest, all, or numbers separated by commas",
+    "keep": "a share above 0 and up to 1, or positive",
+    "scope": "global, row, or batch:N with N rows",
+    "data": "files, folders, globs or a dataset name",
+    "device": "auto, cpu, cuda or cuda:N",
+    "file": "a file",
+    "object": 'a JSON object, such as {"enable_thinking": false}',
+    "all_count": "a whole number from 1, or all",
+    "auto_count": "a whole number from 1, or auto",
+}

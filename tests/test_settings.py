@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alphatoken_curate import ScoreConfig, UsageError
+from alphatoken_curate.config import checked
+from alphatoken_curate.settings import load_settings
+
+
+def settings_of(folder: Path, text: str | bytes) -> dict[str, Any]:
+    path = folder / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_settings(path)
+
+
+def test_a_plain_mapping_is_read(tmp_path: Path) -> None:
+    text = "# words\nkeep: 0.3\ndata: [a, b]\nreference: null\nseed: 4\nmodel: 'x: y'\n"
+    assert settings_of(tmp_path, text) == {
+        "keep": 0.3,
+        "data": ["a", "b"],
+        "reference": None,
+        "seed": 4,
+        "model": "x: y",
+    }
+
+
+HOSTILE = {
+    "call": "keep: !!python/object/apply:os.system ['touch owned']\n",
+    "name": "keep: !!python/name:os.system\n",
+    "module": "keep: !!python/module:os\n",
+    "own tag": "keep: !thing 3\n",
+    "alias": "data: &a [x]\nfisher: *a\n",
+    "laughs": "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghi")),
+    "merge": "base: &a {keep: 0.1}\nx:\n  <<: *a\n",
+    "twice": "keep: 0.1\nseed: 3\nkeep: 0.9\n",
+    "twice deeper": "data: {a: 1, a: 2}\n",
+    "list": "- keep\n",
+    "word": "keep\n",
+    "empty": "",
+    "number key": "1: 2\n",
+    "two documents": "keep: 0.1\n---\nkeep: 0.2\n",
+    "not closed": "data: [a\n",
+    "deep": "[" * 5000,
+    "control": b"keep: \x00\n",
+    "not text": b"keep: \xff\xfe\xfd\n",
+    "long": "# " + "x" * 70000 + "\nkeep: 0.1\n",
+    "odd date": "keep: 2020-99-99\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_yaml_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"--config .*c\.yaml"):
+        settings_of(tmp_path, HOSTILE[case])
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_a_repeated_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'keep' stands there twice"):
+        settings_of(tmp_path, HOSTILE["twice"])
+
+
+def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.yaml"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            load_settings(path)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_settings_or_a_usage_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    try:
+        found = settings_of(tmp_path_factory.getbasetemp(), content)
+    except UsageError:
+        return
+    assert isinstance(found, dict)
+
+
+@hypothesis.settings(deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "keep": st.floats(0.001, 1) | st.just("positive"),
+            "layers": st.integers(1, 99) | st.just("all"),
+            "stability_weight": st.floats(allow_nan=False, allow_infinity=False),
+            "by": st.text(min_size=1).filter(str.strip),
+            "model": st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1),
+            "allow_empty_rows": st.booleans(),
+        },
+    )
+)
+def test_settings_survive_the_yaml_they_are_written_to(
+    tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]
+) -> None:
+    made = ScoreConfig(data=("d",), **settings)
+    stored = {item.name: getattr(made, item.name) for item in fields(ScoreConfig)} | {"data": list(made.data)}
+    text = yaml.safe_dump(stored, sort_keys=True)
+    assert checked(ScoreConfig, settings_of(tmp_path_factory.getbasetemp(), text), "there") == made
