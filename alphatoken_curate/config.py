@@ -98,7 +98,12 @@ class ScoreConfig(MaskConfig):
         _ROWS,
         kind="count",
     )
-    turns: str = _option("all", "Assistant turns that respond.", _ROWS, choices=("all", "last"))
+    turns: str = _option(
+        "all",
+        "Assistant turns that respond; `each`: one by one, as at inference.",
+        _ROWS,
+        choices=("all", "last", "each"),
+    )
     chat_template: str | None = _option(
         None, "Jinja FILE in place of the tokenizer's chat template.", _ROWS, kind="file"
     )

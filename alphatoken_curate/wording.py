@@ -27,3 +27,8 @@ def ranges(numbers: Sequence[int], most: int) -> str:
     shown = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs[:most]]
     left = sum(map(len, runs[most:]))
     return ", ".join(shown) + (f" and {left:,} more" if left else "")
+
+
+def in_sequences(sequences: int | None) -> str:
+    """What is told behind a number of rows where each of their answers is a sequence; nothing elsewhere."""
+    return f" in {count(sequences, 'sequence')}, one for each answer" if sequences else ""

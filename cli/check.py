@@ -9,7 +9,7 @@ import click
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows.files import legible
-from alphatoken_curate.wording import count
+from alphatoken_curate.wording import count, in_sequences
 
 from .grouped import Grouped
 from .options import config_options, read_config
@@ -44,8 +44,9 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
     with listening() as listener:
         found = check(config, estimated=estimated, progress=listener)
     pairs = "; preference pairs" if found.kind == "preference" else ""
+    told = in_sequences(config.turns == "each" and found.sequences)
     click.echo(
-        f"rows             {found.rows_read:>12,}   {found.rows:,} to score, {found.target_rows:,} target{pairs}"
+        f"rows             {found.rows_read:>12,}   {found.rows:,} to score{told}, {found.target_rows:,} target{pairs}"
     )
     if found.held_out:
         click.echo(f"{'':30}   (the target rows are held out of DATA; see --target)")

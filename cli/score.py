@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.wording import in_sequences
 
 from .grouped import Grouped
 from .mask import summary
@@ -41,7 +42,9 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     else:
         click.echo(f"Wrote {done.run}")
     aside = [f"{n} {word}" for word, n in _aside(counts) if n]
-    click.echo(f"  rows    {counts.scored} scored of {counts.read}" + (f" ({', '.join(aside)})" if aside else ""))
+    beside = in_sequences(done.manifest.settings.get("turns") == "each" and counts.sequences)
+    told = f" ({', '.join(aside)})" if aside else ""
+    click.echo(f"  rows    {counts.scored} scored of {counts.read}{beside}{told}")
     for line in summary(mask):
         click.echo(line)
     click.echo(f"  values  {done.run}/values/generation=0/   mask {mask.mask}: {mask.path}/")

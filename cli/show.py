@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from alphatoken_curate.reading.row import RowView
+    from alphatoken_curate.reading.search import Hit
 
 _EPILOG = """\b
 --by, which may be given again: value (as stored), loss_weight, nll, entropy, reference_nll,
@@ -33,6 +34,7 @@ _MOST_HITS = 20
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--row", type=int, metavar="N", help="Number of the row among all rows read, from 0.")
 @click.option("--id", "own_id", metavar="ID", help="The row's own id, in place of --row.")
+@click.option("--turn", type=int, metavar="T", help="Of a chat scored by --turns each; default: the first scored.")
 @click.option("--search", metavar="TEXT", help="Rows whose prompt or response has TEXT; if only one has, show it.")
 @click.option("--branch", type=click.Choice(["chosen", "rejected"]), help="One branch of a pair. Default: both.")
 @click.option("--generation", type=int, metavar="G", help="The scoring to show. Default: the newest.")
@@ -42,6 +44,7 @@ def command(
     run: Path,
     row: int | None,
     own_id: str | None,
+    turn: int | None,
     search: str | None,
     branch: str | None,
     generation: int | None,
@@ -54,16 +57,17 @@ def command(
     tell_version(run)
     console = _console()
     if search is not None and row is None and own_id is None:
-        row = _searched(console, run, search, generation)
-        if row is None:
+        hit = _searched(console, run, search, generation)
+        if hit is None:
             return
+        row, turn = hit.row_id, hit.turn if turn is None else turn
     elif search is not None:
         raise click.UsageError("Give one of --row N, --id ID and --search TEXT.")
-    view = read_row(run, row=row, id=own_id, generation=generation)
+    view = read_row(run, row=row, id=own_id, turn=turn, generation=generation)
     _print_row(console, view, branch, columns, tokens=tokens)
 
 
-def _searched(console: Console, run: Path, text: str, generation: int | None) -> int | None:
+def _searched(console: Console, run: Path, text: str, generation: int | None) -> Hit | None:
     """The row that has the text; where there are several they are listed."""
     from alphatoken_curate.errors import UsageError
     from alphatoken_curate.reading.search import search_rows
@@ -72,7 +76,7 @@ def _searched(console: Console, run: Path, text: str, generation: int | None) ->
 
     hits = list(search_rows(run, text, generation=generation))
     if len(hits) == 1:
-        return hits[0].row_id
+        return hits[0]
     if not hits:
         raise UsageError(f"{run}: no row has the text {visible(text)!r}; upper and lower case are alike")
     console.print(f"{count(len(hits), 'row has', 'rows have')} it; show one with --row N", style="bold")

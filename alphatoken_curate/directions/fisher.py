@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alphatoken_curate.directions.losses import loss_gradient
 from alphatoken_curate.engine.capture import Direction, ScoringModel
-from alphatoken_curate.tokens.draws import keyed_uniform
+from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.tokens.plan import Batch
 from alphatoken_curate.tokens.tokenise import TokenRow
 
@@ -56,6 +56,7 @@ def fisher_sums(
 
 
 def drawn_uniforms(rows: Sequence[TokenRow], batch: Batch, seed: int) -> Tensor:
-    """(N,) float64 in [0, 1), one for each response token, keyed by (seed, row, position)."""
+    """(N,) float64 in [0, 1), one for each response token, keyed by (seed, row and turn, position)."""
     row_ids = np.array([rows[i].row_id for i in batch.rows])
-    return torch.from_numpy(keyed_uniform(seed, row_ids[batch.row], batch.position + 1))
+    turns = np.array([rows[i].turn for i in batch.rows])
+    return torch.from_numpy(keyed_uniform(seed, row_ids[batch.row], of_turn(batch.position + 1, turns[batch.row])))

@@ -22,7 +22,7 @@ from torch import Tensor
 from alphatoken_curate.engine.caches import cache_of, forward_with_cache
 from alphatoken_curate.errors import InputError, ModelError, StoredDataError
 from alphatoken_curate.progress import Progress
-from alphatoken_curate.tokens.draws import inverse_transform, keyed_uniform
+from alphatoken_curate.tokens.draws import inverse_transform, keyed_uniform, of_turn
 from alphatoken_curate.tokens.tokenise import TokenRow
 from alphatoken_curate.wording import count
 
@@ -71,7 +71,7 @@ def chunks(prompts: Sequence[TokenRow], size: int = CHUNK_ROWS) -> list[list[Tok
     Prompts of like length stand together, as that makes a batch cheap, and the longest come first, so that a shortage
     of memory shows at once.
     """
-    order = sorted(prompts, key=lambda row: (-prompt_tokens(row), row.row_id))
+    order = sorted(prompts, key=lambda row: (-prompt_tokens(row), row.row_id, row.turn))
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 
@@ -82,7 +82,7 @@ def sample_answers(
 
     Tokens are drawn from the whole softmax at temperature 1, in float64, by inverse transform. The answer ends with the
     first end-of-sequence token of the model, which belongs to it, or after `new_tokens`, or at the model's last
-    position; `response` is true there and nowhere else. Draws are keyed by (seed, row_id, place of the token), so
+    position; `response` is true there and nowhere else. Draws are keyed by (seed, row_id and turn, place of the token):
     an answer depends neither on the rows beside it nor on their order, but for the rounding of the model itself. That
     is rarely seen in float32 and often in bfloat16, where one token that turns out otherwise leads to another answer:
     the same rows and the same `batch_tokens` give the same answers again.
@@ -140,10 +140,10 @@ def _sample(
     """Tokens of a batch, (B, T): prompts, then what was drawn; behind a token of `stop` they mean nothing."""
     lengths = np.array([prompt_tokens(row) for row in rows])
     ends = lengths + room
-    row_ids = np.array([row.row_id for row in rows])
+    row_ids, turns = (np.array([getattr(row, name) for row in rows])[:, None] for name in ("row_id", "turn"))
     device = next(model.parameters()).device
     tokens = torch.from_numpy(_laid_out(rows, lengths, int(ends.max()))).to(device)
-    draws = torch.from_numpy(keyed_uniform(seed, row_ids[:, None], np.arange(tokens.shape[1]))).to(device)
+    draws = torch.from_numpy(keyed_uniform(seed, row_ids, of_turn(np.arange(tokens.shape[1]), turns))).to(device)
     start, end, last = (torch.from_numpy(numbers).to(device) for numbers in (lengths, ends, stop))
     done = torch.zeros_like(start, dtype=torch.bool)
     left = int(room.sum())

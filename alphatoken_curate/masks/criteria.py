@@ -26,7 +26,7 @@ from alphatoken_curate.runs.schema import (
     Layout,
 )
 from alphatoken_curate.signals import composite
-from alphatoken_curate.tokens.draws import keyed_uniform
+from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.wording import count, nearest
 
 Columns = Mapping[str, NDArray[Any]]
@@ -49,7 +49,7 @@ def known_columns(layout: Layout) -> tuple[str, ...]:
 def columns_needed(by: str, components: Components, layout: Layout = SFT) -> tuple[str, ...]:
     """Stored columns that `selection(by, ...)` reads, in stored order. Raises `UsageError` as `selection` does."""
     if by == "random":
-        return ("row_id", "position")
+        return ("row_id", "turn", "position")
     known = known_columns(layout)
     named = _named(by, known, components)
     if "value" in named:
@@ -90,8 +90,8 @@ def selection(
     """The number to select on, one per response token: (n,) float32, finite.
 
     `by` is `value` (recombined from the stored components with this stability weight and these scales), `random` (a
-    draw in [0, 1] keyed by seed, row_id, position and branch), a stored column, one of `EXPRESSIONS`, or a polars SQL
-    expression of all these but `random`.
+    draw in [0, 1] keyed by seed, row_id, turn, position and branch), a stored column, one of `EXPRESSIONS`, or a polars
+    SQL expression of all these but `random`.
     `columns` holds at least `columns_needed(by, components, layout)`, each (n,), of the branch with that index in the
     layout; `components` are those of the run's estimator. Raises `UsageError` for an expression that cannot be read,
     names a column that is unknown or was not computed, or does not give one finite number per token; `StoredDataError`
@@ -135,7 +135,7 @@ def evaluated(by: str, used: Columns) -> NDArray[np.float32]:
 
 def _drawn(seed: int, columns: Columns, branch: int) -> NDArray[np.float32]:
     # The branches of a pair must not be drawn alike: no position reaches 2^32.
-    place = columns["position"].astype(np.int64) + (branch << 32)
+    place = of_turn(columns["position"].astype(np.int64) + (branch << 32), columns["turn"])
     return keyed_uniform(seed, columns["row_id"], place).astype(np.float32)
 
 

@@ -27,7 +27,7 @@ Files = Sequence[Sequence[Shard]]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RankedBranch:
-    """N response tokens of one branch of R scored rows, in (row_id, position) order.
+    """N response tokens of one branch of R scored rows, in (row_id, turn, position) order.
 
     `scores`: for each stability weight asked for (N,) float32; `lengths` (R,) int64 tokens of each row; `per_shard`:
     tokens of each shard, in order.
@@ -42,11 +42,11 @@ class RankedBranch:
 class Ranked:
     """The rows that every one of some generations scored.
 
-    `row_ids`: of each shard, (R,) int64, ascending; `branches`: one for each of the layout's, in its order;
-    `left_out`: rows that only some of the generations scored.
+    `keys`: of each shard, (R,) int64, ascending (`schema.sequence_keys`); `branches`: one for each of the layout's, in
+    its order; `left_out`: rows that only some of the generations scored.
     """
 
-    row_ids: tuple[NDArray[np.int64], ...]
+    keys: tuple[NDArray[np.int64], ...]
     branches: tuple[RankedBranch, ...]
     left_out: int
 
@@ -67,17 +67,17 @@ def ranked(
     """
     bound = sum(group[0].response_tokens for group in files)
     branches = [_Branch(config, number, len(stability_weights), bound) for number in range(len(layout.branches))]
-    row_ids: list[NDArray[np.int64]] = []
+    keys: list[NDArray[np.int64]] = []
     left_out = 0
     for part in by_shard(run, files, criteria.columns_needed(config.by, components, layout), layout):
         for branch, tokens in zip(branches, part.branches, strict=True):
             for place, weight in enumerate(stability_weights):
                 how = {"components": components, "stability_weight": weight, "scales": scales, "layout": layout}
                 branch.add(place, tokens, how)
-            branch.lengths.append(tokens.lengths(len(part.row_ids[0])))
-        row_ids += part.row_ids
+            branch.lengths.append(tokens.lengths(len(part.keys[0])))
+        keys += part.keys
         left_out += part.left_out
-    return Ranked(row_ids=tuple(row_ids), branches=tuple(one.ranked() for one in branches), left_out=left_out)
+    return Ranked(keys=tuple(keys), branches=tuple(one.ranked() for one in branches), left_out=left_out)
 
 
 def sizes(run: Path, files: Files, layout: Layout, components: Components) -> composite.Sizes:

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.masks import choose, criteria
 from alphatoken_curate.masks.ranked import Files, Ranked, RankedBranch, ranked, sizes
-from alphatoken_curate.masks.responses import Tokens, aligned, by_shard, chosen_generations, table_of
+from alphatoken_curate.masks.responses import Tokens, aligned, by_shard, chosen_generations, sequences_of, table_of
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import sweep
 from alphatoken_curate.runs.fingerprint import Json, fingerprint
 from alphatoken_curate.runs.manifest import Generation, Manifest, Mask, MaskFacts
-from alphatoken_curate.runs.schema import Components, Layout, units_of, with_units
+from alphatoken_curate.runs.schema import Components, Layout, rows_and_turns, units_of, with_units
 from alphatoken_curate.runs.shards import Footer, Shard, TrainLists
 from alphatoken_curate.signals import composite
 
@@ -211,13 +211,13 @@ def _write(
     done = shards.committed(folder, about)
     group = []
     dealt = zip(*map(_by_shard, found.branches, decided), strict=True)
-    for index, (row_ids, parts) in enumerate(zip(found.row_ids, dealt, strict=True)):
+    for index, (keys, parts) in enumerate(zip(found.keys, dealt, strict=True)):
         path = folder / shards.shard_name(index)
         if index in done:
-            shards.check_rows(path, row_ids.tolist())
+            shards.check_rows(path, rows_and_turns(keys)[0].tolist())
         else:
-            lists = _train_lists(run, files[index][0], row_ids, layout, parts)
-            done[index] = shards.write_train(path, row_ids, lists, metadata, layout)
+            lists = _train_lists(run, files[index][0], keys, layout, parts)
+            done[index] = shards.write_train(path, keys, lists, metadata, layout)
         group.append((shards.read_footer(path), done[index]))
     return manifest.mask_of(number, folder, group), found.left_out
 
@@ -276,12 +276,12 @@ def _by_shard(branch: RankedBranch, decided: _Decided) -> Iterator[_Decided]:
 
 
 def _train_lists(
-    run: Path, shard: Shard, row_ids: NDArray[np.int64], layout: Layout, decided: Sequence[_Decided]
+    run: Path, shard: Shard, keys: NDArray[np.int64], layout: Layout, decided: Sequence[_Decided]
 ) -> list[TrainLists]:
     """The rows of a train shard, by branch; `decided`: of the response tokens of these rows."""
     columns = [prefix + name for prefix in layout.branches for name in ("input_ids", "response")]
     table = table_of(run, shard, layout, columns)
-    table = table.filter(pc.is_in(table["row_id"], pa.array(row_ids)))
+    table = table.filter(pa.array(np.isin(sequences_of(table), keys)))
     lists = []
     for prefix, one in zip(layout.branches, decided, strict=True):
         response, lengths = shards.entries(table[prefix + "response"])

@@ -20,7 +20,7 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.manifest import Generation, Manifest
-from alphatoken_curate.runs.schema import PAIR_COLUMNS, SIGNALS, Layout
+from alphatoken_curate.runs.schema import PAIR_COLUMNS, SIGNALS, Layout, sequence_keys
 from alphatoken_curate.runs.shards import Shard
 
 Columns = dict[str, NDArray[Any]]
@@ -28,7 +28,7 @@ Columns = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokens:
-    """The response tokens of one branch, in (row_id, position) order: N tokens of some shards.
+    """The response tokens of one branch, in (row_id, turn, position) order: N tokens of some shards.
 
     `row` (N,) int64 index among the scored rows; `columns`: name -> (N,); `per_shard`: tokens of each shard, in order.
     """
@@ -46,11 +46,11 @@ class Tokens:
 class Scored:
     """The rows that every one of some generations scored.
 
-    `row_ids`: of each shard, (R,) int64, ascending; `branches`: one for each of the layout's, in its order;
-    `left_out`: rows that only some of the generations scored.
+    `keys`: of each shard, (R,) int64, ascending (`schema.sequence_keys`); `branches`: one for each of the layout's, in
+    its order; `left_out`: rows that only some of the generations scored.
     """
 
-    row_ids: tuple[NDArray[np.int64], ...]
+    keys: tuple[NDArray[np.int64], ...]
     branches: tuple[Tokens, ...]
     left_out: int
 
@@ -86,7 +86,9 @@ def aligned(run: Path, generations: Sequence[Generation]) -> list[tuple[Shard, .
 
 
 def load(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str], layout: Layout) -> Scored:
-    """Row ids, positions and these columns (signals, token_id, omega, margin) of the response tokens of each branch.
+    """Positions and these columns (signals, row_id, turn, token_id, omega, margin) of each branch's response tokens.
+
+    And `sequence`, the key of the one that each is in.
 
     `files`: for each shard its file in each generation, so `[[shard]]` is one shard of one. Of several generations only
     the rows are read that all of them scored, and each number is their mean, taken in float64 and rounded once to
@@ -95,15 +97,15 @@ def load(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str], la
     """
     names = ("row", *_names(columns))
     found: list[dict[str, list[NDArray[Any]]]] = [{name: [] for name in names} for _ in layout.branches]
-    row_ids: list[NDArray[np.int64]] = []
+    keys: list[NDArray[np.int64]] = []
     rows, left_out = 0, 0
     for part in by_shard(run, files, columns, layout):
         for lists, tokens in zip(found, part.branches, strict=True):
             for name, arrays in lists.items():
                 arrays.append(tokens.row + rows if name == "row" else tokens.columns[name])
-        row_ids += part.row_ids
-        rows, left_out = rows + len(part.row_ids[0]), left_out + part.left_out
-    return Scored(row_ids=tuple(row_ids), branches=tuple(map(_joined, found)), left_out=left_out)
+        keys += part.keys
+        rows, left_out = rows + len(part.keys[0]), left_out + part.left_out
+    return Scored(keys=tuple(keys), branches=tuple(map(_joined, found)), left_out=left_out)
 
 
 def by_shard(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str], layout: Layout) -> Iterator[Scored]:
@@ -111,20 +113,20 @@ def by_shard(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str]
     last = -1
     for group in files:
         part, left_out = _averaged(run, group, _names(columns), layout)
-        if len(part.row_ids) and (part.row_ids[0] <= last or np.any(np.diff(part.row_ids) <= 0)):
+        if len(part.keys) and (part.keys[0] <= last or np.any(np.diff(part.keys) <= 0)):
             raise StoredDataError(f"{run / group[0].path}: row ids do not ascend; run `verify`")
-        last = int(part.row_ids[-1]) if len(part.row_ids) else last
+        last = int(part.keys[-1]) if len(part.keys) else last
         tokens = tuple(
             Tokens(
                 row=one["row"], columns={name: one[name] for name in one if name != "row"}, per_shard=(len(one["row"]),)
             )
             for one in part.branches
         )
-        yield Scored(row_ids=(part.row_ids,), branches=tokens, left_out=left_out)
+        yield Scored(keys=(part.keys,), branches=tokens, left_out=left_out)
 
 
 def _names(columns: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(("row_id", "position", *columns)))
+    return tuple(dict.fromkeys(("sequence", "position", *columns)))
 
 
 _SAME = "reference_nll"
@@ -135,19 +137,19 @@ _SAME = "reference_nll"
 class _Part:
     """Scored rows of one shard, (R,) int64, and columns of their response tokens: `row` counts from 0."""
 
-    row_ids: NDArray[np.int64]
+    keys: NDArray[np.int64]
     branches: list[Columns]
 
-    def only(self, row_ids: NDArray[np.int64]) -> _Part:
+    def only(self, keys: NDArray[np.int64]) -> _Part:
         """The same without rows that are not among these."""
-        stays = np.isin(self.row_ids, row_ids)
+        stays = np.isin(self.keys, keys)
         number = np.cumsum(stays) - 1
         branches = []
         for columns in self.branches:
             tokens = stays[columns["row"]]
             kept = {name: column[tokens] for name, column in columns.items()}
             branches.append(kept | {"row": number[kept["row"]]})
-        return _Part(row_ids=self.row_ids[stays], branches=branches)
+        return _Part(keys=self.keys[stays], branches=branches)
 
 
 def _joined(lists: dict[str, list[NDArray[Any]]]) -> Tokens:
@@ -164,13 +166,13 @@ def _averaged(run: Path, files: Sequence[Shard], names: Sequence[str], layout: L
     real = [name for name in names if (name in SIGNALS and name != _SAME) or name in PAIR_COLUMNS]
     for columns in total.branches:
         columns |= {name: columns[name].astype(np.float64) for name in real}
-    seen = total.row_ids
+    seen = total.keys
     for file in files[1:]:
         part = _part(run, file, names, layout)
-        seen = np.union1d(seen, part.row_ids)
-        total, part = total.only(part.row_ids), part.only(total.row_ids)
+        seen = np.union1d(seen, part.keys)
+        total, part = total.only(part.keys), part.only(total.keys)
         for sums, columns in zip(total.branches, part.branches, strict=True):
-            if not all(np.array_equal(sums[name], columns[name]) for name in ("row_id", "position")):
+            if not all(np.array_equal(sums[name], columns[name]) for name in ("sequence", "position")):
                 raise StoredDataError(f"{run / file.path}: its tokens are not those of {files[0].path}; run `verify`")
             for name in real:
                 sums[name] += columns[name]
@@ -178,7 +180,7 @@ def _averaged(run: Path, files: Sequence[Shard], names: Sequence[str], layout: L
                 sums[_SAME] = np.where(np.isnan(sums[_SAME]), columns[_SAME], sums[_SAME])
     for columns in total.branches:
         columns |= {name: (columns[name] / len(files)).astype(np.float32) for name in real}
-    return total, len(seen) - len(total.row_ids)
+    return total, len(seen) - len(total.keys)
 
 
 def _part(run: Path, shard: Shard, names: Sequence[str], layout: Layout) -> _Part:
@@ -188,14 +190,19 @@ def _part(run: Path, shard: Shard, names: Sequence[str], layout: Layout) -> _Par
     table = table_of(run, shard, layout, ["status", *wanted, *(name for name in names if name in PAIR_COLUMNS)])
     table = table.filter(pc.equal(table["status"], "scored"))
     return _Part(
-        row_ids=table["row_id"].to_numpy(),
+        keys=sequences_of(table),
         branches=[_flat(run / shard.path, table, names, prefix) for prefix in layout.branches],
     )
 
 
 def table_of(run: Path, shard: Shard, layout: Layout, columns: Sequence[str]) -> pa.Table:
-    """`row_id` and these columns of a values shard. Raises `StoredDataError` where it is not the manifest's file."""
-    return shards.read_shard(run, shard, layout.values, ["row_id", *columns])
+    """`row_id`, `turn` and these columns of a values shard. Raises `StoredDataError` where it is another file."""
+    return shards.read_shard(run, shard, layout.values, ["row_id", "turn", *columns])
+
+
+def sequences_of(table: pa.Table) -> NDArray[np.int64]:
+    """The key of each row of a shard that has `row_id` and `turn`, (R,)."""
+    return sequence_keys(table["row_id"].to_numpy(), table["turn"].to_numpy())
 
 
 def _flat(path: Path, table: pa.Table, names: Sequence[str], prefix: str) -> Columns:
@@ -207,6 +214,8 @@ def _flat(path: Path, table: pa.Table, names: Sequence[str], prefix: str) -> Col
     for name in names:
         if name == "position":
             flat[name] = (np.flatnonzero(response) - starts[rows]).astype(np.int32)
+        elif name == "sequence":
+            flat[name] = sequences_of(table)[rows]
         elif name in table.column_names and name not in SIGNALS:  # one number for each row
             flat[name] = table[name].to_numpy()[rows]
         else:

@@ -32,7 +32,7 @@ from alphatoken_curate.reading.stats import Stats
 from alphatoken_curate.reading.sums import objectives
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.runs.schema import STATUSES, lacks
-from alphatoken_curate.wording import count
+from alphatoken_curate.wording import count, in_sequences
 
 NATS = "nats per unit step"
 
@@ -76,8 +76,9 @@ def what_was_run(run: Path, tokens: RunTokens, found: Stats) -> Html:
     stored, settings = tokens.stored, tokens.stored.settings
     pairs = found.kind == "preference"
     rows = [f"{found.rows[status]:,} {_status(status)}" for status in STATUSES if found.rows[status]]
+    read = f"{found.rows['read']:,} {'pairs' if pairs else 'rows'} read"
     told: list[tuple[str, Part]] = [
-        ("Rows", f"{found.rows['read']:,} {'pairs' if pairs else 'rows'} read: {listed(rows)}"),
+        ("Rows", f"{read}: {listed(rows)}{in_sequences(found.sequences)}"),
         ("Tokens", f"{found.tokens:,}, of them {found.response_tokens:,} in responses; {found.scored_tokens:,} scored"),
         ("Data", joined(_inputs(tokens))),
         ("Model", foreign(tokens.generation.checkpoint)),
@@ -175,7 +176,7 @@ def _kept_table(tokens: RunTokens, found: Stats, weight: Floats) -> Html:
         sorts.append((prefix.rstrip("_"), inside))
     sources = tokens.rows.sources
     if len(sources) > 1:
-        source = tokens.rows.source[tokens.row_id]
+        source = tokens.rows.source[tokens.row]
         commonest = np.argsort(-np.bincount(source, minlength=len(sources)), kind="stable")[:_MOST_SOURCES]
         sorts += [(foreign(sources[i]), source == i) for i in commonest if np.any(source == i)]
     loss = tokens.signals["nll"]

@@ -62,6 +62,7 @@ const column = (block, index) => once(`${block} ${index}`, async () => {
   const bytes = await unpack(`d-${block}-${index}`);
   return about.exact ? floats(bytes) : rounded(bytes, code);
 });
+const named = row => `row ${rows.id[row].toLocaleString("en")}${rows.turn ? `, turn ${rows.turn[row]}` : ""}`;
 const blockOf = row => {
   let low = 0, high = about.blocks.length - 1;
   while (low < high) {
@@ -216,7 +217,7 @@ const drawBranch = async (row, number, from, responseFrom, hits) => {
   const stays = about.masked && !out && scored ? await kept(block) : null;
   const found = about.columns[state.column], values = scored ? await column(block, state.column) : null;
   const name = about.branches[number], total = runs.reduce((a, b) => a + b, 0);
-  const label = `Tokens of row ${rows.id[row]}${name && `, ${name}`}`;
+  const label = `Tokens of ${named(row)}${name && `, ${name}`}`;
   const text = make("div", "text", undefined, { role: "listbox", tabindex: "0", "aria-label": label, "aria-describedby": "help" });
   const parts = [];
   let at = 0, response = 0;
@@ -274,9 +275,9 @@ const hitsOf = async (row, number) => {
 const fact = (parent, text, kind) => parent.append(make("span", kind, text));
 const drawRow = async row => {
   const { block, token, response, responses } = starts[row], status = about.statuses[rows.status[row]];
-  const card = make("article", "row", undefined, { "aria-labelledby": `row-${rows.id[row]}` });
+  const card = make("article", "row", undefined, { "aria-labelledby": `row-${row}` });
   const head = make("header");
-  head.append(make("h3", "", `Row ${rows.id[row].toLocaleString("en")}`, { id: `row-${rows.id[row]}` }));
+  head.append(make("h3", "", `R${named(row).slice(1)}`, { id: `row-${row}` }));
   const place = make("span");
   place.append(make("bdi", "", about.sources[rows.source[row]]), `:${rows.line[row]}`);
   head.append(place);
@@ -375,7 +376,7 @@ const enter = async (one, pin) => {
   one.list.setAttribute("aria-activedescendant", "active");
   $("piece").replaceChildren(spaced(make("bdi"), alone(one.token)));
   const weight = one.state === "dropped" ? "dropped: weight 0" : one.state;
-  $("about").textContent = [`row ${rows.id[one.row]}`, about.branches[one.number], role, `position ${one.position}`, kind, weight].filter(Boolean).join(" · ");
+  $("about").textContent = [named(one.row), about.branches[one.number], role, `position ${one.position}`, kind, weight].filter(Boolean).join(" · ");
   $("numbers").replaceChildren(...numbers.map((value, i) => {
     const unit = about.columns[i], line = make("tr", i === state.column ? "chosen" : "");
     const swatch = make("span", Number.isNaN(value) ? "swatch" : `swatch l${level(value, unit.scale)}`);

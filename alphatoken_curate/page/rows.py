@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from alphatoken_curate.masks import responses
 from alphatoken_curate.page.overview import NAMES
 from alphatoken_curate.page.tokens import Floats, RunTokens, token_classes
 from alphatoken_curate.reading.row import rejects
 from alphatoken_curate.reading.words import CLASSES, PART, spelled
 from alphatoken_curate.runs import shards
-from alphatoken_curate.runs.schema import SFT, STATUSES
+from alphatoken_curate.runs.schema import SFT, STATUSES, rows_and_turns
 from alphatoken_curate.tokens.draws import keyed_uniform
 from alphatoken_curate.views import heat
 
@@ -98,7 +99,7 @@ def pack_rows(run: Path, tokens: RunTokens) -> PackedRows:
         "branches": [prefix.rstrip("_") for prefix in tokens.layout.branches],
         "statuses": STATUSES,
         "sources": [heat.readable(source, alone=True, dots=False) for source in tokens.rows.sources],
-        "reasons": _reasons(run, tokens, set(chosen.tolist())),
+        "reasons": _reasons(run, tokens, set(rows_and_turns(tokens.rows.keys[chosen])[0].tolist())),
         "masked": tokens.weight is not None,
         "exact": exact,
         **texts,
@@ -112,11 +113,11 @@ def pack_rows(run: Path, tokens: RunTokens) -> PackedRows:
 
 
 def _choose(run: Path, tokens: RunTokens) -> NDArray[np.int64]:
-    """Ids of the rows to show, ascending: all, or those with the lowest draws, as many as there is room for."""
+    """Which of the rows to show, ascending: all, or those with the lowest draws, as many as there is room for."""
     lengths = np.zeros(len(tokens.rows), np.int64)
     for table in _tables(run, tokens, ["input_ids"]):
         for prefix in tokens.layout.branches:
-            lengths[table["row_id"].to_numpy()] += pc.list_value_length(table[prefix + "input_ids"]).to_numpy()
+            lengths[_rows_of(tokens, table)] += pc.list_value_length(table[prefix + "input_ids"]).to_numpy()
     return drawn_rows(lengths, MOST_ROWS, MOST_TOKENS)
 
 
@@ -130,16 +131,21 @@ def drawn_rows(lengths: NDArray[np.int64], most_rows: int, most_tokens: int) -> 
 
 
 def _tables(run: Path, tokens: RunTokens, lists: Sequence[str]) -> Iterator[pa.Table]:
-    names = ["row_id", *(prefix + name for prefix in tokens.layout.branches for name in lists)]
+    names = ["row_id", "turn", *(prefix + name for prefix in tokens.layout.branches for name in lists)]
     for shard in tokens.generation.shards:
         yield shards.read_shard(run, shard, tokens.layout.values, names)
+
+
+def _rows_of(tokens: RunTokens, table: pa.Table) -> NDArray[np.int64]:
+    """Which of the run's rows those of a shard are, (r,)."""
+    return tokens.rows.places(responses.sequences_of(table))
 
 
 def _sequences(run: Path, tokens: RunTokens, chosen: NDArray[np.int64]) -> list[list[_Sequence]]:
     """Of each chosen row, its branches."""
     found: list[list[_Sequence]] = []
     for whole in _tables(run, tokens, ["input_ids", "response"]):
-        table = whole.filter(pc.is_in(whole["row_id"], pa.array(chosen)))
+        table = whole.filter(pa.array(np.isin(_rows_of(tokens, whole), chosen)))
         branches = []
         for prefix in tokens.layout.branches:
             ids, lengths = shards.entries(table[prefix + "input_ids"])
@@ -307,10 +313,11 @@ def _row_facts(
     own = [rows.own[i] for i in chosen.tolist()]
     out = np.zeros(len(rows), np.bool_)
     if tokens.weight is not None:
-        out[tokens.row_id[np.isnan(tokens.weight)]] = True
-    pair = len(tokens.layout.branches) == 2
+        out[tokens.row[np.isnan(tokens.weight)]] = True
+    pair, (row_id, turn) = len(tokens.layout.branches) == 2, rows_and_turns(rows.keys)
     return {
-        "id": chosen.tolist(),
+        "id": row_id[chosen].tolist(),
+        **({"turn": turn[chosen].tolist()} if tokens.stored.settings.get("turns") == "each" else {}),
         "source": rows.source[chosen].tolist(),
         "line": rows.line[chosen].tolist(),
         "own": own,

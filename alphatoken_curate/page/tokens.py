@@ -34,12 +34,13 @@ NO_CLASS = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowTable:
-    """The R rows of a run, in row_id order, which are 0 to R - 1.
+    """The R rows of a run, or turns of them, in order of their `keys` (R,) int64 (`schema.sequence_keys`).
 
     `source` (R,) int32 in `sources`; `line` (R,) int64; `own`: the rows' own ids; `status` (R,) int8 in
     `schema.STATUSES`; `omega`, `margin` (R,) float32, NaN where none.
     """
 
+    keys: NDArray[np.int64]
     sources: tuple[str, ...]
     source: NDArray[np.int32]
     line: NDArray[np.int64]
@@ -49,17 +50,21 @@ class RowTable:
     margin: Floats
 
     def __len__(self) -> int:
-        return len(self.line)
+        return len(self.keys)
+
+    def places(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of the rows these are, (N,)."""
+        return np.searchsorted(self.keys, keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunTokens:
     """The N response tokens of the scored rows: branch by branch, each in (row, position) order.
 
-    `starts`: where each branch begins, and N; `row_id` (N,) int64; `position` (N,) int32 in its sequence; `place`
-    (N,) int32 in its response, from 1; `token_id` (N,) int32; `kind` (N,) int8 in `words.CLASSES` or `NO_CLASS`;
-    `signals`: name -> (N,) float32, those that the run computed; `weight` (N,) float32 of the newest mask, NaN in rows
-    that it leaves out, None without a mask.
+    `starts`: where each branch begins, and N; `row` (N,) int64, which of `rows`; `position` (N,) int32 in its sequence;
+    `place` (N,) int32 in its response, from 1; `token_id` (N,) int32; `kind` (N,) int8 in `words.CLASSES` or
+    `NO_CLASS`; `signals`: name -> (N,) float32, those that the run computed; `weight` (N,) float32 of the newest mask,
+    NaN in rows that it leaves out, None without a mask.
     """
 
     stored: Manifest
@@ -70,7 +75,7 @@ class RunTokens:
     vocabulary: Vocabulary
     rows: RowTable
     starts: tuple[int, ...]
-    row_id: NDArray[np.int64]
+    row: NDArray[np.int64]
     position: NDArray[np.int32]
     place: NDArray[np.int32]
     token_id: NDArray[np.int32]
@@ -79,7 +84,7 @@ class RunTokens:
     weight: Floats | None
 
     def __len__(self) -> int:
-        return len(self.row_id)
+        return len(self.row)
 
     @property
     def kept(self) -> Bools | None:
@@ -90,12 +95,12 @@ class RunTokens:
         """The sum of these signals, (N,)."""
         return composite.objective(self.signals, names).astype(np.float32)
 
-    def spans(self, row_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def spans(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the tokens of these rows, (R,), begin and end in each of B branches: (R, B, 2)."""
         found = []
         for start, end in pairwise(self.starts):
-            rows = self.row_id[start:end]
-            found.append(start + np.searchsorted(rows, np.stack([row_ids, row_ids + 1], axis=-1)))
+            rows = self.row[start:end]
+            found.append(start + np.searchsorted(rows, np.stack([places, places + 1], axis=-1)))
         return np.stack(found, axis=1)
 
 
@@ -115,7 +120,7 @@ def read_tokens(run: Path) -> RunTokens:
     joined = {name: np.concatenate([one.columns[name] for one in branches]) for name in branches[0].columns}
     starts = (0, *np.cumsum([len(one.row) for one in branches]).tolist())
     computed = {name: joined[name] for name in components.signals if not np.isnan(joined[name]).all()}
-    vocabulary = read_vocabulary(run)
+    vocabulary, rows = read_vocabulary(run), _rows(run, generation, layout)
     return RunTokens(
         stored=stored,
         layout=layout,
@@ -123,21 +128,21 @@ def read_tokens(run: Path) -> RunTokens:
         generation=generation,
         mask=mask,
         vocabulary=vocabulary,
-        rows=_rows(run, generation, layout),
+        rows=rows,
         starts=starts,
-        row_id=joined["row_id"],
+        row=rows.places(joined["sequence"]),
         position=joined["position"],
-        place=np.concatenate([_places(one.columns["row_id"]) for one in branches]),
+        place=np.concatenate([_places(one.columns["sequence"]) for one in branches]),
         token_id=joined["token_id"].astype(np.int32),
         kind=token_classes(joined["token_id"], vocabulary),
         signals=computed,
-        weight=_weights(run, mask, layout, starts, joined["row_id"], joined["position"]) if mask else None,
+        weight=_weights(run, mask, layout, starts, joined["sequence"], joined["position"]) if mask else None,
     )
 
 
 def masked(run: Path, tokens: RunTokens, mask: Mask) -> Floats:
     """The weights that another mask gives the same tokens, (N,) float32, NaN in rows that it leaves out."""
-    return _weights(run, mask, tokens.layout, tokens.starts, tokens.row_id, tokens.position)
+    return _weights(run, mask, tokens.layout, tokens.starts, tokens.rows.keys[tokens.row], tokens.position)
 
 
 def values_at(run: Path, tokens: RunTokens, generation: Generation) -> Floats:
@@ -147,7 +152,7 @@ def values_at(run: Path, tokens: RunTokens, generation: Generation) -> Floats:
     found = np.full(len(tokens), np.nan, np.float32)
     for number, one in enumerate(branches):
         part = slice(tokens.starts[number], tokens.starts[number + 1])
-        mine, theirs = tokens.row_id[part], one.columns["row_id"]
+        mine, theirs = tokens.rows.keys[tokens.row[part]], one.columns["sequence"]
         here, there = np.isin(mine, theirs), np.isin(theirs, mine)
         if not np.array_equal(tokens.position[part][here], one.columns["position"][there]):
             raise StoredDataError(f"{run}: generation {generation.generation} holds other tokens; run `verify`")
@@ -155,11 +160,11 @@ def values_at(run: Path, tokens: RunTokens, generation: Generation) -> Floats:
     return found
 
 
-def _places(row_id: NDArray[np.int64]) -> NDArray[np.int32]:
+def _places(keys: NDArray[np.int64]) -> NDArray[np.int32]:
     """From 1, anew in each row."""
-    number = np.arange(len(row_id))
-    first = np.flatnonzero(np.diff(row_id, prepend=-1))
-    return (number - np.repeat(first, np.diff(first, append=len(row_id))) + 1).astype(np.int32)
+    number = np.arange(len(keys))
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return (number - np.repeat(first, np.diff(first, append=len(keys))) + 1).astype(np.int32)
 
 
 def token_classes(token_id: NDArray[Any], vocabulary: Vocabulary) -> NDArray[np.int8]:
@@ -180,30 +185,30 @@ def _weights(
     mask: Mask,
     layout: Layout,
     starts: Sequence[int],
-    row_id: NDArray[np.int64],
+    keys: NDArray[np.int64],
     position: NDArray[np.int32],
 ) -> Floats:
     """Of the tokens of all branches, which begin at `starts`."""
     parts = [slice(*span) for span in pairwise(starts)]
-    found = [_branch_weights(run, mask, layout, i, row_id[part], position[part]) for i, part in enumerate(parts)]
+    found = [_branch_weights(run, mask, layout, i, keys[part], position[part]) for i, part in enumerate(parts)]
     return np.concatenate(found)
 
 
 def _branch_weights(
-    run: Path, mask: Mask, layout: Layout, branch: int, row_id: NDArray[np.int64], position: NDArray[np.int32]
+    run: Path, mask: Mask, layout: Layout, branch: int, keys: NDArray[np.int64], position: NDArray[np.int32]
 ) -> Floats:
     """Of the tokens (n,) of a branch, in row order; NaN in rows that the mask does not hold."""
     name = layout.branches[branch] + "loss_weight"
-    found = np.full(len(row_id), np.nan, np.float32)
+    found = np.full(len(keys), np.nan, np.float32)
     for shard in mask.shards:
-        table = shards.read_shard(run, shard, layout.train, ["row_id", name])
-        rows = table["row_id"].to_numpy()
+        table = shards.read_shard(run, shard, layout.train, ["row_id", "turn", name])
+        rows = responses.sequences_of(table)
         if not len(rows):
             continue
         flat, lengths = shards.entries(table[name])
-        part = slice(*np.searchsorted(row_id, [rows[0], rows[-1] + 1]))
-        there = np.isin(row_id[part], rows)
-        row, place = np.searchsorted(rows, row_id[part][there]), position[part][there]
+        part = slice(*np.searchsorted(keys, [rows[0], rows[-1] + 1]))
+        there = np.isin(keys[part], rows)
+        row, place = np.searchsorted(rows, keys[part][there]), position[part][there]
         if np.any(place >= lengths[row]):
             raise StoredDataError(f"{run / shard.path}: does not hold the rows that values/ does; run `verify`")
         found[part][there] = flat[(np.cumsum(lengths) - lengths)[row] + place]
@@ -211,15 +216,17 @@ def _branch_weights(
 
 
 def _rows(run: Path, generation: Generation, layout: Layout) -> RowTable:
-    names = ["row_id", "source", "line", "id", "status", *(n for n in PAIR_COLUMNS if n in layout.values.names)]
+    names = [*shards.OF_ROW, *(n for n in PAIR_COLUMNS if n in layout.values.names)]
     tables = [shards.read_shard(run, shard, layout.values, names) for shard in generation.shards]
     table = pa.concat_tables(tables).combine_chunks()
-    if not np.array_equal(table["row_id"].to_numpy(), np.arange(table.num_rows)):
-        raise StoredDataError(f"{run}: row ids are not 0, 1 and so on; run `verify`")
+    keys = responses.sequences_of(table)
+    if np.any(np.diff(keys, prepend=-1) <= 0):
+        raise StoredDataError(f"{run}: rows are not in order; run `verify`")
     coded = table["source"].combine_chunks().dictionary_encode()
     absent = np.full(table.num_rows, np.nan, np.float32)
     status = pc.index_in(table["status"], pa.array(STATUSES))
     return RowTable(
+        keys=keys,
         sources=tuple(coded.dictionary.to_pylist()),
         source=coded.indices.to_numpy().astype(np.int32),
         line=table["line"].to_numpy(),

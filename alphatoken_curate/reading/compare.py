@@ -25,6 +25,7 @@ from alphatoken_curate.reading.stats import newest_settings
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.manifest import Generation, Manifest
+from alphatoken_curate.runs.schema import rows_and_turns
 
 Columns = Mapping[str, NDArray[Any]]
 Bools = NDArray[np.bool_]
@@ -73,6 +74,7 @@ class Changed:
     """
 
     row_id: int
+    turn: int
     branch: str
     position: int
     before: str
@@ -205,7 +207,7 @@ class _Scoring:
         scored = responses.load(self.run, [[shard] for shard in self.generation.shards], wanted, self.layout)
         kept = remask.keeps(scored.branches, self.layout, known, config)
         return [
-            {"kept": stays, **{name: one.columns[name] for name in (*names, "row_id", "position", "token_id")}}
+            {"kept": stays, **{name: one.columns[name] for name in (*names, "sequence", "position", "token_id")}}
             for one, stays in zip(scored.branches, kept, strict=True)
         ]
 
@@ -241,13 +243,13 @@ class _Both:
     @classmethod
     def of(cls, one: Sequence[Columns], other: Sequence[Columns]) -> _Both:
         """Join them. Every scored row has a response token in each branch."""
-        seen = [np.unique(side[0]["row_id"]) for side in (one, other)]
+        seen = [np.unique(side[0]["sequence"]) for side in (one, other)]
         alike = np.intersect1d(seen[0], seen[1])
         for mine, theirs in zip(one, other, strict=True):
             alike = alike[_same(mine, theirs, alike)]
         parts = [[_only(branch, alike) for branch in side] for side in (one, other)]
         first, second = ({name: np.concatenate([part[name] for part in side]) for name in side[0]} for side in parts)
-        branch = np.repeat(np.arange(len(parts[0])), [len(part["row_id"]) for part in parts[0]])
+        branch = np.repeat(np.arange(len(parts[0])), [len(part["sequence"]) for part in parts[0]])
         apart = len(np.union1d(seen[0], seen[1])) - len(alike)
         return cls(columns=(first, second), branch=branch, rows=len(alike), rows_apart=apart)
 
@@ -277,11 +279,11 @@ class _Both:
         )
 
 
-def _same(one: Columns, other: Columns, row_ids: NDArray[np.int64]) -> Bools:
+def _same(one: Columns, other: Columns, keys: NDArray[np.int64]) -> Bools:
     """(R,) whether the response tokens of each row, which both hold, are the same and at the same places."""
-    mine, theirs = _only(one, row_ids), _only(other, row_ids)
-    rows = [np.searchsorted(row_ids, side["row_id"]) for side in (mine, theirs)]
-    lengths = [np.bincount(row, minlength=len(row_ids)) for row in rows]
+    mine, theirs = _only(one, keys), _only(other, keys)
+    rows = [np.searchsorted(keys, side["sequence"]) for side in (mine, theirs)]
+    lengths = [np.bincount(row, minlength=len(keys)) for row in rows]
     same: Bools = lengths[0] == lengths[1]
     paired = [same[row] for row in rows]
     for name in ("position", "token_id"):
@@ -290,8 +292,8 @@ def _same(one: Columns, other: Columns, row_ids: NDArray[np.int64]) -> Bools:
     return same
 
 
-def _only(columns: Columns, row_ids: NDArray[np.int64]) -> Columns:
-    there = np.isin(columns["row_id"], row_ids)
+def _only(columns: Columns, keys: NDArray[np.int64]) -> Columns:
+    there = np.isin(columns["sequence"], keys)
     return {name: column[there] for name, column in columns.items()}
 
 
@@ -314,10 +316,13 @@ def _changed(both: _Both, first: _Scoring, most: int) -> Iterator[Changed]:
     ranks = [(_ranks(one) - 0.5) / both.tokens for one in values]
     moved = np.abs(ranks[1] - ranks[0])
     for at in np.argsort(-moved, kind="stable")[: min(most, int((moved > 0).sum()))]:
-        row, position = (int(both.columns[0][name][at]) for name in ("row_id", "position"))
-        branch = read_row(first.run, row=row, generation=first.generation.generation).branches[both.branch[at]]
+        key, position = (int(both.columns[0][name][at]) for name in ("sequence", "position"))
+        row, turn = (int(one) for one in rows_and_turns(np.array(key)))
+        found = read_row(first.run, row=row, turn=turn, generation=first.generation.generation)
+        branch = found.branches[both.branch[at]]
         yield Changed(
             row_id=row,
+            turn=turn,
             branch=branch.name,
             position=position,
             before="".join(branch.texts[max(0, position - _AROUND) : position]),

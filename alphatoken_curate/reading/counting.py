@@ -146,15 +146,15 @@ def _kept(
     """Which tokens of each branch the mask keeps, and how many rows are not in it: none may be missing if `in_all`."""
     path = run / shard.path
     names = [f"{prefix}loss_mask" for prefix in layout.branches]
-    table = shards.read_shard(run, shard, layout.train, ["row_id", *names])
-    row_ids = table["row_id"].to_numpy()
-    lost = int((~np.isin(scored.row_ids[0], row_ids)).sum())
+    table = shards.read_shard(run, shard, layout.train, ["row_id", "turn", *names])
+    keys = responses.sequences_of(table)
+    lost = int((~np.isin(scored.keys[0], keys)).sum())
     kept = []
     for name, tokens in zip(names, scored.branches, strict=True):
         loss_mask, lengths = shards.entries(table[name])
-        wanted, position = tokens.columns["row_id"], tokens.columns["position"]
-        there = np.isin(wanted, row_ids)
-        row = np.searchsorted(row_ids, wanted[there])
+        wanted, position = tokens.columns["sequence"], tokens.columns["position"]
+        there = np.isin(wanted, keys)
+        row = np.searchsorted(keys, wanted[there])
         if (in_all and lost) or np.any(position[there] >= lengths[row]):
             raise StoredDataError(f"{path}: does not hold the rows that values/ does; run `verify`")
         chosen = np.zeros(len(wanted), np.bool_)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from alphatoken_curate.reading.words import read_vocabulary, spelled
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.manifest import Generation, Manifest, Mask
 from alphatoken_curate.runs.schema import NOT_COMPUTED, PAIR_COLUMNS, SFT, SIGNALS, Components, Layout, components
-from alphatoken_curate.wording import count
 
 PARTED = components("published")
 
@@ -53,12 +52,14 @@ class BranchView:
 class RowView:
     """One row of a run, as `generation` scored it: one branch, or chosen and rejected.
 
-    `checkpoint`: the generation's, None where the run has only one; `omega` and `margin` (nats) of scored preference
-    rows; `mask`: the number of the newest mask and `mask_generations` what it was made from, None and empty where there
-    is none or the row was not scored.
+    `turns`: those of its chat that are sequences of their own, of which `turn` is the one here; `checkpoint`: the
+    generation's, None where the run has only one; `omega` and `margin` (nats) of scored preference rows; `mask`: the
+    number of the newest mask and `mask_generations` what it was made from, None and empty where there is none or the
+    row was not scored.
     """
 
     row_id: int
+    turn: int
     source: str
     line: int
     id: str | None
@@ -70,6 +71,7 @@ class RowView:
     mask_generations: tuple[int, ...] = ()
     omega: float | None = None
     margin: float | None = None
+    turns: tuple[int, ...] = (0,)
     reason: str | None = None
     """Why a rejected row was refused, where rejects.jsonl says so."""
     layout: Layout = SFT
@@ -117,6 +119,7 @@ class RowView:
             )
         at = np.flatnonzero(branch.response)
         columns: dict[str, NDArray[Any]] = {"row_id": np.full(len(at), self.row_id, np.int64)}
+        columns["turn"] = np.full(len(at), self.turn, np.int32)
         of_pair = {name: getattr(self, name) for name in PAIR_COLUMNS}
         columns |= {name: np.full(len(at), x, np.float32) for name, x in of_pair.items() if x is not None}
         columns |= {"position": at.astype(np.int32), "token_id": branch.token_ids[at]}
@@ -137,11 +140,19 @@ class RowView:
         return any(np.isfinite(branch.signals.get(name, np.nan)).any() for branch in self.branches)
 
 
-def read_row(run: Path, *, row: int | None = None, id: str | None = None, generation: int | None = None) -> RowView:
+def read_row(
+    run: Path,
+    *,
+    row: int | None = None,
+    id: str | None = None,
+    turn: int | None = None,
+    generation: int | None = None,
+) -> RowView:
     """A row by its number or its own `id`, with the newest mask, as the newest generation or the one given scored it.
 
-    Only the shards that hold it are read. Raises `UsageError` for a row or generation that is not there or an id that
-    several rows have, `StoredDataError` for damage.
+    Of a chat whose turns are sequences of their own that `turn`, or the first that was scored. Only the shards that
+    hold it are read. Raises `UsageError` for a row, turn or generation that is not there or an id that several rows
+    have, `StoredDataError` for damage.
     """
     stored = manifest.read(run)
     if not stored.generations:
@@ -149,13 +160,20 @@ def read_row(run: Path, *, row: int | None = None, id: str | None = None, genera
     layout = manifest.layout(stored)
     scoring = choose_generation(run, stored, generation)
     number = _number(run, scoring, layout, row, id)
-    index = _shard_of(run, scoring, number)
+    index = _shard_of(run, stored, scoring, number)
     path = run / scoring.shards[index].path
     table = shards.read_shard(run, scoring.shards[index], layout.values)
-    found = table.filter(pc.equal(table["row_id"], number)).to_pylist()
-    if len(found) != 1:
-        raise StoredDataError(f"{path}: holds row {number} {count(len(found), 'time')}; run `verify`")
-    return _view(run, stored, scoring, index, found[0])
+    found = {record["turn"]: record for record in table.filter(pc.equal(table["row_id"], number)).to_pylist()}
+    if not found:
+        raise StoredDataError(f"{path}: does not hold row {number}; run `verify`")
+    if turn is None:
+        turn = next((at for at, record in found.items() if record["status"] == "scored"), min(found))
+    if turn not in found:
+        has = ", ".join(map(str, found))
+        raise UsageError(
+            f"{run}: row {number} has no turn {turn}; it has {has} (--turns each makes one of each answer)"
+        )
+    return replace(_view(run, stored, scoring, index, found[turn]), turns=tuple(found))
 
 
 def _number(run: Path, generation: Generation, layout: Layout, row: int | None, id: str | None) -> int:
@@ -166,19 +184,18 @@ def _number(run: Path, generation: Generation, layout: Layout, row: int | None, 
     numbers: list[int] = []
     for shard in generation.shards:
         table = shards.read_shard(run, shard, layout.values, ["row_id", "id"])
-        numbers += table.filter(pc.equal(table["id"], id))["row_id"].to_pylist()
+        numbers += table.filter(pc.equal(table["id"], id))["row_id"].unique().to_pylist()
     if len(numbers) != 1:
         have = f"rows {', '.join(map(str, numbers[:20]))} have" if numbers else "no row has"
         raise UsageError(f"{run}: {have} the id {id!r}; give --row N")
     return numbers[0]
 
 
-def _shard_of(run: Path, generation: Generation, number: int) -> int:
-    """Index of the shard that holds a row: shards hold consecutive row ids from 0."""
-    ends = np.cumsum([shard.rows for shard in generation.shards])
-    if not 0 <= number < ends[-1]:
-        raise UsageError(f"{run}: has no row {number}; its rows are 0 to {ends[-1] - 1}")
-    return int(np.searchsorted(ends, number, side="right"))
+def _shard_of(run: Path, stored: Manifest, generation: Generation, number: int) -> int:
+    """Index of the shard that holds a row: each but the last holds as many rows that were read."""
+    if not 0 <= number < stored.counts.read:
+        raise UsageError(f"{run}: has no row {number}; its rows are 0 to {stored.counts.read - 1}")
+    return min(number // int(str(stored.settings["rows_per_shard"])), len(generation.shards) - 1)
 
 
 def _view(run: Path, stored: Manifest, scoring: Generation, index: int, record: Mapping[str, Any]) -> RowView:
@@ -187,7 +204,7 @@ def _view(run: Path, stored: Manifest, scoring: Generation, index: int, record: 
     weights = _weights(run, mask, index, layout, record, scoring.generation) if mask else None
     branches = tuple(_branch(run, prefix, record, weights[prefix] if weights else None) for prefix in layout.branches)
     return RowView(
-        **{name: record[name] for name in ("row_id", "source", "line", "id", "status")},
+        **{name: record[name] for name in shards.OF_ROW},
         **{name: record[name] for name in PAIR_COLUMNS if name in record},
         generation=scoring.generation,
         checkpoint=scoring.checkpoint if len(stored.generations) > 1 else None,
@@ -220,8 +237,9 @@ def _weights(
     """Weights of each branch by its prefix; None where another generation of the mask did not score the row."""
     number, path = record["row_id"], run / mask.shards[index].path
     names = {prefix: f"{prefix}loss_weight" for prefix in layout.branches}
-    table = shards.read_shard(run, mask.shards[index], layout.train, ["row_id", *names.values()])
-    found = table.filter(pc.equal(table["row_id"], number)).to_pylist()
+    table = shards.read_shard(run, mask.shards[index], layout.train, ["row_id", "turn", *names.values()])
+    same = pc.and_(pc.equal(table["row_id"], number), pc.equal(table["turn"], record["turn"]))
+    found = table.filter(same).to_pylist()
     if not found and mask.generations != (generation,):
         return None
     weights = [{prefix: np.array(row[name], np.float32) for prefix, name in names.items()} for row in found]

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.manifest import Mask
-from alphatoken_curate.runs.schema import IGNORE_INDEX, PAIR_COLUMNS, SIGNALS, STATUSES, Components, Layout
+from alphatoken_curate.runs.schema import (
+    IGNORE_INDEX,
+    PAIR_COLUMNS,
+    SIGNALS,
+    STATUSES,
+    Components,
+    Layout,
+    sequence_keys,
+)
 from alphatoken_curate.runs.shards import Shard, entries
 from alphatoken_curate.wording import count
 
@@ -33,6 +41,7 @@ class Total:
     """What the shards of a generation, or one branch of a mask, hold, added up as they are read."""
 
     rows: int = 0
+    read: int = 0
     tokens: int = 0
     response: int = 0
     kept: int = 0
@@ -45,13 +54,16 @@ class Total:
 def values(
     table: pa.Table, layout: Layout, components: Components, shard: Shard, total: Total, *, beta: Json = None
 ) -> Iterator[str]:
-    """What is wrong with a values shard, whose first row id is `total.rows`, to which it is added.
+    """What is wrong with a values shard, whose first row id is `total.read`, to which it is added.
 
     `components`: those of the run's estimator; `beta`: the setting of that name (Eq. 14), which only pairs need.
     """
     ids = table["row_id"].to_numpy()
-    if not np.array_equal(ids, np.arange(total.rows, total.rows + len(ids))):
-        yield f"row ids do not go on one by one from {total.rows}"
+    rows = np.unique(ids)
+    if not np.array_equal(rows, np.arange(total.read, total.read + len(rows))) or np.any(np.diff(ids) < 0):
+        yield f"row ids do not go on one by one from {total.read}"
+    elif np.any(np.diff(sequence_keys(ids, table["turn"].to_numpy())) <= 0):
+        yield "the turns of a row do not ascend, each once"
     status = np.array(table["status"].to_pylist(), dtype=object)
     if unknown := set(status) - set(STATUSES):
         yield f"status {sorted(unknown)[0]!r} is none of {', '.join(STATUSES)}"
@@ -65,6 +77,7 @@ def values(
     if PAIR_COLUMNS[0] in layout.values.names:
         yield from _pairs(table, layout, status == "scored", beta)
     total.rows += len(ids)
+    total.read += len(rows)
     total.tokens += tokens
     total.response += trains
 
@@ -157,7 +170,7 @@ def _wrong_margin(
 
 def other_rows(table: pa.Table, first: pa.Table, layout: Layout) -> Iterator[str]:
     """Where a values shard holds other rows or tokens than that of the run's first generation."""
-    for name in ["row_id", "source", "line", "id", *_lists(layout, "input_ids", "response")]:
+    for name in ["row_id", "turn", "source", "line", "id", *_lists(layout, "input_ids", "response")]:
         if not table[name].equals(first[name]):
             yield f"its `{name}` is not that of the same shard of the first generation"
 
@@ -191,7 +204,7 @@ def train(table: pa.Table, scored: pa.Table, shard: Shard, layout: Layout, total
 
     `totals`: one for each branch, to which it is added.
     """
-    for name in ["row_id", *_lists(layout, "input_ids")]:
+    for name in ["row_id", "turn", *_lists(layout, "input_ids")]:
         if not table[name].equals(scored[name]):
             yield f"its rows are not those that are scored in values/: `{name}` differs"
             return

@@ -17,10 +17,13 @@ from alphatoken_curate.errors import UsageError
 from alphatoken_curate.reading.words import scan_vocabulary
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.manifest import Generation, Manifest, Mask
-from alphatoken_curate.runs.schema import PAIR_COLUMNS, Layout, lacking
+from alphatoken_curate.runs.schema import MOST_TURNS, PAIR_COLUMNS, Layout, lacking
 from alphatoken_curate.runs.shards import Shard, check, read_footer
 
 T = TypeVar("T")
+
+_KEY = (pl.col("row_id") * MOST_TURNS + pl.col("turn")).alias("sequence")
+"""`schema.sequence_keys` of a frame."""
 
 
 def scan(
@@ -30,13 +33,13 @@ def scan(
     generation: int | None = None,
     mask: int | None = None,
 ) -> pl.LazyFrame:
-    """The examples of a run, in row_id order, with the columns of its layout (`schema.Layout`): SFT or preference rows.
+    """The examples of a run, in order of row_id and turn, with the columns of its layout (`schema.Layout`).
 
-    They are those of the files: what the run's estimator does not compute is null there, and so is what the run's
-    schema version did not have. `values`: every row read, of the newest generation or the one given; `train`: the rows
-    of the newest mask or the one given. Raises `UsageError` for a number that is not there, `StoredDataError` for a run
-    without a manifest, or where a file is missing or damaged: every byte of the files that the frame needs is checked
-    before it is returned, at the speed of SHA-256 and the disk.
+    SFT or preference rows. The columns are those of the files: what the run's estimator does not compute is null there,
+    and so is what the run's schema version did not have. `values`: every row read, of the newest generation or the one
+    given; `train`: the rows of the newest mask or the one given. Raises `UsageError` for a number that is not there,
+    `StoredDataError` for a run without a manifest, or where a file is missing or damaged: every byte of the files that
+    the frame needs is checked before it is returned, at the speed of SHA-256 and the disk.
     """
     folder = Path(run)
     stored = manifest.read(folder)
@@ -51,12 +54,13 @@ def scan(
 def scan_tokens(run: str | Path, *, generation: int | None = None, mask: int | None = None) -> pl.LazyFrame:
     """One row per response token of the rows that were scored, and these columns, in this order.
 
-    row_id int64; in preference runs branch string, `chosen` or `rejected`; generation int32; position int32, its index
-    in the sequence; token_id int32; text string, of the token alone (U+FFFD where it cuts a character), and class
-    string, one of `words.CLASSES`, both null where the run has no vocabulary; every signal of the run's estimator
-    float32 (`schema.Components.signals`); in preference runs omega and margin float32 of the row; kept bool and
-    loss_weight float32 of the newest mask or the one given, null where there is none, and in rows that another
-    generation of the mask did not score. In order of row_id, chosen before rejected, then position. Raises as `scan`.
+    row_id int64; turn int32; in preference runs branch string, `chosen` or `rejected`; generation int32; position
+    int32, its index in the sequence; token_id int32; text string, of the token alone (U+FFFD where it cuts a
+    character), and class string, one of `words.CLASSES`, both null where the run has no vocabulary; every signal of the
+    run's estimator float32 (`schema.Components.signals`); in preference runs omega and margin float32 of the row; kept
+    bool and loss_weight float32 of the newest mask or the one given, null where there is none, and in rows that another
+    generation of the mask did not score. In order of row_id, turn, chosen before rejected, then position. Raises as
+    `scan`.
     """
     folder = Path(run)
     stored = manifest.read(folder)
@@ -64,12 +68,23 @@ def scan_tokens(run: str | Path, *, generation: int | None = None, mask: int | N
     shown = choose_generation(folder, stored, generation)
     values = _frame(folder, shown.shards, layout.values)
     number = pl.lit(shown.generation, pl.Int32).alias("generation")
-    rows = values.filter(pl.col("status") == "scored").set_sorted("row_id")
+    rows = values.filter(pl.col("status") == "scored").with_columns(_KEY).set_sorted("sequence")
     tokens = _with_weight(folder, stored, layout, rows, mask).select(_entries(layout, signals)).filter("response")
     branch, of_row = (["branch"], PAIR_COLUMNS) if layout.kind == "preference" else ([], ())
     kept = (pl.col("loss_weight") > 0).alias("kept")
     return _with_text(folder, tokens).select(
-        "row_id", *branch, number, "position", "token_id", "text", "class", *signals, *of_row, kept, "loss_weight"
+        "row_id",
+        "turn",
+        *branch,
+        number,
+        "position",
+        "token_id",
+        "text",
+        "class",
+        *signals,
+        *of_row,
+        kept,
+        "loss_weight",
     )
 
 
@@ -105,7 +120,7 @@ def _entries(layout: Layout, signals: Sequence[str]) -> Iterator[pl.Expr]:
     lists["loss_weight"] = [pl.col(f"{prefix}loss_weight") for prefix in layout.branches]
     lists["token_id"] = [pl.col(f"{prefix}input_ids") for prefix in layout.branches]
     lists["position"] = [pl.int_ranges(0, length, dtype=pl.Int32) for length in lengths]
-    of_row = ["row_id"]
+    of_row = ["row_id", "turn"]
     if layout.kind == "preference":
         named = zip(layout.branches, lengths, strict=True)
         lists["branch"] = [pl.lit(prefix.rstrip("_")).repeat_by(length) for prefix, length in named]
@@ -122,9 +137,9 @@ def _with_weight(run: Path, stored: Manifest, layout: Layout, rows: pl.LazyFrame
     absent = {name: pl.lit(None, pl.Float32).repeat_by(pl.col(ids).list.len()) for name, ids in names.items()}
     if mask is None and not stored.masks:
         return rows.with_columns(**absent)
-    train = _frame(run, choose_mask(run, stored, mask).shards, layout.train).select("row_id", *names)
-    # Both are in order of row_id: then they are merged, and neither is held in memory.
-    joined = rows.join(train.set_sorted("row_id"), on="row_id", how="left", maintain_order="left")
+    train = _frame(run, choose_mask(run, stored, mask).shards, layout.train).select(_KEY, *names)
+    # Both are in order of their keys: then they are merged, and neither is held in memory.
+    joined = rows.join(train.set_sorted("sequence"), on="sequence", how="left", maintain_order="left")
     return joined.with_columns(
         pl.when(pl.col(name).is_null()).then(none).otherwise(pl.col(name)).alias(name) for name, none in absent.items()
     )
@@ -138,7 +153,12 @@ def _frame(run: Path, files: Sequence[Shard], schema: pa.Schema) -> pl.LazyFrame
     # No globbing and no hive columns: the manifest has said which files, and `mask=0000` is a name, not a column.
     found = pl.scan_parquet([run / file.path for file in files], glob=False, hive_partitioning=False)
     lacks = lacking(schema, read_footer(run / files[0].path).version)
-    nulls = (pl.lit(None, pl.Float32).repeat_by(pl.col(of).list.len()).alias(name) for name, of in lacks.items())
+    nulls = [
+        pl.lit(0, pl.Int32).alias(name)
+        if name == "turn"
+        else pl.lit(None, pl.Float32).repeat_by(pl.col(of).list.len()).alias(name)
+        for name, of in lacks.items()
+    ]
     return found.with_columns(*nulls).select(schema.names) if lacks else found
 
 

@@ -20,7 +20,7 @@ from alphatoken_curate.runs import manifest, shards
 _AROUND = 60
 """Characters told on either side of what was found."""
 
-_ROW = ("row_id", "source", "line", "id", "status")
+_ROW = ("row_id", "turn", "source", "line", "id", "status")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class Hit:
     """
 
     row_id: int
+    turn: int
     source: str
     line: int
     id: str | None
@@ -44,8 +45,8 @@ class Hit:
 def search_rows(run: Path, text: str, *, generation: int | None = None) -> Iterator[Hit]:
     """Rows whose tokens spell `text` in prompt or response, upper and lower case alike, in order of row_id.
 
-    The first place in each row; of a pair chosen before rejected. Shard by shard. Raises `UsageError` where there is no
-    text to search or for, or the generation is not there; `StoredDataError` for damage.
+    The first place in each row, whichever turn it is in; of a pair chosen before rejected. Shard by shard. Raises
+    `UsageError` where there is no text to search or for, or the generation is not there; `StoredDataError` for damage.
     """
     if not text:
         raise UsageError("search: found no text; give some")
@@ -61,14 +62,16 @@ def search_rows(run: Path, text: str, *, generation: int | None = None) -> Itera
         )
         raise UsageError(f"{run}: has no text to search: {why}. Give --row N or --id ID")
     pattern = re.compile(re.escape(text), re.IGNORECASE)
-    pieces = _pieces(vocabulary)
+    pieces, last = _pieces(vocabulary), -1
     for shard in shown.shards:
         names = [f"{prefix}input_ids" for prefix in layout.branches]
         table = shards.read_shard(run, shard, layout.values, [*_ROW, *names])
         spelled = zip(*(_texts(table[name], pieces) for name in names), strict=True)
         for row, texts in zip(table.select(_ROW).to_pylist(), spelled, strict=True):
             hits = (_hit(row, prefix, pattern.search(one)) for prefix, one in zip(layout.branches, texts, strict=True))
-            yield from [hit for hit in hits if hit is not None][:1]
+            for hit in [hit for hit in hits if hit is not None and hit.row_id != last][:1]:
+                last = hit.row_id
+                yield hit
 
 
 def _pieces(vocabulary: Vocabulary) -> pa.Array:

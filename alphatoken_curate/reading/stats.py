@@ -81,6 +81,7 @@ class Stats:
     estimator: str
     generation: int
     rows: Mapping[str, int]
+    sequences: int | None
     tokens: int
     response_tokens: int
     truncated_rows: int
@@ -132,6 +133,7 @@ def stats(run: str | Path, *, generation: int | None = None) -> Stats:
         estimator=str(stored.settings["estimator"]),
         generation=shown.generation,
         rows={"read": counts.read, **{status: sums.rows[status] for status in STATUSES}},
+        sequences=counts.sequences if stored.settings.get("turns") == "each" else None,
         tokens=counts.tokens,
         response_tokens=counts.response_tokens,
         truncated_rows=counts.truncated_rows,
@@ -192,7 +194,7 @@ def _generation(one: Generation, sums: Sums, layout: Layout, values: GroupStats)
         generation=one.generation,
         checkpoint=one.checkpoint,
         shards=len(one.shards),
-        rows=sum(shard.rows for shard in one.shards),
+        rows=sum(sums.rows.values()),
         bytes=sum(shard.bytes for shard in one.shards),
         rms=sums.rms(),
         pairs=sums.pairs(layout),

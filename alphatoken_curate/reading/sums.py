@@ -60,13 +60,13 @@ class Sums:
     def of(cls, run: Path, stored: Manifest, generation: Generation) -> Sums:
         """The sums of a generation, read shard by shard."""
         layout, sums = manifest.layout(stored), cls(manifest.components(stored))
-        names = [name for name in ("status", *PAIR_COLUMNS) if name in layout.values.names]
+        names = [name for name in ("row_id", "status", *PAIR_COLUMNS) if name in layout.values.names]
         for shard in generation.shards:
             for tokens in responses.load(run, [[shard]], (*sums.signals, *MEANS), layout).branches:
                 sums.add(tokens.columns)
             table = shards.read_shard(run, shard, layout.values, names)
-            sums.rows.update(table["status"].to_pylist())
-            for name in names[1:]:
+            sums.rows.update(shards.rows_by_status(*(table[name].to_pylist() for name in names[:2])))
+            for name in names[2:]:
                 numbers = table[name].drop_null().to_numpy().astype(np.float64)
                 sums._count(name, numbers, sums.totals)
                 sums.present[f"{name} > 0"] += int((numbers > 0).sum())

@@ -36,9 +36,10 @@ class TrainBranch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainRow:
-    """A row of a mask: one branch, or the chosen and the rejected one of a pair."""
+    """A row of a mask, or one turn of it: one branch, or the chosen and the rejected one of a pair."""
 
     row_id: int
+    turn: int = 0
     branches: tuple[TrainBranch, ...]
 
 
@@ -52,12 +53,12 @@ class TrainSet:
     layout: Layout
 
     def rows(self) -> Iterator[TrainRow]:
-        """All rows in order of row_id. Raises `StoredDataError` for a shard that is missing or damaged."""
+        """All rows in order of row_id and turn. Raises `StoredDataError` for a shard that is missing or damaged."""
         for shard in self.mask.shards:
             yield from self.read(shard)
 
     def files(self) -> list[Path]:
-        """The shards in order of row_id, every byte checked. Raises `StoredDataError` as `read` does."""
+        """The shards in order, every byte checked. Raises `StoredDataError` as `read` does."""
         for shard in self.mask.shards:
             shards.check(self.run, shard)
         return [self.run / shard.path for shard in self.mask.shards]
@@ -72,12 +73,15 @@ class TrainSet:
         return [
             TrainRow(
                 row_id=row_id,
+                turn=turn,
                 branches=tuple(
                     TrainBranch(input_ids=ids[i], labels=labels[i], loss_weight=weights[i])
                     for ids, labels, weights in lists
                 ),
             )
-            for i, row_id in enumerate(table["row_id"].to_pylist())
+            for i, (row_id, turn) in enumerate(
+                zip(*(table[name].to_pylist() for name in ("row_id", "turn")), strict=True)
+            )
         ]
 
 

@@ -158,7 +158,7 @@ def _generation(run: _Run, generation: Generation) -> Iterator[Problem]:
         found = list(rules.values(table, run.layout, run.components, shard, total, beta=beta))
         found += _other_rows(run, generation, index, table)
         yield from (Problem(file=shard.path, found=what, do=AGAIN) for what in found)
-        status.update(table["status"].to_pylist())
+        status.update(shards.rows_by_status(*(table[name].to_pylist() for name in ("row_id", "status"))))
     if generation is run.stored.generations[-1]:
         yield from _wrong_counts(run.stored, total, status if whole else None)
 
@@ -168,7 +168,7 @@ def _wrong_counts(stored: Manifest, total: rules.Total, status: Counter[str] | N
     counts, do = stored.counts, "delete it and run the same command again"
     have: dict[str, int] = {}
     if status is not None:
-        have = {"read": total.rows, "tokens": total.tokens, "response_tokens": total.response}
+        have = {"read": total.read, "tokens": total.tokens, "response_tokens": total.response}
         have |= {name: status[name] for name in STATUSES}
     for name, number in have.items():
         if getattr(counts, name) != number:

@@ -133,10 +133,14 @@ def _counts(manifest: Manifest) -> Iterator[str]:
     yield "|---|---:|"
     for name in ("read", "scored", "target", "failed", "rejected"):
         yield f"| rows {name} | {getattr(counts, name):,} |"
+    if manifest.settings.get("turns") == "each" and counts.sequences is not None:
+        yield f"| sequences scored, one for each answer | {counts.sequences:,} |"
     yield f"| tokens | {counts.tokens:,} |"
     yield f"| response tokens | {counts.response_tokens:,} |"
     yield f"| rows truncated | {counts.truncated_rows:,} |"
     yield f"| tokens cut off | {counts.truncated_tokens:,} |"
+    for what, rows in manifest.told.items():
+        yield f"| rows: {what} | {rows:,} |"
 
 
 def _share(mask: Mask) -> str:

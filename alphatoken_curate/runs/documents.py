@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 import orjson
@@ -47,7 +47,10 @@ def _written(document: Mapping[str, Json]) -> bytes:
 
 
 def decode(kind: type[T], value: object) -> T:
-    """JSON as orjson reads it -> a dataclass, each key and type checked. Raises `Unreadable`."""
+    """JSON as orjson reads it -> a dataclass, each key and type checked. Raises `Unreadable`.
+
+    Keys that later releases brought have a default, and may be missing.
+    """
     return typing.cast("T", _decode(kind, value, ""))
 
 
@@ -72,10 +75,12 @@ def _decode_object(kind: type[Any], value: Any, where: str) -> Any:
     hints = _hints(kind)
     if not isinstance(value, dict):
         raise Unreadable(f"{where or 'it'} is not an object")
-    if odd := sorted(value.keys() ^ hints.keys()):
+    later = {item.name for item in fields(kind) if not item.default is item.default_factory is MISSING}
+    if odd := sorted((value.keys() ^ hints.keys()) - (later - value.keys())):
         verb = "has an unknown" if odd[0] in value else "lacks the"
         raise Unreadable(f"{where or 'it'} {verb} key {odd[0][:80]!r}")
-    return kind(**{name: _decode(hint, value[name], f"{where}.{name}".lstrip(".")) for name, hint in hints.items()})
+    given = {name: hint for name, hint in hints.items() if name in value}
+    return kind(**{name: _decode(hint, value[name], f"{where}.{name}".lstrip(".")) for name, hint in given.items()})
 
 
 def _hints(kind: type[Any]) -> dict[str, Any]:

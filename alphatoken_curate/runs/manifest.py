@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,9 +60,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Of the newest generation: rows read == scored + target + failed + rejected.
+    """Of the newest generation: rows read == scored + target + failed + rejected; `sequences` of the scored ones.
 
-    Tokens are those stored in values/, of every status and of both branches of a pair.
+    None in runs of before. Tokens are those stored in values/, of every status, turn and branch.
     """
 
     read: int
@@ -74,6 +74,7 @@ class Counts:
     response_tokens: int
     truncated_rows: int
     truncated_tokens: int
+    sequences: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,14 +115,14 @@ class Manifest:
     files: tuple[File, ...]
     generations: tuple[Generation, ...]
     masks: tuple[Mask, ...]
+    told: Mapping[str, int] = field(default_factory=dict)  # rows not as they were given, by what became of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What a values shard's footer tells along, so that the manifest can be built from the shards (`as_json`).
 
-    The first shard of a generation speaks for its checkpoint, and of the newest for the run's inputs, digests,
-    settings and versions; `plan` and what was truncated are each shard's own.
+    The first shard of the newest generation speaks for the run; `plan` and what was truncated are each shard's own.
     """
 
     inputs: tuple[Input, ...]
@@ -132,6 +133,7 @@ class Facts:
     plan: Plan
     truncated_rows: int = 0
     truncated_tokens: int = 0
+    told: Mapping[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Json]:
         """For `Footer.facts`."""
@@ -277,9 +279,6 @@ def _is_whole(mask: Mask, lengths: Mapping[int, int]) -> bool:
     return ascend and {lengths.get(number) for number in mask.generations} == {len(mask.shards)}
 
 
-# ---------------------------------------------------------------------------------------------------------- rebuild
-
-
 def rebuild(run: Path) -> Manifest:
     """The manifest that the files on disk make. A run ends by writing it; a lost one comes back the same.
 
@@ -308,6 +307,7 @@ def rebuild(run: Path) -> Manifest:
         files=tuple(_files(run)),
         generations=tuple(generations),
         masks=tuple(_masks(run, {g.generation: len(g.shards) for g in generations})),
+        told=first.told,
     )
 
 
@@ -358,9 +358,10 @@ def _generation(number: int, group: list[tuple[Footer, Shard]], told: list[Facts
 
 
 def _counts(counts: list[Mapping[str, int]], told: list[Facts]) -> Counts:
-    total = {name: sum(one[name] for one in counts) for name in (*STATUSES, "rows", "tokens", "response_tokens")}
+    total = {name: sum(one[name] for one in counts) for name in (*STATUSES, "tokens", "response_tokens")}
     return Counts(
-        read=total.pop("rows"),
+        read=sum(one.get("read", one["rows"]) for one in counts),
+        sequences=None if any("sequences" not in one for one in counts) else sum(one["sequences"] for one in counts),
         truncated_rows=sum(one.truncated_rows for one in told),
         truncated_tokens=sum(one.truncated_tokens for one in told),
         **total,

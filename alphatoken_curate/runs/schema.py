@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from alphatoken_curate.errors import UsageError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of what is written."""
 
 _ADDED = {
@@ -21,6 +23,7 @@ _ADDED = {
         *("adapt_upstream", "adapt_influence", "stab_upstream", "stab_influence", "drift_influence"),
         *("piece", "special"),
     ),
+    3: ("turn",),
 }
 """By schema version, the columns that it brought, without the prefix of a branch."""
 
@@ -119,12 +122,15 @@ def absent(version: int) -> frozenset[str]:
 
 
 def lacking(columns: pa.Schema, version: int) -> dict[str, str]:
-    """The columns of a layout that files of a schema version lack, each with one whose lists are as long."""
+    """The columns of a layout that files of a schema version lack, each with one whose lists are as long.
+
+    `turn`, a number of a row, with `row_id`.
+    """
     lacks, found = absent(version), {}
     for name in columns.names:
         prefix = next((one for one in PREFERENCE.branches if name.startswith(one)), "")
         if name.removeprefix(prefix) in lacks:
-            found[name] = f"{prefix}value"
+            found[name] = "row_id" if name == "turn" else f"{prefix}value"
     return found
 
 
@@ -137,9 +143,10 @@ class Layout:
     branches: tuple[str, ...]
     """What stands before the name of each list column: nothing, or one prefix for each branch of a pair."""
     values: pa.Schema
-    """values/generation=G/part-NNNNN.parquet: one row per row read; signal lists are empty unless `scored`."""
+    """values/generation=G/part-NNNNN.parquet: one row per row read, or per turn; signal lists are empty unless
+    `scored`."""
     train: pa.Schema
-    """train/mask=MMMM/part-NNNNN.parquet: one row per scored row, read by trainers as it is."""
+    """train/mask=MMMM/part-NNNNN.parquet: one row per scored row, or turn, read by trainers as it is."""
 
 
 VOCABULARY_COLUMNS = pa.schema(
@@ -161,8 +168,11 @@ def _signal(name: str, doc: str, units: str = "nats per unit step") -> pa.Field:
     return _field(name, _floats, units=units, doc=doc)
 
 
+_TURN = "which answer of the chat the sequence ends with, from 0, by --turns each; else 0"
+
 _ROW = [
     _field("row_id", pa.int64(), units="row", doc="position of the row among all rows read, from 0"),
+    _field("turn", pa.int32(), units="turn", doc=_TURN),
     _field("source", pa.string(), units="name", doc="input file, relative to the DATA argument"),
     _field("line", pa.int64(), units="line", doc="line (JSONL) or row (Parquet) in the source, from 1"),
     _field("id", pa.string(), units="name", doc="the row's own `id`, as text", nullable=True),
@@ -213,7 +223,10 @@ _PAIR = [
     ),
 ]
 
-_TRAIN_ROW = [_field("row_id", pa.int64(), units="row", doc="the same row_id as in values/")]
+_TRAIN_ROW = [
+    _field("row_id", pa.int64(), units="row", doc="the same row_id as in values/"),
+    _field("turn", pa.int32(), units="turn", doc="the same turn as in values/"),
+]
 
 _TRAIN_LISTS = [
     _field("input_ids", pa.list_(pa.int32()), units="token", doc="the whole sequence"),
@@ -262,8 +275,21 @@ def lacks(version: int) -> str | None:
     return f"Schema version {version}, which had no columns {', '.join(names)}: they are null." if names else None
 
 
-INDEX_COLUMNS = ("row_id", "position", "token_id")
-"""Columns that an expression may name besides those of values/; int64, int32, int32."""
+INDEX_COLUMNS = ("row_id", "turn", "position", "token_id")
+"""Columns that an expression may name besides those of values/; int64, int32, int32, int32."""
+
+MOST_TURNS = 1 << 16
+
+
+def sequence_keys(row_id: NDArray[np.int64], turn: NDArray[np.int32]) -> NDArray[np.int64]:
+    """One number for each sequence, (N,), that ascends with (row_id, turn), of (N,) each."""
+    return row_id.astype(np.int64) * MOST_TURNS + turn
+
+
+def rows_and_turns(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """What `sequence_keys` was given."""
+    return keys // MOST_TURNS, (keys % MOST_TURNS).astype(np.int32)
+
 
 EXPRESSIONS = {
     "surprise": "(nll / (entropy + 0.1))",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,21 @@ from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataEr
 from alphatoken_curate.runs import sealed
 from alphatoken_curate.runs.atomic import atomic_file, digest
 from alphatoken_curate.runs.fingerprint import Json, differing, fingerprint
-from alphatoken_curate.runs.schema import IGNORE_INDEX, PAIR_COLUMNS, SCHEMA_VERSION, SIGNALS, STATUSES, Layout, lacking
+from alphatoken_curate.runs.schema import (
+    IGNORE_INDEX,
+    PAIR_COLUMNS,
+    SCHEMA_VERSION,
+    SIGNALS,
+    STATUSES,
+    Layout,
+    lacking,
+    rows_and_turns,
+)
 from alphatoken_curate.wording import count
 
 SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
-OF_ROW = ("row_id", "source", "line", "id", "status")
+OF_ROW = ("row_id", "turn", "source", "line", "id", "status")
 """Columns of values/ that say which row it is."""
 
 
@@ -48,13 +57,14 @@ class Branch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ValueRow:
-    """One row read, with its values if it was scored.
+    """One row read, or one turn of it, with its values if it was scored.
 
     `branches`: as many as the layout has, in its order. `omega` (ratio) and `margin` (nats), stored as float32, of
     scored preference rows; None for all others.
     """
 
     row_id: int
+    turn: int = 0
     source: str
     line: int
     id: str | None
@@ -136,10 +146,21 @@ def write_values(path: Path, records: Sequence[ValueRow], metadata: Footer, layo
     """
     table = values_table(records, layout)
     branches = [branch for record in records for branch in record.branches]
-    counts = {status: sum(record.status == status for record in records) for status in STATUSES}
-    counts |= {"rows": len(records), "tokens": sum(len(branch.input_ids) for branch in branches)}
+    counts = rows_by_status([record.row_id for record in records], [record.status for record in records])
+    counts |= {"rows": len(records), "read": sum(counts.values())}
+    counts |= {"sequences": sum(record.status == "scored" for record in records)}
+    counts |= {"tokens": sum(len(branch.input_ids) for branch in branches)}
     counts |= {"response_tokens": sum(int(branch.response.sum()) for branch in branches)}
     return _commit(path, table, metadata, counts)
+
+
+def rows_by_status(row_ids: Iterable[int], statuses: Iterable[str]) -> dict[str, int]:
+    """How many rows have each status; of a row of several sequences the first that any of them has."""
+    best: dict[int, int] = {}
+    for row_id, status in zip(row_ids, statuses, strict=True):
+        place = STATUSES.index(status)
+        best[row_id] = min(place, best.get(row_id, place))
+    return {status: sum(place == found for found in best.values()) for place, status in enumerate(STATUSES)}
 
 
 def values_table(records: Sequence[ValueRow], layout: Layout) -> pa.Table:
@@ -168,17 +189,20 @@ def values_table(records: Sequence[ValueRow], layout: Layout) -> pa.Table:
 
 
 def write_train(
-    path: Path, row_id: NDArray[np.int64], branches: Sequence[TrainLists], metadata: Footer, layout: Layout
+    path: Path, keys: NDArray[np.int64], branches: Sequence[TrainLists], metadata: Footer, layout: Layout
 ) -> Shard:
-    """Commit one train shard of the rows `row_id` (R,); labels, loss_mask and attention_mask follow from the weights.
+    """Commit one train shard of the sequences `keys` (R,) (`sequence_keys`).
+
+    Labels, loss_mask and attention_mask follow from the weights.
 
     `branches`: as many as the layout has, in its order. The same rows and metadata give the same bytes. Raises
     `CurateError` where the disk refuses.
     """
-    columns: dict[str, pa.Array] = {"row_id": pa.array(row_id, pa.int64())}
+    row_id, turn = rows_and_turns(keys)
+    columns: dict[str, pa.Array] = {"row_id": pa.array(row_id, pa.int64()), "turn": pa.array(turn, pa.int32())}
     for prefix, lists in zip(layout.branches, branches, strict=True):
         columns |= _train_columns(lists, layout.train, prefix)
-    counts = {"rows": len(row_id), "tokens": sum(len(lists.input_ids) for lists in branches)}
+    counts = {"rows": len(keys), "tokens": sum(len(lists.input_ids) for lists in branches)}
     counts["response_tokens"] = sum(int((~np.isnan(lists.value)).sum()) for lists in branches)
     counts["kept_tokens"] = sum(int((lists.weight > 0).sum()) for lists in branches)
     return _commit(path, pa.table(columns, schema=layout.train), metadata, counts)
@@ -317,8 +341,12 @@ def _check_named(path: Path, named: Shard | None, found: tuple[int, str]) -> Non
 
 
 def _with_nulls(table: pa.Table, schema: pa.Schema, absent: Mapping[str, str]) -> pa.Table:
-    """With these columns, each aligned with the one beside it: null at every token."""
+    """With these columns, each aligned with the one beside it: null at every token. `turn` is 0."""
     for name, beside in absent.items():
+        if name == "turn":
+            zeros = pa.array(np.zeros(table.num_rows, np.int32))
+            table = table.append_column(schema.field(name), zeros)
+            continue
         flat, lengths = entries(table[beside])
         nulls = _lists(np.zeros(len(flat), np.float32), lengths, schema, name, null=np.ones(len(flat), np.bool_))
         table = table.append_column(schema.field(name), nulls)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,12 @@ def _stored(run: Path, kind: str) -> tuple[dict[str, list[_Line]], dict[str, int
     for index in range(len(paths)):
         if index not in paths:
             break
-        for row in read_records(run, shards.facts_of(paths[index])[1], LAYOUTS[kind]):
-            parts = [(one.input_ids, one.response) for one in row.branches if len(one.input_ids)]
-            lines.setdefault(row.source, []).append(_Line(line=row.line, key=_key(row.id, parts)))
+        records = read_records(run, shards.facts_of(paths[index])[1], LAYOUTS[kind])
+        for _, group in groupby(records, key=lambda row: row.row_id):
+            turns = list(group)
+            parts = [(one.input_ids, one.response) for row in turns for one in row.branches if len(one.input_ids)]
+            first = turns[0]
+            lines.setdefault(first.source, []).append(_Line(line=first.line, key=_key(first.id, parts)))
     facts = decode(Facts, dict(shards.read_footer(paths[0]).facts))
     return lines, {one.source: one.rows for one in facts.inputs}
 
@@ -114,9 +118,10 @@ def _stored(run: Path, kind: str) -> tuple[dict[str, list[_Line]], dict[str, int
 def _prepared(prepared: Prepared) -> dict[str, list[_Line]]:
     """By source: all rows as they are now, in order."""
     rows: dict[int, tuple[str, _Line]] = {}
-    for row in (*prepared.rows, *prepared.held_out):
-        first, parts = branches(row)[0], [(one.input_ids, one.response) for one in branches(row)]
-        rows[row.row_id] = (first.source, _Line(line=first.line, key=_key(first.id, parts)))
+    for row_id, group in groupby((*prepared.rows, *prepared.held_out), key=lambda row: row.row_id):
+        turns = [one for row in group for one in branches(row)]
+        key = _key(turns[0].id, [(one.input_ids, one.response) for one in turns])
+        rows[row_id] = (turns[0].source, _Line(line=turns[0].line, key=key))
     for bad in prepared.bad:
         rows[bad.row_id] = (bad.source, _Line(line=bad.line, key=_key(None, [])))
     lines: dict[str, list[_Line]] = {}

@@ -13,6 +13,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.rows.read import BadRow
 from alphatoken_curate.runs.schema import components
+from alphatoken_curate.scoring.job import cut_of
 from alphatoken_curate.scoring.named import check_named, told_of_models
 from alphatoken_curate.scoring.prepare import Prepared, prepare
 from alphatoken_curate.tokens.plan import by_shard, sequences
@@ -33,6 +34,8 @@ class CheckSummary:
     """`sft` or `preference`."""
     rows_read: int
     rows: int
+    sequences: int
+    """Of these rows: --turns each makes several of a chat."""
     target_rows: int
     held_out: bool
     bad: tuple[BadRow, ...]
@@ -65,7 +68,7 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
     responses = int(sum(one.response.sum() for one in sequences(rows)))
     dealt = by_shard(rows, prepared.rows_read, config.rows_per_shard)
     budget, batches, padded = _planned(config, dealt, found)
-    tokens = int(lengths.sum())
+    tokens, cut = int(lengths.sum()), cut_of(rows)
     stored = components(config.estimator)
     # Where model and reference are the same, stability is 0 and costs nothing.
     same = config.reference in (None, config.model)
@@ -73,15 +76,16 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
     return CheckSummary(
         kind=prepared.kind,
         rows_read=prepared.rows_read,
-        rows=len(rows),
-        target_rows=len(prepared.target_rows),
+        rows=len({row.row_id for row in rows}),
+        sequences=len(rows),
+        target_rows=len({row.row_id for row in prepared.target_rows}),
         held_out=bool(prepared.held_out),
         bad=tuple(prepared.bad),
         tokens=tokens,
         response_tokens=responses,
         longest=int(lengths.max(initial=0)),
-        truncated_rows=sum(row.truncated > 0 for row in rows),
-        truncated_tokens=sum(row.truncated for row in rows),
+        truncated_rows=cut.rows,
+        truncated_tokens=cut.tokens,
         told=prepared.told,
         batches=batches,
         batch_tokens=budget,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def job_of(prepared: Prepared, spec: ScorerSpec) -> Job:
     beside += [_rejected(bad, layout) for bad in prepared.bad]
     dealt = zip(by_shard(prepared.rows, read, each), by_shard(beside, read, each), strict=True)
     return Job(
-        shards=[ShardRows(rows=rows, beside=others, cut=_cut(rows)) for rows, others in dealt],
+        shards=[ShardRows(rows=rows, beside=others, cut=cut_of(rows)) for rows, others in dealt],
         target=prepared.target_rows,
         retention=prepared.retention.rows,
         prompts=prepared.prompts.rows,
@@ -83,6 +84,7 @@ def record(row: AnyRow, status: str, result: RowResult | None = None) -> ValueRo
     signals = result.branches if result is not None else tuple({} for _ in parts)
     return ValueRow(
         row_id=first.row_id,
+        turn=first.turn,
         source=first.source,
         line=first.line,
         id=first.id,
@@ -108,9 +110,10 @@ def _rejected(bad: BadRow, layout: Layout) -> ValueRow:
     )
 
 
-def _cut(rows: Iterable[AnyRow]) -> Cut:
-    cut = [row.truncated for row in rows if row.truncated]
-    return Cut(rows=len(cut), tokens=sum(cut))
+def cut_of(rows: Iterable[AnyRow]) -> Cut:
+    """What was cut off these rows."""
+    cut = [row for row in rows if row.truncated]
+    return Cut(rows=len({row.row_id for row in cut}), tokens=sum(row.truncated for row in cut))
 
 
 def _facts(prepared: Prepared, spec: ScorerSpec) -> Facts:
@@ -123,12 +126,11 @@ def _facts(prepared: Prepared, spec: ScorerSpec) -> Facts:
         versions=versions(spec.device),
         checkpoint=Path(prepared.source.name).name,
         plan=Plan(batch_tokens=0),
+        told=prepared.told,
     )
 
 
 def _inputs(prepared: Prepared) -> Sequence[Input]:
-    read: dict[str, int] = {}
-    rows = [branches(row)[0] for row in (*prepared.rows, *prepared.held_out)]
-    for source in [*(row.source for row in rows), *(bad.source for bad in prepared.bad)]:
-        read[source] = read.get(source, 0) + 1
-    return [Input(source=f.source, digest=f.digest, bytes=f.bytes, rows=read.get(f.source, 0)) for f in prepared.files]
+    sources = {row.row_id: branches(row)[0].source for row in (*prepared.rows, *prepared.held_out)}
+    read = Counter([*sources.values(), *(bad.source for bad in prepared.bad)])
+    return [Input(source=f.source, digest=f.digest, bytes=f.bytes, rows=read[f.source]) for f in prepared.files]

@@ -26,7 +26,7 @@ from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of
 from alphatoken_curate.scoring.identity import has_stability
 from alphatoken_curate.scoring.idle import idle
-from alphatoken_curate.scoring.job import Job, job_of, record
+from alphatoken_curate.scoring.job import Job, cut_of, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.scorer import (
@@ -67,11 +67,11 @@ def _tell(prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
     if (unread := idle(prepared.config, prepared.kind)) is not None:
         progress.warn(unread)
     if prepared.held_out:
-        rows = count(len(prepared.held_out), "row is", "rows are")
+        rows = count(len({row.row_id for row in prepared.held_out}), "row is", "rows are")
         progress.note(f"{rows} held out as target: not scored, not in train/. --target names rows of the task instead.")
-    cut = [row.truncated for row in prepared.rows if row.truncated]
-    if cut:
-        rows, tokens = count(len(cut), "row is", "rows are"), count(sum(cut), "token was", "tokens were")
+    cut = cut_of(prepared.rows)
+    if cut.rows:
+        rows, tokens = count(cut.rows, "row is", "rows are"), count(cut.tokens, "token was", "tokens were")
         progress.warn(f"{rows} longer than --max-length {prepared.config.max_length}: {tokens} cut.")
     for what, rows_told in prepared.told.items():
         progress.warn(f"{count(rows_told, 'row')}: {what}.")
@@ -116,8 +116,8 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
             truncated_rows=shard.cut.rows,
             truncated_tokens=shard.cut.tokens,
         )
-        # One record per row read, in order of row_id, whatever became of it.
-        ordered = sorted([*records, *shard.beside], key=lambda one: one.row_id)
+        # One record per row read, or turn of it, in order, whatever became of it.
+        ordered = sorted([*records, *shard.beside], key=lambda one: (one.row_id, one.turn))
         footer = Footer(fields=spec.store.fields, facts=told.as_json())
         shards.write_values(folder / shards.shard_name(index), ordered, footer, job.layout)
     return len(missing)

@@ -29,7 +29,7 @@ from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.scoring.identity import Named, fields_of
 from alphatoken_curate.scoring.named import check_named
 from alphatoken_curate.tokens.chat import ChatSettings, Tokenizer
-from alphatoken_curate.tokens.draws import keyed_uniform
+from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.tokens.plan import sequences
 from alphatoken_curate.tokens.tokenise import NO_TOKENIZER, AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
 from alphatoken_curate.wording import count
@@ -222,17 +222,23 @@ def _begun(found: RowStream) -> Iterator[Row]:
 
 
 def hold_out(rows: Sequence[AnyRow], most: int, seed: int) -> list[AnyRow]:
-    """The target rows of a run without --target: min(most, a tenth of the rows), at least one, drawn by the seed."""
-    if len(rows) < 2:
+    """The target rows of a run without --target: min(most, a tenth of the rows), at least one, drawn by the seed.
+
+    Chats are held out whole: with all their turns.
+    """
+    firsts = list({row.row_id: row for row in reversed(rows)}.values())[::-1]
+    if len(firsts) < 2:
         raise InputError(
             "Only one row can be scored, and one must be held out as target. Give the task's rows with --target."
         )
-    return drawn(rows, max(1, min(most, len(rows) // 10)), seed, TARGET_DRAW)
+    taken = {row.row_id for row in drawn(firsts, max(1, min(most, len(firsts) // 10)), seed, TARGET_DRAW)}
+    return [row for row in rows if row.row_id in taken]
 
 
 def drawn(rows: Sequence[R], count: int, seed: int, position: int) -> list[R]:
-    """At most `count` of the rows, drawn by (seed, row_id, position), in their order."""
-    draws = keyed_uniform(seed, [row.row_id for row in rows], position)
+    """At most `count` of the rows, or of their turns, drawn by (seed, row_id and turn, position), in their order."""
+    turns = [-row.turn for row in rows]  # downwards, as the positions of these draws go
+    draws = keyed_uniform(seed, [row.row_id for row in rows], of_turn(position, turns))
     return [rows[i] for i in sorted(np.argsort(draws, kind="stable")[:count])]
 
 

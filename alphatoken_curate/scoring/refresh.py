@@ -317,6 +317,7 @@ def _row(record: ValueRow) -> AnyRow:
     parts = [
         TokenRow(
             row_id=record.row_id,
+            turn=record.turn,
             source=record.source,
             line=record.line,
             id=record.id,

@@ -18,15 +18,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
+from alphatoken_curate.tokens.each import with_its_thought
 from alphatoken_curate.tokens.turns import (
     RESERVED,
+    THOUGHT,
     Answers,
     find_answers,
     left_out_notes,
@@ -34,6 +36,8 @@ from alphatoken_curate.tokens.turns import (
     not_splittable,
 )
 from alphatoken_curate.wording import count
+
+T = TypeVar("T")
 
 Tokenizer = Any
 """A tokenizer of transformers; not imported here, since that takes seconds."""
@@ -118,46 +122,63 @@ class ChatSettings:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template; `last_only`: of each chat only the last assistant turn responds."""
+    """A tokenizer's chat template; `turns`: which assistant turns of each chat respond, `all`, `last` or `each`."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         specials: Specials,
         *,
-        last_only: bool,
+        turns: str,
         chats: ChatSettings,
     ) -> None:
         self._tokenizer = tokenizer
         self._chats = chats
         self._stops = chats.stops | {tokenizer.eos_token} - {None}
         self._specials = specials.pattern
-        self._last_only = last_only
+        self._turns = turns
 
-    def render(self, record: Messages) -> RenderedText:
-        """The chat as text with its response spans. Raises RowFault."""
+    def render(self, record: Messages) -> list[RenderedText]:
+        """The chat as text with its response spans: one text, by `each` one for each answer. Raises RowFault."""
         if not self._tokenizer.chat_template:
             if record.plain is None:
                 raise _no_template()
-            return joined(record.plain)
+            return [joined(record.plain)]
         return self._as_borne(record.messages, partial(self._rendered_chat, record))
 
-    def _rendered_chat(self, record: Messages, given: list[Any]) -> RenderedText:
+    def _rendered_chat(self, record: Messages, given: list[Any]) -> list[RenderedText]:
         messages, told, marked = self._hidden(given, record)
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        respond = [i for i in answers if i >= record.respond_from][-1 if self._turns == "last" else 0 :]
+        notes = self._notes_of_specials([messages[i] for i in respond]) if marked else []
 
         def render(chat: list[Any], **options: Any) -> str:
             return self._apply(chat, **told, **options)
 
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        respond = [i for i in answers if i >= record.respond_from][-1 if self._last_only else 0 :]
-        notes = self._notes_of_specials([messages[i] for i in respond]) if marked else []
-        template = self._tokenizer.get_chat_template(tools=record.tools)
-        if _GENERATION.search(template):
-            text, found = _answers_by_marks(template, render, messages, answers, respond)
-        else:
-            text = render(messages)
-            found = find_answers(text, messages, respond, render, specials=self._specials, stops=self._stops)
-        return _rendered(text, found.spans, marked, notes + found.notes)
+        def rendered(chat: list[Any], respond: list[int]) -> RenderedText:
+            template = self._tokenizer.get_chat_template(tools=record.tools)
+            if _GENERATION.search(template):
+                text, found = _answers_by_marks(template, render, chat, respond)
+            else:
+                text = render(chat)
+                found = find_answers(text, chat, respond, render, specials=self._specials, stops=self._stops)
+            return _rendered(text, found.spans, marked, notes + found.notes)
+
+        if self._turns != "each":
+            return [rendered(messages, respond)]
+
+        def by_itself(i: int) -> RenderedText:
+            item = rendered(messages[: i + 1], [i])
+            (span,), lost = item.spans, left_out_notes([THOUGHT])[0]
+            if lost in item.notes:
+                prompt = render(messages[:i], prompt=True)
+                made = with_its_thought(item.text, span, prompt, messages[i].get("content"), self._specials)
+                if made is not None:
+                    notes = tuple(note for note in item.notes if note != lost)
+                    return item._replace(text=made[0], spans=[made[1]], notes=notes)
+            return item._replace(text=item.text[: span[1]])  # a model is asked for nothing behind its stop
+
+        return [by_itself(i) for i in respond]
 
     def render_prompt(self, record: Prompt) -> RenderedText:
         """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
@@ -171,7 +192,7 @@ class ChatTemplate:
         messages, told, marked = self._hidden(given, record)
         return _rendered(self._apply(messages, prompt=True, **told), [], marked)
 
-    def _as_borne(self, messages: list[Any], render: Callable[[list[Any]], RenderedText]) -> RenderedText:
+    def _as_borne(self, messages: list[Any], render: Callable[[list[Any]], T]) -> T:
         """Rendered in the first form of the messages that the template bears.
 
         Raises the first fault; one of a form that the template bears, but that shows no answer, before others.
@@ -276,9 +297,10 @@ class ChatTemplate:
 
 
 def _answers_by_marks(
-    template: str, render: Callable[..., str], messages: list[Any], answers: list[int], respond: list[int]
+    template: str, render: Callable[..., str], messages: list[Any], respond: list[int]
 ) -> tuple[str, Answers]:
     """The chat as text, and the answers that the template marks in it. Raises RowFault."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     tagged = _MACRO + _GENERATION.sub(
         lambda tag: f"{{%{tag[1]} {'endcall' if tag[2] else 'call __response()'} {tag[3]}%}}", template
     )

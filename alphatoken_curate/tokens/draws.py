@@ -30,6 +30,11 @@ def keyed_uniform(seed: int, row: ArrayLike, position: ArrayLike) -> NDArray[np.
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def of_turn(position: ArrayLike, turn: ArrayLike) -> NDArray[np.int64]:
+    """The position under which a token of that turn is drawn for: no sequence is longer than 2^32."""
+    return np.asarray(position, dtype=np.int64) + (np.asarray(turn, dtype=np.int64) << 33)
+
+
 def inverse_transform(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens (n,) int64 drawn from (n, V): the first whose cumulative probability exceeds its uniform draw (n,).
 

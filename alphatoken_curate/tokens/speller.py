@@ -34,12 +34,12 @@ class Speller:
         self,
         tokenizer: Tokenizer,
         *,
-        last_only: bool,
+        turns: str,
         chats: ChatSettings,
     ) -> None:
         self._tokenizer = tokenizer
         self._specials = Specials.of(tokenizer)
-        self.template = ChatTemplate(tokenizer, self._specials, last_only=last_only, chats=chats)
+        self.template = ChatTemplate(tokenizer, self._specials, turns=turns, chats=chats)
 
     def encode(self, items: Sequence[RenderedText]) -> Iterator[Spelled | RowFault]:
         """Tokens and response mask of each text, in order."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -28,15 +28,19 @@ from alphatoken_curate.tokens.speller import Spelled, Speller
 _BATCH_ROWS = 1000
 _EXCERPT_TOKENS = 100
 
+_CUT_AWAY = "truncated_away"
+
 NO_TOKENIZER = "no_tokenizer"
 """The reason of a row of text where the model has no tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TokenRow:
-    """A row as tokens, T of them. `truncated`: how many more there were before the row was cut to the length asked."""
+    """A row, or one turn of it, as T tokens. `truncated`: how many more there were before it was cut to the length."""
 
     row_id: int
+    turn: int = 0
+    """Which answer of the chat it ends with, where each is a sequence of its own."""
     source: str
     line: int
     id: str | None
@@ -58,6 +62,11 @@ class PairRow:
     def row_id(self) -> int:
         """Place of the row among all rows read."""
         return self.chosen.row_id
+
+    @property
+    def turn(self) -> int:
+        """0: a pair has one answer in each branch."""
+        return self.chosen.turn
 
     @property
     def truncated(self) -> int:
@@ -92,19 +101,24 @@ def tokenise(
 
     Rows are taken as they are needed, and not kept: of a `RowStream` some thousand are held at a time.
 
-    `turns` is "all" or "last" (assistant turns that respond). Rows are cut at the right to `max_length` tokens, each
-    branch of a pair by itself. A pair is bad where one of its branches is. `vocab_size`, where given, bounds every
-    token. Pre-tokenised rows need no tokenizer. `chats` says how chats are read. In `told` the rows are counted that
-    are not as they were given, by what became of them.
+    `turns` is "all" or "last" (assistant turns that respond), or "each": one sequence for each of them, in a row's
+    place. Rows are cut at the right to `max_length` tokens, each branch of a pair by itself. A pair is bad where one of
+    its branches is, a chat where one of its turns is. `vocab_size`, where given, bounds every token. Pre-tokenised rows
+    need no tokenizer. `chats` says how chats are read. In `told` the rows are counted that are not as they were given,
+    by what became of them.
     """
     good: list[AnyRow] = []
     bad: list[BadRow] = []
-    speller = _speller(tokenizer, chats, last_only=turns == "last")
+    speller = _speller(tokenizer, chats, turns=turns)
     for row, found in _spelled(rows, speller, told):
         try:
-            good.append(_any_row(row, found, max_length, vocab_size))
+            made, beyond = _any_rows(row, found, max_length, vocab_size)
         except RowFault as fault:
             bad.append(_bad_row(row, fault))
+            continue
+        good += made
+        if beyond and told is not None:
+            told["answers begin where rows are cut, and are left out"] += 1
     return good, bad
 
 
@@ -123,7 +137,7 @@ def tokenise_prompts(
     """
     good: list[TokenRow] = []
     bad: list[BadRow] = []
-    speller = _speller(tokenizer, chats, last_only=False)
+    speller = _speller(tokenizer, chats, turns="all")
     for row, (found, *_) in _spelled(rows, speller):
         try:
             good.append(_prompt_row(row, found, max_length, vocab_size))
@@ -135,17 +149,17 @@ def tokenise_prompts(
 # --- text to tokens ---
 
 
-def _speller(tokenizer: Tokenizer | None, chats: ChatSettings | None, *, last_only: bool) -> Speller | None:
-    return None if tokenizer is None else Speller(tokenizer, last_only=last_only, chats=chats or ChatSettings())
+def _speller(tokenizer: Tokenizer | None, chats: ChatSettings | None, *, turns: str) -> Speller | None:
+    return None if tokenizer is None else Speller(tokenizer, turns=turns, chats=chats or ChatSettings())
 
 
 def _spelled(
     rows: Iterable[Row], speller: Speller | None, told: Counter[str] | None = None
 ) -> Iterator[tuple[Row, list[Spelled | RowFault]]]:
-    """Every row with the tokens of each of its branches, or why there are none."""
+    """Every row with the tokens of each of its branches or turns, or why there are none."""
     waiting = iter(rows)
     while batch := list(islice(waiting, _BATCH_ROWS)):
-        prepared = [[_prepare(record, speller) for record in _records(row.record)] for row in batch]
+        prepared = [_items(row.record, speller) for row in batch]
         texts = [item for items in prepared for item in items if isinstance(item, RenderedText)]
         encoded = iter(speller.encode(texts) if speller else ())
         for row, items in zip(batch, prepared, strict=True):
@@ -159,19 +173,39 @@ def _records(record: AnyRecord) -> tuple[Record, ...]:
     return (record.chosen, record.rejected) if isinstance(record, Pair) else (record,)
 
 
-def _prepare(record: Record, speller: Speller | None) -> Spelled | RenderedText | RowFault:
+_Item = Spelled | RenderedText | RowFault
+
+
+def _items(record: AnyRecord, speller: Speller | None) -> list[_Item]:
+    """What each branch or turn of a row is made from."""
+    if not isinstance(record, Pair):
+        return _prepare(record, speller)
+    return [found[0] if len(found) == 1 else _SEVERAL for found in (_prepare(one, speller) for one in _records(record))]
+
+
+_SEVERAL = RowFault(
+    "several_turns",
+    "it holds several answers, and the preference loss is of all of them together; use --turns all or --turns last",
+)
+
+
+def _prepare(record: Record, speller: Speller | None) -> list[_Item]:
     if isinstance(record, Tokens):
-        return record.input_ids, np.array(record.labels) != IGNORE_INDEX
+        return [(record.input_ids, np.array(record.labels) != IGNORE_INDEX)]
     if speller is None:
-        return RowFault(NO_TOKENIZER, "a row of text needs a tokenizer; name a model that has one")
-    if isinstance(record, PromptCompletion):
-        return joined(record)
-    if isinstance(record, Passage):
-        return unanswered(record.text)
+        return [RowFault(NO_TOKENIZER, "a row of text needs a tokenizer; name a model that has one")]
     try:
-        return speller.template.render_prompt(record) if isinstance(record, Prompt) else speller.template.render(record)
+        return [*_texts(record, speller)]
     except RowFault as fault:
-        return fault
+        return [fault]
+
+
+def _texts(record: PromptCompletion | Passage | Prompt | Messages, speller: Speller) -> list[RenderedText]:
+    if isinstance(record, PromptCompletion):
+        return [joined(record)]
+    if isinstance(record, Passage):
+        return [unanswered(record.text)]
+    return [speller.template.render_prompt(record)] if isinstance(record, Prompt) else speller.template.render(record)
 
 
 def _finished(row: Row, found: Spelled | RowFault) -> Spelled | RowFault:
@@ -203,9 +237,27 @@ def _with_one_prompt(
 # --- tokens to rows ---
 
 
-def _any_row(row: Row, found: Sequence[Spelled | RowFault], max_length: int, vocab_size: int | None) -> AnyRow:
-    if not isinstance(row.record, Pair):
-        return _token_row(row, found[0], max_length, vocab_size)
+def _any_rows(
+    row: Row, found: Sequence[Spelled | RowFault], max_length: int, vocab_size: int | None
+) -> tuple[list[AnyRow], int]:
+    """The pair or sequences of a row, and how many of its turns begin where rows are cut. Raises RowFault."""
+    if isinstance(row.record, Pair):
+        return [_pair_row(row, found, max_length, vocab_size)], 0
+    made: list[AnyRow] = []
+    beyond = []
+    for turn, one in enumerate(found):
+        try:
+            made.append(replace(_token_row(row, one, max_length, vocab_size), turn=turn))
+        except RowFault as fault:
+            if fault.reason != _CUT_AWAY:
+                raise
+            beyond.append(fault)
+    if not made:
+        raise beyond[0]
+    return made, len(beyond)
+
+
+def _pair_row(row: Row, found: Sequence[Spelled | RowFault], max_length: int, vocab_size: int | None) -> PairRow:
     made = []
     for name, result in zip(BRANCHES, found, strict=True):
         try:
@@ -216,7 +268,7 @@ def _any_row(row: Row, found: Sequence[Spelled | RowFault], max_length: int, voc
     if all(np.array_equal(getattr(made[0], name), getattr(made[1], name)) for name in ("input_ids", "response")):
         if pair.truncated:
             message = f"chosen and rejected are the same up to {max_length} tokens, where rows are cut"
-            raise RowFault("truncated_away", message)
+            raise RowFault(_CUT_AWAY, message)
         raise RowFault("same_branches", "chosen and rejected become the same tokens: neither is preferred")
     return pair
 
@@ -228,7 +280,7 @@ def _token_row(row: Row, found: Spelled | RowFault, max_length: int, vocab_size:
         raise RowFault("no_response", "no token responds that another one precedes")
     if not response[:max_length].any():
         first = int(response.argmax())
-        raise RowFault("truncated_away", f"the answer starts at token {first} and rows are cut to {max_length} tokens")
+        raise RowFault(_CUT_AWAY, f"the answer starts at token {first} and rows are cut to {max_length} tokens")
     return _placed(row, tokens[:max_length], response[:max_length], max(0, len(tokens) - max_length))
 
 

@@ -313,7 +313,7 @@ def left_out(text: str, index: int, stands: Callable[[str], bool]) -> list[str]:
         return []
     thought, _, said = text.rpartition(_THOUGHT_ENDS)
     if thought and stands(_squeezed(said)):
-        return [f"content up to {_THOUGHT_ENDS}"]
+        return [THOUGHT]
     raise not_splittable(f"it leaves out or rewrites part of answer {index}")
 
 
@@ -322,6 +322,10 @@ def left_out_of_turn(message: dict[str, Any], index: int, turn: str) -> list[str
     content, written = message.get("content") or "", _squeezed(turn)
     parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
     return [key for part in parts for key in left_out(part, index, written.__contains__)]
+
+
+THOUGHT = f"content up to {_THOUGHT_ENDS}"
+"""What is left out of an answer where that is the thought it begins with."""
 
 
 def left_out_notes(keys: Iterable[str]) -> list[str]:

@@ -35,7 +35,7 @@ class CurrentMask:
         self.branches = manifest.layout(stored).branches
         self.number: int | None = None
         """The mask in force; None until `use` is called."""
-        self._read = sum(shard.rows for shard in stored.generations[0].shards)
+        self._read = stored.counts.read
         self._rows: Dataset | None = None
         self._row_ids: NDArray[np.int64] = np.empty(0, np.int64)
 

@@ -122,7 +122,7 @@ def _changed(changed: Sequence[Changed], width: int) -> Table:
     for one in changed:
         around = _plain(one.before)[-18:] + _plain(one.text) + _plain(one.after)
         cells = (
-            str(one.row_id),
+            f"{one.row_id} turn {one.turn}" if one.turn else str(one.row_id),
             one.branch,
             str(one.position),
             shortened(readable(one.text, alone=True), 14),

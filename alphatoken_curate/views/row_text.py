@@ -94,7 +94,8 @@ def row_title(view: RowView) -> Text:
     from rich.text import Text
 
     own = f" · id {visible(view.id)}" if view.id is not None else ""
-    title = Text(f"row {view.row_id} · {view.status} · {visible(view.source)}:{view.line}{own}", "bold")
+    turn = f" · turn {view.turn} of {', '.join(map(str, view.turns))}" if view.turns != (0,) else ""
+    title = Text(f"row {view.row_id}{turn} · {view.status} · {visible(view.source)}:{view.line}{own}", "bold")
     if view.checkpoint is not None:
         title.append(f"\ngeneration {view.generation}, at {visible(view.checkpoint)}{_other_mask(view)}", "not bold")
     if view.margin is not None and view.omega is not None:
@@ -300,7 +301,8 @@ def hit_text(hit: Hit, width: int) -> Text:
 
     own = f" · id {visible(hit.id)}" if hit.id is not None else ""
     branch = f" · {hit.branch}" if hit.branch else ""
-    title = Text(f"row {hit.row_id} · {hit.status} · {visible(hit.source)}:{hit.line}{own}{branch}\n", "bold")
+    turn = f" · turn {hit.turn}" if hit.turn else ""
+    title = Text(f"row {hit.row_id}{turn} · {hit.status} · {visible(hit.source)}:{hit.line}{own}{branch}\n", "bold")
     parts = ((hit.before, "dim"), (hit.found, "bold reverse"), (hit.after, "dim"))
     cells = [(readable(text, alone=True, dots=False), style) for text, style in parts]
     return title.append_text(_flow([[(word, style)] for text, style in cells for word in _split(text)], width))

@@ -13,7 +13,7 @@ from alphatoken_curate.reading.stats import SCALES, GenerationStats, Stats
 from alphatoken_curate.reading.sums import MEANS, objectives
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.wording import count
+from alphatoken_curate.wording import count, in_sequences
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,7 +76,7 @@ def _counts(found: Stats) -> Table:
 
     rows = ", ".join(f"{count:,} {status}" for status, count in found.rows.items() if status != "read")
     lines = {
-        "rows": f"{found.rows['read']:,} read: {rows}",
+        "rows": f"{found.rows['read']:,} read: {rows}{in_sequences(found.sequences)}",
         "tokens": f"{found.tokens:,}, of them {found.response_tokens:,} in responses; {found.scored_tokens:,} scored",
     }
     if found.kept_tokens is not None and found.masks:
