@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import orjson
@@ -152,7 +152,7 @@ def _write(folder: Path, form: Form, items: Items, asked: Asked) -> Tally:
 
 
 def _tell(sink: Sink, row: Dropped) -> None:
-    sink.write(orjson.dumps({"row_id": row.row_id, "reason": row.reason}, option=orjson.OPT_APPEND_NEWLINE))
+    sink.write(orjson.dumps(asdict(row), option=orjson.OPT_APPEND_NEWLINE))
 
 
 def _check(folder: Path, form: Form, items: Items, asked: Asked, written: Tally) -> None:

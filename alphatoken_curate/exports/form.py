@@ -53,6 +53,7 @@ class Dropped:
     """A row of the mask that is left out, and a short code that says why: a key of `REASONS`."""
 
     row_id: int
+    turn: int
     reason: str
 
 

@@ -1,8 +1,9 @@
 """`jsonl-weights`: chats as text for services that tokenise themselves, where tokens can only be weighed in groups.
 
-Two files of the same rows, since services take one or the other: a 0/1 `weight` on each assistant message, 0 where the
-mask left none of its tokens (OpenAI, Mistral); or a float `weight` on each row, the mean over its response tokens
-(Fireworks). Assistant messages are matched to the runs of response tokens, in order.
+Two files of the same rows (by --turns each, of chats up to each answer), since services take one or the other: a 0/1
+`weight` on each assistant message, 0 where the mask left none of its tokens (OpenAI, Mistral); or a float `weight` on
+each row, the mean over its response tokens (Fireworks). Assistant messages are matched to the runs of response tokens,
+in order.
 """
 
 from __future__ import annotations
@@ -42,20 +43,22 @@ def with_text(items: Items, opened: TrainSet) -> Items:
     """Each row with its chat and weights, as they are written. Raises `UsageError` for rows that are no chats."""
     source = originals(opened)
     settings = opened.stored.settings
-    last_only, most = settings.get("turns") == "last", settings.get("max_length")
+    most = settings.get("max_length")
     for item in items:
         if isinstance(item, Dropped):
             yield item
             continue
-        row_id = item.row.row_id
-        original = next((one for one in source if one.row_id == row_id), None)
+        row_id, turn = item.row.row_id, item.row.turn
+        original = next((one for one in source if (one.row_id, one.turn) == (row_id, turn)), None)
         if original is None or len(original.response) != len(item.row.branches[0].input_ids):
             raise StoredDataError(f"{opened.run}: row {row_id} of train/ is not in values/; run `verify`")
         chat = _chat(original)
-        turns = _turns(chat, last_only)
+        turns = _turns(chat, settings.get("turns"), turn)
+        if settings.get("turns") == "each":
+            chat = replace(chat, messages=chat.messages[: turns[0] + 1])
         runs = _runs(original.response)
         if len(runs) < len(turns) and len(original.response) == most:
-            yield Dropped(row_id=row_id, reason="cut_when_scored")
+            yield Dropped(row_id=row_id, turn=turn, reason="cut_when_scored")
         else:
             text = _records(original, chat, turns, runs, item.row.branches[0].loss_weight)
             trained = sum(message.get("weight", 0) for message in text[0]["messages"])
@@ -75,10 +78,11 @@ def _chat(original: Original) -> Messages:
     )
 
 
-def _turns(chat: Messages, last_only: bool) -> list[int]:
+def _turns(chat: Messages, turns: object, turn: int) -> list[int]:
     """The messages that respond, as they were told apart for scoring."""
     answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    return [i for i in answers if i >= chat.respond_from][-1 if last_only else 0 :]
+    respond = [i for i in answers if i >= chat.respond_from]
+    return [respond[turn]] if turns == "each" else respond[-1 if turns == "last" else 0 :]
 
 
 def _runs(response: NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +27,13 @@ from alphatoken_curate.settings import load_settings
 
 
 class Original(NamedTuple):
-    """A row of the input with its response mask (T,) bool as stored; `record` is None where it was a bad row."""
+    """A row of the input, or a turn of it, with its response mask (T,) bool as stored.
+
+    `record` is None where it was a bad row.
+    """
 
     row_id: int
+    turn: int
     place: str
     record: AnyRecord | None
     response: NDArray[np.bool_]
@@ -37,6 +41,7 @@ class Original(NamedTuple):
 
 class _Place(NamedTuple):
     row_id: int
+    turn: int
     source: str
     line: int
     response: NDArray[np.bool_]
@@ -44,17 +49,17 @@ class _Place(NamedTuple):
 
 def originals(opened: TrainSet) -> Iterator[Original]:
     """Every row that was read, in order. Raises `UsageError` where the files are gone or are others now."""
-    stored = _stored(opened)
+    stored = (list(turns) for _, turns in groupby(_stored(opened), key=lambda one: one.row_id))
     settings = load_settings(opened.run / CONFIG)
     limited = settings.get("limit") is not None
     for file, known in _files(opened, settings.get("data"), limited=limited):
         meter = Meter(file)
         for raw in islice(raw_rows(file, meter, ()), known.rows if limited else None):
-            place = next(stored, None)
-            if place is None or (place.source, place.line) != (known.source, raw.line):
+            places = next(stored, [])
+            if not places or (places[0].source, places[0].line) != (known.source, raw.line):
                 raise _changed(file, "its rows are others")
-            where = f"{visible(known.source)}:{raw.line}"
-            yield Original(place.row_id, where, _record(raw.record), place.response)
+            where, record = f"{visible(known.source)}:{raw.line}", _record(raw.record)
+            yield from (Original(one.row_id, one.turn, where, record, one.response) for one in places)
         if limited:
             meter.finish()
         if meter.digest != known.digest:
@@ -74,12 +79,12 @@ def _record(raw: dict[str, Any] | RowFault) -> AnyRecord | None:
 
 def _stored(opened: TrainSet) -> Iterator[_Place]:
     """Where each row came from, of the newest generation that the mask was made of: all have the same rows."""
-    columns = ["row_id", "source", "line", "response"]
+    columns = ["row_id", "turn", "source", "line", "response"]
     for shard in choose_generation(opened.run, opened.stored, opened.mask.generations[-1]).shards:
         table = shards.read_shard(opened.run, shard, opened.layout.values, columns)
         flat, lengths = entries(table["response"])
         responses = np.split(flat.astype(np.bool_), np.cumsum(lengths)[:-1])
-        names = (table[name].to_pylist() for name in columns[:3])
+        names = (table[name].to_pylist() for name in columns[:4])
         yield from (_Place(*row) for row in zip(*names, responses, strict=True))
 
 

@@ -67,15 +67,15 @@ def settled(opened: TrainSet, form: Form, asked: Asked, *, max_length: int | Non
 
 def _settled(row: TrainRow, max_length: int | None, *, cuts: bool, binarize: bool) -> Kept | Dropped:
     if not all(branch.loss_weight.any() for branch in row.branches):
-        return Dropped(row_id=row.row_id, reason="nothing_trains")
+        return Dropped(row_id=row.row_id, turn=row.turn, reason="nothing_trains")
     longer = [max(0, len(branch.input_ids) - (max_length or len(branch.input_ids))) for branch in row.branches]
     if any(longer) and not cuts:
-        return Dropped(row_id=row.row_id, reason="too_long")
+        return Dropped(row_id=row.row_id, turn=row.turn, reason="too_long")
     branches = [_branch(branch, max_length, binarize) for branch in row.branches]
     if not all(branch.loss_weight.any() for branch in branches):
-        return Dropped(row_id=row.row_id, reason="cut_away")
+        return Dropped(row_id=row.row_id, turn=row.turn, reason="cut_away")
     if any(longer) and len(branches) > 1 and _same(*branches):
-        return Dropped(row_id=row.row_id, reason="same_branches")
+        return Dropped(row_id=row.row_id, turn=row.turn, reason="same_branches")
     return Kept(row=replace(row, branches=tuple(branches)), cut=sum(longer))
 
 

@@ -74,7 +74,7 @@ class Changed:
     """
 
     row_id: int
-    turn: int
+    turn: int = 0
     branch: str
     position: int
     before: str

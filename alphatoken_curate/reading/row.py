@@ -59,7 +59,7 @@ class RowView:
     """
 
     row_id: int
-    turn: int
+    turn: int = 0
     source: str
     line: int
     id: str | None
@@ -192,10 +192,13 @@ def _number(run: Path, generation: Generation, layout: Layout, row: int | None, 
 
 
 def _shard_of(run: Path, stored: Manifest, generation: Generation, number: int) -> int:
-    """Index of the shard that holds a row: each but the last holds as many rows that were read."""
+    """Index of the shard that holds a row: each but the last holds as many of those that were read."""
     if not 0 <= number < stored.counts.read:
         raise UsageError(f"{run}: has no row {number}; its rows are 0 to {stored.counts.read - 1}")
-    return min(number // int(str(stored.settings["rows_per_shard"])), len(generation.shards) - 1)
+    if stored.settings.get("turns") == "each":
+        return number // int(str(stored.settings["rows_per_shard"]))
+    ends = np.cumsum([shard.rows for shard in generation.shards])
+    return int(np.searchsorted(ends, number, side="right"))
 
 
 def _view(run: Path, stored: Manifest, scoring: Generation, index: int, record: Mapping[str, Any]) -> RowView:

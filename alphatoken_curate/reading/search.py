@@ -31,7 +31,7 @@ class Hit:
     """
 
     row_id: int
-    turn: int
+    turn: int = 0
     source: str
     line: int
     id: str | None

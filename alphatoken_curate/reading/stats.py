@@ -81,7 +81,7 @@ class Stats:
     estimator: str
     generation: int
     rows: Mapping[str, int]
-    sequences: int | None
+    sequences: int | None = None
     tokens: int
     response_tokens: int
     truncated_rows: int

@@ -168,15 +168,8 @@ class ChatTemplate:
             return [rendered(messages, respond)]
 
         def by_itself(i: int) -> RenderedText:
-            item = rendered(messages[: i + 1], [i])
-            (span,), lost = item.spans, left_out_notes([THOUGHT])[0]
-            if lost in item.notes:
-                prompt = render(messages[:i], prompt=True)
-                made = with_its_thought(item.text, span, prompt, messages[i].get("content"), self._specials)
-                if made is not None:
-                    notes = tuple(note for note in item.notes if note != lost)
-                    return item._replace(text=made[0], spans=[made[1]], notes=notes)
-            return item._replace(text=item.text[: span[1]])  # a model is asked for nothing behind its stop
+            prompt = render(messages[:i], prompt=True)
+            return self._as_asked(rendered(messages[: i + 1], [i]), prompt, messages[i])
 
         return [by_itself(i) for i in respond]
 
@@ -191,6 +184,21 @@ class ChatTemplate:
     def _rendered_prompt(self, record: Prompt, given: list[Any]) -> RenderedText:
         messages, told, marked = self._hidden(given, record)
         return _rendered(self._apply(messages, prompt=True, **told), [], marked)
+
+    def _as_asked(self, item: RenderedText, prompt: str, answer: dict[str, Any]) -> RenderedText:
+        """The chat up to its last answer, as a model is asked for it: nothing stands behind its stop.
+
+        `prompt`: what stood before it, with the generation prompt.
+        """
+        start, end = item.spans[0][0], item.spans[-1][1]
+        lost = left_out_notes([THOUGHT])[0]
+        if lost in item.notes:
+            made = with_its_thought(item.text, (start, end), prompt, answer.get("content"), self._specials)
+            if made is not None:
+                notes = tuple(note for note in item.notes if note != lost)
+                return item._replace(text=made[0], spans=[made[1]], notes=notes)
+        notes = item.notes if item.text.startswith(prompt) else (*item.notes, _NOT_ASKED)
+        return item._replace(text=item.text[:end], notes=notes)
 
     def _as_borne(self, messages: list[Any], render: Callable[[list[Any]], T]) -> T:
         """Rendered in the first form of the messages that the template bears.
@@ -370,6 +378,7 @@ def _partner(special: str) -> str:
     return special[0] + special[2:] if special[1:2] == "/" else special[0] + "/" + special[1:]
 
 
+_NOT_ASKED = "answers begin before the end of the generation prompt, as the template has them"
 _APART = re.compile(rf"\S?{MARK}\S{{0,30}}")
 
 

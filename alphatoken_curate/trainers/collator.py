@@ -20,7 +20,7 @@ from alphatoken_curate.runs.schema import IGNORE_INDEX, PREFERENCE
 Feature: TypeAlias = Mapping[str, Any]
 
 WEIGHT = "loss_weight"
-_NOT_FOR_MODELS = ("row_id", "row_ids", "loss_mask", "value", "assistant_masks")
+_NOT_FOR_MODELS = ("row_id", "turn", "row_ids", "loss_mask", "value", "assistant_masks")
 """Columns of train/ and of exports that no model reads."""
 
 

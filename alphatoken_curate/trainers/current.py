@@ -12,14 +12,19 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.runs import manifest
-from alphatoken_curate.runs.schema import IGNORE_INDEX
+from alphatoken_curate.runs.schema import IGNORE_INDEX, MOST_TURNS, sequence_keys
 from alphatoken_curate.trainers.dataset import as_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 ROWS = "row_ids"
-"""Column of packed rows: the row_id of each token."""
+"""Column of packed rows: of each token the key of its sequence (`sequence_key`)."""
+
+
+def sequence_key(row: Mapping[str, Any]) -> int:
+    """One number for the sequence that a row of `as_dataset` is."""
+    return int(sequence_keys(np.array(row["row_id"]), np.array(row.get("turn", 0))))
 
 
 class CurrentMask:
@@ -37,12 +42,13 @@ class CurrentMask:
         """The mask in force; None until `use` is called."""
         self._read = stored.counts.read
         self._rows: Dataset | None = None
-        self._row_ids: NDArray[np.int64] = np.empty(0, np.int64)
+        self._keys: NDArray[np.int64] = np.empty(0, np.int64)
 
     def use(self, number: int) -> None:
         """Go by this mask from now on. Raises as `as_dataset`."""
         self._rows = as_dataset(self.run, number)
-        self._row_ids = np.asarray(self._rows["row_id"][:], dtype=np.int64)
+        turns = self._rows["turn"][:] if "turn" in self._rows.column_names else 0
+        self._keys = sequence_keys(np.asarray(self._rows["row_id"][:], dtype=np.int64), np.asarray(turns, np.int32))
         self.number = number
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -62,7 +68,7 @@ class CurrentMask:
             ids = feature.get(prefix + "input_ids")
             if ids is None:
                 raise UsageError(f"row {feature['row_id']} has no {prefix}input_ids, which the rows of {self.run} have")
-            lists = self._branch(int(feature["row_id"]), ids, prefix)
+            lists = self._branch(sequence_key(feature), ids, prefix)
             found[prefix + "labels"], found[prefix + "loss_weight"] = lists
         return found
 
@@ -78,13 +84,13 @@ class CurrentMask:
             start += length
         return {**feature, "labels": labels, "loss_weight": weight}
 
-    def _branch(self, row_id: int, ids: Any, prefix: str) -> tuple[list[int], list[float]]:
+    def _branch(self, key: int, ids: Any, prefix: str) -> tuple[list[int], list[float]]:
         """Labels and weights of a sequence, which may be cut at its end."""
-        place = int(np.searchsorted(self._row_ids, row_id))
+        place, row_id = int(np.searchsorted(self._keys, key)), key // MOST_TURNS
         length = len(ids)
         if self._rows is None or not 0 <= row_id < self._read:
             raise UsageError(f"{self.run} has no row {row_id}; train on `as_dataset({str(self.run)!r})`")
-        if place == len(self._row_ids) or self._row_ids[place] != row_id:
+        if place == len(self._keys) or self._keys[place] != key:
             return [IGNORE_INDEX] * length, [0.0] * length
         row = self._rows[place]
         if list(row[prefix + "input_ids"][:length]) != [int(one) for one in ids]:

@@ -27,11 +27,11 @@ SAME = ("seed", "shuffle", "world", "shards_at_once", "batch_size", "max_length"
 def as_dataset(run: str | Path, mask: int | None = None, *, max_length: int | None = None) -> Dataset:
     """The rows of the newest mask, or the one given, as a `datasets.Dataset`: memory-mapped, in order of row_id.
 
-    Columns: row_id, and of each branch (`chosen_` and `rejected_` before the names in preference runs) input_ids,
-    labels and loss_weight. The bytes of all shards are checked; datasets keeps a copy of them in its cache. Longer
-    sequences are cut to `max_length` tokens at the end, ids, labels and weights alike; no row is left out, those
-    that have nothing left to train give nothing. Raises `UsageError` where there is no such mask or it has no row,
-    `StoredDataError` for shards that are damaged.
+    Columns: row_id, in runs by --turns each turn, and of each branch (`chosen_` and `rejected_` before the names in
+    preference runs) input_ids, labels and loss_weight. The bytes of all shards are checked; datasets keeps a copy of
+    them in its cache. Longer sequences are cut to `max_length` tokens at the end, ids, labels and weights alike; no row
+    is left out, those that have nothing left to train give nothing. Raises `UsageError` where there is no such mask or
+    it has no row, `StoredDataError` for shards that are damaged.
     """
     from datasets import Dataset
 
@@ -40,8 +40,13 @@ def as_dataset(run: str | Path, mask: int | None = None, *, max_length: int | No
     paths = [str(path) for path in opened.files()]
     if not any(shard.rows for shard in opened.mask.shards):
         raise UsageError(f"{run}: mask {opened.mask.mask} has no row to train on")
-    rows = Dataset.from_parquet(paths, columns=["row_id", *names])
+    rows = Dataset.from_parquet(paths, columns=[*key_columns(opened), *names])
     return rows if max_length is None else rows.map(_cut, fn_kwargs={"names": names, "max_length": max_length})
+
+
+def key_columns(opened: TrainSet) -> tuple[str, ...]:
+    """What says which sequence an item is."""
+    return ("row_id", "turn") if opened.stored.settings.get("turns") == "each" else ("row_id",)
 
 
 def _cut(row: Mapping[str, Any], names: list[str], max_length: int) -> dict[str, Any]:
@@ -51,9 +56,9 @@ def _cut(row: Mapping[str, Any], names: list[str], max_length: int) -> dict[str,
 class TrainDataset(IterableDataset[dict[str, Any]]):
     """The rows of a mask, read shard by shard, shuffled, shared out among ranks, resumable to the row.
 
-    An item is `{"row_id": int, "input_ids": int64 (T,), "labels": int64 (T,), "loss_weight": float32 (T,)}`, in
-    preference runs with `chosen_` and `rejected_` before the names of lists: what `WeightedCollator` and
-    `PreferenceCollator` take.
+    An item is `{"row_id": int, "input_ids": int64 (T,), "labels": int64 (T,), "loss_weight": float32 (T,)}`, in runs by
+    --turns each with `turn` behind `row_id`, in preference runs with `chosen_` and `rejected_` before the names of
+    lists: what `WeightedCollator` and `PreferenceCollator` take.
 
         data = TrainDataset("runs/a", batch_size=8, rank=rank, world=world)
         loader = DataLoader(data, batch_size=8, collate_fn=WeightedCollator(), num_workers=2)
@@ -190,7 +195,7 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
 
 
 def _item(row: TrainRow, opened: TrainSet, max_length: int | None) -> dict[str, Any]:
-    item: dict[str, Any] = {"row_id": row.row_id}
+    item: dict[str, Any] = {name: getattr(row, name) for name in key_columns(opened)}
     for prefix, branch in zip(opened.layout.branches, row.branches, strict=True):
         item[prefix + "input_ids"] = torch.from_numpy(branch.input_ids[:max_length].astype(np.int64))
         item[prefix + "labels"] = torch.from_numpy(branch.labels[:max_length].copy())

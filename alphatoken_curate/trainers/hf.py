@@ -25,7 +25,8 @@ from alphatoken_curate.trainers.dataset import LISTS
 from alphatoken_curate.trainers.loss import Denominator, count_items, weighted_loss
 from alphatoken_curate.wording import count
 
-COLUMNS = ("row_id", ROWS, "seq_lengths", *LISTS, *(prefix + name for prefix in PREFERENCE.branches for name in LISTS))
+_OF_PAIRS = tuple(prefix + name for prefix in PREFERENCE.branches for name in LISTS)
+COLUMNS = ("row_id", "turn", ROWS, "seq_lengths", *LISTS, *_OF_PAIRS)
 """Columns of rows that must reach the collator."""
 
 

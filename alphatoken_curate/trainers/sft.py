@@ -13,7 +13,7 @@ from trl.data_utils import get_dataset_column_names, pack_dataset
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.runs.schema import PREFERENCE
 from alphatoken_curate.trainers.collator import WEIGHT, WeightedCollator
-from alphatoken_curate.trainers.current import ROWS
+from alphatoken_curate.trainers.current import ROWS, sequence_key
 from alphatoken_curate.trainers.dataset import LISTS
 from alphatoken_curate.trainers.heads import weighted_log_probs
 from alphatoken_curate.trainers.hf import DenominatorMixin, check_length, weight_of
@@ -58,7 +58,7 @@ class WeightedSFTTrainer(DenominatorMixin, SFTTrainer):  # type: ignore[misc]
             raise UsageError("packing needs a max_length, and packing_strategy 'bfd', which leaves rows whole")
         names = [*LISTS]
         if "row_id" in get_dataset_column_names(dataset):
-            dataset = dataset.map(lambda row: {ROWS: [row["row_id"]] * len(row["input_ids"])})
+            dataset = dataset.map(lambda row: {ROWS: [sequence_key(row)] * len(row["input_ids"])})
             names.append(ROWS)
         return pack_dataset(dataset.select_columns(names), args.max_length, args.packing_strategy)
 

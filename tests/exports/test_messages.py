@@ -99,7 +99,11 @@ def test_rows_without_a_token_are_dropped_and_others_stay_in_step(tmp_path: Path
     by_message, by_row = exported(run, tmp_path / "out")
     assert [row["messages"][0]["content"] for row in by_message] == ["0", "3", "5", "6"]
     assert [row["messages"][0]["content"] for row in by_row] == ["0", "3", "5", "6"]
-    assert json.loads((tmp_path / "out" / "dropped.jsonl").read_text()) == {"row_id": 2, "reason": "nothing_trains"}
+    assert json.loads((tmp_path / "out" / "dropped.jsonl").read_text()) == {
+        "row_id": 2,
+        "turn": 0,
+        "reason": "nothing_trains",
+    }
 
 
 def test_tools_system_and_other_shapes_become_messages(tmp_path: Path) -> None:

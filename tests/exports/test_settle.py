@@ -111,7 +111,7 @@ def test_a_tally_counts_every_branch(opened: Given) -> None:
     rows = [(branch([0, 2, 0, 1]), branch([0, 0.5])), (branch([0]), branch([0, 1])), (branch([0, 1]), branch([0, 1]))]
     tally = Tally()
     kept = list(counted(iter(items(opened, *rows, max_length=3)), tally, told.append))
-    assert [one.row.row_id for one in kept] == [0, 2] and told == [Dropped(row_id=1, reason="nothing_trains")]
+    assert [one.row.row_id for one in kept] == [0, 2] and told == [Dropped(row_id=1, turn=0, reason="nothing_trains")]
     assert (tally.rows, tally.tokens, tally.trained_tokens, tally.longest) == (2, 9, 4, 3)
     assert (tally.cut_rows, tally.cut_tokens, tally.weight_sum, tally.soft) == (1, 1, 4.5, True)
     assert tally.dropped == {"nothing_trains": 1}

@@ -17,6 +17,7 @@ def stored(n: int = 50) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {name: rng.normal(size=n).astype(np.float32) for name in names}
     return found | {
         "row_id": np.repeat(np.arange(n // 10), 10),
+        "turn": np.zeros(n, np.int32),
         "position": np.tile(np.arange(1, 11, dtype=np.int32), n // 10),
         "token_id": rng.integers(0, 99, n).astype(np.int32),
     }
@@ -67,7 +68,7 @@ def test_reference_ratio_is_a_ratio_of_probabilities_and_at_most_one() -> None:
 
 
 def test_only_what_is_needed_is_asked_for() -> None:
-    assert criteria.columns_needed("random", PARTED) == ("row_id", "position")
+    assert criteria.columns_needed("random", PARTED) == ("row_id", "turn", "position")
     assert criteria.columns_needed("nll - reference_nll", PARTED) == ("nll", "reference_nll")
     assert criteria.columns_needed("value", PARTED) == COMPONENTS
     assert criteria.columns_needed("value + nll", PARTED) == ("nll", *COMPONENTS)
@@ -97,7 +98,7 @@ def test_random_depends_on_seed_row_and_position_alone() -> None:
         ("nll; drop table x", "not a polars SQL expression"),
         ("read_parquet('x')", "not a polars SQL expression"),
         ("(" * 5000 + "nll" + ")" * 5000, "at most"),
-        ("boredom + nll", "'boredom'. The columns are row_id, position, token_id, nll"),
+        ("boredom + nll", "'boredom'. The columns are row_id, turn, position, token_id, nll"),
         ("1", "names no column"),
         ("COLUMNS('n.*')", "names no column"),
         ("sum(nll)", "gives 1 entry of type Float32 for 50 response tokens; give one number per token"),

@@ -42,7 +42,7 @@ def test_scores_are_those_of_all_tokens_read_at_once(tmp_path: Path, kind: str, 
     scales = composite.Scales(adaptation=2.0, stability=3.0)
     found = ranked(run, files, layout, components, config, stability_weights=(1.5, 0.25), scales=scales)
     whole = load(run, files, criteria.columns_needed(by, components, layout), layout)
-    assert [one.tolist() for one in found.row_ids] == [one.tolist() for one in whole.row_ids]
+    assert [one.tolist() for one in found.keys] == [one.tolist() for one in whole.keys]
     scored = [row for row in value_rows(kind=kind) if row.status == "scored"]
     for number, (branch, read) in enumerate(zip(found.branches, whole.branches, strict=True)):
         assert branch.lengths.tolist() == [int(row.branches[number].response.sum()) for row in scored]

@@ -10,12 +10,17 @@ from small_run import published, small_run, value_rows, write_generation
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.masks.responses import Scored, aligned, chosen_generations, load
 from alphatoken_curate.runs import manifest
-from alphatoken_curate.runs.schema import COMPONENTS, LAYOUTS, SIGNALS
+from alphatoken_curate.runs.schema import COMPONENTS, LAYOUTS, MOST_TURNS, SIGNALS, rows_and_turns
 from alphatoken_curate.runs.shards import Branch, ValueRow
 
 KINDS = pytest.mark.parametrize("kind", sorted(LAYOUTS))
 NAMES = ("nll", "value", *COMPONENTS, "token_id")
 PAIR = {"sft": (), "preference": ("omega", "margin")}
+
+
+def key(row_id: int) -> int:
+    """Of a row of one sequence."""
+    return row_id * MOST_TURNS
 
 
 def failed(row: ValueRow) -> ValueRow:
@@ -59,13 +64,13 @@ def test_one_generation_is_read_as_it_is_stored(tmp_path: Path, kind: str) -> No
     run = small_run(tmp_path, kind=kind)
     scored = [row for row in value_rows(kind=kind) if row.status == "scored"]
     found = read(run, "latest", (*NAMES, *PAIR[kind]), kind)
-    assert np.concatenate(found.row_ids).tolist() == [row.row_id for row in scored] and found.left_out == 0
+    assert np.concatenate(found.keys).tolist() == [key(row.row_id) for row in scored] and found.left_out == 0
     for number, tokens in enumerate(found.branches):
         places = [
-            (i, row.row_id, int(at)) for i, row in enumerate(scored) for at in np.flatnonzero(branch(row, number))
+            (i, key(row.row_id), int(at)) for i, row in enumerate(scored) for at in np.flatnonzero(branch(row, number))
         ]
         columns = tokens.columns
-        assert list(zip(tokens.row, columns["row_id"], columns["position"], strict=True)) == places
+        assert list(zip(tokens.row, columns["sequence"], columns["position"], strict=True)) == places
         assert columns["token_id"].tolist() == [scored[i].branches[number].input_ids[at] for i, _, at in places]
         for name in (*COMPONENTS, "nll", "value"):
             assert columns[name].dtype == np.float32
@@ -90,7 +95,7 @@ def test_several_generations_are_averaged_once(tmp_path: Path, kind: str, wanted
             assert tokens.columns[name].dtype == np.float32
             assert tokens.columns[name].tolist() == plain(chosen, number, name)
     statuses = [{row.status for row in same} for same in zip(*chosen, strict=True)]
-    assert np.concatenate(found.row_ids).tolist() == [i for i, kinds in enumerate(statuses) if kinds == {"scored"}]
+    assert np.concatenate(found.keys).tolist() == [key(i) for i, kinds in enumerate(statuses) if kinds == {"scored"}]
     assert found.left_out == sum("scored" in kinds and len(kinds) > 1 for kinds in statuses) > 0
 
 
@@ -110,9 +115,9 @@ def test_the_numbers_of_a_pair_are_averaged_too(tmp_path: Path) -> None:
     found = read(tmp_path, "0,2", ("omega", "margin"), "preference")
     for tokens in found.branches:
         for name in ("omega", "margin"):
-            for row_id in np.concatenate(found.row_ids):
+            for row_id in rows_and_turns(np.concatenate(found.keys))[0]:
                 want = np.float32(np.mean([np.float64(getattr(rows[row_id], name)) for rows in made[:2]]))
-                assert set(tokens.columns[name][tokens.columns["row_id"] == row_id]) == {want}
+                assert set(tokens.columns[name][tokens.columns["sequence"] == key(row_id)]) == {want}
 
 
 def test_the_losses_of_the_reference_are_taken_from_where_they_are(tmp_path: Path) -> None:
@@ -136,7 +141,7 @@ def test_shards_one_by_one_hold_what_all_hold_together(tmp_path: Path, kind: str
     assert sum(part.left_out for part in parts) == whole.left_out == 2
     for number, tokens in enumerate(whole.branches):
         assert tokens.per_shard == tuple(len(part.branches[number].row) for part in parts)
-        rows = np.cumsum([0, *(len(part.row_ids[0]) for part in parts)])
+        rows = np.cumsum([0, *(len(part.keys[0]) for part in parts)])
         for name, column in tokens.columns.items():
             np.testing.assert_array_equal(
                 column, np.concatenate([part.branches[number].columns[name] for part in parts])

@@ -183,7 +183,7 @@ def test_reasons_of_refused_rows_and_rows_left_out_of_the_mask(tmp_path: Path) -
     assert about(packed(run))["reasons"] == {"3": "no␛ <b>"}
     tokens = read_tokens(run)
     assert tokens.weight is not None
-    without = np.where(tokens.row_id == 4, np.float32(np.nan), tokens.weight)
+    without = np.where(tokens.row == 4, np.float32(np.nan), tokens.weight)
     assert about(pack_rows(run, replace(tokens, weight=without)))["rows"]["out"] == [4]
     (run / "rejects.jsonl").write_text("{")
     with pytest.raises(StoredDataError, match=r"rejects\.jsonl: damaged"):

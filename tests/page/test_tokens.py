@@ -27,7 +27,8 @@ def test_tokens_are_those_of_scan_tokens(tmp_path: Path, kind: str, estimator: s
     run = small_run(tmp_path / "run", kind=kind, estimator=estimator)
     tokens, expected = read_tokens(run), frame(run)
     assert len(tokens) == len(expected) == tokens.starts[-1]
-    for name in ("row_id", "position", "token_id"):
+    assert tokens.row.tolist() == expected["row_id"].to_list()
+    for name in ("position", "token_id"):
         assert getattr(tokens, name).tolist() == expected[name].to_list()
     for name, values in tokens.signals.items():
         assert values.tolist() == expected[name].to_list(), name
@@ -41,7 +42,7 @@ def test_places_count_anew_in_each_row_and_branch(tmp_path: Path) -> None:
     tokens = read_tokens(small_run(tmp_path / "run", kind="preference"))
     seen: dict[tuple[int, int], int] = {}
     for i, place in enumerate(tokens.place.tolist()):
-        key = (int(i >= tokens.starts[1]), int(tokens.row_id[i]))
+        key = (int(i >= tokens.starts[1]), int(tokens.row[i]))
         seen[key] = seen.get(key, 0) + 1
         assert place == seen[key]
 
@@ -50,7 +51,7 @@ def test_spans_find_the_tokens_of_a_row(tmp_path: Path) -> None:
     tokens = read_tokens(small_run(tmp_path / "run", kind="preference"))
     for row, spans in zip((0, 5, 6), tokens.spans(np.array([0, 5, 6])), strict=True):
         for branch, (first, last) in enumerate(spans):
-            expected = [i for i in range(*tokens.starts[branch : branch + 2]) if tokens.row_id[i] == row]
+            expected = [i for i in range(*tokens.starts[branch : branch + 2]) if tokens.row[i] == row]
             assert list(range(first, last)) == expected
 
 
@@ -97,14 +98,14 @@ def test_rows_that_a_generation_failed_on_have_no_values_and_no_weights(tmp_path
     make_mask(run, published(generation="all"))
     first = read_tokens(run).stored.generations[0]
     tokens = read_tokens(run)
-    assert 4 not in tokens.row_id and len(values_at(run, tokens, first)) == len(tokens)
+    assert 4 not in tokens.row and len(values_at(run, tokens, first)) == len(tokens)
     stored = manifest.read(run)
     manifest.write(run, replace(stored, generations=stored.generations[:1], masks=()))
     older = read_tokens(run)
     later = values_at(run, older, stored.generations[1])
-    assert np.isnan(later[older.row_id == 4]).all() and not np.isnan(later[older.row_id != 4]).any()
+    assert np.isnan(later[older.row == 4]).all() and not np.isnan(later[older.row != 4]).any()
     weights = masked(run, older, stored.masks[-1])
-    assert np.isnan(weights[older.row_id == 4]).all() and not np.isnan(weights[older.row_id != 4]).any()
+    assert np.isnan(weights[older.row == 4]).all() and not np.isnan(weights[older.row != 4]).any()
 
 
 def test_damage_and_a_missing_run_are_told(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def scored(layout: Layout) -> pa.Table:
 def train_table(layout: Layout) -> pa.Table:
     """Every other response token trains, with weight 1: made without the code that writes train shards."""
     rows = scored(layout).to_pylist()
-    columns: Content = {"row_id": [row["row_id"] for row in rows]}
+    columns: Content = {name: [row[name] for row in rows] for name in ("row_id", "turn")}
     for prefix in layout.branches:
         keeps = [[int(on and i % 2 == 1) for i, on in enumerate(row[prefix + "response"])] for row in rows]
         ids = [row[prefix + "input_ids"] for row in rows]

@@ -57,6 +57,7 @@ def plain_branch(
     for i in np.flatnonzero(branch.response):
         token: dict[str, Any] = {
             "row_id": row.row_id,
+            "turn": 0,
             **({"branch": prefix[:-1]} if prefix else {}),
             "generation": generation,
             "position": int(i),
@@ -88,7 +89,7 @@ def test_scan_tokens_is_what_loops_give(run: Path) -> None:
             assert frame.collect(engine=engine).to_dicts() == want  # type: ignore[call-overload]
     pair = layout.kind == "preference"
     assert list(frame.collect_schema().items()) == [
-        ("row_id", pl.Int64), *([("branch", pl.String)] if pair else []), ("generation", pl.Int32),
+        ("row_id", pl.Int64), ("turn", pl.Int32), *([("branch", pl.String)] if pair else []), ("generation", pl.Int32),
         ("position", pl.Int32), ("token_id", pl.Int32), ("text", pl.String), ("class", pl.String),
         *((name, pl.Float32) for name in components("published").signals),
         *(((name, pl.Float32) for name in PAIR_COLUMNS) if pair else ()),

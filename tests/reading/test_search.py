@@ -65,6 +65,7 @@ def test_a_hit_says_which_row_it_is_in_and_what_stands_around_it(tmp_path: Path)
     start = whole.index(hit.found)
     assert hit == Hit(
         row_id=8,
+        turn=0,
         source="rows.jsonl",
         line=9,
         id="n8",

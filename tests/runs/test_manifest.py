@@ -52,6 +52,7 @@ def test_it_says_what_the_run_holds(tmp_path: Path, kind: str) -> None:
         "response_tokens": sum(int(branch.response.sum()) for branch in branches),
         "truncated_rows": 3,
         "truncated_tokens": 21,
+        "sequences": 9,
     }
     assert [file.path for file in stored.files] == ["artifacts/vocab.parquet", "config.yaml", "rejects.jsonl"]
     for file in (*stored.files, *stored.generations[0].shards, *stored.masks[0].shards):
@@ -238,7 +239,8 @@ def test_generations_ascend(tmp_path: Path) -> None:
 
 
 def test_a_key_that_is_missing_is_refused(run: Path) -> None:
-    for name in [field.name for field in dataclasses.fields(manifest.Manifest)]:
+    later = ("told",)
+    for name in [field.name for field in dataclasses.fields(manifest.Manifest) if field.name not in later]:
         whole = document(small_run(run.parent / name))
         del whole[name]
         assert f"lacks the key '{name}'" in refused(run, sealed_manifest(whole))

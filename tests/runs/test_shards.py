@@ -21,7 +21,16 @@ from alphatoken_curate.runs import shards
 from alphatoken_curate.runs.atomic import KILL_AT, atomic_file, digest, one_writer, sweep
 from alphatoken_curate.runs.fingerprint import fingerprint
 from alphatoken_curate.runs.records import read_records
-from alphatoken_curate.runs.schema import LAYOUTS, PREFERENCE, SCHEMA_VERSION, SFT, SIGNALS, STATUSES, Layout
+from alphatoken_curate.runs.schema import (
+    LAYOUTS,
+    PREFERENCE,
+    SCHEMA_VERSION,
+    SFT,
+    SIGNALS,
+    STATUSES,
+    Layout,
+    sequence_keys,
+)
 from alphatoken_curate.runs.shards import Branch, Footer, Shard, TrainLists, ValueRow
 
 METADATA = Footer(fields=FIELDS, facts={"note": "x"})
@@ -146,6 +155,8 @@ def test_no_rows_are_a_shard_too(path: Path, layout: Layout) -> None:
     assert shards.read(path, layout.train).num_rows == 0
 
 
+KEYS = sequence_keys(np.array([4, 9]), np.array([0, 1], np.int32))
+
 LISTS = TrainLists(
     lengths=np.array([3, 2]),
     input_ids=np.array([5, 6, 7, 8, 9], np.int32),
@@ -163,8 +174,8 @@ COLUMNS = {
 
 
 def test_train_columns_follow_from_the_weights(path: Path) -> None:
-    shard = shards.write_train(path, np.array([4, 9]), [LISTS], METADATA, SFT)
-    assert shards.read(path, SFT.train).to_pydict() == {"row_id": [4, 9], **COLUMNS}
+    shard = shards.write_train(path, KEYS, [LISTS], METADATA, SFT)
+    assert shards.read(path, SFT.train).to_pydict() == {"row_id": [4, 9], "turn": [0, 1], **COLUMNS}
     assert (shard.rows, shard.tokens, shard.response_tokens) == (2, 5, 3)
     assert shards.read_footer(path).counts["kept_tokens"] == 2
 
@@ -176,7 +187,7 @@ def test_train_columns_of_pairs_stand_side_by_side(path: Path) -> None:
         weight=np.array([0, 0, 1], np.float32),
         value=np.array([np.nan, np.nan, 4], np.float32),
     )
-    shard = shards.write_train(path, np.array([4, 9]), [LISTS, other], METADATA, PREFERENCE)
+    shard = shards.write_train(path, KEYS, [LISTS, other], METADATA, PREFERENCE)
     found = shards.read(path, PREFERENCE.train).to_pydict()
     assert {name: found[f"chosen_{name}"] for name in COLUMNS} == COLUMNS
     assert found["rejected_input_ids"] == [[1], [2, 3]] and found["rejected_labels"] == [[-100], [-100, 3]]

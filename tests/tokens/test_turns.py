@@ -22,9 +22,9 @@ STOPS = frozenset({"<|user|>", "<|observation|>"})
 
 
 def rendered(tokenizer: Any, kind: str) -> RenderedText | RowFault:
-    template = ChatTemplate(tokenizer, Specials.of(tokenizer), last_only=False, chats=ChatSettings(stops=STOPS))
+    template = ChatTemplate(tokenizer, Specials.of(tokenizer), turns="all", chats=ChatSettings(stops=STOPS))
     try:
-        return template.render(Messages(messages=CHATS[kind], tools=tools_of(kind)))
+        return template.render(Messages(messages=CHATS[kind], tools=tools_of(kind)))[0]
     except RowFault as fault:
         return fault
 
@@ -295,9 +295,9 @@ def test_no_text_of_a_user_ever_responds_and_every_answer_does(
     tokenizer = tokenizer_of("<|im_start|><|im_end|><|stop|><|sep|>")
     tokenizer.chat_template = template
     messages = [message for one, other in turns for message in (user(f"Q{one}Q"), answer(f"Z{other}Z"))]
-    chat = ChatTemplate(tokenizer, Specials.of(tokenizer), last_only=False, chats=ChatSettings())
+    chat = ChatTemplate(tokenizer, Specials.of(tokenizer), turns="all", chats=ChatSettings())
     try:
-        found = chat.render(Messages(messages=messages))
+        (found,) = chat.render(Messages(messages=messages))
     except RowFault:
         return
     assert len(found.spans) == len(turns)
