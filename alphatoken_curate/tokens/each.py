@@ -37,10 +37,11 @@ def with_its_thought(
 
 
 def _parted(text: str, specials: re.Pattern[str]) -> tuple[str, str]:
-    """The text before the special tokens that it ends with, and those."""
+    """The text before the special tokens that it ends with, and those, with the white space before them."""
     start = len(text)
     for found in reversed(list(specials.finditer(text))):
         if found.end() != start:
             break
         start = found.start()
-    return text[:start], text[start:]
+    body = text[:start].rstrip() if start < len(text) else text
+    return body, text[len(body) :]
