@@ -14,7 +14,6 @@ from .options import tell_version
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from alphatoken_curate.reading.row import RowView
     from alphatoken_curate.reading.search import Hit
 
 _EPILOG = """\b
@@ -53,6 +52,7 @@ def command(
 ) -> None:
     """Show row N of the run folder RUN: its tokens coloured by value, and which of them the newest mask keeps."""
     from alphatoken_curate.reading.row import read_row
+    from alphatoken_curate.views import row_text
 
     tell_version(run)
     console = _console()
@@ -64,7 +64,12 @@ def command(
     elif search is not None:
         raise click.UsageError("Give one of --row N, --id ID and --search TEXT.")
     view = read_row(run, row=row, id=own_id, turn=turn, generation=generation)
-    _print_row(console, view, branch, columns, tokens=tokens)
+    # What reads a pipe is not bound to the width of a terminal.
+    wide = console if console.is_terminal else _console(10_000)
+    widths, palette = (console.width, wide.width), row_text.has_palette(console)
+    # All of it first: nothing is printed of what is refused.
+    for part in list(row_text.row_parts(view, branch, columns, widths, palette=palette, tokens=tokens)):
+        (wide if tokens else console).print(part)
 
 
 def _searched(console: Console, run: Path, text: str, generation: int | None) -> Hit | None:
@@ -85,17 +90,6 @@ def _searched(console: Console, run: Path, text: str, generation: int | None) ->
     if len(hits) > _MOST_HITS:
         console.print(f"\nand {len(hits) - _MOST_HITS:,} more: search for a longer text", style="bold")
     return None
-
-
-def _print_row(console: Console, view: RowView, branch: str | None, columns: tuple[str, ...], *, tokens: bool) -> None:
-    from alphatoken_curate.views import row_text
-
-    # What reads a pipe is not bound to the width of a terminal.
-    wide = console if console.is_terminal else _console(10_000)
-    widths, palette = (console.width, wide.width), row_text.has_palette(console)
-    # All of it first: nothing is printed of what is refused.
-    for part in list(row_text.row_parts(view, branch, columns, widths, palette=palette, tokens=tokens)):
-        (wide if tokens else console).print(part)
 
 
 def _console(width: int | None = None) -> Console:

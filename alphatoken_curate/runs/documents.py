@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import orjson
@@ -16,6 +16,10 @@ T = TypeVar("T")
 
 SEAL = "seal"
 """The key that holds the fingerprint of all others. Documents of early releases have none."""
+
+
+LATER = {"later": True}
+"""Metadata of a field that documents of earlier releases lack."""
 
 
 class Unreadable(ValueError):
@@ -49,7 +53,7 @@ def _written(document: Mapping[str, Json]) -> bytes:
 def decode(kind: type[T], value: object) -> T:
     """JSON as orjson reads it -> a dataclass, each key and type checked. Raises `Unreadable`.
 
-    Keys that later releases brought have a default, and may be missing.
+    Keys that later releases brought (`LATER`) may be missing.
     """
     return typing.cast("T", _decode(kind, value, ""))
 
@@ -75,7 +79,7 @@ def _decode_object(kind: type[Any], value: Any, where: str) -> Any:
     hints = _hints(kind)
     if not isinstance(value, dict):
         raise Unreadable(f"{where or 'it'} is not an object")
-    later = {item.name for item in fields(kind) if not item.default is item.default_factory is MISSING}
+    later = {item.name for item in fields(kind) if "later" in item.metadata}
     if odd := sorted((value.keys() ^ hints.keys()) - (later - value.keys())):
         verb = "has an unknown" if odd[0] in value else "lacks the"
         raise Unreadable(f"{where or 'it'} {verb} key {odd[0][:80]!r}")

@@ -15,7 +15,7 @@ from typing import TypeVar
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.runs import shards
 from alphatoken_curate.runs.atomic import atomic_file, digest, kill_point
-from alphatoken_curate.runs.documents import Unreadable, decode, sealed, unsealed
+from alphatoken_curate.runs.documents import LATER, Unreadable, decode, sealed, unsealed
 from alphatoken_curate.runs.fingerprint import Json, differing
 from alphatoken_curate.runs.folder import MANIFEST, check_is_run
 from alphatoken_curate.runs.schema import BY_ESTIMATOR, LAYOUTS, STATUSES, VERSIONS, Components, Layout
@@ -74,7 +74,7 @@ class Counts:
     response_tokens: int
     truncated_rows: int
     truncated_tokens: int
-    sequences: int | None = None
+    sequences: int | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ class Mask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All of manifest.json."""
+    """All of manifest.json; `told`: how many rows are not as they were given, by what became of them."""
 
     schema_version: int
     inputs: tuple[Input, ...]
@@ -115,7 +115,7 @@ class Manifest:
     files: tuple[File, ...]
     generations: tuple[Generation, ...]
     masks: tuple[Mask, ...]
-    told: Mapping[str, int] = field(default_factory=dict)  # rows not as they were given, by what became of them
+    told: Mapping[str, int] = field(default_factory=dict, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ class Facts:
     plan: Plan
     truncated_rows: int = 0
     truncated_tokens: int = 0
-    told: Mapping[str, int] = field(default_factory=dict)
+    told: Mapping[str, int] = field(default_factory=dict, metadata=LATER)
 
     def as_json(self) -> dict[str, Json]:
         """For `Footer.facts`."""

@@ -13,10 +13,9 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.rows.read import BadRow
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.scoring.job import cut_of
 from alphatoken_curate.scoring.named import check_named, told_of_models
 from alphatoken_curate.scoring.prepare import Prepared, prepare
-from alphatoken_curate.tokens.plan import by_shard, sequences
+from alphatoken_curate.tokens.plan import by_shard, cut_of, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +17,10 @@ from alphatoken_curate.scoring.identity import versions
 from alphatoken_curate.scoring.prepare import Prepared
 from alphatoken_curate.scoring.scorer import ScorerSpec
 from alphatoken_curate.signals.stored import RowResult
-from alphatoken_curate.tokens.plan import by_shard
+from alphatoken_curate.tokens.plan import Cut, by_shard, cut_of
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches
 
 _DIGESTED = ("model", "reference", "tokenizer", "template", "tokens")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """Rows of a shard that were cut to --max-length, and the tokens cut off."""
-
-    rows: int
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,12 +100,6 @@ def _rejected(bad: BadRow, layout: Layout) -> ValueRow:
         status="rejected",
         branches=(empty,) * len(layout.branches),
     )
-
-
-def cut_of(rows: Iterable[AnyRow]) -> Cut:
-    """What was cut off these rows."""
-    cut = [row for row in rows if row.truncated]
-    return Cut(rows=len({row.row_id for row in cut}), tokens=sum(row.truncated for row in cut))
 
 
 def _facts(prepared: Prepared, spec: ScorerSpec) -> Facts:

@@ -26,7 +26,7 @@ from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of
 from alphatoken_curate.scoring.identity import has_stability
 from alphatoken_curate.scoring.idle import idle
-from alphatoken_curate.scoring.job import Job, cut_of, job_of, record
+from alphatoken_curate.scoring.job import Job, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.scorer import (
@@ -38,6 +38,7 @@ from alphatoken_curate.scoring.scorer import (
 )
 from alphatoken_curate.scoring.trial import find_budget, first_model
 from alphatoken_curate.signals.preference import Pairs
+from alphatoken_curate.tokens.plan import cut_of
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
 from alphatoken_curate.wording import count
 

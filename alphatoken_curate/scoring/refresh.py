@@ -33,10 +33,11 @@ from alphatoken_curate.runs.shards import ValueRow
 from alphatoken_curate.scoring import beside
 from alphatoken_curate.scoring.budget import Budget, older
 from alphatoken_curate.scoring.identity import has_stability, versions
-from alphatoken_curate.scoring.job import Cut, Job, ShardRows
+from alphatoken_curate.scoring.job import Job, ShardRows
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
 from alphatoken_curate.scoring.scorer import ScorerSpec
 from alphatoken_curate.settings import load_settings
+from alphatoken_curate.tokens.plan import Cut
 from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, chosen
 
 

@@ -1,4 +1,4 @@
-"""One answer as a sequence of its own: where the template leaves its thought out, it is put back as it was asked for."""
+"""One answer as a sequence of its own; a thought that its template leaves out is put back as it was asked for."""
 
 from __future__ import annotations
 
