@@ -27,3 +27,17 @@ def ranges(numbers: Sequence[int], most: int) -> str:
     shown = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs[:most]]
     left = sum(map(len, runs[most:]))
     return ", ".join(shown) + (f" and {left:,} more" if left else "")
+
+
+def end_of_turn(tokens: int | None, kept: int | None) -> str | None:
+    """How many of the tokens that end an answer train; None where it is not known which they are."""
+    if tokens is None:
+        return None
+    return (
+        f"end of turn: {kept or 0:,} of {tokens:,} train" if tokens else "end of turn: no response token ends an answer"
+    )
+
+
+def over_share(tokens: int) -> str:
+    """What is said where tokens that are always kept are more than the share."""
+    return f"what is always kept is more than the share by {count(tokens, 'token')}, and stays"

@@ -72,6 +72,8 @@ def _decode_object(kind: type[Any], value: Any, where: str) -> Any:
     hints = _hints(kind)
     if not isinstance(value, dict):
         raise Unreadable(f"{where or 'it'} is not an object")
+    # What earlier releases did not write has a field that is None by default.
+    value = {item.name: None for item in fields(kind) if item.default is None} | value
     if odd := sorted(value.keys() ^ hints.keys()):
         verb = "has an unknown" if odd[0] in value else "lacks the"
         raise Unreadable(f"{where or 'it'} {verb} key {odd[0][:80]!r}")

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from alphatoken_curate.errors import UsageError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of what is written."""
 
 _ADDED = {
@@ -21,6 +21,7 @@ _ADDED = {
         *("adapt_upstream", "adapt_influence", "stab_upstream", "stab_influence", "drift_influence"),
         *("piece", "special"),
     ),
+    3: ("end_of_turn",),
 }
 """By schema version, the columns that it brought, without the prefix of a branch."""
 
@@ -124,7 +125,7 @@ def lacking(columns: pa.Schema, version: int) -> dict[str, str]:
     for name in columns.names:
         prefix = next((one for one in PREFERENCE.branches if name.startswith(one)), "")
         if name.removeprefix(prefix) in lacks:
-            found[name] = f"{prefix}value"
+            found[name] = f"{prefix}{'value' if name.removeprefix(prefix) in SIGNALS else 'response'}"
     return found
 
 
@@ -172,6 +173,12 @@ _ROW = [
 _VALUE_LISTS = [
     _field("input_ids", pa.list_(pa.int32()), units="token", doc="the whole sequence"),
     _field("response", pa.list_(pa.bool_()), units="bool", doc="true at the tokens that would train"),
+    _field(
+        "end_of_turn",
+        pa.list_(pa.bool_()),
+        units="bool",
+        doc="true at those of them that end an answer, its run of stop tokens",
+    ),
     _signal("nll", "-log p(token | what precedes it) under the scored model", "nats"),
     _signal("entropy", "entropy of the scored model's prediction of this token", "nats"),
     _signal("reference_nll", "nll under the reference; null where the reference is the same model", "nats"),
@@ -258,7 +265,7 @@ SIGNALS = tuple(field.name for field in _VALUE_LISTS if field.type == _floats)
 
 def lacks(version: int) -> str | None:
     """What a run of an early schema version lacks, to be told; None where it lacks nothing."""
-    names = [name for name in (*SIGNALS, *VOCABULARY_COLUMNS.names) if name in absent(version)]
+    names = [name for name in (*SIGNALS, *VOCABULARY_COLUMNS.names, "end_of_turn") if name in absent(version)]
     return f"Schema version {version}, which had no columns {', '.join(names)}: they are null." if names else None
 
 

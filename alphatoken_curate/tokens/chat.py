@@ -51,12 +51,13 @@ _MACRO = "{% macro __response() %}" + _OPEN + "{{ caller() }}" + _CLOSE + "{% en
 class RenderedText(NamedTuple):
     """Text and the character spans [start, end) that respond; `marked`: a `MARK` hides spelled specials.
 
-    `bos`: a BOS goes in front where the tokenizer adds one. `eos`: an EOS that responds goes behind. `notes`: what of
-    the row is not as it was given.
+    `closings`: by how many special tokens each span's turn is closed. `bos`: a BOS goes in front where the tokenizer
+    adds one. `eos`: an EOS that responds goes behind. `notes`: what of the row is not as it was given.
     """
 
     text: str
     spans: list[tuple[int, int]]
+    closings: tuple[int, ...] = ()
     marked: bool = False
     bos: bool = False
     eos: bool = False
@@ -157,7 +158,9 @@ class ChatTemplate:
         else:
             text = render(messages)
             found = find_answers(text, messages, respond, render, specials=self._specials, stops=self._stops)
-        return _rendered(text, found.spans, marked, notes + found.notes)
+        ends = zip(found.said, found.spans, strict=True)
+        closings = tuple(len(_closing(self._specials, text, said, end)) for said, (_, end) in ends)
+        return _rendered(text, found.spans, marked, notes + found.notes)._replace(closings=closings)
 
     def render_prompt(self, record: Prompt) -> RenderedText:
         """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
@@ -238,11 +241,7 @@ class ChatTemplate:
             return frozenset()
         ((start, end),) = found.spans
         outside = self._specials.findall("\n".join([text[:start], text[end:], prompt]))
-        closing, place = list[str](), end
-        for special in reversed(list(self._specials.finditer(text, start, end))):
-            if special.end() == place:
-                closing.append(special[0])
-                place = special.start()
+        closing = _closing(self._specials, text, start, end)
         # A generation prompt may open a thought, and close it.
         paired = {name for name in outside if _partner(name) in template}
         return frozenset(self._specials.findall(template)) - ({*outside} - paired) - {*closing} - self._stops
@@ -290,13 +289,33 @@ def _answers_by_marks(
             spans.append((start, len(text)))
     if text != render(messages):
         raise not_splittable("it writes other text when its generation blocks are marked")
+    said = [start for start, _ in spans]
     if len(spans) == len(answers):
         spans = [span for i, span in zip(answers, spans, strict=True) if i in respond]
+        said = []
         for i, (start, end) in zip(respond, spans, strict=True):
             keys += left_out_of_turn(messages[i], i, text[start:end])
+            said.append(start + _spoken_of(messages[i], text[start:end]))
     elif respond != answers or not spans:
         raise not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
-    return text, Answers(spans=spans, notes=left_out_notes(keys))
+    return text, Answers(spans=spans, said=said, notes=left_out_notes(keys))
+
+
+def _spoken_of(message: dict[str, Any], turn: str) -> int:
+    """Where in its turn the last text of a message ends: special tokens that it spells there close nothing."""
+    texts = [text.strip() for text in _strings(message.get("content"))]
+    return max((turn.rfind(text) + len(text) for text in texts if text and text in turn), default=0)
+
+
+def _closing(specials: re.Pattern[str], text: str, said: int, end: int) -> list[str]:
+    """The special tokens, one behind the other, that end what stands from `said` to `end`; the last one first."""
+    found, place = list[str](), said + len(text[said:end].rstrip())
+    for special in reversed(list(specials.finditer(text, said, end))):
+        if special.end() != place:
+            break
+        found.append(special[0])
+        place = special.start()
+    return found
 
 
 def _forms(messages: list[Any]) -> Iterator[list[Any]]:
