@@ -31,11 +31,9 @@ def ranges(numbers: Sequence[int], most: int) -> str:
 
 def end_of_turn(tokens: int | None, kept: int | None) -> str | None:
     """How many of the tokens that end an answer train; None where it is not known which they are."""
-    if tokens is None:
-        return None
-    return (
-        f"end of turn: {kept or 0:,} of {tokens:,} train" if tokens else "end of turn: no response token ends an answer"
-    )
+    if not tokens:
+        return None if tokens is None else "end of turn: no response token ends an answer"
+    return f"end of turn: {kept or 0:,} of {tokens:,} train"
 
 
 def over_share(tokens: int) -> str:

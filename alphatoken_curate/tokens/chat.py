@@ -28,6 +28,7 @@ from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
 from alphatoken_curate.tokens.turns import (
     RESERVED,
     Answers,
+    Render,
     find_answers,
     left_out_notes,
     left_out_of_turn,
@@ -154,12 +155,12 @@ class ChatTemplate:
         notes = self._notes_of_specials([messages[i] for i in respond]) if marked else []
         template = self._tokenizer.get_chat_template(tools=record.tools)
         if _GENERATION.search(template):
-            text, found = _answers_by_marks(template, render, messages, answers, respond)
+            text, found = _answers_by_marks(template, render, messages, answers, respond, self._specials)
         else:
             text = render(messages)
             found = find_answers(text, messages, respond, render, specials=self._specials, stops=self._stops)
-        ends = zip(found.said, found.spans, strict=True)
-        closings = tuple(len(_closing(self._specials, text, said, end)) for said, (_, end) in ends)
+        ends = [(said, end) for said, (_, end) in zip(found.said, found.spans, strict=True)]
+        closings = tuple(len(_closing(self._specials, text, *one)) for one in ends)
         return _rendered(text, found.spans, marked, notes + found.notes)._replace(closings=closings)
 
     def render_prompt(self, record: Prompt) -> RenderedText:
@@ -241,10 +242,10 @@ class ChatTemplate:
             return frozenset()
         ((start, end),) = found.spans
         outside = self._specials.findall("\n".join([text[:start], text[end:], prompt]))
-        closing = _closing(self._specials, text, start, end)
+        closing = {special[0] for special in _closing(self._specials, text, start, end)}
         # A generation prompt may open a thought, and close it.
         paired = {name for name in outside if _partner(name) in template}
-        return frozenset(self._specials.findall(template)) - ({*outside} - paired) - {*closing} - self._stops
+        return frozenset(self._specials.findall(template)) - ({*outside} - paired) - closing - self._stops
 
     def _apply(
         self,
@@ -257,63 +258,56 @@ class ChatTemplate:
     ) -> str:
         import jinja2
 
-        settings = self._chats.kwargs if settings is None else settings
-
+        told = self._chats.kwargs if settings is None else settings
+        options = {"tools": tools, "chat_template": template, "add_generation_prompt": prompt, **told}
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    **settings,
-                )
-            )
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except (*_TEMPLATE_FAULTS, jinja2.TemplateError) as error:
             raise RowFault("template_error", f"the chat template fails: {visible(str(error))}") from error
 
 
 def _answers_by_marks(
-    template: str, render: Callable[..., str], messages: list[Any], answers: list[int], respond: list[int]
+    template: str, render: Render, chat: list[Any], answers: list[int], respond: list[int], specials: re.Pattern[str]
 ) -> tuple[str, Answers]:
     """The chat as text, and the answers that the template marks in it. Raises RowFault."""
     tagged = _MACRO + _GENERATION.sub(
         lambda tag: f"{{%{tag[1]} {'endcall' if tag[2] else 'call __response()'} {tag[3]}%}}", template
     )
     text, spans, keys = "", list[tuple[int, int]](), list[str]()
-    for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", render(messages, template=tagged)):
+    for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", render(chat, template=tagged)):
         start = len(text)
         text += piece.strip(_OPEN + _CLOSE)
         if piece.startswith(_OPEN):
             spans.append((start, len(text)))
-    if text != render(messages):
+    if text != render(chat):
         raise not_splittable("it writes other text when its generation blocks are marked")
     said = [start for start, _ in spans]
     if len(spans) == len(answers):
         spans = [span for i, span in zip(answers, spans, strict=True) if i in respond]
         said = []
         for i, (start, end) in zip(respond, spans, strict=True):
-            keys += left_out_of_turn(messages[i], i, text[start:end])
-            said.append(start + _spoken_of(messages[i], text[start:end]))
+            keys += left_out_of_turn(chat[i], i, text[start:end])
+            said.append(_said(specials, chat[i], text, start, end))
     elif respond != answers or not spans:
         raise not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
     return text, Answers(spans=spans, said=said, notes=left_out_notes(keys))
 
 
-def _spoken_of(message: dict[str, Any], turn: str) -> int:
-    """Where in its turn the last text of a message ends: special tokens that it spells there close nothing."""
-    texts = [text.strip() for text in _strings(message.get("content"))]
-    return max((turn.rfind(text) + len(text) for text in texts if text and text in turn), default=0)
+def _said(specials: re.Pattern[str], message: dict[str, Any], text: str, start: int, end: int) -> int:
+    """Where what closes a marked turn may begin: behind the special tokens that the answer itself ends with."""
+    content = "".join(_strings(message.get("content")))
+    own, run = _closing(specials, content, 0, len(content)), _closing(specials, text, start, end)
+    spelled = own and [one[0] for one in run[-len(own) :]] == [one[0] for one in own]
+    return run[-len(own)].end() if spelled and len(run) > len(own) else start
 
 
-def _closing(specials: re.Pattern[str], text: str, said: int, end: int) -> list[str]:
+def _closing(specials: re.Pattern[str], text: str, said: int, end: int) -> list[re.Match[str]]:
     """The special tokens, one behind the other, that end what stands from `said` to `end`; the last one first."""
-    found, place = list[str](), said + len(text[said:end].rstrip())
+    found, place = list[re.Match[str]](), said + len(text[said:end].rstrip())
     for special in reversed(list(specials.finditer(text, said, end))):
         if special.end() != place:
             break
-        found.append(special[0])
+        found.append(special)
         place = special.start()
     return found
 

@@ -56,8 +56,7 @@ class Speller:
     ) -> None:
         self._tokenizer = tokenizer
         self._specials = Specials.of(tokenizer)
-        stops = {int(tokenizer.convert_tokens_to_ids(name)) for name in chats.stops}
-        self._stops = stops | ({tokenizer.eos_token_id} - {None})
+        self._stops = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, chats.stops)} - {None}
         self.template = ChatTemplate(tokenizer, self._specials, last_only=last_only, chats=chats)
 
     def encode(self, items: Sequence[RenderedText]) -> Iterator[Spelled | RowFault]:

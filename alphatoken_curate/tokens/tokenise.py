@@ -236,8 +236,10 @@ def _token_row(row: Row, found: Spelled | RowFault, max_length: int, vocab_size:
     if not response[:max_length].any():
         first = int(response.argmax())
         raise RowFault("truncated_away", f"the answer starts at token {first} and rows are cut to {max_length} tokens")
-    cut = slice(max_length)
-    return _placed(row, tokens[cut], response[cut], ends[cut], max(0, len(tokens) - max_length))
+    over = max(0, len(tokens) - max_length)
+    if over:
+        tokens, response, ends = tokens[:max_length], response[:max_length], ends[:max_length]
+    return _placed(row, tokens, response, ends, over)
 
 
 def _prompt_row(row: Row, found: Spelled | RowFault, max_length: int, vocab_size: int | None) -> TokenRow:
