@@ -63,6 +63,11 @@ class MaskConfig:
     allow_empty_rows: bool = _option(
         False, "Leave rows empty that lost every token; else each keeps its best.", _MASK, kind="bool"
     )
+    always_keep: str = _option(
+        "end-of-turn",
+        "What stays in a mask that drops: these, `special` tokens, SQL, or `none`.",
+        _MASK,
+    )
     generation: str = _option(
         "latest",
         "Scorings to use: `latest`, `all`, or numbers such as 0,2.",
@@ -228,6 +233,20 @@ class ScoreConfig(MaskConfig):
                 f"--precondition {self.precondition} with --parameters all: only linear maps have that curvature here."
                 " Give --precondition none, or --parameters linear."
             )
+
+
+def settings_of_mask(stored: Mapping[str, Any]) -> MaskConfig:
+    """The settings that a run keeps of a mask. Those from before --always-keep kept nothing always."""
+    known = {item.name: stored[item.name] for item in fields(MaskConfig) if item.name in stored}
+    return MaskConfig(**{"always_keep": "none", **known})
+
+
+def is_from_before(settings: Mapping[str, Any]) -> bool:
+    """Whether settings are of a time before --always-keep: all others of a mask are there, as in a run's config.yaml.
+
+    A file by hand need not name what it leaves at its default.
+    """
+    return {item.name for item in fields(MaskConfig)} - settings.keys() == {"always_keep"}
 
 
 def checked(kind: type[T], settings: Mapping[str, Any], where: str) -> T:

@@ -32,3 +32,15 @@ def ranges(numbers: Sequence[int], most: int) -> str:
 def in_sequences(sequences: int | None) -> str:
     """What is told behind a number of rows where each of their answers is a sequence; nothing elsewhere."""
     return f" in {count(sequences, 'sequence')}, one for each answer" if sequences else ""
+
+
+def end_of_turn(tokens: int | None, kept: int | None) -> str | None:
+    """How many of the tokens that end an answer train; None where it is not known which they are."""
+    if not tokens:
+        return None if tokens is None else "end of turn: no response token ends an answer"
+    return f"end of turn: {kept or 0:,} of {tokens:,} train"
+
+
+def over_share(tokens: int) -> str:
+    """What is said where tokens that are always kept are more than the share."""
+    return f"what is always kept is more than the share by {count(tokens, 'token')}, and stays"

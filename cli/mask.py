@@ -11,7 +11,7 @@ import click
 
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.rows.files import legible
-from alphatoken_curate.wording import count
+from alphatoken_curate.wording import count, end_of_turn, over_share
 
 from .grouped import Grouped
 from .options import config_options, read_config, tell_version
@@ -48,6 +48,8 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
     click.echo(legible(f"{verb} mask {made.mask} in {made.path}/"))
     for line in summary(made):
         click.echo(line)
+    if made.end_of_turn_tokens is None and config.always_keep == "end-of-turn":
+        click.echo("          which tokens end an answer is not stored in this run: none is always kept")
     if not made.newest:
         click.echo("Readers take the newest mask; name this one by its number:")
         click.echo(f"  alphatoken-curate export {shlex.quote(str(run))} --mask {made.mask} --for trl -o DIR")
@@ -59,6 +61,10 @@ def summary(made: Any) -> Iterator[str]:
     yield f"  tokens  {_kept(made)} response tokens kept ({made.kept_tokens / max(1, made.response_tokens):.1%})"
     if made.branches:
         yield f"          {', '.join(f'{name} {_kept(counts)}' for name, counts in made.branches.items())} kept"
+    if told := end_of_turn(made.end_of_turn_tokens, made.end_of_turn_kept):
+        yield f"          {told}"
+    if made.over_share:
+        yield f"          {over_share(made.over_share)}"
     if made.rows_given_back:
         words = ("branch", "branches") if made.branches else ("row", "rows")
         yield f"          {count(made.rows_given_back, *words)} that would have lost every token got the best one back"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from alphatoken_curate.config import MaskConfig, ScoreConfig, checked
+from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, is_from_before
 from alphatoken_curate.settings import load_settings
 
 from .grouped import Setting
@@ -53,6 +53,10 @@ def read_config(ctx: click.Context, kind: type[C], data: tuple[str, ...] = ()) -
     path = ctx.params.get("config")
     names = {item.name for item in fields(kind)}
     settings = {} if path is None else load_settings(path)
+    if is_from_before(settings):
+        settings["always_keep"] = "none"
+        if not _is_given(ctx, "always_keep"):
+            click.echo(f"--config {path}: it is from before --always-keep, and read as --always-keep none.", err=True)
     given = {name: ctx.params[name] for name in names & ctx.params.keys() - {"data"} if _is_given(ctx, name)}
     settings |= given | ({"data": data} if data else {})
     if issubclass(kind, ScoreConfig) and not settings.get("data"):

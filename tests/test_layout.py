@@ -17,7 +17,7 @@ import alphatoken_curate
 
 ORDER = """
     : errors wording settings config progress
-    runs: fingerprint documents schema atomic sealed shards records folder manifest card artifacts
+    runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest card artifacts
     models: releases folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
         capture value_rows
@@ -25,7 +25,7 @@ ORDER = """
     tokens: turns each chat pieces speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
-    masks: criteria choose responses ranked remask mask
+    masks: criteria choose always responses ranked remask mask
     scoring: budget meter folder named identity prepare idle scorer trial job beside changes loop refresh memory
         estimate check finished score
     reading: words scan rules verify row search histogram sums counting stats compare trainset

@@ -1,6 +1,7 @@
 """The number that each response token of a run is selected on, read shard by shard. No model is needed.
 
-Of each token 4 bytes are held, of each row 8 for itself and 8 for each branch. An expression as `--by` may look at
+Of each token 4 bytes are held, and 1 where some are always kept; of each row 8 for itself and 8 for each branch. An
+expression as `--by` may look at
 many tokens at once, so the columns that it names are held as well, and what polars makes of them.
 """
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.masks import criteria
+from alphatoken_curate.masks.always import Always
 from alphatoken_curate.masks.responses import Tokens, by_shard
 from alphatoken_curate.runs.schema import Components, Layout
 from alphatoken_curate.runs.shards import Shard
@@ -30,12 +32,13 @@ class RankedBranch:
     """N response tokens of one branch of R scored rows, in (row_id, turn, position) order.
 
     `scores`: for each stability weight asked for (N,) float32; `lengths` (R,) int64 tokens of each row; `per_shard`:
-    tokens of each shard, in order.
+    tokens of each shard, in order; `always` (N,) bool: those that are always kept, None where there are none.
     """
 
     scores: tuple[NDArray[np.float32], ...]
     lengths: NDArray[np.int64]
     per_shard: tuple[int, ...]
+    always: NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,16 +63,20 @@ def ranked(
     *,
     stability_weights: Sequence[float],
     scales: composite.Scales,
+    always: Always | None = None,
 ) -> Ranked:
     """What `config.by` gives, at each of some stability weights. Raises as `responses.load` and `criteria.selection`.
 
-    `files`: for each shard its file in each generation; `scales`: what the objectives are divided by.
+    `files`: for each shard its file in each generation; `scales`: what the objectives are divided by; `always`: what is
+    always kept, told with the first of the weights.
     """
     bound = sum(group[0].response_tokens for group in files)
-    branches = [_Branch(config, number, len(stability_weights), bound) for number in range(len(layout.branches))]
+    numbers = range(len(layout.branches))
+    branches = [_Branch(config, number, len(stability_weights), bound, always) for number in numbers]
     keys: list[NDArray[np.int64]] = []
     left_out = 0
-    for part in by_shard(run, files, criteria.columns_needed(config.by, components, layout), layout):
+    columns = (*criteria.columns_needed(config.by, components, layout), *(always.columns if always else ()))
+    for part in by_shard(run, files, columns, layout):
         for branch, tokens in zip(branches, part.branches, strict=True):
             for place, weight in enumerate(stability_weights):
                 how = {"components": components, "stability_weight": weight, "scales": scales, "layout": layout}
@@ -93,7 +100,8 @@ def sizes(run: Path, files: Files, layout: Layout, components: Components) -> co
 class _Branch:
     """One branch, as its shards come."""
 
-    def __init__(self, config: MaskConfig, number: int, weights: int, bound: int) -> None:
+    def __init__(self, config: MaskConfig, number: int, weights: int, bound: int, always: Always | None) -> None:
+        self._always, self._flags = always, _Joined(bound)
         self.lengths: list[NDArray[np.int64]] = []
         self._config, self._number = config, number
         self._whole = criteria.is_expression(config.by)
@@ -102,6 +110,8 @@ class _Branch:
     def add(self, place: int, tokens: Tokens, how: dict[str, Any]) -> None:
         """The tokens of a shard, with the stability weight of that place."""
         by, joined = self._config.by, self._columns[place]
+        if self._always is not None and not place:
+            self._flags.add(self._always.of(tokens.columns, **how))
         if self._whole:
             for name, column in criteria.named_columns(by, tokens.columns, **how).items():
                 joined[name].add(column)
@@ -115,6 +125,7 @@ class _Branch:
             scores=tuple(map(self._score, self._columns)),
             lengths=np.concatenate([np.empty(0, np.int64), *self.lengths]),
             per_shard=tuple(int(one.sum()) for one in self.lengths),
+            always=None if self._always is None else self._flags.array.astype(np.bool_, copy=False),
         )
 
     def _score(self, joined: dict[str, _Joined]) -> NDArray[np.float32]:

@@ -2,7 +2,8 @@
 
 Runs in one process and reads shard by shard. Of each response token it holds the number selected on (4 bytes), whether
 it is kept (1) and its weight (4): with what the threshold takes for a time no more than 10 bytes, 25 with `--weights
-rank` (and see `ranked` for an expression as `--by`); of each row 16 to 24 bytes; and what one shard takes.
+rank` (and see `ranked` for an expression as `--by`); one or two more where some are always kept; of each row 16 to 24
+bytes; and what one shard takes.
 Callers hold the run (`atomic.one_writer`) and write the card afterwards (`card.write`).
 """
 
@@ -19,15 +20,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.masks import choose, criteria
+from alphatoken_curate.masks import always, choose, criteria
+from alphatoken_curate.masks.always import Always
 from alphatoken_curate.masks.ranked import Files, Ranked, RankedBranch, ranked, sizes
 from alphatoken_curate.masks.responses import Tokens, aligned, by_shard, chosen_generations, sequences_of, table_of
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import sweep
 from alphatoken_curate.runs.fingerprint import Json, fingerprint
-from alphatoken_curate.runs.manifest import Generation, Manifest, Mask, MaskFacts
-from alphatoken_curate.runs.schema import Components, Layout, rows_and_turns, units_of, with_units
-from alphatoken_curate.runs.shards import Footer, Shard, TrainLists
+from alphatoken_curate.runs.manifest import Generation, Manifest, Mask
+from alphatoken_curate.runs.schema import Components, Layout, absent, rows_and_turns, units_of, with_units
+from alphatoken_curate.runs.shards import Footer, Shard
+from alphatoken_curate.runs.train_shards import MaskFacts, TrainLists, write_train
 from alphatoken_curate.signals import composite
 
 
@@ -45,6 +48,8 @@ class MaskSummary:
 
     Tokens, and rows that got their best token back, are counted over all branches; `branches`: of preference rows,
     `chosen` and `rejected`. `rows_left_out`: scored in only some of the `generations` that the mask averages.
+    `end_of_turn_tokens`: those that end an answer, and of them kept; None where the run does not say which they are.
+    `over_share`: by how many the tokens that are always kept exceed the share by themselves.
     """
 
     mask: int
@@ -58,6 +63,9 @@ class MaskSummary:
     kept_tokens: int
     branches: Mapping[str, BranchCounts]
     rows_given_back: int
+    end_of_turn_tokens: int | None
+    end_of_turn_kept: int | None
+    over_share: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +85,7 @@ def check_settings(config: MaskConfig, components: Components, layout: Layout) -
     choose.parse_keep(config.keep)
     choose.parse_scope(config.scope)
     criteria.columns_needed(config.by, components, layout)
+    always.check(config.always_keep, components, layout)
 
 
 def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
@@ -90,6 +99,8 @@ def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
     layout, components = manifest.layout(stored), manifest.components(stored)
     check_settings(config, components, layout)
     generations = chosen_generations(run, stored, config)
+    stays = always.always_kept(run, stored, config)
+    config = config if stays else replace(config, always_keep="none")
     about = _fields(config, generations, stored.schema_version)
     known = next((mask for mask in stored.masks if mask.fingerprint == fingerprint(about)), None)
     if known and all(_is_there(run, shard) for shard in known.shards):
@@ -97,7 +108,7 @@ def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
         left_out = sum(part.left_out for part in by_shard(run, several, (), layout))
         return _summary(run, known, stored, created=False, left_out=left_out)
     number = known.mask if known else _free_number(run, stored, fingerprint(about))
-    mask, lost = _write(run, stored, number, generations, config, about)
+    mask, lost = _write(run, stored, number, generations, config, about, stays)
     others = [other for other in stored.masks if other.mask != number]
     changed = replace(stored, masks=tuple(sorted([*others, mask], key=lambda one: one.mask)))
     manifest.write(run, changed)
@@ -115,34 +126,36 @@ def spreads(run: Path, config: MaskConfig) -> Spreads:
     found = sizes(run, files, layout, components)
     weights = (config.stability_weight, 0.0)
     tokens = changed = 0
-    for branch in _ranked(run, files, layout, components, config, weights, found).branches:
-        one, other = (choose.kept(score, branch.lengths, **_choice(config)) for score in branch.scores)
+    stays = always.always_kept(run, stored, config)
+    for branch in _ranked(run, files, layout, components, config, weights, stays, found).branches:
+        choice = {**_choice(config), "always": branch.always}
+        one, other = (choose.kept(score, branch.lengths, **choice) for score in branch.scores)
         tokens += len(one)
         changed += int(np.count_nonzero(one != other))
     return Spreads(components=found.spreads, response_tokens=tokens, decisions_changed=changed)
 
 
 def keeps(
-    branches: Sequence[Tokens], layout: Layout, components: Components, config: MaskConfig
+    branches: Sequence[Tokens], layout: Layout, components: Components, config: MaskConfig, stays: Always | None
 ) -> list[NDArray[np.bool_]]:
-    """Which tokens of each branch a mask of these settings would keep, (N,) bool each. Nothing is written."""
+    """Which tokens of each branch a mask of these settings would keep, (N,) bool each. Nothing is written.
+
+    `stays`: what it always keeps.
+    """
     scales = composite.PUBLISHED
     if _is_scaled(config):
         scales = composite.sizes((tokens.columns for tokens in branches), components).scales
     kept = []
     for number, tokens in enumerate(branches):
-        score = criteria.selection(
-            config.by,
-            tokens.columns,
-            components=components,
-            stability_weight=config.stability_weight,
-            scales=scales,
-            seed=config.seed,
-            layout=layout,
-            branch=number,
-        )
-        lengths = np.bincount(tokens.row)
-        kept.append(choose.weighed(score, lengths, **_choice(config), weights=config.weights).weight > 0)
+        how: dict[str, Any] = {
+            "components": components,
+            "stability_weight": config.stability_weight,
+            "scales": scales,
+            "layout": layout,
+        }
+        score = criteria.selection(config.by, tokens.columns, **how, seed=config.seed, branch=number)
+        choice = {**_choice(config), "always": stays and stays.of(tokens.columns, **how)}
+        kept.append(choose.weighed(score, np.bincount(tokens.row), **choice, weights=config.weights).weight > 0)
     return kept
 
 
@@ -166,6 +179,8 @@ def _fields(config: MaskConfig, generations: Sequence[Generation], version: int)
         about["aggregate"] = config.aggregate
     if criteria.depends_on_value(config.by):
         about |= {"stability_weight": float(config.stability_weight), "stability_scale": config.stability_scale}
+    if config.always_keep != "none":
+        about["always_keep"] = config.always_keep
     return about | ({"seed": config.seed} if config.by == "random" else {})
 
 
@@ -191,16 +206,18 @@ def _write(
     generations: Sequence[Generation],
     config: MaskConfig,
     about: Mapping[str, Json],
+    stays: Always | None,
 ) -> tuple[Mask, int]:
     """The mask, its shards written, and how many rows only some of the generations scored."""
     layout, components = manifest.layout(stored), manifest.components(stored)
     files = aligned(run, generations)
-    found = _ranked(run, files, layout, components, config, (config.stability_weight,))
+    found = _ranked(run, files, layout, components, config, (config.stability_weight,), stays)
     decided = [_decided(branch, config) for branch in found.branches]
     facts = MaskFacts(
         generations=tuple(one.generation for one in generations),
-        settings={item.name: getattr(config, item.name) for item in fields(MaskConfig)},
+        settings=_told(config),
         rows_given_back=sum(one.given_back for one in decided),
+        over_share=sum(one.over_share for one in decided) if stays else None,
     ).as_json()
     metadata = Footer(fields=about, facts=facts)
     units = units_of(config.by, config.stability_scale)
@@ -216,22 +233,31 @@ def _write(
         if index in done:
             shards.check_rows(path, rows_and_turns(keys)[0].tolist())
         else:
-            lists = _train_lists(run, files[index][0], keys, layout, parts)
-            done[index] = shards.write_train(path, keys, lists, metadata, layout)
+            lists = _train_lists(run, files[index][0], keys, layout, parts, stored.schema_version)
+            done[index] = write_train(path, keys, lists, metadata, layout)
         group.append((shards.read_footer(path), done[index]))
     return manifest.mask_of(number, folder, group), found.left_out
+
+
+def _told(config: MaskConfig) -> dict[str, Json]:
+    """The settings as a mask keeps them: where nothing is always kept, as before there was such a setting."""
+    settings = {item.name: getattr(config, item.name) for item in fields(MaskConfig)}
+    if config.always_keep == "none":
+        del settings["always_keep"]
+    return settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Decided:
     """Of N response tokens of one branch: the number selected on and the loss weight, (N,) float32 each.
 
-    `given_back`: rows of the whole branch that got their best token back.
+    `given_back`: rows of the whole branch that got their best token back; `over_share`: as in `choose.Weighed`.
     """
 
     score: NDArray[np.float32]
     weight: NDArray[np.float32]
     given_back: int
+    over_share: int
 
 
 def _ranked(
@@ -241,13 +267,14 @@ def _ranked(
     components: Components,
     config: MaskConfig,
     stability_weights: Sequence[float],
+    stays: Always | None,
     known: composite.Sizes | None = None,
 ) -> Ranked:
     """What all branches are selected on. The scales are one pair for all: their values must stay comparable."""
     scales = composite.PUBLISHED
     if _is_scaled(config):
         scales = (known or sizes(run, files, layout, components)).scales
-    weights = {"stability_weights": stability_weights, "scales": scales}
+    weights = {"stability_weights": stability_weights, "scales": scales, "always": stays}
     return ranked(run, files, layout, components, config, **weights)  # type: ignore[arg-type]
 
 
@@ -263,8 +290,8 @@ def _choice(config: MaskConfig) -> dict[str, Any]:
 def _decided(branch: RankedBranch, config: MaskConfig) -> _Decided:
     """Eq. 13 for one branch by itself."""
     (score,) = branch.scores
-    found = choose.weighed(score, branch.lengths, **_choice(config), weights=config.weights)
-    return _Decided(score=score, weight=found.weight, given_back=found.given_back)
+    found = choose.weighed(score, branch.lengths, **_choice(config), weights=config.weights, always=branch.always)
+    return _Decided(score=score, weight=found.weight, given_back=found.given_back, over_share=found.over_share)
 
 
 def _by_shard(branch: RankedBranch, decided: _Decided) -> Iterator[_Decided]:
@@ -276,10 +303,11 @@ def _by_shard(branch: RankedBranch, decided: _Decided) -> Iterator[_Decided]:
 
 
 def _train_lists(
-    run: Path, shard: Shard, keys: NDArray[np.int64], layout: Layout, decided: Sequence[_Decided]
+    run: Path, shard: Shard, keys: NDArray[np.int64], layout: Layout, decided: Sequence[_Decided], version: int
 ) -> list[TrainLists]:
     """The rows of a train shard, by branch; `decided`: of the response tokens of these rows."""
-    columns = [prefix + name for prefix in layout.branches for name in ("input_ids", "response")]
+    ends = [always.END_OF_TURN] if always.END_OF_TURN not in absent(version) else []
+    columns = [prefix + name for prefix in layout.branches for name in ("input_ids", "response", *ends)]
     table = table_of(run, shard, layout, columns)
     table = table.filter(pa.array(np.isin(sequences_of(table), keys)))
     lists = []
@@ -288,7 +316,8 @@ def _train_lists(
         weight, value = np.zeros(len(response), np.float32), np.full(len(response), np.nan, np.float32)
         weight[response], value[response] = one.weight, one.score
         ids = shards.entries(table[prefix + "input_ids"])[0].astype(np.int32)
-        lists.append(TrainLists(lengths=lengths, input_ids=ids, weight=weight, value=value))
+        end = shards.entries(table[prefix + ends[0]])[0] if ends else None
+        lists.append(TrainLists(lengths=lengths, input_ids=ids, weight=weight, value=value, end_of_turn=end))
     return lists
 
 
@@ -305,6 +334,9 @@ def _summary(run: Path, mask: Mask, stored: Manifest, *, created: bool, left_out
         kept_tokens=mask.kept_tokens,
         branches=_branch_counts(run, mask, manifest.layout(stored)),
         rows_given_back=mask.rows_given_back,
+        end_of_turn_tokens=mask.end_of_turn_tokens,
+        end_of_turn_kept=mask.end_of_turn_kept,
+        over_share=mask.over_share or 0,
     )
 
 

@@ -86,9 +86,9 @@ def aligned(run: Path, generations: Sequence[Generation]) -> list[tuple[Shard, .
 
 
 def load(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str], layout: Layout) -> Scored:
-    """Positions and these columns (signals, row_id, turn, token_id, omega, margin) of each branch's response tokens.
+    """Positions and these columns of each branch's response tokens, and `sequence`, the key of the one each is in.
 
-    And `sequence`, the key of the one that each is in.
+    Columns: signals, row_id, turn, token_id, end_of_turn, omega, margin.
 
     `files`: for each shard its file in each generation, so `[[shard]]` is one shard of one. Of several generations only
     the rows are read that all of them scored, and each number is their mean, taken in float64 and rounded once to
@@ -128,6 +128,9 @@ def by_shard(run: Path, files: Sequence[Sequence[Shard]], columns: Sequence[str]
 def _names(columns: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("sequence", "position", *columns)))
 
+
+_LISTS = (*SIGNALS, "end_of_turn")
+"""Columns of values/ with an entry for each token, beside its id."""
 
 _SAME = "reference_nll"
 """The same number in all generations, and null in those whose model is the reference: it is taken where it is."""
@@ -184,7 +187,7 @@ def _averaged(run: Path, files: Sequence[Shard], names: Sequence[str], layout: L
 
 
 def _part(run: Path, shard: Shard, names: Sequence[str], layout: Layout) -> _Part:
-    lists = [name for name in names if name in SIGNALS]
+    lists = [name for name in names if name in _LISTS]
     lists += ["response", *(["input_ids"] if "token_id" in names else [])]
     wanted = [prefix + name for prefix in layout.branches for name in lists]
     table = table_of(run, shard, layout, ["status", *wanted, *(name for name in names if name in PAIR_COLUMNS)])
@@ -216,7 +219,7 @@ def _flat(path: Path, table: pa.Table, names: Sequence[str], prefix: str) -> Col
             flat[name] = (np.flatnonzero(response) - starts[rows]).astype(np.int32)
         elif name == "sequence":
             flat[name] = sequences_of(table)[rows]
-        elif name in table.column_names and name not in SIGNALS:  # one number for each row
+        elif name in table.column_names and name not in _LISTS:  # one number for each row
             flat[name] = table[name].to_numpy()[rows]
         else:
             column = prefix + ("input_ids" if name == "token_id" else name)

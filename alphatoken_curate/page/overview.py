@@ -32,7 +32,7 @@ from alphatoken_curate.reading.stats import Stats
 from alphatoken_curate.reading.sums import objectives
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.runs.schema import STATUSES, lacks
-from alphatoken_curate.wording import count, in_sequences
+from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share
 
 NATS = "nats per unit step"
 
@@ -136,7 +136,9 @@ def _mask(tokens: RunTokens) -> Html:
     generations = listed([str(one) for one in tokens.mask.generations])
     several = "s" if len(tokens.mask.generations) > 1 else ""
     rest = f", {settings.get('scope')} scope, {settings.get('weights')} weights, of generation{several} {generations}"
-    return joined([f"number {tokens.mask.mask}: {kept} by ", by, rest])
+    stays = settings.get("always_keep", "none")
+    always = [] if stays == "none" else ["; always kept: ", tag("code", str(stays))]
+    return joined([f"number {tokens.mask.mask}: {kept} by ", by, rest, *always])
 
 
 def _refused(run: Path, stored: Manifest, found: Stats) -> Html | None:
@@ -193,6 +195,11 @@ def _kept_table(tokens: RunTokens, found: Stats, weight: Floats) -> Html:
     if found.rows_left_out:
         rows_out = count(found.rows_left_out, "row is", "rows are")
         answer += f" {rows_out} left out: not each generation of the mask scored them."
+    newest = found.masks[-1]
+    if told := end_of_turn(newest.end_of_turn_tokens, newest.end_of_turn_kept):
+        answer += f" {told.capitalize()}."
+    if newest.over_share:
+        answer += f" {over_share(newest.over_share).capitalize()}."
     head = ("tokens", "count", "kept", "share", "")
     return figure("kept", "How many tokens are kept?", answer, table("Kept tokens", head, rows, class_="bars"))
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks import criteria, remask, responses
+from alphatoken_curate.masks.always import always_kept
 from alphatoken_curate.reading.row import read_row
 from alphatoken_curate.reading.scan import choose_generation
 from alphatoken_curate.reading.stats import newest_settings
@@ -203,9 +204,10 @@ class _Scoring:
         """Of each branch these signals, row_id, position, token_id, and which tokens are kept."""
         config, known = newest_settings(self.stored), manifest.components(self.stored)
         needed = criteria.columns_needed(config.by, known, self.layout)
-        wanted = tuple(dict.fromkeys((*names, "token_id", *needed)))
+        stays = always_kept(self.run, self.stored, config)
+        wanted = tuple(dict.fromkeys((*names, "token_id", *needed, *(stays.columns if stays else ()))))
         scored = responses.load(self.run, [[shard] for shard in self.generation.shards], wanted, self.layout)
-        kept = remask.keeps(scored.branches, self.layout, known, config)
+        kept = remask.keeps(scored.branches, self.layout, known, config, stays)
         return [
             {"kept": stays, **{name: one.columns[name] for name in (*names, "sequence", "position", "token_id")}}
             for one, stays in zip(scored.branches, kept, strict=True)

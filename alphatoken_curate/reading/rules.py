@@ -45,6 +45,8 @@ class Total:
     tokens: int = 0
     response: int = 0
     kept: int = 0
+    ends: int = 0
+    ends_kept: int = 0
     weight: float = 0.0
 
 
@@ -90,6 +92,11 @@ def _branch(table: pa.Table, prefix: str, components: Components, status: NDArra
     starts = np.cumsum(lengths) - lengths
     if response[starts[lengths > 0]].any():
         yield f"`{prefix}response` is true at index 0"
+    ends, found = entries(table[prefix + "end_of_turn"])
+    if not np.array_equal(found, lengths):
+        yield f"`{prefix}end_of_turn` is not as long as `{prefix}input_ids`"
+    elif (ends.astype(np.bool_) & ~response).any():
+        yield f"`{prefix}end_of_turn` is true off the response"
     if lengths[status == "rejected"].any():
         yield f"`{prefix}response` is not empty for rejected rows"
     scored = status == "scored"
@@ -170,7 +177,7 @@ def _wrong_margin(
 
 def other_rows(table: pa.Table, first: pa.Table, layout: Layout) -> Iterator[str]:
     """Where a values shard holds other rows or tokens than that of the run's first generation."""
-    for name in ["row_id", "turn", "source", "line", "id", *_lists(layout, "input_ids", "response")]:
+    for name in ["row_id", "turn", "source", "line", "id", *_lists(layout, "input_ids", "response", "end_of_turn")]:
         if not table[name].equals(first[name]):
             yield f"its `{name}` is not that of the same shard of the first generation"
 
@@ -194,6 +201,10 @@ def sums(mask: Mask, layout: Layout, totals: Sequence[Total]) -> Iterator[str]:
     kept, response = sum(total.kept for total in totals), sum(total.response for total in totals)
     if (kept, response) != (mask.kept_tokens, mask.response_tokens):
         yield f"{kept} of {count(response, 'token')} kept, not {mask.kept_tokens} of {mask.response_tokens}"
+    told = mask.end_of_turn_kept, mask.end_of_turn_tokens
+    ends = sum(total.ends_kept for total in totals), sum(total.ends for total in totals)
+    if told[1] is not None and ends != told:
+        yield f"{ends[0]} of {count(ends[1], 'end-of-turn token')} kept, not {told[0]} of {told[1]}"
     for prefix, total in zip(layout.branches, totals, strict=True):
         if total.kept and abs(total.weight / total.kept - 1) > _MEAN:
             yield f"mean of `{prefix}loss_weight` over the tokens that train is {total.weight / total.kept}, not 1"
@@ -233,6 +244,9 @@ def _train_branch(table: pa.Table, scored: pa.Table, prefix: str, total: Total) 
     yield from (what for what, holds in _train_rules(flat, ids, response, prefix).items() if not holds.all())
     yield from _signal(table, prefix + "value", lengths, ~response, optional=False)
     trains = flat["loss_weight"] > 0
+    ends = entries(scored[prefix + "end_of_turn"])[0].astype(np.bool_)
+    if len(ends) == len(trains):
+        total.ends, total.ends_kept = total.ends + int(ends.sum()), total.ends_kept + int((ends & trains).sum())
     total.kept += int(trains.sum())
     total.response += int(response.sum())
     total.weight += float(flat["loss_weight"][trains].sum(dtype=np.float64))

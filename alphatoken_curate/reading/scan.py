@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import polars as pl
 import pyarrow as pa
@@ -153,10 +153,11 @@ def _frame(run: Path, files: Sequence[Shard], schema: pa.Schema) -> pl.LazyFrame
     # No globbing and no hive columns: the manifest has said which files, and `mask=0000` is a name, not a column.
     found = pl.scan_parquet([run / file.path for file in files], glob=False, hive_partitioning=False)
     lacks = lacking(schema, read_footer(run / files[0].path).version)
+    kinds: Any = pl.DataFrame(pl.from_arrow(schema.empty_table())).schema
     nulls = [
         pl.lit(0, pl.Int32).alias(name)
         if name == "turn"
-        else pl.lit(None, pl.Float32).repeat_by(pl.col(of).list.len()).alias(name)
+        else pl.lit(None, kinds[name].inner).repeat_by(pl.col(of).list.len()).alias(name)
         for name, of in lacks.items()
     ]
     return found.with_columns(*nulls).select(schema.names) if lacks else found

@@ -8,11 +8,11 @@ decides; it alone holds something of every response token: 14 bytes at most, and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.config import MaskConfig, settings_of_mask
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.masks import choose, criteria, remask, responses
 from alphatoken_curate.reading.counting import GroupStats, counted
@@ -47,7 +47,11 @@ class GenerationStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskStats:
-    """One mask; `settings` as `mask` was given them, `kept_share` None where there is no response token."""
+    """One mask; `settings` as `mask` was given them, `kept_share` None where there is no response token.
+
+    `end_of_turn_tokens`: those that end an answer, and of them kept; None where the run does not say which they are.
+    `over_share`: by how many the tokens that are always kept exceed the share by themselves.
+    """
 
     mask: int
     generations: tuple[int, ...]
@@ -56,6 +60,9 @@ class MaskStats:
     response_tokens: int
     kept_share: float | None
     rows_given_back: int
+    end_of_turn_tokens: int | None
+    end_of_turn_kept: int | None
+    over_share: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +172,7 @@ def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str,
         config = replace(config, generation=",".join(map(str, stored.masks[-1].generations)), aggregate="mean")
     by_value = criteria.depends_on_value(config.by) and choose.parse_keep(config.keep) != 1
     if not by_value:
-        config = replace(config, by="value", keep=0.5, scope="global", weights="binary")
+        config = replace(config, by="value", keep=0.5, scope="global", weights="binary", always_keep="none")
     found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES]
     return {
         "decisions_changed": {scale: one.decisions_changed for scale, one in zip(SCALES, found, strict=True)},
@@ -180,9 +187,7 @@ def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str,
 
 def newest_settings(stored: Manifest) -> MaskConfig:
     """The settings of the newest mask; the defaults where there is none."""
-    settings = stored.masks[-1].settings if stored.masks else {}
-    known: dict[str, Any] = {item.name: settings[item.name] for item in fields(MaskConfig) if item.name in settings}
-    return MaskConfig(**known)
+    return settings_of_mask(stored.masks[-1].settings) if stored.masks else MaskConfig()
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -211,4 +216,7 @@ def _mask(mask: Mask) -> MaskStats:
         response_tokens=mask.response_tokens,
         kept_share=_share(mask.kept_tokens, mask.response_tokens),
         rows_given_back=mask.rows_given_back,
+        end_of_turn_tokens=mask.end_of_turn_tokens,
+        end_of_turn_kept=mask.end_of_turn_kept,
+        over_share=mask.over_share or 0,
     )

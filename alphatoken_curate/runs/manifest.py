@@ -20,6 +20,7 @@ from alphatoken_curate.runs.fingerprint import Json, differing
 from alphatoken_curate.runs.folder import MANIFEST, check_is_run
 from alphatoken_curate.runs.schema import BY_ESTIMATOR, LAYOUTS, STATUSES, VERSIONS, Components, Layout
 from alphatoken_curate.runs.shards import Footer, Shard
+from alphatoken_curate.runs.train_shards import MaskFacts
 from alphatoken_curate.wording import count
 
 NAME = MANIFEST
@@ -90,7 +91,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mask:
-    """One mask made from `generations`, which ascend; tokens are those of the rows scored in each of them."""
+    """One mask made from `generations`, which ascend; tokens are those of the rows scored in each of them.
+
+    `end_of_turn_tokens`: those that end an answer, and of them kept; None where values/ does not say it. `over_share`:
+    by how many the tokens that are always kept exceed the share by themselves.
+    """
 
     mask: int
     generations: tuple[int, ...]
@@ -100,6 +105,9 @@ class Mask:
     kept_tokens: int
     response_tokens: int
     rows_given_back: int
+    end_of_turn_tokens: int | None = field(default=None, metadata=LATER)
+    end_of_turn_kept: int | None = field(default=None, metadata=LATER)
+    over_share: int | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,19 +148,6 @@ class Facts:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MaskFacts:
-    """What a train shard's footer tells along: `generations` ascend, `rows_given_back` is the whole mask's."""
-
-    generations: tuple[int, ...]
-    settings: Mapping[str, Json]
-    rows_given_back: int
-
-    def as_json(self) -> dict[str, Json]:
-        """For `Footer.facts`."""
-        return asdict(self)
-
-
 # ------------------------------------------------------------------------------------------------------ write, read
 
 
@@ -165,8 +160,10 @@ def write(run: Path, manifest: Manifest) -> None:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json: a sealed document."""
-    return sealed(asdict(manifest))
+    """The bytes of manifest.json: a sealed document. What a mask cannot tell is left out."""
+    document = asdict(manifest)
+    document["masks"] = [{key: told for key, told in one.items() if told is not None} for one in document["masks"]]
+    return sealed(document)
 
 
 def read(run: Path) -> Manifest:
@@ -387,6 +384,8 @@ def mask_of(number: int, folder: Path, group: Sequence[tuple[Footer, Shard]]) ->
     """The manifest's entry of a mask, from its shards. Raises `StoredDataError` for footers that are no mask's."""
     footer = group[0][0]
     facts = _facts_in(MaskFacts, folder, footer)
+    told = [name for name in ("end_of_turn_tokens", "end_of_turn_kept") if name in footer.counts]
+    ends = {name: sum(one.counts[name] for one, _ in group) for name in told}
     return Mask(
         mask=number,
         generations=facts.generations,
@@ -396,4 +395,6 @@ def mask_of(number: int, folder: Path, group: Sequence[tuple[Footer, Shard]]) ->
         kept_tokens=sum(one.counts["kept_tokens"] for one, _ in group),
         response_tokens=sum(one.counts["response_tokens"] for one, _ in group),
         rows_given_back=facts.rows_given_back,
+        over_share=facts.over_share,
+        **ends,
     )

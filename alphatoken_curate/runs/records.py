@@ -30,12 +30,13 @@ def _branches(table: pa.Table, prefix: str) -> list[Branch]:
         flat, lengths = shards.entries(table[prefix + name])
         return np.split(flat.astype(kind), np.cumsum(lengths)[:-1])
 
-    ids, response = rows_of("input_ids", np.int32), rows_of("response", np.bool_)
+    ids, response, ends = (rows_of("input_ids", np.int32), *(rows_of(n, np.bool_) for n in ("response", "end_of_turn")))
     signals = {name: rows_of(name, np.float32) for name in SIGNALS}
     return [
         Branch(
             input_ids=ids[i],
             response=response[i],
+            end_of_turn=ends[i],
             signals={name: rows[i] for name, rows in signals.items() if not np.isnan(rows[i]).all()},
         )
         for i in range(table.num_rows)

@@ -23,7 +23,7 @@ _ADDED = {
         *("adapt_upstream", "adapt_influence", "stab_upstream", "stab_influence", "drift_influence"),
         *("piece", "special"),
     ),
-    3: ("turn",),
+    3: ("turn", "end_of_turn"),
 }
 """By schema version, the columns that it brought, without the prefix of a branch."""
 
@@ -130,7 +130,8 @@ def lacking(columns: pa.Schema, version: int) -> dict[str, str]:
     for name in columns.names:
         prefix = next((one for one in PREFERENCE.branches if name.startswith(one)), "")
         if name.removeprefix(prefix) in lacks:
-            found[name] = "row_id" if name == "turn" else f"{prefix}value"
+            beside = "value" if name.removeprefix(prefix) in SIGNALS else "response"
+            found[name] = "row_id" if name == "turn" else f"{prefix}{beside}"
     return found
 
 
@@ -182,6 +183,12 @@ _ROW = [
 _VALUE_LISTS = [
     _field("input_ids", pa.list_(pa.int32()), units="token", doc="the whole sequence"),
     _field("response", pa.list_(pa.bool_()), units="bool", doc="true at the tokens that would train"),
+    _field(
+        "end_of_turn",
+        pa.list_(pa.bool_()),
+        units="bool",
+        doc="true at those of them that end an answer, its run of stop tokens",
+    ),
     _signal("nll", "-log p(token | what precedes it) under the scored model", "nats"),
     _signal("entropy", "entropy of the scored model's prediction of this token", "nats"),
     _signal("reference_nll", "nll under the reference; null where the reference is the same model", "nats"),
@@ -271,7 +278,7 @@ SIGNALS = tuple(field.name for field in _VALUE_LISTS if field.type == _floats)
 
 def lacks(version: int) -> str | None:
     """What a run of an early schema version lacks, to be told; None where it lacks nothing."""
-    names = [name for name in (*SIGNALS, *VOCABULARY_COLUMNS.names) if name in absent(version)]
+    names = [name for name in (*SIGNALS, *VOCABULARY_COLUMNS.names, "end_of_turn") if name in absent(version)]
     return f"Schema version {version}, which had no columns {', '.join(names)}: they are null." if names else None
 
 

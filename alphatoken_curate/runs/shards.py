@@ -24,16 +24,7 @@ from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataEr
 from alphatoken_curate.runs import sealed
 from alphatoken_curate.runs.atomic import atomic_file, digest
 from alphatoken_curate.runs.fingerprint import Json, differing, fingerprint
-from alphatoken_curate.runs.schema import (
-    IGNORE_INDEX,
-    PAIR_COLUMNS,
-    SCHEMA_VERSION,
-    SIGNALS,
-    STATUSES,
-    Layout,
-    lacking,
-    rows_and_turns,
-)
+from alphatoken_curate.runs.schema import PAIR_COLUMNS, SCHEMA_VERSION, SIGNALS, STATUSES, Layout, lacking
 from alphatoken_curate.wording import count
 
 SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
@@ -44,7 +35,7 @@ OF_ROW = ("row_id", "turn", "source", "line", "id", "status")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Branch:
-    """One sequence of a row: `input_ids` (T,) int32 and `response` (T,) bool, both empty for rejected rows.
+    """One sequence of a row: `input_ids` (T,) int32, `response` and `end_of_turn` (T,) bool, empty for rejected rows.
 
     `signals`: name -> (T,) float32, NaN off the response; empty unless the row is scored. A signal that is left out
     is null everywhere.
@@ -52,6 +43,7 @@ class Branch:
 
     input_ids: NDArray[np.int32]
     response: NDArray[np.bool_]
+    end_of_turn: NDArray[np.bool_]
     signals: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
@@ -72,20 +64,6 @@ class ValueRow:
     branches: tuple[Branch, ...]
     omega: float | None = None
     margin: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TrainLists:
-    """One branch of the rows of a train shard, flat: R rows of N tokens in all.
-
-    `lengths` (R,) int64, `input_ids` (N,) int32, `weight` (N,) float32 >= 0, `value` (N,) float32, NaN off the
-    response.
-    """
-
-    lengths: NDArray[np.int64]
-    input_ids: NDArray[np.int32]
-    weight: NDArray[np.float32]
-    value: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +129,7 @@ def write_values(path: Path, records: Sequence[ValueRow], metadata: Footer, layo
     counts |= {"sequences": sum(record.status == "scored" for record in records)}
     counts |= {"tokens": sum(len(branch.input_ids) for branch in branches)}
     counts |= {"response_tokens": sum(int(branch.response.sum()) for branch in branches)}
-    return _commit(path, table, metadata, counts)
+    return commit(path, table, metadata, counts)
 
 
 def rows_by_status(row_ids: Iterable[int], statuses: Iterable[str]) -> dict[str, int]:
@@ -177,49 +155,15 @@ def values_table(records: Sequence[ValueRow], layout: Layout) -> pa.Table:
     for number, prefix in enumerate(layout.branches):
         branches = [record.branches[number] for record in records]
         lengths = np.array([len(branch.input_ids) for branch in branches], np.int64)
-        for name, kind in (("input_ids", np.int32), ("response", np.bool_)):
+        for name, kind in (("input_ids", np.int32), ("response", np.bool_), ("end_of_turn", np.bool_)):
             flat = _joined([getattr(branch, name) for branch in branches], kind)
-            columns[prefix + name] = _lists(flat, lengths, schema, prefix + name)
+            columns[prefix + name] = lists_of(flat, lengths, schema, prefix + name)
         given = [branch for branch in branches if branch.signals]
         for name in SIGNALS:
             flat = _joined([_signal(branch, name) for branch in given], np.float32)
             ends = np.where(scored, lengths, 0)
-            columns[prefix + name] = _lists(flat, ends, schema, prefix + name, null=np.isnan(flat))
+            columns[prefix + name] = lists_of(flat, ends, schema, prefix + name, null=np.isnan(flat))
     return pa.table(columns, schema=schema)
-
-
-def write_train(
-    path: Path, keys: NDArray[np.int64], branches: Sequence[TrainLists], metadata: Footer, layout: Layout
-) -> Shard:
-    """Commit one train shard of the sequences `keys` (R,) (`sequence_keys`).
-
-    Labels, loss_mask and attention_mask follow from the weights.
-
-    `branches`: as many as the layout has, in its order. The same rows and metadata give the same bytes. Raises
-    `CurateError` where the disk refuses.
-    """
-    row_id, turn = rows_and_turns(keys)
-    columns: dict[str, pa.Array] = {"row_id": pa.array(row_id, pa.int64()), "turn": pa.array(turn, pa.int32())}
-    for prefix, lists in zip(layout.branches, branches, strict=True):
-        columns |= _train_columns(lists, layout.train, prefix)
-    counts = {"rows": len(keys), "tokens": sum(len(lists.input_ids) for lists in branches)}
-    counts["response_tokens"] = sum(int((~np.isnan(lists.value)).sum()) for lists in branches)
-    counts["kept_tokens"] = sum(int((lists.weight > 0).sum()) for lists in branches)
-    return _commit(path, pa.table(columns, schema=layout.train), metadata, counts)
-
-
-def _train_columns(lists: TrainLists, schema: pa.Schema, prefix: str) -> dict[str, pa.Array]:
-    trains = lists.weight > 0
-    flat: dict[str, NDArray[Any]] = {
-        "input_ids": lists.input_ids,
-        "attention_mask": np.ones(len(trains), np.int8),
-        "labels": np.where(trains, lists.input_ids, IGNORE_INDEX).astype(np.int64),
-        "loss_mask": trains.astype(np.int8),
-        "loss_weight": lists.weight,
-    }
-    columns = {prefix + name: _lists(values, lists.lengths, schema, prefix + name) for name, values in flat.items()}
-    off = np.isnan(lists.value)
-    return columns | {prefix + "value": _lists(lists.value, lists.lengths, schema, prefix + "value", null=off)}
 
 
 def _check_record(record: ValueRow, layout: Layout) -> None:
@@ -241,6 +185,8 @@ def _check_branch(branch: Branch, where: str, *, scored: bool) -> None:
     length = len(branch.input_ids)
     if len(branch.response) != length or (length and bool(branch.response[0])):
         raise CurateError(f"{where}: `response` must be as long as `input_ids` and false at index 0")
+    if len(branch.end_of_turn) != length or (branch.end_of_turn & ~branch.response).any():
+        raise CurateError(f"{where}: `end_of_turn` must be as long as `input_ids` and false off the response")
     if scored != bool(branch.signals):
         raise CurateError(f"{where}: {len(branch.signals)} signals; scored rows have some, others none")
     for name, signal in branch.signals.items():
@@ -261,7 +207,7 @@ def _joined(parts: Sequence[NDArray[Any]], kind: type[np.generic]) -> NDArray[An
     return np.concatenate([np.empty(0, kind), *parts]).astype(kind, copy=False)
 
 
-def _lists(
+def lists_of(
     flat: NDArray[Any], lengths: NDArray[np.int64], schema: pa.Schema, name: str, null: NDArray[np.bool_] | None = None
 ) -> pa.Array:
     """Flat entries (N,) and row lengths (R,) -> list array (R,) of the schema's type, null where `null`."""
@@ -273,7 +219,8 @@ def _lists(
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, type=kind)
 
 
-def _commit(path: Path, table: pa.Table, metadata: Footer, counts: Mapping[str, int]) -> Shard:
+def commit(path: Path, table: pa.Table, metadata: Footer, counts: Mapping[str, int]) -> Shard:
+    """Write a shard whole, with what it says of itself. Raises `CurateError` where the disk refuses."""
     with atomic_file(path) as sink:
         told: dict[str, Json] = {
             "fields": metadata.fields,
@@ -348,7 +295,8 @@ def _with_nulls(table: pa.Table, schema: pa.Schema, absent: Mapping[str, str]) -
             table = table.append_column(schema.field(name), zeros)
             continue
         flat, lengths = entries(table[beside])
-        nulls = _lists(np.zeros(len(flat), np.float32), lengths, schema, name, null=np.ones(len(flat), np.bool_))
+        kind = schema.field(name).type.value_type.to_pandas_dtype()
+        nulls = lists_of(np.zeros(len(flat), kind), lengths, schema, name, null=np.ones(len(flat), np.bool_))
         table = table.append_column(schema.field(name), nulls)
     return table
 

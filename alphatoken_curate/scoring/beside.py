@@ -90,6 +90,7 @@ def read_side_rows(run: Path, stored: Manifest, name: str) -> list[TokenRow]:
             id=None,
             input_ids=np.array(row["input_ids"], np.int32),
             response=np.array(row["response"], np.bool_),
+            end_of_turn=np.zeros(len(row["response"]), np.bool_),
             truncated=0,
         )
         for row in table.to_pylist()

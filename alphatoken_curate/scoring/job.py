@@ -82,7 +82,7 @@ def record(row: AnyRow, status: str, result: RowResult | None = None) -> ValueRo
         id=first.id,
         status=status,
         branches=tuple(
-            Branch(input_ids=part.input_ids, response=part.response, signals=mine)
+            Branch(input_ids=part.input_ids, response=part.response, end_of_turn=part.end_of_turn, signals=mine)
             for part, mine in zip(parts, signals, strict=True)
         ),
         omega=result.omega if result is not None else None,
@@ -91,7 +91,8 @@ def record(row: AnyRow, status: str, result: RowResult | None = None) -> ValueRo
 
 
 def _rejected(bad: BadRow, layout: Layout) -> ValueRow:
-    empty = Branch(input_ids=np.empty(0, np.int32), response=np.empty(0, np.bool_))
+    none = np.empty(0, np.bool_)
+    empty = Branch(input_ids=np.empty(0, np.int32), response=none, end_of_turn=none)
     return ValueRow(
         row_id=bad.row_id,
         source=bad.source,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -161,6 +161,13 @@ class _Reader:
         )
 
     @cached_property
+    def _stop_ids(self) -> frozenset[int]:
+        found = generation_stops(self._source)
+        if self.tokenizer is not None:
+            return frozenset([*_ids(found), *_ids(self.tokenizer.eos_token_id)])
+        return frozenset(_ids(model_config(self._source).get("eos_token_id") if found is None else found))
+
+    @cached_property
     def _vocabulary(self) -> int | None:
         return _vocabulary(self._source, self.tokenizer)
 
@@ -174,6 +181,7 @@ class _Reader:
             turns=config.turns,
             vocab_size=self._vocabulary,
             chats=self._chats,
+            stop_ids=self._stop_ids,
             told=self.told,
         )
 
@@ -209,10 +217,13 @@ def _stops(source: ModelSource, tokenizer: Tokenizer | None) -> frozenset[str]:
     """Texts of the tokens that end an answer by generation_config.json."""
     if tokenizer is None:
         return frozenset()
-    found = generation_stops(source)
-    ids = found if isinstance(found, list) else [found]
-    known = [one for one in ids if isinstance(one, int) and 0 <= one < len(tokenizer)]
+    known = [one for one in _ids(generation_stops(source)) if 0 <= one < len(tokenizer)]
     return frozenset(map(str, tokenizer.convert_ids_to_tokens(known)))
+
+
+def _ids(stops: Any) -> list[int]:
+    """One token or several, as configs name them."""
+    return [one for one in (stops if isinstance(stops, list) else [stops]) if isinstance(one, int)]
 
 
 def _begun(found: RowStream) -> Iterator[Row]:
@@ -256,18 +267,22 @@ def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -
     return {
         **fields_of(prepared.config, named, kind=prepared.kind, dtype=dtype),
         "template": f"sha256:{hashlib.sha256(str(template).encode()).hexdigest()}" if template else None,
-        "tokens": _tokens_digest(sequences([*prepared.rows, *prepared.held_out])),
+        "tokens": _tokens_digest(sequences([*prepared.rows, *prepared.held_out]), ends=True),
         "target_tokens": _tokens_digest(prepared.target.rows),
         "retention_tokens": _tokens_digest(prepared.retention.rows),
         "prompt_tokens": _tokens_digest(prepared.prompts.rows),
     }
 
 
-def _tokens_digest(rows: Sequence[TokenRow]) -> str | None:
-    """Digest of the tokens themselves: a template that writes today's date changes them, and nothing else does."""
+def _tokens_digest(rows: Sequence[TokenRow], *, ends: bool = False) -> str | None:
+    """Digest of the tokens themselves: a template that writes today's date changes them, and nothing else does.
+
+    `ends`: and of which of them end an answer, which is stored of DATA alone.
+    """
     found = hashlib.sha256()
     for row in rows:
         found.update(len(row.input_ids).to_bytes(8, "little") + row.input_ids.tobytes() + row.response.tobytes())
+        found.update(row.end_of_turn.tobytes() if ends else b"")
     return f"sha256:{found.hexdigest()}" if rows else None
 
 

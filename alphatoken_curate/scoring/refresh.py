@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
-from alphatoken_curate.config import MaskConfig, ScoreConfig, checked
+from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, settings_of_mask
 from alphatoken_curate.errors import BusyError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
 from alphatoken_curate.masks.mask import mask_and_card, mend
 from alphatoken_curate.masks.remask import MaskSummary
@@ -281,11 +280,8 @@ def _number(run: Path, stored: Manifest, about: Mapping[str, Json]) -> int:
 
 def _mask_config(stored: Manifest, config: ScoreConfig) -> MaskConfig:
     """The settings of the newest mask; one that was made from generations by number now takes the latest."""
-    names = [item.name for item in fields(MaskConfig)]
-    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-    if stored.masks:
-        settings |= {name: stored.masks[-1].settings[name] for name in names}
-    wanted = MaskConfig(**settings)
+    told = {item.name: getattr(config, item.name) for item in fields(MaskConfig)}
+    wanted = settings_of_mask(stored.masks[-1].settings if stored.masks else told)
     return wanted if wanted.generation == "all" else replace(wanted, generation="latest")
 
 
@@ -324,6 +320,7 @@ def _row(record: ValueRow) -> AnyRow:
             id=record.id,
             input_ids=branch.input_ids,
             response=branch.response,
+            end_of_turn=branch.end_of_turn,
             truncated=0,
         )
         for branch in record.branches

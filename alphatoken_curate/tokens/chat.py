@@ -30,6 +30,7 @@ from alphatoken_curate.tokens.turns import (
     RESERVED,
     THOUGHT,
     Answers,
+    Render,
     find_answers,
     left_out_notes,
     left_out_of_turn,
@@ -55,12 +56,13 @@ _MACRO = "{% macro __response() %}" + _OPEN + "{{ caller() }}" + _CLOSE + "{% en
 class RenderedText(NamedTuple):
     """Text and the character spans [start, end) that respond; `marked`: a `MARK` hides spelled specials.
 
-    `bos`: a BOS goes in front where the tokenizer adds one. `eos`: an EOS that responds goes behind. `notes`: what of
-    the row is not as it was given.
+    `closings`: by how many special tokens each span's turn is closed. `bos`: a BOS goes in front where the tokenizer
+    adds one. `eos`: an EOS that responds goes behind. `notes`: what of the row is not as it was given.
     """
 
     text: str
     spans: list[tuple[int, int]]
+    closings: tuple[int, ...] = ()
     marked: bool = False
     bos: bool = False
     eos: bool = False
@@ -158,11 +160,13 @@ class ChatTemplate:
         def rendered(chat: list[Any], respond: list[int]) -> RenderedText:
             template = self._tokenizer.get_chat_template(tools=record.tools)
             if _GENERATION.search(template):
-                text, found = _answers_by_marks(template, render, chat, respond)
+                text, found = _answers_by_marks(template, render, chat, respond, self._specials)
             else:
                 text = render(chat)
                 found = find_answers(text, chat, respond, render, specials=self._specials, stops=self._stops)
-            return _rendered(text, found.spans, marked, notes + found.notes)
+            ends = [(said, end) for said, (_, end) in zip(found.said, found.spans, strict=True)]
+            closings = tuple(len(_closing(self._specials, text, *one)) for one in ends)
+            return _rendered(text, found.spans, marked, notes + found.notes)._replace(closings=closings)
 
         if self._turns != "each":
             return [rendered(messages, respond)]
@@ -196,7 +200,7 @@ class ChatTemplate:
             made = with_its_thought(item.text, (start, end), prompt, answer.get("content"), self._specials)
             if made is not None:
                 notes = tuple(note for note in item.notes if note != lost)
-                return item._replace(text=made[0], spans=[made[1]], notes=notes)
+                return item._replace(text=made[0], spans=[made[1]], closings=item.closings[-1:], notes=notes)
         notes = item.notes if item.text.startswith(prompt) else (*item.notes, _NOT_ASKED)
         return item._replace(text=item.text[:end], notes=notes)
 
@@ -267,14 +271,10 @@ class ChatTemplate:
             return frozenset()
         ((start, end),) = found.spans
         outside = self._specials.findall("\n".join([text[:start], text[end:], prompt]))
-        closing, place = list[str](), end
-        for special in reversed(list(self._specials.finditer(text, start, end))):
-            if special.end() == place:
-                closing.append(special[0])
-                place = special.start()
+        closing = {special[0] for special in _closing(self._specials, text, start, end)}
         # A generation prompt may open a thought, and close it.
         paired = {name for name in outside if _partner(name) in template}
-        return frozenset(self._specials.findall(template)) - ({*outside} - paired) - {*closing} - self._stops
+        return frozenset(self._specials.findall(template)) - ({*outside} - paired) - closing - self._stops
 
     def _apply(
         self,
@@ -287,46 +287,59 @@ class ChatTemplate:
     ) -> str:
         import jinja2
 
-        settings = self._chats.kwargs if settings is None else settings
-
+        told = self._chats.kwargs if settings is None else settings
+        options = {"tools": tools, "chat_template": template, "add_generation_prompt": prompt, **told}
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    **settings,
-                )
-            )
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except (*_TEMPLATE_FAULTS, jinja2.TemplateError) as error:
             raise RowFault("template_error", f"the chat template fails: {visible(str(error))}") from error
 
 
 def _answers_by_marks(
-    template: str, render: Callable[..., str], messages: list[Any], respond: list[int]
+    template: str, render: Render, chat: list[Any], respond: list[int], specials: re.Pattern[str]
 ) -> tuple[str, Answers]:
     """The chat as text, and the answers that the template marks in it. Raises RowFault."""
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    answers = [i for i, m in enumerate(chat) if m["role"] == "assistant"]
     tagged = _MACRO + _GENERATION.sub(
         lambda tag: f"{{%{tag[1]} {'endcall' if tag[2] else 'call __response()'} {tag[3]}%}}", template
     )
     text, spans, keys = "", list[tuple[int, int]](), list[str]()
-    for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", render(messages, template=tagged)):
+    for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", render(chat, template=tagged)):
         start = len(text)
         text += piece.strip(_OPEN + _CLOSE)
         if piece.startswith(_OPEN):
             spans.append((start, len(text)))
-    if text != render(messages):
+    if text != render(chat):
         raise not_splittable("it writes other text when its generation blocks are marked")
+    said = [start for start, _ in spans]
     if len(spans) == len(answers):
         spans = [span for i, span in zip(answers, spans, strict=True) if i in respond]
+        said = []
         for i, (start, end) in zip(respond, spans, strict=True):
-            keys += left_out_of_turn(messages[i], i, text[start:end])
+            keys += left_out_of_turn(chat[i], i, text[start:end])
+            said.append(_said(specials, chat[i], text, start, end))
     elif respond != answers or not spans:
         raise not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
-    return text, Answers(spans=spans, notes=left_out_notes(keys))
+    return text, Answers(spans=spans, said=said, notes=left_out_notes(keys))
+
+
+def _said(specials: re.Pattern[str], message: dict[str, Any], text: str, start: int, end: int) -> int:
+    """Where what closes a marked turn may begin: behind the special tokens that the answer itself ends with."""
+    content = "".join(_strings(message.get("content")))
+    own, run = _closing(specials, content, 0, len(content)), _closing(specials, text, start, end)
+    spelled = own and [one[0] for one in run[-len(own) :]] == [one[0] for one in own]
+    return run[-len(own)].end() if spelled and len(run) > len(own) else start
+
+
+def _closing(specials: re.Pattern[str], text: str, said: int, end: int) -> list[re.Match[str]]:
+    """The special tokens, one behind the other, that end what stands from `said` to `end`; the last one first."""
+    found, place = list[re.Match[str]](), said + len(text[said:end].rstrip())
+    for special in reversed(list(specials.finditer(text, said, end))):
+        if special.end() != place:
+            break
+        found.append(special)
+        place = special.start()
+    return found
 
 
 def _forms(messages: list[Any]) -> Iterator[list[Any]]:

@@ -13,8 +13,8 @@ completion that does not end with it, an EOS that responds.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,25 @@ from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.tokens.chat import MARK, ChatSettings, ChatTemplate, RenderedText, Specials, Tokenizer
 
-Spelled = tuple[list[int], NDArray[np.bool_]]
-"""T tokens and their response mask, shape (T,)."""
+
+class Spelled(NamedTuple):
+    """T tokens, their response mask, shape (T,), and which of those that respond end an answer, shape (T,)."""
+
+    tokens: list[int]
+    response: NDArray[np.bool_]
+    end_of_turn: NDArray[np.bool_]
+
+
+def closing_stops(tokens: Sequence[int], response: NDArray[np.bool_], stops: Collection[int]) -> NDArray[np.bool_]:
+    """Of tokens that are given as such: the stops (T,) behind which, in their run of the response, nothing is said."""
+    stop = response & np.isin(np.array(tokens, np.int64), list(stops))
+    found = np.zeros(len(stop), np.bool_)
+    for last in np.flatnonzero(stop & ~np.append(response[1:], False)):
+        place = int(last)
+        while place >= 0 and stop[place]:
+            found[place] = True
+            place -= 1
+    return found
 
 
 class Speller:
@@ -39,6 +56,7 @@ class Speller:
     ) -> None:
         self._tokenizer = tokenizer
         self._specials = Specials.of(tokenizer)
+        self._stops = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, chats.stops)} - {None}
         self.template = ChatTemplate(tokenizer, self._specials, turns=turns, chats=chats)
 
     def encode(self, items: Sequence[RenderedText]) -> Iterator[Spelled | RowFault]:
@@ -128,14 +146,19 @@ class Speller:
 
     def _framed(self, item: RenderedText, tokens: list[int], spans: list[tuple[int, int]]) -> Spelled:
         """Tokens and response mask, with the BOS that the tokenizer adds itself and an EOS that responds."""
-        response = np.zeros(len(tokens), dtype=np.bool_)
-        for start, end in spans:
+        response, ends = np.zeros((2, len(tokens)), dtype=np.bool_)
+        special = np.isin(np.array(tokens, np.int64), list(self._specials.ids.values()))
+        for (start, end), closing in zip(spans, item.closings or [0] * len(spans), strict=True):
             response[start:end] = True
+            places = start + np.flatnonzero(special[start:end])
+            ends[places[max(0, len(places) - closing) :]] = True
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         front = [bos] if item.bos and tokens[:1] != [bos] and self._adds_bos() else []
         back = [eos] if item.eos and eos is not None and tokens[-1:] != [eos] else []
-        mask = np.concatenate([np.zeros(len(front), dtype=np.bool_), response, np.ones(len(back), dtype=np.bool_)])
-        return [*front, *tokens, *back], mask
+        before, behind = np.zeros(len(front), dtype=np.bool_), np.ones(len(back), dtype=np.bool_)
+        whole, mask = [*front, *tokens, *back], np.concatenate([before, response, behind])
+        closed = closing_stops(whole, mask, self._stops) if item.eos else np.concatenate([before, ends, behind])
+        return Spelled(whole, mask, closed)
 
     def _adds_bos(self) -> bool:
         bos = self._tokenizer.bos_token_id

@@ -23,7 +23,7 @@ from alphatoken_curate.rows.read import BadRow, Row
 from alphatoken_curate.rows.shapes import AnyRecord, Messages, Pair, Passage, Prompt, PromptCompletion, Record, Tokens
 from alphatoken_curate.runs.schema import IGNORE_INDEX
 from alphatoken_curate.tokens.chat import ChatSettings, RenderedText, Tokenizer, joined, unanswered
-from alphatoken_curate.tokens.speller import Spelled, Speller
+from alphatoken_curate.tokens.speller import Spelled, Speller, closing_stops
 
 _BATCH_ROWS = 1000
 _EXCERPT_TOKENS = 100
@@ -48,6 +48,8 @@ class TokenRow:
     """Shape (T,)."""
     response: NDArray[np.bool_]
     """Shape (T,): true at the tokens that would train; never at index 0, which nothing predicts."""
+    end_of_turn: NDArray[np.bool_]
+    """Shape (T,): true at those of them that end an answer, the run of tokens by which its turn is closed."""
     truncated: int
 
 
@@ -95,6 +97,7 @@ def tokenise(
     turns: str,
     vocab_size: int | None,
     chats: ChatSettings | None = None,
+    stop_ids: frozenset[int] = frozenset(),
     told: Counter[str] | None = None,
 ) -> tuple[list[AnyRow], list[BadRow]]:
     """Tokens of every row, in order, and the rows that have none that respond or cannot be tokenised, with reasons.
@@ -104,13 +107,13 @@ def tokenise(
     `turns` is "all" or "last" (assistant turns that respond), or "each": one sequence for each of them, in a row's
     place. Rows are cut at the right to `max_length` tokens, each branch of a pair by itself. A pair is bad where one of
     its branches is, a chat where one of its turns is. `vocab_size`, where given, bounds every token. Pre-tokenised rows
-    need no tokenizer. `chats` says how chats are read. In `told` the rows are counted that are not as they were given,
-    by what became of them.
+    need no tokenizer; of these, answers end with `stop_ids`. `chats` says how chats are read. In `told` the rows are
+    counted that are not as they were given, by what became of them.
     """
     good: list[AnyRow] = []
     bad: list[BadRow] = []
     speller = _speller(tokenizer, chats, turns=turns)
-    for row, found in _spelled(rows, speller, told):
+    for row, found in _spelled(rows, speller, stop_ids, told):
         try:
             made, beyond = _any_rows(row, found, max_length, vocab_size)
         except RowFault as fault:
@@ -154,12 +157,15 @@ def _speller(tokenizer: Tokenizer | None, chats: ChatSettings | None, *, turns: 
 
 
 def _spelled(
-    rows: Iterable[Row], speller: Speller | None, told: Counter[str] | None = None
+    rows: Iterable[Row],
+    speller: Speller | None,
+    stop_ids: frozenset[int] = frozenset(),
+    told: Counter[str] | None = None,
 ) -> Iterator[tuple[Row, list[Spelled | RowFault]]]:
     """Every row with the tokens of each of its branches or turns, or why there are none."""
     waiting = iter(rows)
     while batch := list(islice(waiting, _BATCH_ROWS)):
-        prepared = [_items(row.record, speller) for row in batch]
+        prepared = [_items(row.record, speller, stop_ids) for row in batch]
         texts = [item for items in prepared for item in items if isinstance(item, RenderedText)]
         encoded = iter(speller.encode(texts) if speller else ())
         for row, items in zip(batch, prepared, strict=True):
@@ -176,11 +182,12 @@ def _records(record: AnyRecord) -> tuple[Record, ...]:
 _Item = Spelled | RenderedText | RowFault
 
 
-def _items(record: AnyRecord, speller: Speller | None) -> list[_Item]:
+def _items(record: AnyRecord, speller: Speller | None, stop_ids: frozenset[int]) -> list[_Item]:
     """What each branch or turn of a row is made from."""
     if not isinstance(record, Pair):
-        return _prepare(record, speller)
-    return [found[0] if len(found) == 1 else _SEVERAL for found in (_prepare(one, speller) for one in _records(record))]
+        return _prepare(record, speller, stop_ids)
+    both = [_prepare(one, speller, stop_ids) for one in _records(record)]
+    return [found[0] if len(found) == 1 else _SEVERAL for found in both]
 
 
 _SEVERAL = RowFault(
@@ -189,9 +196,10 @@ _SEVERAL = RowFault(
 )
 
 
-def _prepare(record: Record, speller: Speller | None) -> list[_Item]:
+def _prepare(record: Record, speller: Speller | None, stop_ids: frozenset[int]) -> list[_Item]:
     if isinstance(record, Tokens):
-        return [(record.input_ids, np.array(record.labels) != IGNORE_INDEX)]
+        response = np.array(record.labels) != IGNORE_INDEX
+        return [Spelled(record.input_ids, response, closing_stops(record.input_ids, response, stop_ids))]
     if speller is None:
         return [RowFault(NO_TOKENIZER, "a row of text needs a tokenizer; name a model that has one")]
     try:
@@ -211,7 +219,7 @@ def _texts(record: PromptCompletion | Passage | Prompt | Messages, speller: Spel
 def _finished(row: Row, found: Spelled | RowFault) -> Spelled | RowFault:
     """Every token of a passage responds."""
     if isinstance(row.record, Passage) and not isinstance(found, RowFault):
-        return found[0], np.ones(len(found[0]), dtype=np.bool_)
+        return found._replace(response=np.ones(len(found.tokens), dtype=np.bool_))
     return found
 
 
@@ -224,7 +232,7 @@ def _with_one_prompt(
     if speller is None or len(texts) != len(BRANCHES) or len(spelled) != len(BRANCHES):
         return found
     heads = [item.text[: item.spans[0][0]] for item in texts]
-    prompts = [tokens[: int(response.argmax())] for tokens, response in spelled]
+    prompts = [one.tokens[: int(one.response.argmax())] for one in spelled]
     if heads[0] != heads[1] or prompts[0] == prompts[1]:
         return found
     marked = any(item.marked for item in texts)  # text around special tokens is then cut alike in both
@@ -274,38 +282,50 @@ def _pair_row(row: Row, found: Sequence[Spelled | RowFault], max_length: int, vo
 
 
 def _token_row(row: Row, found: Spelled | RowFault, max_length: int, vocab_size: int | None) -> TokenRow:
-    tokens, response = _checked(found, vocab_size)
-    response[:1] = False
+    tokens, response, ends = _checked(found, vocab_size)
+    response[:1] = ends[:1] = False
     if not response.any():
         raise RowFault("no_response", "no token responds that another one precedes")
     if not response[:max_length].any():
         first = int(response.argmax())
         raise RowFault(_CUT_AWAY, f"the answer starts at token {first} and rows are cut to {max_length} tokens")
-    return _placed(row, tokens[:max_length], response[:max_length], max(0, len(tokens) - max_length))
+    over = max(0, len(tokens) - max_length)
+    if over:
+        tokens, response, ends = tokens[:max_length], response[:max_length], ends[:max_length]
+    return _placed(row, tokens, response, ends, over)
 
 
 def _prompt_row(row: Row, found: Spelled | RowFault, max_length: int, vocab_size: int | None) -> TokenRow:
-    tokens, response = _checked(found, vocab_size)
+    tokens, response, _ = _checked(found, vocab_size)
     prompt = tokens[: int(response.argmax())] if response.any() else tokens
     if not len(prompt):
         raise RowFault("no_prompt", "no token stands before the first that responds: there is no prompt")
     kept = prompt[-max_length:]
-    return _placed(row, kept, np.zeros(len(kept), dtype=np.bool_), len(prompt) - len(kept))
+    nothing = np.zeros(len(kept), dtype=np.bool_)
+    return _placed(row, kept, nothing, nothing, len(prompt) - len(kept))
 
 
-def _checked(found: Spelled | RowFault, vocab_size: int | None) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+def _checked(
+    found: Spelled | RowFault, vocab_size: int | None
+) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.bool_]]:
     if isinstance(found, RowFault):
         raise found
-    tokens, response = found
+    tokens, response, ends = found
     input_ids = np.array(tokens, dtype=np.int32)
     if vocab_size is not None and len(input_ids) and int(input_ids.max()) >= vocab_size:
         i = int((input_ids >= vocab_size).argmax())
         message = f"input_ids[{i}] is {tokens[i]}; the model has {vocab_size} tokens, from 0"
         raise RowFault("token_out_of_vocabulary", message)
-    return input_ids, response
+    return input_ids, response, ends
 
 
-def _placed(row: Row, input_ids: NDArray[np.int32], response: NDArray[np.bool_], truncated: int) -> TokenRow:
+def _placed(
+    row: Row,
+    input_ids: NDArray[np.int32],
+    response: NDArray[np.bool_],
+    end_of_turn: NDArray[np.bool_],
+    truncated: int,
+) -> TokenRow:
     return TokenRow(
         row_id=row.row_id,
         source=row.source,
@@ -313,6 +333,7 @@ def _placed(row: Row, input_ids: NDArray[np.int32], response: NDArray[np.bool_],
         id=row.id,
         input_ids=input_ids,
         response=response,
+        end_of_turn=end_of_turn,
         truncated=truncated,
     )
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from alphatoken_curate.rows.containers import RowFault
@@ -65,9 +66,10 @@ class Rendering:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """Spans [start, end) of the answers asked for, in characters, and what the template did besides writing them."""
+    """Spans [start, end) of the answers in characters, where what each `said` ends, and what else the template did."""
 
     spans: list[tuple[int, int]]
+    said: list[int]
     notes: list[str]
 
 
@@ -86,15 +88,11 @@ def find_answers(
     """
     chat = _Chat.of(text, messages, render)
     turns = [_Turn(chat, i, render, specials, stops) for i in respond]
-    spans: list[tuple[int, int]] = []
-    notes: list[str] = []
-    for turn in turns:
-        span = turn.span()
-        if spans and span[0] < spans[-1][1]:
-            raise not_splittable("two answers overlap in it")
-        spans.append(span)
-        notes += [*left_out_notes(turn.left_out), *turn.notes]
-    return Answers(spans=spans, notes=notes)
+    spans = [turn.span() for turn in turns]
+    if any(after[0] < before[1] for before, after in pairwise(spans)):
+        raise not_splittable("two answers overlap in it")
+    notes = [note for turn in turns for note in (*left_out_notes(turn.left_out), *turn.notes)]
+    return Answers(spans=spans, said=[turn.said for turn in turns], notes=notes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +135,7 @@ class _Turn:
         self.render = render
         self.mine = chat.of_message(index)
         self.notes: list[str] = []
+        self.said = 0
         self.left_out = sorted({leaf.key for leaf in self.mine if self.whole.end(leaf) is None})
 
     def span(self) -> tuple[int, int]:
@@ -225,6 +224,7 @@ class _Turn:
             at = there = start
             if not is_last:
                 there = self._same_place(through, start, anchor)
+        self.said = at
         tail = through.text[there:]
         agreed = _shared(tail, text[at:])
         runs = self._runs(at, at + agreed)

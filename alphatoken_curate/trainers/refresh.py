@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
-from dataclasses import fields, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm  # what the Trainer draws its own bars with
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.config import settings_of_mask
 from alphatoken_curate.errors import CurateError, UsageError
 from alphatoken_curate.masks.mask import mask as make_mask
 from alphatoken_curate.reading.scan import choose_mask
@@ -192,8 +192,7 @@ def refreshed(run: str, checkpoint: str, models: dict[str, str | None]) -> int:
     """Number of the mask of a checkpoint, which is scored where it was not; raises as `refresh`."""
     base, reference, device = (models[name] for name in ("base", "reference", "device"))
     made = refresh(run, checkpoint, base=base, reference=reference, device=device)[-1]
-    settings = manifest.read(Path(run)).masks[-1].settings
-    config: Any = MaskConfig(**{item.name: settings[item.name] for item in fields(MaskConfig)})  # type: ignore[arg-type]
+    config = settings_of_mask(manifest.read(Path(run)).masks[-1].settings)
     if config.generation == "all" or made.mask.generations == (made.generation,):
         return made.mask.mask
     # A later checkpoint was scored already, as when training is resumed from an earlier one.

@@ -87,7 +87,10 @@ def _masks(found: Comparison) -> Iterator[str]:
 
 
 def _settings(side: Side) -> str:
-    return visible(", ".join(f"{name} {side.mask_settings[name]}" for name in _SETTINGS))
+    settings = {name: side.mask_settings[name] for name in _SETTINGS}
+    if (stays := side.mask_settings["always_keep"]) != "none":
+        settings["always_keep"] = stays
+    return visible(", ".join(f"{name} {told}" for name, told in settings.items()))
 
 
 def _others(masks: Overlap) -> str:

@@ -13,7 +13,7 @@ from alphatoken_curate.reading.stats import SCALES, GenerationStats, Stats
 from alphatoken_curate.reading.sums import MEANS, objectives
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.wording import count, in_sequences
+from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,6 +82,11 @@ def _counts(found: Stats) -> Table:
     if found.kept_tokens is not None and found.masks:
         lines["kept"] = f"{_kept(found)} by mask {found.masks[-1].mask}"
     lines |= {f"  {name}": _kept(branch) for name, branch in found.branches.items()}
+    newest = found.masks[-1] if found.masks else None
+    if newest and (told := end_of_turn(newest.end_of_turn_tokens, newest.end_of_turn_kept)):
+        name, _, lines_told = told.partition(": ")
+        over = f"; {over_share(newest.over_share)}" if newest.over_share else ""
+        lines[name] = lines_told + over
     if found.rows_left_out:
         numbers = ", ".join(map(str, found.masks[-1].generations))
         lines["left out"] = (
@@ -350,4 +355,4 @@ def _mask_table(found: Stats) -> Table:
     return table
 
 
-_SETTINGS = ("keep", "scope", "weights", "by", "stability_weight", "stability_scale")
+_SETTINGS = ("keep", "scope", "weights", "by", "stability_weight", "stability_scale", "always_keep")

@@ -49,6 +49,7 @@ def _row(number: int, prompt: int, response: int, vocabulary: int) -> ValueRow:
     # Common tokens are met far oftener than rare ones, as in text.
     drawn = np.random.default_rng(number).pareto(1.0, prompt + response)
     ids = np.minimum((drawn * 3).astype(np.int64) * 7919 % vocabulary, vocabulary - 1).astype(np.int32)
-    branch = Branch(input_ids=ids, response=np.arange(len(ids)) >= prompt)
+    places = np.arange(len(ids))
+    branch = Branch(input_ids=ids, response=places >= prompt, end_of_turn=places == len(ids) - 1)
     row = ValueRow(row_id=number, source="rows.jsonl", line=number + 1, id=None, status="scored", branches=(branch,))
     return scored(replace(row))

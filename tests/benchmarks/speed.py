@@ -121,6 +121,7 @@ def rows_of_tokens(text: Any, rows: int, length: int, prompt: float) -> list[Tok
             id=None,
             input_ids=text[i * length : (i + 1) * length],
             response=response,
+            end_of_turn=np.zeros(length, np.bool_),
             truncated=0,
         )
         for i in range(rows)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from small_run import FIELDS, facts, published, scored, write_vocabulary
+from small_run import FIELDS, closes, facts, published, scored, write_vocabulary
 from tiny import tiny_model
 from tiny_files import command, contents, quiet, write_jsonl
 
@@ -45,7 +45,7 @@ def run_of(run: Path, data: Path, spans: list[list[tuple[int, int]]], keep: str,
         for start, end in where:
             response[start:end] = True
         ids = np.random.default_rng(i).integers(0, 50, 12).astype(np.int32)
-        branch = Branch(input_ids=ids, response=response)
+        branch = Branch(input_ids=ids, response=response, end_of_turn=closes(response))
         status = "scored" if where else "target"
         row = ValueRow(row_id=i, source=data.name, line=i + 1, id=None, status=status, branches=(branch,))
         rows.append(scored(row) if where else row)

@@ -47,7 +47,8 @@ def whole(folder: Path) -> Path:
     stored_tensors(run).save(REFERENCE, {"map": torch.arange(40.0)})
     (run / "artifacts" / "run.json").write_bytes(sealed({"fields": STORED}))
     one = value_row(1, 7).branches[0]
-    row = TokenRow(row_id=0, source="x", line=1, id=None, input_ids=one.input_ids, response=one.response, truncated=0)
+    tokens = {"input_ids": one.input_ids, "response": one.response, "end_of_turn": one.end_of_turn}
+    row = TokenRow(row_id=0, source="x", line=1, id=None, **tokens, truncated=0)
     (run / TARGET_ROWS).write_bytes(_side_rows([row]))
     (run / "rejects.jsonl").write_bytes(b'{"row_id":3,"reason":"empty","message":"no answer"}\n')
     renamed(run)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from decimal import ROUND_CEILING, Decimal
 from unittest.mock import patch
 
@@ -72,15 +73,62 @@ def plain_best(found: list[Token], alive: set[Token]) -> set[Token]:
     return {min((t for t in found if t[1] == row), key=lambda t: (-t[0], t[2])) for row in lost}
 
 
-def plain_weights(found: list[Token], keep: float | str, scope: str, kind: str, allow: bool) -> dict[Token, float]:
+def plain_with_always(found: list[Token], keep: float | str, scope: str, always: set[Token]) -> tuple[set[Token], int]:
+    """What is kept by its score where some tokens are always kept, and by how many those exceed the shares."""
+    by_score = plain_kept(found, keep, scope)
+    if keep == "positive":
+        return by_score, 0
+    kept, over = by_score & always, 0
+    for one in {scope_of(scope, token[1]) for token in found}:
+        members = [t for t in found if scope_of(scope, t[1]) == one]
+        quota = sum(t in by_score for t in members)
+        others = sorted((t for t in members if t not in always), key=lambda t: (-t[0], t[1], t[2]))
+        taken = len(members) - len(others)
+        kept |= set(others[: max(0, quota - taken)])
+        over += max(0, taken - quota)
+    return kept, over
+
+
+def plain_weights_with_always(
+    found: list[Token], keep: float | str, scope: str, kind: str, allow: bool, always: set[Token]
+) -> dict[Token, float]:
+    formula = plain_formula(found, scope, kind)
+    weight = {token: formula(token) for token in plain_with_always(found, keep, scope, always)[0]}
+    alive = {token for token, w in weight.items() if w > 0 and token not in always}
+    if allow:
+        full = {token[1] for token in alive}
+        weight, always = ({t: w for t, w in weight.items() if t[1] in full}, {t for t in always if t[1] in full})
+        back = set()
+    else:
+        back = plain_best([t for t in found if t not in always], alive)
+    weight |= {token: formula(token) for token in back}
+    least = min((w for w in weight.values() if w > 0), default=1.0)
+    weight |= {token: weight[token] or least for token in back}
+    weight = {token: w for token, w in weight.items() if w > 0}
+    means = {}
+    for row in {t[1] for t in always}:
+        others = [w for t, w in weight.items() if t[1] == row]
+        means[row] = math.fsum(others) / len(others) if others else None
+    added = {t: means[t[1]] for t in always if t not in weight}
+    trained = [*weight.values(), *(w for w in added.values() if w is not None)]
+    mean = math.fsum(trained) / len(trained) if trained else 1.0
+    return {t: 1.0 if w is None else w / mean for t, w in {**weight, **added}.items()}
+
+
+def plain_formula(found: list[Token], scope: str, kind: str) -> Callable[[Token], float]:
     rms = math.sqrt(math.fsum(t[0] ** 2 for t in found) / len(found)) or 1.0 if found else 1.0
     places = plain_places(found, scope)
-    formula = {
+    formulas: dict[str, Callable[[Token], float]] = {
         "binary": lambda t: 1.0,
         "rank": lambda t: 1 - places[t][0] / places[t][1],
         "sigmoid": lambda t: 1 / (1 + math.exp(-t[0] / rms)),
         "relu": lambda t: max(t[0], 0.0),
-    }[kind]
+    }
+    return formulas[kind]
+
+
+def plain_weights(found: list[Token], keep: float | str, scope: str, kind: str, allow: bool) -> dict[Token, float]:
+    formula = plain_formula(found, scope, kind)
     weight = {token: formula(token) for token in plain_kept(found, keep, scope)}
     back = set() if allow else plain_best(found, {token for token, w in weight.items() if w > 0})
     weight |= {token: formula(token) for token in back}
@@ -115,6 +163,97 @@ def test_weights_are_what_the_formulas_say(
     np.testing.assert_allclose(got, [want.get(token, 0.0) for token in found], rtol=1e-5, atol=2e-38)
     if want:
         assert got[got > 0].mean(dtype=np.float64) == pytest.approx(1, abs=1e-6)
+
+
+@st.composite
+def with_always(draw: st.DrawFn) -> tuple[list[Token], set[Token]]:
+    found = [(float(np.float32(score)), row, position) for score, row, position in draw(tokens())]
+    return found, {token for token in found if draw(st.integers(0, 3)) == 0}
+
+
+def flags(found: list[Token], always: set[Token]) -> np.ndarray:
+    return np.array([token in always for token in found], np.bool_)
+
+
+@given(with_always(), KEEP, SCOPE, st.booleans(), BLOCK)
+@settings(max_examples=400, deadline=None)
+def test_kept_with_what_is_always_kept_is_what_sorting_says(
+    drawn: tuple[list[Token], set[Token]], keep: float | str, scope: str, allow: bool, block: int
+) -> None:
+    found, always = drawn
+    given = flags(*drawn)
+    with patch.object(choose, "_BLOCK", block):
+        got = choose.kept(*columns(found), keep=keep, scope=scope, allow_empty_rows=allow, always=given)
+    chosen, _ = plain_with_always(found, keep, scope, always)
+    others = chosen - always
+    if allow:
+        full = {token[1] for token in others}
+        want = others | {t for t in always if t[1] in full}
+    else:
+        want = others | always | plain_best([t for t in found if t not in always], others)
+    assert {token for token, kept in zip(found, got, strict=True) if kept} == want
+    assert given.tolist() == flags(*drawn).tolist(), "what was given is left alone"
+
+
+@given(with_always(), KEEP, SCOPE, WEIGHTS, st.booleans(), BLOCK)
+@settings(max_examples=400, deadline=None)
+def test_weights_with_what_is_always_kept_are_what_the_formulas_say(
+    drawn: tuple[list[Token], set[Token]], keep: float | str, scope: str, kind: str, allow: bool, block: int
+) -> None:
+    found, always = drawn
+    given = flags(*drawn)
+    want = plain_weights_with_always(found, keep, scope, kind, allow, always)
+    how = {"keep": keep, "scope": scope, "weights": kind, "allow_empty_rows": allow, "always": given}
+    with patch.object(choose, "_BLOCK", block):
+        if not want and always and keep != "positive":
+            with pytest.raises(
+                UsageError, match="nothing is left to train: tokens that are always kept take up the share"
+            ):
+                choose.weighed(*columns(found), **how)
+            return
+        got = choose.weighed(*columns(found), **how)
+    weight = got.weight
+    assert {t for t, w in zip(found, weight, strict=True) if w > 0} == set(want)
+    np.testing.assert_allclose(weight, [want.get(token, 0.0) for token in found], rtol=1e-5, atol=2e-38)
+    assert got.over_share == plain_with_always(found, keep, scope, always)[1]
+    if want:
+        assert weight[weight > 0].mean(dtype=np.float64) == pytest.approx(1, abs=1e-6)
+    assert given.tolist() == flags(*drawn).tolist()
+
+
+@given(tokens(), KEEP, SCOPE, WEIGHTS, st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_nothing_that_is_always_kept_changes_no_bit(
+    found: list[Token], keep: float | str, scope: str, kind: str, allow: bool
+) -> None:
+    how = {"keep": keep, "scope": scope, "weights": kind, "allow_empty_rows": allow}
+    plain = choose.weighed(*columns(found), **how)
+    got = choose.weighed(*columns(found), **how, always=np.zeros(len(found), np.bool_))
+    assert (got.weight.tobytes(), got.given_back, got.over_share) == (plain.weight.tobytes(), plain.given_back, 0)
+
+
+def test_what_is_always_kept_has_its_rows_mean_weight() -> None:
+    score = np.array([8, 4, -1, 2, -3, -5], np.float32)
+    always = np.array([False, False, True, False, True, True])
+    got = choose.weighed(score, lengths(0, 0, 0, 1, 1, 2), keep=1.0, scope="global", weights="relu", always=always)
+    # Row 0 has 8 and 4, row 1 has 2; row 2 has nothing, and weighs the mean of all.
+    raw = np.array([8, 4, 6, 2, 2]) / 4.4
+    np.testing.assert_allclose(got.weight, [*raw, 1], rtol=1e-6)
+    assert got.given_back == 0
+
+
+def test_what_is_always_kept_stays_beyond_the_share_and_each_row_has_its_best_other() -> None:
+    score = np.array([5, 1, 9, 4, 3, 0], np.float32)
+    always = np.array([False, False, True, False, False, True])
+    got = choose.weighed(score, lengths(0, 0, 0, 1, 1, 1), keep=0.1, scope="global", always=always)
+    assert got.weight.tolist() == [1, 0, 1, 1, 0, 1] and (got.over_share, got.given_back) == (1, 2)
+    rows = choose.weighed(score, lengths(0, 0, 0, 1, 1, 1), keep=0.6, scope="row", always=always)
+    assert rows.weight.tolist() == [1, 0, 1, 1, 0, 1] and (rows.over_share, rows.given_back) == (0, 0)
+
+
+def test_flags_of_other_tokens_are_an_error() -> None:
+    with pytest.raises(CurateError, match="2 scores, and 1 flags"):
+        choose.kept(np.zeros(2, np.float32), np.array([2]), keep=0.5, scope="row", always=np.zeros(1, np.bool_))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 20, 30, 70, 100, 1000])

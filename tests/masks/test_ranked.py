@@ -153,7 +153,7 @@ def test_verify_and_the_manifest_hold_one_shard(runs: list[Path]) -> None:
 
 
 def test_rows_are_not_kept_beside_their_tokens(tmp_path: Path) -> None:
-    """`check`, as `score`: 5 bytes of a token and less than 2,000 of a row with its plan, whatever text it was."""
+    """`check`, as `score`: 6 bytes of a token and less than 2,000 of a row with its plan, whatever text it was."""
     model, length = save_models(tmp_path)["base"], 200
     data = []
     for rows in (300, 1300):
@@ -164,4 +164,4 @@ def test_rows_are_not_kept_beside_their_tokens(tmp_path: Path) -> None:
     check(settings)  # what is there afterwards is not counted
     with patch("alphatoken_curate.tokens.tokenise._BATCH_ROWS", 50):
         low, high = (most(lambda one=one: check(replace(settings, data=(str(one),)))) for one in data)  # type: ignore[misc]
-    assert (high - low) / 1000 <= 5 * length + 2000
+    assert (high - low) / 1000 <= 6 * length + 2000

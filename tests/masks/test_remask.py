@@ -379,7 +379,7 @@ def test_a_seed_makes_another_random_mask(run: Path) -> None:
 
 
 def test_score_settings_serve_as_mask_settings(run: Path) -> None:
-    assert make_mask(run, ScoreConfig(data=("rows.jsonl",), keep=0.5, by="value")).created is False
+    assert make_mask(run, ScoreConfig(data=("rows.jsonl",), keep=0.5, by="value", always_keep="none")).created is False
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def moved(one: Branch) -> Branch:
     response = one.response.copy()
     response[first] = False
     signals = {name: np.where(response, signal, np.float32(np.nan)) for name, signal in one.signals.items()}
-    return replace(one, response=response, signals=signals)
+    return replace(one, response=response, end_of_turn=one.end_of_turn & response, signals=signals)
 
 
 def test_generations_of_other_tokens_are_refused(tmp_path: Path) -> None:

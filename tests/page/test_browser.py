@@ -288,9 +288,8 @@ def test_joined_characters_marks_and_scripts_of_other_directions(browser: Any, t
     many = "".join(chr(0x4E00 + i) for i in range(300))
     family, text = "👩‍👧", f"a é שלום e\u0301\n  x\u202e{many}"
     ids = np.array([256, *text.encode(), 10], np.int32)
-    row = ValueRow(
-        row_id=0, source="a", line=1, id=None, status="scored", branches=(Branch(input_ids=ids, response=ids == 10),)
-    )
+    branch = Branch(input_ids=ids, response=ids == 10, end_of_turn=ids == 10)
+    row = ValueRow(row_id=0, source="a", line=1, id=None, status="scored", branches=(branch,))
     run = small_run(tmp_path / "run", [scored(row)])
     write_pieces(run, [*(Piece(bytes([i]), False) for i in range(256)), Piece(family.encode(), False)])
     with Opened(browser, report(run)) as opened:

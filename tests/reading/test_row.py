@@ -17,7 +17,7 @@ from small_run import (
     write_rejects,
 )
 
-from alphatoken_curate import MaskConfig, mask
+from alphatoken_curate import mask
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.masks.remask import make_mask
 from alphatoken_curate.reading.row import BranchView, RowView, read_row
@@ -226,7 +226,7 @@ BY = ("7 - surprise", "surprise", "-nll", "value * 2", "random", "position + tok
 )
 def test_numbers_to_show_by_are_those_that_a_mask_is_made_by(tmp_path: Path, kind: str, by: str) -> None:
     run = small_run(tmp_path / "run", value_rows(kind=kind), kind=kind)
-    made = mask(run, MaskConfig(by=by, keep=0.5, scope="row", weights="rank"))
+    made = mask(run, published(by=by, scope="row", weights="rank"))
     view = read_row(run, row=0)
     assert made.created
     for branch in view.branches:

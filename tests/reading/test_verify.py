@@ -112,7 +112,7 @@ def rewritten(run: Path, name: str, change: Callable[[dict[str, list[Any]]], Non
     schema = layout.values if name.startswith("values") else layout.train
     footer, content = shards.read_footer(path), shards.read(path, schema).to_pydict()
     change(content)
-    shards._commit(path, pa.table(content, schema=schema), footer, footer.counts)
+    shards.commit(path, pa.table(content, schema=schema), footer, footer.counts)
     manifest.write(run, manifest.rebuild(run))
 
 
@@ -210,7 +210,7 @@ def test_train_rows_are_those_scored_in_every_generation_of_the_mask(tmp_path: P
     whole, few = (tmp_path / f"train/mask={n:04d}/part-00001.parquet" for n in (0, 2))
     footer = shards.read_footer(few)
     schema = LAYOUTS[kind].train
-    shards._commit(few, shards.read(whole, schema), footer, shards.read_footer(whole).counts)
+    shards.commit(few, shards.read(whole, schema), footer, shards.read_footer(whole).counts)
     manifest.write(tmp_path, manifest.rebuild(tmp_path))
     assert "not those that are scored in values/" in found(tmp_path, "train/mask=0002/part-00001.parquet")
 

@@ -21,17 +21,8 @@ from alphatoken_curate.runs import shards
 from alphatoken_curate.runs.atomic import KILL_AT, atomic_file, digest, one_writer, sweep
 from alphatoken_curate.runs.fingerprint import fingerprint
 from alphatoken_curate.runs.records import read_records
-from alphatoken_curate.runs.schema import (
-    LAYOUTS,
-    PREFERENCE,
-    SCHEMA_VERSION,
-    SFT,
-    SIGNALS,
-    STATUSES,
-    Layout,
-    sequence_keys,
-)
-from alphatoken_curate.runs.shards import Branch, Footer, Shard, TrainLists, ValueRow
+from alphatoken_curate.runs.schema import LAYOUTS, PREFERENCE, SCHEMA_VERSION, SFT, SIGNALS, STATUSES, Layout
+from alphatoken_curate.runs.shards import Branch, Footer, Shard, ValueRow
 
 METADATA = Footer(fields=FIELDS, facts={"note": "x"})
 POINTS = ("after-temp-open", "mid-write", "after-fsync", "after-close", "after-rename")
@@ -60,6 +51,7 @@ def test_columns_hold_what_the_rows_do(path: Path, layout: Layout) -> None:
         for prefix, branch in zip(layout.branches, row.branches, strict=True):
             assert stored[prefix + "input_ids"] == branch.input_ids.tolist()
             assert stored[prefix + "response"] == branch.response.tolist()
+            assert stored[prefix + "end_of_turn"] == branch.end_of_turn.tolist()
             for name in SIGNALS:
                 signal = branch.signals.get(name, np.full(len(branch.response) if branch.signals else 0, np.nan))
                 assert stored[prefix + name] == [None if np.isnan(x) else float(x) for x in signal]
@@ -107,7 +99,7 @@ def drawn_row(draw: st.DrawFn, layout: Layout) -> ValueRow:
 def plain(row: ValueRow) -> tuple[object, ...]:
     """All of a row as values that can be compared, types and bits of arrays included."""
     branches = [
-        [array.dtype.str + array.tobytes().hex() for array in (one.input_ids, one.response)]
+        [array.dtype.str + array.tobytes().hex() for array in (one.input_ids, one.response, one.end_of_turn)]
         + [f"{name} {signal.dtype.str}{signal.tobytes().hex()}" for name, signal in sorted(one.signals.items())]
         for one in row.branches
     ]
@@ -145,55 +137,6 @@ def test_no_rows_are_a_shard_too(path: Path, layout: Layout) -> None:
     assert shard.rows == 0
     assert shards.read(path, layout.values).num_rows == 0
     assert read_records(path.parents[2], shard, layout) == []
-    nothing = TrainLists(
-        lengths=np.empty(0, np.int64),
-        input_ids=np.empty(0, np.int32),
-        weight=np.empty(0, np.float32),
-        value=np.empty(0, np.float32),
-    )
-    shards.write_train(path, np.empty(0, np.int64), [nothing for _ in layout.branches], METADATA, layout)
-    assert shards.read(path, layout.train).num_rows == 0
-
-
-KEYS = sequence_keys(np.array([4, 9]), np.array([0, 1], np.int32))
-
-LISTS = TrainLists(
-    lengths=np.array([3, 2]),
-    input_ids=np.array([5, 6, 7, 8, 9], np.int32),
-    weight=np.array([0, 2, 0, 0, 0.5], np.float32),
-    value=np.array([np.nan, 3, 1, np.nan, 2], np.float32),
-)
-COLUMNS = {
-    "input_ids": [[5, 6, 7], [8, 9]],
-    "attention_mask": [[1, 1, 1], [1, 1]],
-    "labels": [[-100, 6, -100], [-100, 9]],
-    "loss_mask": [[0, 1, 0], [0, 1]],
-    "loss_weight": [[0, 2, 0], [0, 0.5]],
-    "value": [[None, 3, 1], [None, 2]],
-}
-
-
-def test_train_columns_follow_from_the_weights(path: Path) -> None:
-    shard = shards.write_train(path, KEYS, [LISTS], METADATA, SFT)
-    assert shards.read(path, SFT.train).to_pydict() == {"row_id": [4, 9], "turn": [0, 1], **COLUMNS}
-    assert (shard.rows, shard.tokens, shard.response_tokens) == (2, 5, 3)
-    assert shards.read_footer(path).counts["kept_tokens"] == 2
-
-
-def test_train_columns_of_pairs_stand_side_by_side(path: Path) -> None:
-    other = TrainLists(
-        lengths=np.array([1, 2]),
-        input_ids=np.array([1, 2, 3], np.int32),
-        weight=np.array([0, 0, 1], np.float32),
-        value=np.array([np.nan, np.nan, 4], np.float32),
-    )
-    shard = shards.write_train(path, KEYS, [LISTS, other], METADATA, PREFERENCE)
-    found = shards.read(path, PREFERENCE.train).to_pydict()
-    assert {name: found[f"chosen_{name}"] for name in COLUMNS} == COLUMNS
-    assert found["rejected_input_ids"] == [[1], [2, 3]] and found["rejected_labels"] == [[-100], [-100, 3]]
-    assert found["rejected_value"] == [[None], [None, 4]]
-    assert (shard.rows, shard.tokens, shard.response_tokens) == (2, 8, 4)
-    assert shards.read_footer(path).counts["kept_tokens"] == 3
 
 
 @both_kinds
@@ -210,6 +153,8 @@ def test_the_same_rows_give_the_same_bytes(path: Path, layout: Layout) -> None:
         {"signals": {}},
         {"response": np.ones(8, np.bool_)},
         {"response": np.zeros(7, np.bool_)},
+        {"end_of_turn": np.zeros(7, np.bool_)},
+        {"end_of_turn": np.ones(8, np.bool_)},
         {"signals": {"nll": np.zeros(8, np.float32)}},
         {"signals": {"nll": np.full(8, np.nan, np.float32)}},
         {"signals": {"loss": np.zeros(8, np.float32)}},

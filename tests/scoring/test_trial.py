@@ -34,6 +34,7 @@ def rows(*lengths: int) -> list[TokenRow]:
             id=None,
             input_ids=np.ones(length, np.int32),
             response=np.arange(length) > 0,
+            end_of_turn=np.zeros(length, np.bool_),
             truncated=0,
         )
         for i, length in enumerate(lengths)

@@ -79,4 +79,5 @@ def _row(number: int, text: str) -> ValueRow:
 
 
 def _branch(ids: list[int]) -> Branch:
-    return Branch(input_ids=np.array(ids, np.int32), response=np.arange(len(ids)) > 0)
+    places = np.arange(len(ids))
+    return Branch(input_ids=np.array(ids, np.int32), response=places > 0, end_of_turn=places == len(ids) - 1)

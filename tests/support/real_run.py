@@ -26,6 +26,7 @@ from alphatoken_curate.signals import composite
 from alphatoken_curate.tokens.pieces import Piece
 
 STORED = Path(__file__).parent / "real_rows.json"
+IM_END = 2
 SAMPLE = Path(__file__).parents[2] / "sample_data"
 SIGNALS = ("nll", "entropy", "reference_nll", "adapt_direct", "adapt_causal", "stab_direct", "stab_causal")
 STEPS = {"sft": 20, "preference": 5}
@@ -85,7 +86,8 @@ def _branch(record: dict[str, Any], generation: int) -> Branch:
         signals[name][response] = numbers
     known = components("published")
     signals["value"] = composite.value(signals, known, stability_weight=1.5)
-    return Branch(input_ids=np.array(record["input_ids"], np.int32), response=response, signals=signals)
+    ids = np.array(record["input_ids"], np.int32)
+    return Branch(input_ids=ids, response=response, end_of_turn=response & (ids == IM_END), signals=signals)
 
 
 # ---------------------------------------------------------------------------------------------------------- made anew

@@ -26,9 +26,14 @@ BETA = 0.1
 FIELDS = {"schema_version": SCHEMA_VERSION, "seed": 3, "input": "sha256:" + "0" * 64}
 
 
+def closes(response: np.ndarray) -> np.ndarray:
+    """The last token of each run of a response (T,): what ends an answer in rows that are made up."""
+    return response & ~np.append(response[1:], False)
+
+
 def published(**settings: Any) -> MaskConfig:
     """The mask of the paper (Eq. 13), but for these settings."""
-    return MaskConfig(**{"keep": 0.5, "by": "value", **settings})
+    return MaskConfig(**{"keep": 0.5, "by": "value", "always_keep": "none", **settings})
 
 
 def tokens(row_id: int, length: int, number: int = 0) -> Branch:
@@ -37,7 +42,7 @@ def tokens(row_id: int, length: int, number: int = 0) -> Branch:
     if length > 6:
         response[2] = True
     ids = np.random.default_rng((row_id, number)).integers(0, VOCABULARY, length)
-    return Branch(input_ids=ids.astype(np.int32), response=response)
+    return Branch(input_ids=ids.astype(np.int32), response=response, end_of_turn=closes(response))
 
 
 def scored(row: ValueRow, *, reference: bool = True, seed: int = 0, estimator: str = "published") -> ValueRow:

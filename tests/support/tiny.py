@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_run import closes
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from alphatoken_curate.models.releases import before, keep_soft_caps
@@ -256,6 +257,7 @@ def make_row(row_id: int, ids: list[int], responses: list[tuple[int, int]]) -> T
         id=None,
         input_ids=np.array(ids, dtype=np.int32),
         response=response,
+        end_of_turn=closes(response),
         truncated=0,
     )
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from alphatoken_curate.rows.read import BadRow, read_rows
 from alphatoken_curate.rows.shapes import AnyRecord, Messages, Pair, Passage, Prompt, PromptCompletion, Record, Tokens
+from alphatoken_curate.tokens.chat import ChatSettings
 from alphatoken_curate.tokens.tokenise import PairRow, TokenRow, branches, tokenise
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -318,6 +319,60 @@ def test_an_eos_is_added_once(smollm2_tokenizer: Any) -> None:
     )
     assert good[0].input_ids.tolist() == good[1].input_ids.tolist()
     assert good[1].response.tolist() == [False, True, True]
+
+
+def ended(row: TokenRow) -> list[int]:
+    """The places of the tokens that end an answer."""
+    return np.flatnonzero(row.end_of_turn).tolist()
+
+
+def test_the_end_of_a_completion_is_its_eos_whoever_wrote_it(smollm2_tokenizer: Any) -> None:
+    records = [PromptCompletion(prompt="a", completion="b" + end) for end in ("", EOT, "<|endoftext|>", " c" + EOT)]
+    good, _ = run(smollm2_tokenizer, *records, chats=ChatSettings(stops=frozenset({"<|endoftext|>"})))
+    assert [ended(row) for row in good] == [[2], [2], [2, 3], [3]]
+    good, _ = run(smollm2_tokenizer, records[2])
+    assert [ended(row) for row in good] == [[3]], "no stop of this model, so what is appended alone"
+    inside = PromptCompletion(prompt="a" + EOT, completion=f"b{EOT} c")
+    assert [ended(row) for row in run(smollm2_tokenizer, inside)[0]] == [[5]]
+
+
+def test_a_chat_has_an_end_in_each_answer_and_none_where_it_is_cut(smollm2_tokenizer: Any) -> None:
+    record = chat(user("a"), answer("b c d"), user("e " * 30), answer("f g"))
+    (row,), _ = run(smollm2_tokenizer, record)
+    eos = smollm2_tokenizer.eos_token_id
+    assert ended(row) == [i for i, token in enumerate(row.input_ids) if token == eos and row.response[i]]
+    assert len(ended(row)) == 2
+    first = ended(row)[0]
+    for length, wanted in (
+        (first + 1, [first]),
+        (len(row.input_ids) - 1, ended(row)),
+        (len(row.input_ids) - 3, [first]),
+    ):
+        (cut,), _ = run(smollm2_tokenizer, record, max_length=length)
+        assert ended(cut) == wanted and len(cut.end_of_turn) == length
+    (short,), _ = run(smollm2_tokenizer, record, max_length=first)
+    assert ended(short) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        ([-100, 5, 2, 6, 2], [4]),  # within an answer a stop ends nothing
+        ([-100, 5, 2, -100, 2], [2, 4]),
+        ([-100, 5, -100, 6, -100], []),
+        ([-100, 5, 2, 7, 2], [4]),
+        ([-100, 5, 2, 3, -100], [2, 3]),  # the whole run
+        ([2, 3, -100, 6, 2], [1, 4]),  # index 0 never responds
+    ],
+)
+def test_in_rows_of_tokens_an_answer_ends_with_stops_behind_which_nothing_is_said(
+    labels: list[int], wanted: list[int]
+) -> None:
+    tokens = [9 if label == -100 else label for label in labels]
+    (row,), _ = run(None, Tokens(input_ids=tokens, labels=labels), stop_ids=frozenset({2, 3}))
+    assert ended(row) == wanted
+    (row,), _ = run(None, Tokens(input_ids=tokens, labels=labels))
+    assert ended(row) == [] and row.end_of_turn.dtype == np.bool_
 
 
 def _metaspace_tokenizer(**options: Any) -> Any:
@@ -640,6 +695,7 @@ def test_every_token_of_a_passage_responds_but_the_first(smollm2_tokenizer: Any)
         assert isinstance(row, TokenRow) and isinstance(read.record, Passage)
         assert row.input_ids.tolist() == smollm2_tokenizer(read.record.text)["input_ids"]
         assert row.response.tolist() == [False] + [True] * (len(row.input_ids) - 1)
+    assert ended(good[0]) == []
 
 
 def test_a_bos_stands_before_a_passage_where_the_tokenizer_adds_one(smollm2_tokenizer: Any) -> None:

@@ -84,6 +84,9 @@ def mask(*generations: int) -> MaskStats:
         response_tokens=100,
         kept_share=0.5,
         rows_given_back=0,
+        end_of_turn_tokens=12,
+        end_of_turn_kept=9,
+        over_share=0,
     )
 
 

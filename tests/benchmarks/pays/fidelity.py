@@ -83,7 +83,16 @@ def truth(where: Setting) -> dict[str, NDArray[np.float64]]:
 
 def _rows(rows: Any) -> list[TokenRow]:
     return [
-        TokenRow(row_id=i, source="", line=i + 1, id=None, input_ids=row.ids, response=row.response, truncated=0)
+        TokenRow(
+            row_id=i,
+            source="",
+            line=i + 1,
+            id=None,
+            input_ids=row.ids,
+            response=row.response,
+            end_of_turn=np.zeros(len(row.ids), np.bool_),
+            truncated=0,
+        )
         for i, row in enumerate(rows)
     ]
 

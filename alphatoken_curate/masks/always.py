@@ -1,0 +1,108 @@
+"""Which response tokens a mask always keeps: `--always-keep`, told from what the scoring stored. No model is needed.
+
+Arrays have one entry per response token of one branch, or of some shards of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.errors import UsageError
+from alphatoken_curate.masks import choose, criteria
+from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs.manifest import Manifest
+from alphatoken_curate.runs.schema import SFT, VOCABULARY, VOCABULARY_COLUMNS, Components, Layout, absent
+from alphatoken_curate.wording import nearest
+
+END_OF_TURN = "end_of_turn"
+"""The column of values/ that says which tokens end an answer."""
+
+_WORDS = ("end-of-turn", "special", "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Always:
+    """What is always kept. `columns`: the stored columns that `of` needs."""
+
+    name: str
+    columns: tuple[str, ...]
+    special: NDArray[np.int32] | None = None
+
+    def of(self, columns: Mapping[str, NDArray[Any]], **how: Any) -> NDArray[np.bool_]:
+        """Whether each token is, (n,); `how`: as `criteria.selection` takes it. Raises `UsageError` as that does."""
+        if self.name == "end-of-turn":
+            return columns[END_OF_TURN]
+        if self.special is not None:
+            return np.isin(columns["token_id"], self.special)
+        with _told_of(self.name):
+            found: NDArray[np.bool_] = criteria.selection(_number(self.name), columns, **how) > 0
+        return found
+
+
+def check(name: str, components: Components, layout: Layout = SFT) -> None:
+    """Raise `UsageError` for what `--always-keep` cannot be in such a run."""
+    if name not in _WORDS:
+        _columns(name, components, layout)
+
+
+def always_kept(run: Path, stored: Manifest, config: MaskConfig) -> Always | None:
+    """What the mask of these settings always keeps; None where it drops nothing, or end-of-turn tokens are not stored.
+
+    Raises `UsageError` for what cannot be told of this run, `StoredDataError` where its vocabulary is damaged.
+    """
+    name = config.always_keep
+    if name == "none" or (choose.parse_keep(config.keep) == 1 and config.weights != "relu"):
+        return None
+    if name == "end-of-turn":
+        return None if END_OF_TURN in absent(stored.schema_version) else Always(name=name, columns=(END_OF_TURN,))
+    if name == "special":
+        return Always(name=name, columns=("token_id",), special=_special_ids(run, stored))
+    return Always(name=name, columns=_columns(name, manifest.components(stored), manifest.layout(stored)))
+
+
+def _columns(name: str, components: Components, layout: Layout) -> tuple[str, ...]:
+    if not criteria.is_of_single_tokens(name, layout):
+        near = nearest(name, _WORDS)
+        raise UsageError(
+            f"always-keep: {name!r} is not told of each token alone.{near} Give {', '.join(_WORDS)}, or an expression"
+            ' of single tokens, such as "nll < 0.1"'
+        )
+    with _told_of(name):
+        return criteria.columns_needed(_number(name), components, layout)
+
+
+def _number(name: str) -> str:
+    """The expression as a number, which is above 0 where it is true."""
+    return f"CAST(({name}) AS DOUBLE)"
+
+
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """What is wrong is said of the setting as it was given."""
+    try:
+        yield
+    except UsageError as error:
+        told = str(error).replace(repr(_number(name)), repr(name))
+        raise UsageError("always-keep: " + told.removeprefix("by: ")) from error
+
+
+def _special_ids(run: Path, stored: Manifest) -> NDArray[np.int32]:
+    """(S,) the special tokens of the run's vocabulary."""
+    if VOCABULARY not in {file.path for file in stored.files} or "special" in absent(stored.schema_version):
+        raise UsageError(
+            f"always-keep: {run} does not say which tokens are special: it was scored without a tokenizer, or by an"
+            ' early release. Give end-of-turn, none or an expression, such as "token_id = 2"'
+        )
+    manifest.check_file(run, stored, VOCABULARY)
+    table = pq.read_table(run / VOCABULARY, schema=VOCABULARY_COLUMNS, columns=["token_id", "special"])
+    ids: NDArray[np.int32] = table["token_id"].filter(table["special"]).to_numpy()
+    return ids
