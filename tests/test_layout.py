@@ -22,7 +22,7 @@ ORDER = """
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
         capture value_rows
     rows: files containers tables shapes pairs read
-    tokens: turns each chat pieces speller tokenise plan draws
+    tokens: refusals marks kept turns blocks each forms advice chat pieces speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
     masks: criteria choose always responses ranked remask mask
@@ -243,7 +243,6 @@ def test_every_source_module_has_its_tests() -> None:
         "rows.shapes": "rows/test_read",
         "rows.pairs": "rows/test_read",
         "tokens.chat": "tokens/test_tokenise",
-        "tokens.speller": "tokens/test_tokenise",
         "scoring.scorer": "scoring/test_score",
         "scoring.job": "scoring/test_score",
         "scoring.folder": "scoring/test_score",

@@ -15,42 +15,31 @@ it has one, and is raw text; other chats are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar
-
-import orjson
+from typing import Any, NamedTuple
 
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
+from alphatoken_curate.tokens.advice import Adviser
+from alphatoken_curate.tokens.blocks import GENERATION, answers_of_blocks
 from alphatoken_curate.tokens.each import with_its_thought
-from alphatoken_curate.tokens.turns import (
-    RESERVED,
-    THOUGHT,
-    Answers,
-    Render,
-    find_answers,
-    left_out_notes,
-    left_out_of_turn,
-    not_splittable,
-)
-from alphatoken_curate.wording import count
-
-T = TypeVar("T")
+from alphatoken_curate.tokens.forms import PART, TEMPLATE_ERROR, as_borne, written_as_list
+from alphatoken_curate.tokens.kept import THOUGHT, left_out_notes
+from alphatoken_curate.tokens.marks import RESERVED
+from alphatoken_curate.tokens.refusals import NOT_SPLITTABLE, excerpt, not_splittable
+from alphatoken_curate.tokens.turns import closing, find_answers
 
 Tokenizer = Any
 """A tokenizer of transformers; not imported here, since that takes seconds."""
 
-# noncharacters of Unicode, kept free for use inside a program
-_OPEN, _CLOSE, MARK = "\ufdd0", "\ufdd1", "\ufdd2"
+# a noncharacter of Unicode, kept free for use inside a program
+MARK = "\ufdd2"
 _ESCAPED_MARK = r"\ufdd2"  # as a template writes it that turns text to ASCII
-_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # what a template can raise that is written for other rows, or in bad faith; it runs in a sandbox
 _TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-# a block tag for a block tag, so that jinja trims white space around both alike
-_MACRO = "{% macro __response() %}" + _OPEN + "{{ caller() }}" + _CLOSE + "{% endmacro %}\n"
 
 
 class RenderedText(NamedTuple):
@@ -137,7 +126,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._chats = chats
         self._stops = chats.stops | {tokenizer.eos_token} - {None}
-        self._specials = specials.pattern
+        self._specials, self._of_tokenizer = specials.pattern, specials
         self._turns = turns
 
     def render(self, record: Messages) -> list[RenderedText]:
@@ -146,7 +135,33 @@ class ChatTemplate:
             if record.plain is None:
                 raise _no_template()
             return [joined(record.plain)]
-        return self._as_borne(record.messages, partial(self._rendered_chat, record))
+        return self._or_advised(record)
+
+    def _or_advised(self, record: Messages | Prompt) -> list[RenderedText]:
+        try:
+            return self._shown(record)
+        except RowFault as fault:
+            if fault.reason not in (TEMPLATE_ERROR, NOT_SPLITTABLE):
+                raise
+            raise self._adviser.advised(fault, record) from None
+
+    def _shown(self, record: Messages | Prompt) -> list[RenderedText]:
+        if isinstance(record, Prompt):
+            return as_borne(record.messages, partial(self._rendered_prompt, record))
+        return as_borne(record.messages, partial(self._rendered_chat, record))
+
+    @cached_property
+    def _adviser(self) -> Adviser:
+        def takes(record: Messages | Prompt, turns: str, settings: Mapping[str, Any]) -> bool:
+            chats = replace(self._chats, kwargs={**self._chats.kwargs, **settings})
+            other = ChatTemplate(self._tokenizer, self._of_tokenizer, turns=turns, chats=chats)
+            try:
+                other._shown(record)
+            except RowFault:
+                return False
+            return True
+
+        return Adviser(takes=takes, template=str(self._tokenizer.get_chat_template()), turns=self._turns)
 
     def _rendered_chat(self, record: Messages, given: list[Any]) -> list[RenderedText]:
         messages, told, marked = self._hidden(given, record)
@@ -159,35 +174,23 @@ class ChatTemplate:
 
         def rendered(chat: list[Any], respond: list[int]) -> RenderedText:
             template = self._tokenizer.get_chat_template(tools=record.tools)
-            if _GENERATION.search(template):
-                text, found = _answers_by_marks(template, render, chat, respond, self._specials)
+            if GENERATION.search(template):
+                text, found = answers_of_blocks(template, render, chat, respond)
             else:
                 text = render(chat)
                 found = find_answers(text, chat, respond, render, specials=self._specials, stops=self._stops)
-            ends = [(said, end) for said, (_, end) in zip(found.said, found.spans, strict=True)]
-            closings = tuple(len(_closing(self._specials, text, *one)) for one in ends)
+            ends = zip(found.said, (end for _, end in found.spans), strict=True)
+            closings = tuple(len(closing(self._specials, text, *one)) for one in ends)
             return _rendered(text, found.spans, marked, notes + found.notes)._replace(closings=closings)
 
         if self._turns != "each":
             return [rendered(messages, respond)]
 
         def by_itself(i: int) -> RenderedText:
-            prompt = render(messages[:i], prompt=True)
+            prompt = render(messages[:i], prompt=True) if i else ""
             return self._as_asked(rendered(messages[: i + 1], [i]), prompt, messages[i])
 
         return [by_itself(i) for i in respond]
-
-    def render_prompt(self, record: Prompt) -> RenderedText:
-        """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
-        if not self._tokenizer.chat_template:
-            if record.plain is None:
-                raise _no_template()
-            return unanswered(record.plain)
-        return self._as_borne(record.messages, partial(self._rendered_prompt, record))
-
-    def _rendered_prompt(self, record: Prompt, given: list[Any]) -> RenderedText:
-        messages, told, marked = self._hidden(given, record)
-        return _rendered(self._apply(messages, prompt=True, **told), [], marked)
 
     def _as_asked(self, item: RenderedText, prompt: str, answer: dict[str, Any]) -> RenderedText:
         """The chat up to its last answer, as a model is asked for it: nothing stands behind its stop.
@@ -204,18 +207,17 @@ class ChatTemplate:
         notes = item.notes if item.text.startswith(prompt) else (*item.notes, _NOT_ASKED)
         return item._replace(text=item.text[:end], notes=notes)
 
-    def _as_borne(self, messages: list[Any], render: Callable[[list[Any]], T]) -> T:
-        """Rendered in the first form of the messages that the template bears.
+    def render_prompt(self, record: Prompt) -> RenderedText:
+        """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
+        if not self._tokenizer.chat_template:
+            if record.plain is None:
+                raise _no_template()
+            return unanswered(record.plain)
+        return self._or_advised(record)[0]
 
-        Raises the first fault; one of a form that the template bears, but that shows no answer, before others.
-        """
-        faults = []
-        for form in _forms(messages):
-            try:
-                return render(form)
-            except RowFault as fault:
-                faults.append(fault)
-        raise min(faults, key=lambda fault: fault.reason == "template_error")
+    def _rendered_prompt(self, record: Prompt, given: list[Any]) -> list[RenderedText]:
+        messages, told, marked = self._hidden(given, record)
+        return [_rendered(self._apply(messages, prompt=True, **told), [], marked)]
 
     def _hidden(self, messages: list[Any], record: Messages | Prompt) -> tuple[list[Any], dict[str, Any], bool]:
         """Messages, and what else the template is told, with the special tokens hidden that they spell.
@@ -224,8 +226,8 @@ class ChatTemplate:
         """
         told: dict[str, Any] = {"tools": record.tools, "settings": {**self._chats.kwargs, **record.template_kwargs}}
         texts = [*_strings([_but_role(message) for message in messages]), *_strings(told)]
-        if any(mark in text for text in texts for mark in (_OPEN, _CLOSE, MARK)) or any(map(RESERVED.search, texts)):
-            raise RowFault("noncharacter", "the text has one of U+FDD0 to U+FDDE, which are no characters; remove it")
+        if any(map(RESERVED.search, texts)):
+            raise RowFault("noncharacter", "the text has one of U+FDD0 to U+FDDF, which are no characters; remove it")
         if any(self._specials.search(text) for text in texts):
             hidden = [self._hidden_message(message) for message in messages]
             return hidden, {name: self._marked(value, frozenset()) for name, value in told.items()}, True
@@ -271,10 +273,10 @@ class ChatTemplate:
             return frozenset()
         ((start, end),) = found.spans
         outside = self._specials.findall("\n".join([text[:start], text[end:], prompt]))
-        closing = {special[0] for special in _closing(self._specials, text, start, end)}
+        closes = {special[0] for special in closing(self._specials, text, start, end)}
         # A generation prompt may open a thought, and close it.
         paired = {name for name in outside if _partner(name) in template}
-        return frozenset(self._specials.findall(template)) - ({*outside} - paired) - closing - self._stops
+        return frozenset(self._specials.findall(template)) - ({*outside} - paired) - closes - self._stops
 
     def _apply(
         self,
@@ -287,102 +289,32 @@ class ChatTemplate:
     ) -> str:
         import jinja2
 
-        told = self._chats.kwargs if settings is None else settings
-        options = {"tools": tools, "chat_template": template, "add_generation_prompt": prompt, **told}
+        settings = self._chats.kwargs if settings is None else settings
+
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+            text = str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **settings,
+                )
+            )
         except (*_TEMPLATE_FAULTS, jinja2.TemplateError) as error:
-            raise RowFault("template_error", f"the chat template fails: {visible(str(error))}") from error
-
-
-def _answers_by_marks(
-    template: str, render: Render, chat: list[Any], respond: list[int], specials: re.Pattern[str]
-) -> tuple[str, Answers]:
-    """The chat as text, and the answers that the template marks in it. Raises RowFault."""
-    answers = [i for i, m in enumerate(chat) if m["role"] == "assistant"]
-    tagged = _MACRO + _GENERATION.sub(
-        lambda tag: f"{{%{tag[1]} {'endcall' if tag[2] else 'call __response()'} {tag[3]}%}}", template
-    )
-    text, spans, keys = "", list[tuple[int, int]](), list[str]()
-    for piece in re.split(f"({_OPEN}[^{_CLOSE}]*{_CLOSE})", render(chat, template=tagged)):
-        start = len(text)
-        text += piece.strip(_OPEN + _CLOSE)
-        if piece.startswith(_OPEN):
-            spans.append((start, len(text)))
-    if text != render(chat):
-        raise not_splittable("it writes other text when its generation blocks are marked")
-    said = [start for start, _ in spans]
-    if len(spans) == len(answers):
-        spans = [span for i, span in zip(answers, spans, strict=True) if i in respond]
-        said = []
-        for i, (start, end) in zip(respond, spans, strict=True):
-            keys += left_out_of_turn(chat[i], i, text[start:end])
-            said.append(_said(specials, chat[i], text, start, end))
-    elif respond != answers or not spans:
-        raise not_splittable(f"it marks {len(spans)} of {count(len(answers), 'answer')}")
-    return text, Answers(spans=spans, said=said, notes=left_out_notes(keys))
-
-
-def _said(specials: re.Pattern[str], message: dict[str, Any], text: str, start: int, end: int) -> int:
-    """Where what closes a marked turn may begin: behind the special tokens that the answer itself ends with."""
-    content = "".join(_strings(message.get("content")))
-    own, run = _closing(specials, content, 0, len(content)), _closing(specials, text, start, end)
-    spelled = own and [one[0] for one in run[-len(own) :]] == [one[0] for one in own]
-    return run[-len(own)].end() if spelled and len(run) > len(own) else start
-
-
-def _closing(specials: re.Pattern[str], text: str, said: int, end: int) -> list[re.Match[str]]:
-    """The special tokens, one behind the other, that end what stands from `said` to `end`; the last one first."""
-    found, place = list[re.Match[str]](), said + len(text[said:end].rstrip())
-    for special in reversed(list(specials.finditer(text, said, end))):
-        if special.end() != place:
-            break
-        found.append(special)
-        place = special.start()
-    return found
-
-
-def _forms(messages: list[Any]) -> Iterator[list[Any]]:
-    """The messages as templates may want them: arguments of calls as objects or as their JSON, content as parts."""
-    parsed = [_with_arguments(message) for message in messages]
-    yield parsed
-    if parsed != messages:
-        yield messages
-    if all(isinstance(message.get("content"), str) for message in messages):
-        yield [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in parsed]
-
-
-def _with_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with the arguments of its calls as objects, where they are the JSON of one, OpenAI's own form."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list) or not any(isinstance(_arguments(call), str) for call in calls):
-        return message
-    return {**message, "tool_calls": [_with_object(call) for call in calls]}
-
-
-def _arguments(call: Any) -> Any:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    return function.get("arguments") if isinstance(function, dict) else None
-
-
-def _with_object(call: Any) -> Any:
-    arguments = _arguments(call)
-    if not isinstance(arguments, str):
-        return call
-    try:
-        found = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return call
-    if not isinstance(found, dict):
-        return call
-    if "function" in call:
-        return {**call, "function": {**call["function"], "arguments": found}}
-    return {**call, "arguments": found}
+            raise RowFault(TEMPLATE_ERROR, f"the chat template fails: {visible(str(error))}") from error
+        if written_as_list(text):
+            raise RowFault(TEMPLATE_ERROR, "the chat template takes content as text, not as parts")
+        return text
 
 
 def _rendered(text: str, spans: list[tuple[int, int]], marked: bool, notes: Sequence[str] = ()) -> RenderedText:
     if marked and _ESCAPED_MARK in text:
-        raise not_splittable("it escapes the characters of text that spells a special token")
+        at = text.index(_ESCAPED_MARK)
+        raise not_splittable(
+            f"it escapes the characters of text that spells a special token, {excerpt(text[max(0, at - 20) :])}"
+        )
     return RenderedText(text=text, spans=spans, marked=marked, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -412,7 +344,7 @@ def _strings(value: Any) -> Iterator[str]:
         for item in value:
             yield from _strings(item)
     elif isinstance(value, dict):
-        yield from value
+        yield from (key for key in value if key != PART)
         yield from (text for item in value.values() for text in _strings(item))
 
 

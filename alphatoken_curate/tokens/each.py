@@ -26,7 +26,7 @@ def with_its_thought(
         return None
     said = answer.rpartition(_CLOSES)[2].strip()
     body, closing = _parted(text[: span[1]], specials)
-    if not closing or not body.endswith(said):
+    if not closing or not body.endswith(said) or _CLOSES in body[span[0] :]:  # it writes thoughts in its own way
         return None
     rest = answer.strip()
     if prompt.rstrip().endswith(_OPENS):

@@ -3,7 +3,8 @@
 The text is tokenised whole, once, and character spans are mapped to tokens. The tokens of every response are then
 decoded and must spell the answer and its end-of-turn token exactly. Where a token straddles the border (a byte-level
 token may even hold half a character of either side) the text is cut at the borders and tokenised in pieces, so that
-the border is one between tokens; where even that does not spell the answer, the row is refused.
+the border is one between tokens; where even that does not spell the answer, or a space is put in or lost at a border,
+the row is refused. Some tokenizers put a space before each text: none is put before a piece that text stands before.
 
 Text of a chat that spells a special token stays text (see `chat`). Raw text is the exception: there special tokens are
 recognised, since ready-made chats are stored so. A BOS goes in front of it where the tokenizer adds one and, behind a
@@ -12,8 +13,10 @@ completion that does not end with it, an EOS that responds.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +25,12 @@ from numpy.typing import NDArray
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.tokens.chat import MARK, ChatSettings, ChatTemplate, RenderedText, Specials, Tokenizer
+
+_SPACES = ("▁", "Ġ")
+"""How vocabularies write the space before a word."""
+
+_ANCHORS = ("\n", ":", "a")
+"""Texts to put before a piece, so that the space goes before them; one that melts into the piece will not do."""
 
 
 class Spelled(NamedTuple):
@@ -98,7 +107,7 @@ class Speller:
             if not len(inside):
                 return None
             span = int(inside[0]), int(inside[-1]) + 1
-            if len(inside) != span[1] - span[0] or not self._spells(tokens, span, item.text[start:end]):
+            if len(inside) != span[1] - span[0] or not self._spells(tokens, span, self._kept(item.text, start, end)):
                 return None
             spans.append(span)
         return spans
@@ -109,21 +118,19 @@ class Speller:
         spans = []
         place = 0
         for start, end in item.spans:
-            tokens += self._piece(item.text[place:start], item.marked)
+            tokens += self._piece(item, place, start)
             first = len(tokens)
-            tokens += self._piece(item.text[start:end], item.marked)
+            tokens += self._piece(item, self._behind_greedy(item.text, start), end)
             spans.append((first, len(tokens)))
-            place = end
-            if any(
-                right and item.text.endswith(name, start, end) for name, (_, right) in self._specials.greedy.items()
-            ):
-                place = len(item.text) - len(item.text[end:].lstrip())
-            if not self._spells(tokens, spans[-1], item.text[start:end].replace(MARK, "")):
+            place = self._behind_greedy(item.text, end)
+            if not self._spells(tokens, spans[-1], self._kept(item.text, start, end).replace(MARK, "")):
                 message = (
                     f"the tokenizer cannot spell the answer; its tokens read {visible(self._decode(tokens[first:]))}"
                 )
                 raise RowFault("mask_mismatch", message)
-        tokens += self._piece(item.text[place:], item.marked)
+        tokens += self._piece(item, place, len(item.text))
+        if not self._is_whole(tokens, item):
+            raise RowFault("mask_mismatch", "the tokenizer puts in or loses a space where an answer begins or ends")
         if item.marked:
             written = len(self._specials.pattern.findall(item.text))
             ids = set(self._specials.ids.values())
@@ -131,18 +138,86 @@ class Speller:
                 raise RowFault("mask_mismatch", "text that spells a special token cannot be kept apart from it")
         return tokens, spans
 
-    def _piece(self, text: str, marked: bool) -> list[int]:
-        if not marked:
-            return self._ids_of(text)
-        tokens: list[int] = []
-        place = 0
-        for found in self._specials.pattern.finditer(text):
+    def _behind_greedy(self, text: str, place: int) -> int:
+        """`place`, or behind the white space there that a control token before it takes in."""
+        before = text[:place].rstrip()
+        if any(right and before.endswith(name) for name, (_, right) in self._specials.greedy.items()):
+            return len(text) - len(text[len(before) :].lstrip())
+        return place
+
+    def _kept(self, text: str, start: int, end: int) -> str:
+        """A span without the white space that control tokens take in."""
+        if not self._specials.greedy:
+            return text[start:end]
+        kept, place = "", self._behind_greedy(text, start)
+        for found in self._specials.pattern.finditer(text, place, end):
             left, right = self._specials.greedy.get(found[0], (False, False))
-            before = text[place : found.start()].replace(MARK, "")
-            tokens += self._ids_of(before.rstrip() if left else before, split_special_tokens=True)
+            before = text[place : found.start()]
+            kept += (before.rstrip() if left else before) + found[0]
+            place = self._behind_greedy(text, found.end()) if right else found.end()
+        return kept + text[place:end]
+
+    def _is_whole(self, tokens: list[int], item: RenderedText) -> bool:
+        """Whether tokens of pieces read as the text does, or as the tokens of the whole text if those read otherwise.
+
+        But for spaces behind special tokens, where some tokenizers put one in.
+        """
+
+        def bare(text: str) -> str:
+            return self._behind_special.sub(lambda found: found[1], text).lstrip(" ")
+
+        text = item.text.replace(MARK, "")
+        read = bare(self._decode(tokens))
+        if _same(read, bare(self._kept(item.text, 0, len(item.text)).replace(MARK, ""))):
+            return True
+        plain = bare(self._decode(self._ids_of(text)))
+        return read == plain or (item.marked and not _same(plain, bare(text)))
+
+    def _piece(self, item: RenderedText, start: int, end: int) -> list[int]:
+        """Tokens of a piece of the text."""
+        if not item.marked:
+            return self._ids_within(item.text, start, end)
+        tokens: list[int] = []
+        place = start
+        for found in self._specials.pattern.finditer(item.text, start, end):
+            left, right = self._specials.greedy.get(found[0], (False, False))
+            before = item.text[place : found.start()]
+            stop = place + len(before.rstrip()) if left else found.start()
+            tokens += self._ids_within(item.text, place, stop, split_special_tokens=True)
             tokens.append(self._specials.ids[found[0]])
-            place = len(text) - len(text[found.end() :].lstrip()) if right else found.end()
-        return tokens + self._ids_of(text[place:].replace(MARK, ""), split_special_tokens=True)
+            place = self._behind_greedy(item.text[:end], found.end()) if right else found.end()
+        return tokens + self._ids_within(item.text, place, end, split_special_tokens=True)
+
+    def _ids_within(self, text: str, start: int, end: int, **options: Any) -> list[int]:
+        """Tokens of a piece without the space that the tokenizer puts before a whole text, if other text precedes."""
+        piece, before = text[start:end].replace(MARK, ""), text[:start]
+        if not piece or not before or not self._puts_space:
+            return self._ids_of(piece, **options)
+        if self._space_behind_specials and any(
+            one.end() == start for one in self._specials.pattern.finditer(text, 0, start)
+        ):
+            return self._ids_of(piece, **options)
+        for anchor in _ANCHORS:
+            front, both = self._ids_of(anchor, **options), self._ids_of(anchor + piece, **options)
+            if both[: len(front)] == front:
+                return both[len(front) :]
+        return self._ids_of(piece, **options)
+
+    @cached_property
+    def _puts_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text."""
+        names = self._tokenizer.convert_ids_to_tokens(self._ids_of("a"))
+        return bool(names) and str(names[0]).startswith(_SPACES)
+
+    @cached_property
+    def _space_behind_specials(self) -> bool:
+        """And before the text behind a special token, too."""
+        name = next(iter(self._specials.ids), "")
+        return bool(name) and self._ids_of(name + "a")[1:] == self._ids_of("a")
+
+    @cached_property
+    def _behind_special(self) -> re.Pattern[str]:
+        return re.compile(f"({self._specials.pattern.pattern}) +")
 
     def _framed(self, item: RenderedText, tokens: list[int], spans: list[tuple[int, int]]) -> Spelled:
         """Tokens and response mask, with the BOS that the tokenizer adds itself and an EOS that responds."""

@@ -18,6 +18,7 @@ DATA = ["--data", "sample_data/sft.jsonl"]
 
 SCRIPTS = {
     "growth": ([*DATA, "--rows", "--light-rows", "40", "80"], "exponent from each size"),
+    "tokenising": ([*DATA, "--rows", "8", "--rounds", "1"], "all refused"),
     "load": (["--tokens", "20000", "--rows", "200"], "mask, expression"),
     "tokens": (["--tokens", "20000", "--rounds", "1"], "by token type"),
     "report": (["--tokens", "1000"], "B/response token"),

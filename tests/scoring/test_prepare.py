@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from chats import answer, responses, user
-from templates import thinking, tokenizer_of
+from kinds import thinking
+from templates import tokenizer_of
 from tiny import make_row, tiny_model
 from tiny_files import command, contents, token_records, write_jsonl
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from chats import answer, user
-from templates import CHATS, templates, tokenizer_of
+from kinds import KINDS
+from templates import templates, tokenizer_of
 
 from alphatoken_curate.rows.shapes import Messages
 from alphatoken_curate.tokens.chat import ChatSettings, ChatTemplate, RenderedText, Specials
@@ -43,7 +44,7 @@ def test_an_answer_without_the_thought_that_its_prompt_opens_is_told_of() -> Non
 def test_history_is_as_the_model_would_see_it() -> None:
     """Qwen3 leaves thoughts of earlier turns out; in its own turn each is whole."""
     tokenizer = tokenizer_of(templates()["qwen3"])
-    items = rendered(tokenizer, CHATS["inline thoughts"])
+    items = rendered(tokenizer, KINDS["inline thoughts"])
     assert answers(items) == [
         "<think>\nhm One\n</think>\n\nFirst<|im_end|>",
         "<think>\nhm Two\n</think>\n\nSecond<|im_end|>",
@@ -53,9 +54,9 @@ def test_history_is_as_the_model_would_see_it() -> None:
 
 def test_nothing_stands_behind_the_stop() -> None:
     tokenizer = tokenizer_of(templates()["qwen2_5"])
-    for item in rendered(tokenizer, CHATS["several"]):
+    for item in rendered(tokenizer, KINDS["several"]):
         assert item.text.endswith("<|im_end|>") and item.spans == [(item.spans[0][0], len(item.text))]
-    (whole,) = rendered(tokenizer, CHATS["several"], "all")
+    (whole,) = rendered(tokenizer, KINDS["several"], "all")
     assert whole.text.endswith("<|im_end|>\n") and len(whole.spans) == 2
 
 
@@ -65,7 +66,7 @@ def test_a_sequence_begins_with_what_the_model_is_asked(name: str, kind: str) ->
     if name not in templates():
         pytest.skip(f"trl has no template {name}")
     tokenizer = tokenizer_of(templates()[name])
-    chat = [message for message in CHATS[kind] if message["role"] != "tool" and not message.get("tool_calls")]
+    chat = [message for message in KINDS[kind] if message["role"] != "tool" and not message.get("tool_calls")]
     places = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
     try:
         heads = [tokenizer.apply_chat_template(chat[:i], tokenize=False, add_generation_prompt=True) for i in places]
