@@ -11,8 +11,8 @@ from alphatoken_curate.masks.remask import check_settings
 from alphatoken_curate.models.devices import resolve_device, resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
 from alphatoken_curate.models.load import DEMO_MODEL, find_model
+from alphatoken_curate.rows.fields import TEMPLATE_RESERVED
 from alphatoken_curate.rows.files import find_files
-from alphatoken_curate.rows.shapes import TEMPLATE_RESERVED
 from alphatoken_curate.runs.schema import LAYOUTS, components
 from alphatoken_curate.scoring.folder import artifacts_of
 

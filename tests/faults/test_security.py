@@ -388,7 +388,7 @@ _MAY = {
     "models/folders": {"huggingface_hub"},  # a model that the user names by its Hub id
     "models/load": {"huggingface_hub"},  # the name of an error
     "models/releases": {"huggingface_hub"},
-    "rows/tables": {"datasets", "huggingface_hub"},  # a data set that the user names by its Hub name
+    "rows/hub": {"datasets", "huggingface_hub"},  # a data set that the user names by its Hub name
     "trainers/dataset": {"datasets"},  # rows of a mask as `datasets` holds them, from memory
     "trainers/current": {"datasets"},
     "trainers/hf": {"datasets"},

@@ -477,7 +477,6 @@ BAD_RECORDS = {
     "tools": ({"messages": [USER, ANSWER], "tools": ["f"]}, "wrong_type"),
     "tools that are no JSON": ({"messages": [USER, ANSWER], "tools": "f"}, "wrong_type"),
     "id": ({**GOOD, "id": True}, "wrong_type"),
-    "float id": ({**GOOD, "id": 1.5}, "wrong_type"),
     "lengths": ({"input_ids": [1, 2], "labels": [-100]}, "length_mismatch"),
     "shifted labels": ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "label_mismatch"),
     "no labels": ({"input_ids": [1, 2], "labels": [1, -100]}, "no_response"),
