@@ -31,6 +31,8 @@ _METAVARS = {
     "device": "auto|cpu|cuda[:N]",
     "file": "FILE",
     "object": "JSON",
+    "pairs": "COLUMN=NAME,...",
+    "date": "YYYY-MM-DD",
 }
 
 

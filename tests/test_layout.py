@@ -22,7 +22,7 @@ ORDER = """
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
         capture value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs columns read
-    tokens: turns chat pieces speller tokenise plan draws
+    tokens: dates turns chat pieces speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
     masks: criteria choose responses ranked remask mask

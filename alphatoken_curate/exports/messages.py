@@ -52,7 +52,7 @@ def with_text(items: Items, opened: TrainSet) -> Items:
         if original is None or len(original.response) != len(item.row.branches[0].input_ids):
             raise StoredDataError(f"{opened.run}: row {row_id} of train/ is not in values/; run `verify`")
         chat = _chat(original)
-        turns = _turns(chat, last_only)
+        turns = chat.responding(last_only=last_only)
         runs = _runs(original.response)
         if len(runs) < len(turns) and len(original.response) == most:
             yield Dropped(row_id=row_id, reason="cut_when_scored")
@@ -73,12 +73,6 @@ def _chat(original: Original) -> Messages:
         f"{original.place}: {kind}, with no messages to weigh; --for jsonl-weights takes chats. Export tokens, such as"
         " --for hf."
     )
-
-
-def _turns(chat: Messages, last_only: bool) -> list[int]:
-    """The messages that respond, as they were told apart for scoring."""
-    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    return [i for i in answers if i >= chat.respond_from][-1 if last_only else 0 :]
 
 
 def _runs(response: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -107,7 +101,9 @@ def _records(
     ]
     rest = {"tools": chat.tools} if chat.tools else {}
     mean = float(weight[original.response].mean(dtype=np.float64))
-    return {"messages": messages, **rest}, {"messages": chat.messages, **rest, "weight": mean}
+    # what the user marked off stays so where a message has no other weight
+    plain = [{**message, "weight": 0} if i in chat.context else message for i, message in enumerate(chat.messages)]
+    return {"messages": messages, **rest}, {"messages": plain, **rest, "weight": mean}
 
 
 def _write(folder: Path, batches: Iterator[list[Kept]], asked: Asked) -> None:
@@ -137,7 +133,7 @@ def _check(folder: Path, rows: Iterator[Kept], asked: Asked) -> None:
 
 def _columns(told: Told) -> Iterator[str]:
     yield f"- `{BY_MESSAGE}`: `messages`, with `weight` 0 or 1 on each assistant message; `tools` where there are some"
-    yield f"- `{BY_ROW}`: `messages`, `tools`, and a float `weight` on the row"
+    yield f"- `{BY_ROW}`: `messages`, `tools`, and a float `weight` on the row; `weight` 0 stays where a message had it"
 
 
 def _use(told: Told) -> Iterator[str]:

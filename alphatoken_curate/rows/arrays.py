@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows.containers import (
@@ -27,7 +27,8 @@ from alphatoken_curate.rows.files import DataFile, visible
 
 _ARRAY, _OBJECT, _UTF16 = b"[", re.compile(rb"\{\s*\n"), (b"\xff\xfe", b"\xfe\xff")
 _SPACE = b" \t\r\n"
-_MOST_PIECES, _ENOUGH = 64, 64  # pieces, and bytes behind white space, that are looked at to tell lines from an array
+_LOOKED_AT, _ENOUGH = 2**16, 64
+"""Bytes that are looked at to tell lines from an array, and how many behind white space are enough."""
 _PACKED = (".gz", ".zst")
 # whole strings are taken in one match; a lone quotation mark begins one that ends in a later piece
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
@@ -42,10 +43,10 @@ def json_rows(file: DataFile, meter: Meter, magic: bytes) -> Iterator[RawRow]:
     """
     pieces = filter(None, chunks(file, meter, magic))
     head, held = b"", list[bytes]()
-    for piece in islice(pieces, _MOST_PIECES):
+    for piece in pieces:
         held.append(piece)
-        head += piece
-        if len(head.strip(_SPACE)) >= _ENOUGH:
+        head += piece[: _LOOKED_AT - len(head)]
+        if len(head.strip(_SPACE)) >= _ENOUGH or len(head) == _LOOKED_AT:
             break
     if head.startswith(_UTF16):
         raise InputError(f"{visible(file.path)}: UTF-16 text, which is not read. Save it as UTF-8.")

@@ -15,6 +15,7 @@ from alphatoken_curate.runs.documents import Unreadable, decode, sealed, unseale
 from alphatoken_curate.runs.fingerprint import Json, differing, told_apart
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
+from alphatoken_curate.runs.shards import listed, read_footer, values_folder
 
 NAME = "run.json"
 """In artifacts/: the run's fingerprint fields and its plan, written before anything is computed.
@@ -26,20 +27,20 @@ LEAST = 64
 
 _OF_CHATS = (
     *("tokenizer", "template", "chat_template", "chat_template_kwargs", "assistant_specials"),
-    *("turns", "max_length"),
+    *("turns", "max_length", "template_date", "map"),
 )
 
 _DECIDE_TOKENS = {
-    "tokens": {"data", "limit", "target", "target_rows", "seed", *_OF_CHATS},
+    "tokens": {"data", "subset", "split", "limit", "target", "target_rows", "seed", *_OF_CHATS},
     "target_tokens": {"data", "target", "target_rows", "seed", *_OF_CHATS},
     "retention_tokens": {"retention", *_OF_CHATS},
     "prompt_tokens": {"fisher", "fisher_prompts", *_OF_CHATS},
     "template": {"chat_template"},
-    "kind": {"data", "limit"},
-    "data": {"limit"},
+    "kind": {"data", "limit", "map", "subset", "split"},
+    "data": {"limit", "subset", "split"},
     "beta": {"data"},
 }
-"""Fields that follow from others; digests of tokens differ alone where a template writes today's date."""
+"""Fields that follow from others; digests of tokens differ alone where releases of libraries make others."""
 
 T = TypeVar("T")
 
@@ -173,6 +174,18 @@ class Budget:
         if found is None or not _is_sound(found):
             raise StoredDataError(f"{self.path}: damaged. Delete it and run the same command again.")
         return found
+
+
+def begun_with(run: Path) -> Mapping[str, Json]:
+    """The fingerprint fields that a run was begun with, as far as they can be read; without any, none."""
+    try:
+        return decode(_Record, unsealed((run / "artifacts" / NAME).read_bytes())).fields
+    except (OSError, Unreadable):
+        pass
+    try:
+        return read_footer(next(iter(listed(values_folder(run, 0)).values()))).fields
+    except (StopIteration, OSError, StoredDataError):
+        return {}
 
 
 def _is_sound(record: _Record) -> bool:

@@ -25,6 +25,7 @@ import orjson
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
+from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.turns import (
     RESERVED,
     Answers,
@@ -112,6 +113,9 @@ class ChatSettings:
 
     Where a template closes no turn, the one that opens the next turn responds."""
 
+    day: TemplateDay | None = None
+    """The date that the template may write; None: that of the clock."""
+
     assistant_specials: str = "template"
     """Special tokens that an answer spells: those of the template's own answers are themselves and others `text`
     (`template`), all are `text`, or the row is one to `refuse`."""
@@ -149,7 +153,9 @@ class ChatTemplate:
             return self._apply(chat, **told, **options)
 
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        respond = [i for i in answers if i >= record.respond_from][-1 if self._last_only else 0 :]
+        respond = record.responding(last_only=self._last_only)
+        if not respond:
+            raise RowFault("marked_off", "the last answer is marked off, and --turns last trains no other")
         notes = self._notes_of_specials([messages[i] for i in respond]) if marked else []
         template = self._tokenizer.get_chat_template(tools=record.tools)
         if _GENERATION.search(template):
@@ -259,6 +265,9 @@ class ChatTemplate:
         import jinja2
 
         settings = self._chats.kwargs if settings is None else settings
+        if self._chats.day is not None:
+            template, more = self._chats.day.told(template or self._tokenizer.get_chat_template(tools=tools))
+            settings = {**settings, **more}
 
         try:
             return str(

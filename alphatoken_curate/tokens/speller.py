@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.tokens.chat import MARK, ChatSettings, ChatTemplate, RenderedText, Specials, Tokenizer
+
+_CARRIERS = ("\n", "x", ".")
 
 Spelled = tuple[list[int], NDArray[np.bool_]]
 """T tokens and their response mask, shape (T,)."""
@@ -80,7 +83,7 @@ class Speller:
             if not len(inside):
                 return None
             span = int(inside[0]), int(inside[-1]) + 1
-            if len(inside) != span[1] - span[0] or not self._spells(tokens, span, item.text[start:end]):
+            if len(inside) != span[1] - span[0] or not self._spells(tokens, span, item.text[start:end], raw=item.bos):
                 return None
             spans.append(span)
         return spans
@@ -91,40 +94,71 @@ class Speller:
         spans = []
         place = 0
         for start, end in item.spans:
-            tokens += self._piece(item.text[place:start], item.marked)
+            tokens += self._piece(item.text[place:start], item.marked, tokens)
             first = len(tokens)
-            tokens += self._piece(item.text[start:end], item.marked)
+            tokens += self._piece(item.text[start:end], item.marked, tokens)
             spans.append((first, len(tokens)))
             place = end
             if any(
                 right and item.text.endswith(name, start, end) for name, (_, right) in self._specials.greedy.items()
             ):
                 place = len(item.text) - len(item.text[end:].lstrip())
-            if not self._spells(tokens, spans[-1], item.text[start:end].replace(MARK, "")):
+            if not self._spells(tokens, spans[-1], item.text[start:end].replace(MARK, ""), raw=item.bos):
                 message = (
                     f"the tokenizer cannot spell the answer; its tokens read {visible(self._decode(tokens[first:]))}"
                 )
                 raise RowFault("mask_mismatch", message)
-        tokens += self._piece(item.text[place:], item.marked)
+        tokens += self._piece(item.text[place:], item.marked, tokens)
         if item.marked:
             written = len(self._specials.pattern.findall(item.text))
-            ids = set(self._specials.ids.values())
-            if sum(token in ids for token in tokens) != written:
+            if sum(token in self._special_ids for token in tokens) != written:
                 raise RowFault("mask_mismatch", "text that spells a special token cannot be kept apart from it")
         return tokens, spans
 
-    def _piece(self, text: str, marked: bool) -> list[int]:
+    def _piece(self, text: str, marked: bool, before: Sequence[int]) -> list[int]:
+        """The tokens of a piece of text that stands behind the tokens `before`."""
         if not marked:
-            return self._ids_of(text)
+            return self._following(text, before)
         tokens: list[int] = []
         place = 0
         for found in self._specials.pattern.finditer(text):
             left, right = self._specials.greedy.get(found[0], (False, False))
-            before = text[place : found.start()].replace(MARK, "")
-            tokens += self._ids_of(before.rstrip() if left else before, split_special_tokens=True)
+            apart = text[place : found.start()].replace(MARK, "")
+            apart = apart.rstrip() if left else apart
+            tokens += self._behind(apart, [*before, *tokens])
             tokens.append(self._specials.ids[found[0]])
             place = len(text) - len(text[found.end() :].lstrip()) if right else found.end()
-        return tokens + self._ids_of(text[place:].replace(MARK, ""), split_special_tokens=True)
+        return tokens + self._behind(text[place:].replace(MARK, ""), [*before, *tokens])
+
+    def _behind(self, text: str, before: Sequence[int]) -> list[int]:
+        """The tokens of text in which no special token is meant; behind one it begins as text does."""
+        is_begun = bool(before) and before[-1] not in self._special_ids
+        return self._following(text, before if is_begun else (), split_special_tokens=True)
+
+    def _following(self, text: str, before: Sequence[int], **options: Any) -> list[int]:
+        """The tokens of text that goes on behind others.
+
+        Older SentencePiece tokenizers put a space in front of whatever they are given. The text is given to them
+        behind a character that is taken off again, where it would not go on without a space otherwise.
+        """
+        tokens = self._ids_of(text, **options)
+        if not text or not before or not self._begins_with_a_space or self._goes_on(before, tokens, text):
+            return tokens
+        for carrier in _CARRIERS:
+            alone, both = self._ids_of(carrier, **options), self._ids_of(carrier + text, **options)
+            rest = both[len(alone) :]
+            if both[: len(alone)] == alone and self._goes_on(before, rest, text):
+                return rest
+        return tokens
+
+    @cached_property
+    def _begins_with_a_space(self) -> bool:
+        """Whether text that is tokenised in two pieces decodes otherwise than as one."""
+        return self._decode(self._ids_of("x") * 2) != "xx"
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self._specials.ids.values())
 
     def _framed(self, item: RenderedText, tokens: list[int], spans: list[tuple[int, int]]) -> Spelled:
         """Tokens and response mask, with the BOS that the tokenizer adds itself and an EOS that responds."""
@@ -147,15 +181,21 @@ class Speller:
     def _call(self, text: str | list[str], **options: Any) -> Any:
         return self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
 
-    def _spells(self, tokens: list[int], span: tuple[int, int], text: str) -> bool:
-        """Do the tokens of the span decode to `text`, up to the tokenizer's Unicode normal form?"""
-        if _same(self._decode(tokens[span[0] : span[1]]), text):
+    def _spells(self, tokens: list[int], span: tuple[int, int], text: str, *, raw: bool) -> bool:
+        """Do the tokens of the span decode to `text`, up to the tokenizer's Unicode normal form?
+
+        Of `raw` text the tokens up to there must decode to the text up to there: no space comes in at the border.
+        """
+        if not (raw and self._begins_with_a_space) and _same(self._decode(tokens[span[0] : span[1]]), text):
             return True
         # decoders that drop a leading space need what stands before it
-        return _same(self._decode(tokens[: span[1]]), self._decode(tokens[: span[0]]) + text)
+        return self._goes_on(tokens[: span[0]], tokens[span[0] : span[1]], text)
 
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def _goes_on(self, before: Sequence[int], tokens: Sequence[int], text: str) -> bool:
+        return _same(self._decode([*before, *tokens]), self._decode(before) + text)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _same(decoded: str, text: str) -> bool:

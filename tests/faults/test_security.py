@@ -405,7 +405,7 @@ def test_the_network_is_asked_in_two_places_only(path: Path) -> None:
 
 
 def test_where_the_network_may_be_asked_it_is() -> None:
-    for name in ("models/folders", "models/load", "rows/tables"):
+    for name in ("models/folders", "models/load", "rows/hub"):
         wanted = _MAY[name]
         assert set(imports(LIBRARY / f"{name}.py")) & _NETWORK == wanted
 
