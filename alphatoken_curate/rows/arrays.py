@@ -24,6 +24,7 @@ from alphatoken_curate.rows.containers import (
     line_rows,
 )
 from alphatoken_curate.rows.files import DataFile, visible
+from alphatoken_curate.wording import count
 
 _ARRAY, _OBJECT, _UTF16 = b"[", re.compile(rb"\{\s*\n"), (b"\xff\xfe", b"\xfe\xff")
 _SPACE = b" \t\r\n"
@@ -112,7 +113,7 @@ class _Scan:
     def end(self) -> None:
         """The file is over. Raises InputError where the array is not."""
         if not self._over:
-            raise self._fault(f"the file ends within the array, after {self._count:,} whole elements. Get it again")
+            raise self._fault(f"the file ends within the array, after {count(self._count, 'whole element')}. Get it again")
 
     def _in_string(self, piece: bytes, place: int) -> int:
         """The place behind the next character of a string that may end it."""
