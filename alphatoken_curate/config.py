@@ -90,7 +90,12 @@ class ScoreConfig(MaskConfig):
     data: tuple[str, ...] = _option(
         (), "Rows to score: files, folders, globs or a Hugging Face dataset name.", _ROWS, kind="data"
     )
-    map: str | None = _option(None, "What columns are read as, of every file that has them: question=prompt,answer=completion.", _ROWS, kind="pairs")
+    map: str | None = _option(
+        None,
+        "What columns are read as, of every file that has them: question=prompt,answer=completion.",
+        _ROWS,
+        kind="pairs",
+    )
     subset: str | None = _option(None, "Configuration (subset) of a Hub dataset of DATA.", _ROWS)
     split: str | None = _option(None, "Split of a dataset of DATA, of the Hub or save_to_disk. Default: train.", _ROWS)
     limit: int | None = _option(None, "Read the first N rows alone, for a trial.", _ROWS, kind="count")

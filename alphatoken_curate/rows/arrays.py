@@ -113,7 +113,9 @@ class _Scan:
     def end(self) -> None:
         """The file is over. Raises InputError where the array is not."""
         if not self._over:
-            raise self._fault(f"the file ends within the array, after {count(self._count, 'whole element')}. Get it again")
+            raise self._fault(
+                f"the file ends within the array, after {count(self._count, 'whole element')}. Get it again"
+            )
 
     def _in_string(self, piece: bytes, place: int) -> int:
         """The place behind the next character of a string that may end it."""

@@ -223,6 +223,9 @@ def _causes(names: tuple[str, ...], stored: Mapping[str, Json], fields: Mapping[
     follow = {name for name, causes in _DECIDE_TOKENS.items() if causes.intersection(names)}
     if "model" in names and all(of.get("model") == of.get("reference") for of in (stored, fields)):
         follow.add("reference")
+    day = "template_date"
+    if set(names) - follow - {day} and not (stored.get(day) and fields.get(day)):
+        follow.add(day)  # other rows, or another template, of which only one writes a date
     return tuple(name for name in names if name not in follow)
 
 
