@@ -122,7 +122,8 @@ def _object(value: Any) -> str | None:
 def _pairs(value: Any) -> str | None:
     """`question=prompt,answer=completion` in one form; YAML may hold it as a mapping."""
     if isinstance(value, dict):
-        found = [(source, name) for source, name in value.items() if isinstance(source, str) and "," not in source]
+        both = [pair for pair in value.items() if all(isinstance(part, str) for part in pair)]
+        found = [(source, name) for source, name in both if "," not in source]
         value = ",".join(f"{source}={name}" for source, name in found) if len(found) == len(value) else None
     items = [item.strip() for item in value.split(",")] if isinstance(value, str) else [""]
     pairs = [item.rpartition("=")[::2] for item in items]

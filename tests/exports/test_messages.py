@@ -311,11 +311,10 @@ def test_the_rows_of_columns_of_ones_own(model: Path, tmp_path: Path) -> None:
     }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     flags = ("--split", "test", "--map", "q=prompt,a=response", "--model", model, "--layers", 1)
-    done = command(
-        "score", tmp_path / "saved", *flags, "--target", f"{tmp_path / 'saved'}:train", "-o", tmp_path / "run"
-    )
+    saved = str(tmp_path / "saved")
+    done = command("score", saved, *flags, "--target", f"{saved}:train", "-o", tmp_path / "run")
     assert done.code == 0, done.err
-    assert "4 rows: q is read as prompt (--map)." not in done.err and "8 rows: q is read as prompt (--map)." in done.err
+    assert "8 rows: q is read as prompt (--map)." in done.err
     by_message, _ = exported(tmp_path / "run", tmp_path / "out")
     assert [row["messages"][0]["content"] for row in by_message] == [f"test {i}?" for i in range(4)]
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
