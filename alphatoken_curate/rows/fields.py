@@ -109,6 +109,8 @@ def _content(name: str, value: Any, role: str) -> str:
 
 def unmarked(messages: list[Message]) -> list[Message]:
     """The messages without what says which are marked off."""
+    if not any(OFF in message for message in messages):
+        return messages
     return [{key: item for key, item in message.items() if key != OFF} for message in messages]
 
 

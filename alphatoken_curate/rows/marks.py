@@ -21,9 +21,13 @@ OFF = "weight"
 _IN_PART = ("train_detail", "training_detail")
 """Keys that tell which part of a message trains."""
 
+_ANY = frozenset({*MARKS, *_IN_PART})
+
 
 def without_marks(name: str, entry: dict[str, Any], role: object) -> tuple[dict[str, Any], bool]:
     """A message, or a part of its content, without its marks, and whether it is marked off. Raises RowFault."""
+    if _ANY.isdisjoint(entry):
+        return entry, False
     given = {key: entry[key] for key in MARKS if entry.get(key) is not None}
     for key in _IN_PART:
         if entry.get(key):

@@ -65,7 +65,7 @@ from typing import Any, Literal
 
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows.columns import BRANCHED, NAMES, UNWANTED, mapped, unmet
-from alphatoken_curate.rows.containers import Meter, RawRow, RowFault
+from alphatoken_curate.rows.containers import Meter, RawRow, RowFault, without_nulls
 from alphatoken_curate.rows.fields import wrong
 from alphatoken_curate.rows.files import find_files, visible
 from alphatoken_curate.rows.pairs import BRANCHES, PREFERENCE
@@ -211,6 +211,8 @@ class RowStream:
         """The record under the names it is read by. Raises RowFault where it is one."""
         if isinstance(record, RowFault):
             raise record
+        if not self._reading.columns:
+            return record
         self._first = self._first or tuple(record)
         for source in self._missing.keys() & record.keys():
             del self._missing[source]
@@ -242,7 +244,8 @@ def read_rows(data: Sequence[str], also: tuple[Also, ...] = ()) -> ReadRows:
 def rows_of(records: Sequence[Mapping[str, Any]], source: str, also: tuple[Also, ...] = ()) -> ReadRows:
     """Rows that are in memory already, read as those of a file `source` would be, one a line."""
     stream = RowStream((), also)
-    rows = list(stream.sort((RawRow(line, dict(record), record) for line, record in enumerate(records, 1)), source))
+    raws = (RawRow(line, without_nulls(dict(record)), record) for line, record in enumerate(records, 1))
+    rows = list(stream.sort(raws, source))
     return ReadRows(rows=rows, bad=stream.bad, files=[])
 
 
@@ -293,7 +296,8 @@ def normalise(record: dict[str, Any], also: tuple[Also, ...] = ()) -> tuple[str,
     if given.issuperset(("messages", "chosen", "rejected")) and record["messages"] == record["chosen"]:
         given.remove("messages")
     fitting = [keys for keys in whole if given.issuperset(keys)] or [keys for keys in side if given.issuperset(keys)]
-    fitting = [keys for keys in fitting if not any(set(keys) < set(others) for others in fitting)]
+    if len(fitting) > 1:
+        fitting = [keys for keys in fitting if not any(set(keys) < set(others) for others in fitting)]
     known = {**whole, **side}
     if len(fitting) == 1:
         _check_beside(record, fitting[0])

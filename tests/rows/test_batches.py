@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from alphatoken_curate.rows.batches import batch_records
 from alphatoken_curate.rows.containers import RowFault
-from alphatoken_curate.rows.read import read_rows
+from alphatoken_curate.rows.read import RowStream, read_rows, rows_of
 from alphatoken_curate.rows.shapes import Messages
 
 TOOLS: list[dict[str, Any]] = [
@@ -91,3 +91,21 @@ def test_nulls_that_datasets_writes_into_lines_are_left_out(tmp_path: Path) -> N
     by_lines, by_columns = (read_rows([str(tmp_path / f"rows.{kind}")]) for kind in ("jsonl", "parquet"))
     records = [row.record for row in by_lines.rows]
     assert records == [row.record for row in by_columns.rows] == [Messages(**row) for row in ROWS]
+    assert [row.record for row in rows_of(list(made), "memory").rows] == records
+
+
+def test_nulls_that_are_left_out_of_lines_are_told_where_they_say_something(tmp_path: Path) -> None:
+    told = "keys that are null within tools or calls are left out"
+    plain = [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b", "tool_calls": None}]
+    called = chat("w", {"city": "Oslo", "n": None})
+    cases = [
+        ({"messages": plain}, {}),
+        ({"messages": plain, "tools": None, "system": None}, {}),
+        (called, {told: 1}),
+        (chat("w", {}) | {"tools": [{"function": {"default": None}}]}, {told: 1}),
+        ({"prompt": "null", "completion": "null"}, {}),
+    ]
+    for record, notes in cases:
+        (tmp_path / "a.jsonl").write_text(json.dumps(record))
+        stream = RowStream([str(tmp_path / "a.jsonl")])
+        assert len(list(stream)) == 1 and stream.told == notes, record
