@@ -95,6 +95,14 @@ class ScoreConfig(MaskConfig):
     data: tuple[str, ...] = _option(
         (), "Rows to score: files, folders, globs or a Hugging Face dataset name.", _ROWS, kind="data"
     )
+    map: str | None = _option(
+        None,
+        "What columns are read as, of every file that has them: question=prompt,answer=completion.",
+        _ROWS,
+        kind="pairs",
+    )
+    subset: str | None = _option(None, "Configuration (subset) of a Hub dataset of DATA.", _ROWS)
+    split: str | None = _option(None, "Split of a dataset of DATA, of the Hub or save_to_disk. Default: train.", _ROWS)
     limit: int | None = _option(None, "Read the first N rows alone, for a trial.", _ROWS, kind="count")
     target: str | None = _option(None, "Rows of the task to learn. Default: rows held out of DATA.", _ROWS)
     target_rows: int = _option(
@@ -117,6 +125,12 @@ class ScoreConfig(MaskConfig):
         "What the chat template is told besides: '{\"enable_thinking\": false}'.",
         _ROWS,
         kind="object",
+    )
+    template_date: str | None = _option(
+        None,
+        "Today, to templates that write it. Default: the day the run began.",
+        _ROWS,
+        kind="date",
     )
     assistant_specials: str = _option(
         "template",

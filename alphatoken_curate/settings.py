@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import re
@@ -13,6 +14,8 @@ from typing import Any
 from alphatoken_curate.errors import UsageError
 
 _MOST_YAML_BYTES = 1 << 16
+
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 _DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu|hpu|npu)(:\d+)?")
 
@@ -116,6 +119,25 @@ def _object(value: Any) -> str | None:
     return json.dumps(found, sort_keys=True, ensure_ascii=False) if isinstance(found, dict) else None
 
 
+def _pairs(value: Any) -> str | None:
+    """`question=prompt,answer=completion` in one form; YAML may hold it as a mapping."""
+    if isinstance(value, dict):
+        both = [pair for pair in value.items() if all(isinstance(part, str) for part in pair)]
+        found = [(source, name) for source, name in both if "," not in source]
+        value = ",".join(f"{source}={name}" for source, name in found) if len(found) == len(value) else None
+    items = [item.strip() for item in value.split(",")] if isinstance(value, str) else [""]
+    pairs = [item.rpartition("=")[::2] for item in items]
+    return ",".join(sorted(items)) if all(source and name for source, name in pairs) else None
+
+
+def _date(value: Any) -> str | None:
+    """A day as YYYY-MM-DD; YAML reads it as a date."""
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        return value.isoformat()
+    is_form = isinstance(value, str) and _DAY.fullmatch(value)
+    return datetime.date.fromisoformat(value).isoformat() if is_form else None
+
+
 def _device(value: Any) -> str | None:
     """A device by torch's name for it; whether this machine has it is asked when it is used."""
     return value if isinstance(value, str) and _DEVICE.fullmatch(value) else None
@@ -135,6 +157,8 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "device": _device,
     "file": lambda value: value if isinstance(value, str) and value else None,
     "object": _object,
+    "pairs": _pairs,
+    "date": _date,
     "all_count": lambda value: "all" if value == "all" else _integer(value, 1),
     "auto_count": lambda value: "auto" if value == "auto" else _integer(value, 1),
 }
@@ -153,6 +177,8 @@ _TAKES = {
     "device": "auto, cpu, cuda or cuda:N",
     "file": "a file",
     "object": 'a JSON object, such as {"enable_thinking": false}',
+    "pairs": "columns and what they are read as, such as question=prompt,answer=completion",
+    "date": "a day as YYYY-MM-DD",
     "all_count": "a whole number from 1, or all",
     "auto_count": "a whole number from 1, or auto",
 }

@@ -56,6 +56,10 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
         click.echo(
             f"cut off          {found.truncated_tokens:>12,}   in {count(found.truncated_rows, 'row')}, by --max-length"
         )
+    for what, rows in found.read_as.items():
+        click.echo(f"read so          {rows:>12,}   rows: {legible(what)}")
+    if found.template_date is not None:
+        click.echo(f"template's date  {found.template_date:>12}   --template-date sets another")
     for what, rows in found.told.items():
         click.echo(f"not as given     {rows:>12,}   rows: {what}")
     batches = f"{count(found.batches, 'batch', 'batches')} of {found.batch_tokens:,} tokens"

@@ -31,6 +31,8 @@ _METAVARS = {
     "device": "auto|cpu|cuda[:N]",
     "file": "FILE",
     "object": "JSON",
+    "pairs": "COLUMN=NAME,...",
+    "date": "YYYY-MM-DD",
 }
 
 
@@ -84,17 +86,3 @@ def _flag(item: Field[Any]) -> Callable[[F], F]:
         show_default=item.default is not None,
         help=item.metadata["help"],
     )
-
-
-def tell_version(run: Path) -> None:
-    """Say on stderr what a run of an early schema version lacks."""
-    from alphatoken_curate.errors import StoredDataError
-    from alphatoken_curate.runs import manifest
-    from alphatoken_curate.runs.schema import lacks
-
-    try:
-        absent = lacks(manifest.read(run).schema_version)
-    except StoredDataError:
-        return  # of which the command speaks itself
-    if absent:
-        click.echo(f"{run}: {absent}", err=True)

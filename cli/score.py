@@ -23,8 +23,8 @@ from .options import config_options, read_config
 def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_: Any) -> None:
     """Value every response token of DATA; write values, a mask and loss weights.
 
-    DATA: JSONL (.gz, .zst) or Parquet files, folders, globs, or a Hugging Face dataset name. The same command goes on
-    where it was interrupted, and leaves a finished run alone.
+    DATA: JSONL (.gz, .zst), JSON arrays, Parquet, folders, globs, or a Hugging Face dataset name. The same command
+    goes on where it was interrupted, and leaves a finished run alone.
     """
     config = read_config(ctx, ScoreConfig, data)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import tell_version
+from .terminal import tell_version
 
 if TYPE_CHECKING:
     from alphatoken_curate.reading.stats import Stats

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import math
 import re
 from dataclasses import FrozenInstanceError, fields
@@ -61,6 +62,19 @@ BAD: list[tuple[str, Any]] = [
     *(("bad_rows", value) for value in ("drop",)),
     *(("trust_remote_code", value) for value in ("true",)),
     *(("data", value) for value in ((), [], "", [""], [3], 3)),
+    ("map", "prompt"),
+    ("map", "=prompt"),
+    ("map", "q="),
+    ("map", "q=prompt,"),
+    ("map", {"q,r": "prompt"}),
+    ("map", {"q": 1}),
+    ("map", 3),
+    ("template_date", "2023-02-29"),
+    ("template_date", "20240229"),
+    ("template_date", "29.02.2024"),
+    ("template_date", 20240229),
+    ("template_date", datetime.datetime(2024, 2, 29)),
+    ("subset", ""),
 ]
 
 
@@ -130,6 +144,11 @@ def test_a_bad_value_is_refused_in_python_by_the_name_of_its_flag(name: str, val
         ("data", "a.jsonl", ("a.jsonl",)),
         ("data", ["a", "b"], ("a", "b")),
         ("reference", None, None),
+        ("map", "q=prompt, a=completion", "a=completion,q=prompt"),
+        ("map", {"q": "prompt", "a": "completion"}, "a=completion,q=prompt"),
+        ("template_date", "2024-02-29", "2024-02-29"),
+        ("template_date", datetime.date(2024, 2, 29), "2024-02-29"),
+        ("split", "test", "test"),
     ],
 )
 def test_values_are_read_as_a_command_line_gives_them(name: str, value: Any, read: Any) -> None:

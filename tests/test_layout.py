@@ -21,8 +21,8 @@ ORDER = """
     models: releases folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
         capture value_rows
-    rows: files containers tables shapes pairs read
-    tokens: refusals marks kept turns blocks each forms advice chat pieces speller tokenise plan draws
+    rows: files containers arrays batches saved hub tables marks fields padding shapes pairs columns read
+    tokens: dates refusals marks kept turns blocks each forms advice chat pieces speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
     masks: criteria choose always responses ranked remask mask

@@ -53,8 +53,9 @@ def with_text(items: Items, opened: TrainSet) -> Items:
         if original is None or len(original.response) != len(item.row.branches[0].input_ids):
             raise StoredDataError(f"{opened.run}: row {row_id} of train/ is not in values/; run `verify`")
         chat = _chat(original)
-        turns = _turns(chat, settings.get("turns"), turn)
+        turns = chat.responding(last_only=settings.get("turns") == "last")
         if settings.get("turns") == "each":
+            turns = [turns[turn]]
             chat = replace(chat, messages=chat.messages[: turns[0] + 1])
         runs = _runs(original.response)
         if len(runs) < len(turns) and len(original.response) == most:
@@ -76,13 +77,6 @@ def _chat(original: Original) -> Messages:
         f"{original.place}: {kind}, with no messages to weigh; --for jsonl-weights takes chats. Export tokens, such as"
         " --for hf."
     )
-
-
-def _turns(chat: Messages, turns: object, turn: int) -> list[int]:
-    """The messages that respond, as they were told apart for scoring."""
-    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    respond = [i for i in answers if i >= chat.respond_from]
-    return [respond[turn]] if turns == "each" else respond[-1 if turns == "last" else 0 :]
 
 
 def _runs(response: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -111,7 +105,9 @@ def _records(
     ]
     rest = {"tools": chat.tools} if chat.tools else {}
     mean = float(weight[original.response].mean(dtype=np.float64))
-    return {"messages": messages, **rest}, {"messages": chat.messages, **rest, "weight": mean}
+    # what the user marked off stays so where a message has no other weight
+    plain = [{**message, "weight": 0} if i in chat.context else message for i, message in enumerate(chat.messages)]
+    return {"messages": messages, **rest}, {"messages": plain, **rest, "weight": mean}
 
 
 def _write(folder: Path, batches: Iterator[list[Kept]], asked: Asked) -> None:
@@ -141,7 +137,7 @@ def _check(folder: Path, rows: Iterator[Kept], asked: Asked) -> None:
 
 def _columns(told: Told) -> Iterator[str]:
     yield f"- `{BY_MESSAGE}`: `messages`, with `weight` 0 or 1 on each assistant message; `tools` where there are some"
-    yield f"- `{BY_ROW}`: `messages`, `tools`, and a float `weight` on the row"
+    yield f"- `{BY_ROW}`: `messages`, `tools`, and a float `weight` on the row; `weight` 0 stays where a message had it"
 
 
 def _use(told: Told) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from alphatoken_curate.errors import InputError, UsageError
 from alphatoken_curate.reading.scan import choose_generation
 from alphatoken_curate.reading.trainset import TrainSet
+from alphatoken_curate.rows.columns import mapped, named_columns
 from alphatoken_curate.rows.containers import Meter, RowFault
 from alphatoken_curate.rows.files import DataFile, find_files, visible
 from alphatoken_curate.rows.read import normalise
@@ -52,13 +53,14 @@ def originals(opened: TrainSet) -> Iterator[Original]:
     stored = (list(turns) for _, turns in groupby(_stored(opened), key=lambda one: one.row_id))
     settings = load_settings(opened.run / CONFIG)
     limited = settings.get("limit") is not None
-    for file, known in _files(opened, settings.get("data"), limited=limited):
+    columns = named_columns(settings.get("map"))
+    for file, known in _files(opened, settings, limited=limited):
         meter = Meter(file)
         for raw in islice(raw_rows(file, meter, ()), known.rows if limited else None):
             places = next(stored, [])
             if not places or (places[0].source, places[0].line) != (known.source, raw.line):
                 raise _changed(file, "its rows are others")
-            where, record = f"{visible(known.source)}:{raw.line}", _record(raw.record)
+            where, record = f"{visible(known.source)}:{raw.line}", _record(raw.record, columns)
             yield from (Original(one.row_id, one.turn, where, record, one.response) for one in places)
         if limited:
             meter.finish()
@@ -68,11 +70,11 @@ def originals(opened: TrainSet) -> Iterator[Original]:
         raise UsageError(f"{opened.run}: its files hold fewer rows than were scored; restore them, or score again.")
 
 
-def _record(raw: dict[str, Any] | RowFault) -> AnyRecord | None:
+def _record(raw: dict[str, Any] | RowFault, columns: Mapping[str, str]) -> AnyRecord | None:
     if isinstance(raw, RowFault):
         return None
     try:
-        return normalise(raw)[1]
+        return normalise(mapped(raw, columns))[1]
     except RowFault:
         return None
 
@@ -88,13 +90,14 @@ def _stored(opened: TrainSet) -> Iterator[_Place]:
         yield from (_Place(*row) for row in zip(*names, responses, strict=True))
 
 
-def _files(opened: TrainSet, names: object, *, limited: bool) -> list[tuple[DataFile, Input]]:
+def _files(opened: TrainSet, settings: Mapping[str, Any], *, limited: bool) -> list[tuple[DataFile, Input]]:
     """The files that config.yaml names, each with what the manifest says of it; those on disk are checked first."""
     again = "Restore it, or score again; every other export reads the run alone."
+    names = settings.get("data")
     if not isinstance(names, list) or not names:
         raise UsageError(f"{opened.run / CONFIG}: names no data, so the original rows cannot be found. {again}")
     try:
-        found = find_files([str(name) for name in names])
+        found = find_files([str(name) for name in names], settings.get("subset"), settings.get("split"))
     except InputError as error:
         raise UsageError(f"the original rows cannot be found: {error} {again}") from error
     inputs = opened.stored.inputs

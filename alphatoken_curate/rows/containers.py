@@ -18,7 +18,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from alphatoken_curate.errors import InputError
@@ -35,6 +35,11 @@ MAX_RATIO = 100
 
 MAX_RATIO_FLOOR_BYTES = 2**28
 """Below this much decompressed data the ratio is not looked at."""
+
+NULLS_LEFT_OUT = "keys that are null within tools or calls are left out"
+"""The note of a row that had some, as `datasets` writes them into JSON."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 MAX_NESTING = 128
 """Deepest nesting of lists and objects within a row."""
@@ -67,6 +72,8 @@ class RawRow(NamedTuple):
     line: int
     record: dict[str, Any] | RowFault
     stored: bytes | Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    """How it was read, where a user would not expect it."""
 
     @property
     def excerpt(self) -> str:
@@ -124,17 +131,50 @@ class Meter:
 
 def json_rows(file: DataFile, meter: Meter, magic: bytes) -> Iterator[RawRow]:
     """The rows of a file of JSON lines, packed or not as its first bytes `magic` tell; see `tables.raw_rows`."""
-    for number, line in _lines(_chunks(file, meter, magic)):
-        data = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+    yield from line_rows(chunks(file, meter, magic))
+
+
+def line_rows(pieces: Iterable[bytes]) -> Iterator[RawRow]:
+    """The rows of a text of JSON lines that comes in pieces."""
+    for number, line in _lines(pieces):
+        data = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if data.strip():
-            yield RawRow(number, _caught(parse_line, data), data)
+            yield json_row(number, data)
 
 
-def _caught(read: Callable[[Any], dict[str, Any]], value: Any) -> dict[str, Any] | RowFault:
+def json_row(number: int, data: bytes) -> RawRow:
+    """The row that a JSON object is; keys that are null within its values are left out, as of columns."""
     try:
-        return read(value)
+        record = parse_line(data)
     except RowFault as fault:
-        return fault
+        return RawRow(number, fault, data)
+    if b"null" not in data:
+        return RawRow(number, record, data)
+    full = without_nulls(record)
+    return RawRow(number, full, data, (NULLS_LEFT_OUT,) if _lost_more(record, full) else ())
+
+
+def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the null keys of nested objects left out: columns give every object the keys of all others."""
+    return {key: pruned(value) for key, value in record.items()}
+
+
+def pruned(value: Any) -> Any:
+    """A value with the null keys of its objects left out."""
+    if isinstance(value, dict):
+        return {key: pruned(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [pruned(item) for item in value]
+    return value
+
+
+def _lost_more(record: dict[str, Any], full: dict[str, Any]) -> bool:
+    """Whether more is gone than keys of messages, of which a null one never says anything."""
+    if record.get("tools") != full.get("tools"):
+        return True
+    lists = [(value, full[key]) for key, value in record.items() if key != "tools" and isinstance(value, list)]
+    entries = [pair for one, other in lists for pair in zip(one, other, strict=True) if isinstance(pair[0], dict)]
+    return any(value is not None and value != after[key] for before, after in entries for key, value in before.items())
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -177,7 +217,7 @@ class Metered(io.RawIOBase):
         super().close()
 
 
-def _chunks(file: DataFile, meter: Meter, magic: bytes) -> Iterator[bytes]:
+def chunks(file: DataFile, meter: Meter, magic: bytes) -> Iterator[bytes]:
     """The file's text in pieces, decompressed."""
     with Metered(file.path, meter) as stored:
         if magic.startswith(_GZIP):
@@ -230,6 +270,7 @@ def parse_line(data: bytes) -> dict[str, Any]:
     value = parse_json(data)
     if not isinstance(value, dict):
         message = f"a row is a JSON object on a line of its own; this line holds a {type(value).__name__}"
+        message += ". A file that is one JSON array is named .json" if isinstance(value, list) else ""
         raise RowFault("not_an_object", message)
     return value
 

@@ -1,4 +1,8 @@
-"""Find the files that hold rows: DATA arguments become a list of files in a stable order."""
+"""Find the files that hold rows: DATA arguments become a list of files in a stable order.
+
+A folder that `datasets` wrote with `save_to_disk` gives the Arrow files that it names itself; of several splits one is
+read. A run of ours, an export, and what lies in them is named for what it is: its rows would be read as other rows.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 from alphatoken_curate.errors import InputError
+from alphatoken_curate.runs.folder import export_in_words, export_with, run_with
 
 SUFFIXES = (".parquet", *(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")))
 """Names of files that are taken from a folder."""
+
+ARROW = ".arrow"
+"""Files of Arrow are read where they are named, or where `datasets` saved them; others in a folder are its caches."""
+
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_FROM_EXPORT = ("messages.jsonl",)
+"""Files of JSON lines in an export that hold the rows and all that is to be known of them."""
 
 EXCERPT_CHARS = 200
 """Most characters of a row or name that a message shows."""
@@ -30,6 +45,10 @@ class DataFile:
     path: str
     source: str
     is_hub: bool = False
+    subset: str | None = None
+    """Of a dataset of the Hub: its configuration."""
+    split: str | None = None
+    """Of a dataset of the Hub: the split, where its name gives none."""
 
 
 def visible(text: str, limit: int = EXCERPT_CHARS) -> str:
@@ -43,14 +62,16 @@ def legible(text: str) -> str:
     return "\n".join(_UNSEEN.sub(lambda m: f"\\u{ord(m[0]):04x}", line) for line in text.split("\n"))
 
 
-def find_files(data: Sequence[str]) -> list[DataFile]:
+def find_files(data: Sequence[str], subset: str | None = None, split: str | None = None) -> list[DataFile]:
     """The files that `data` names, in that order; folders and globs give theirs sorted by relative path.
 
-    Each item is a file, a folder (every file below it whose name ends in one of `SUFFIXES`, hidden ones left out), a
-    glob, or, where nothing of that name exists, a Hugging Face dataset `name`, `owner/name`, `name:split`.
-    Raises InputError for an item that names nothing, a thing that is not a regular file, or a file named twice.
+    Each item is a file, a folder (every file below it whose name ends in one of `SUFFIXES`, hidden ones left out; or
+    one of `save_to_disk`, also as `folder:split`), a glob, or, where nothing of that name exists, a Hugging Face
+    dataset `name`, `owner/name`, `name:split`. `subset` and `split` (default: train) are of datasets.
+    Raises InputError for an item that names nothing, a thing that is not a regular file, a part of a run or an export,
+    or a file named twice.
     """
-    files = [file for item in data for file in _find(os.fspath(item))]
+    files = [file for item in data for file in _find(os.fspath(item), subset, split)]
     seen: set[str] = set()
     for file in files:
         place = file.path if file.is_hub else os.path.realpath(file.path)
@@ -77,30 +98,90 @@ def _told_apart(files: list[DataFile]) -> list[DataFile]:
     return named
 
 
-def _find(item: str) -> list[DataFile]:
+def _find(item: str, subset: str | None, split: str | None) -> list[DataFile]:
     if os.path.lexists(item):
-        return _in_folder(item) if os.path.isdir(item) else [_file(item, os.path.basename(item))]
+        return _in_folder(item, split) if os.path.isdir(item) else [_file(item, os.path.basename(item))]
+    if folder := saved_folder(item):
+        return _in_folder(folder, item.removeprefix(f"{folder}:"))
     if glob.has_magic(item):
         return _in_glob(item)
     if _HUB_NAME.fullmatch(item) and not item.endswith(SUFFIXES):
-        return [DataFile(path=item, source=item, is_hub=True)]
+        return [DataFile(path=item, source=item, is_hub=True, subset=subset, split=split)]
     raise InputError(
         f"{visible(item)}: no such file or folder, and not the name of a Hugging Face dataset (`name`, `owner/name`,"
         " `owner/name:split`). Check the path."
     )
 
 
-def _in_folder(folder: str) -> list[DataFile]:
+def saved_folder(item: str) -> str | None:
+    """The folder of `folder:split`, where `datasets` saved one of that name with several splits."""
+    folder, colon, _ = item.rpartition(":")
+    return folder if colon and os.path.isfile(os.path.join(folder, _SPLITS)) else None
+
+
+def _in_folder(folder: str, split: str | None = None) -> list[DataFile]:
     if folder.endswith(SUFFIXES):
         raise InputError(f"{visible(folder)} is a folder with the name of a file. Name its files: {visible(folder)}/*")
+    _check_not_ours(folder)
+    if os.path.isfile(os.path.join(folder, _SPLITS)):
+        folder = _split_of(folder, split or "train")
     found = []
     for place, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [os.path.join(place, name) for name in names if not name.startswith(".") and name.endswith(SUFFIXES)]
+        _check_not_ours(place)
+        if _SPLITS in names:
+            raise InputError(f"{visible(place)}: a dataset of several splits. Name it itself, with --split.")
+        saved = _saved_in(place) if _STATE in names else None
+        folders[:] = [name for name in folders if not name.startswith(".") and saved is None]
+        shown = [name for name in names if not name.startswith(".") and name.endswith(SUFFIXES)]
+        paths = [os.path.join(place, name) for name in (shown if saved is None else saved)]
         found += [_file(path, os.path.relpath(path, folder)) for path in paths]
     if not found:
         raise InputError(f"{visible(folder)}: no file below this folder ends in {', '.join(SUFFIXES)}.")
     return sorted(found, key=lambda file: file.source)
+
+
+def _split_of(folder: str, split: str) -> str:
+    """The folder of one split of a folder that has several."""
+    splits = _listed(os.path.join(folder, _SPLITS), "splits")
+    if split not in splits:
+        there = ", ".join(map(visible, splits))
+        raise InputError(f"{visible(folder)}: it has no split {split!r}, but {there}. Name one of them with --split.")
+    return os.path.join(folder, split)
+
+
+def _saved_in(folder: str) -> list[str] | None:
+    """The Arrow files of a saved dataset, in their order; None where it is none."""
+    files = _listed(os.path.join(folder, _STATE), "_data_files")
+    names = [one.get("filename") if isinstance(one, dict) else None for one in files]
+    known = [name for name in names if isinstance(name, str) and name == os.path.basename(name)]
+    return known if known and len(known) == len(names) else None
+
+
+def _listed(path: str, key: str) -> list[Any]:
+    """A list in one of the small files of JSON that `datasets` writes; empty where it is none."""
+    try:
+        found = orjson.loads(Path(path).read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return []
+    listed = found.get(key) if isinstance(found, dict) else None
+    return listed if isinstance(listed, list) else []
+
+
+def _check_not_ours(path: str) -> None:
+    """Raise InputError for a run or an export, or what lies in one and holds the rows in part."""
+    if run := run_with(Path(path)):
+        raise InputError(
+            f"{visible(path)}: {'a run' if run == Path(path) else f'a part of the run {visible(str(run))}'}, not rows."
+            f" config.yaml names the rows it was made of; score --config {visible(str(run))}/config.yaml -o OTHER"
+            " scores them anew, refresh at a checkpoint."
+        )
+    if os.path.basename(path) in _FROM_EXPORT or not (os.path.isdir(path) or ".json" in os.path.basename(path)):
+        return
+    if (export := export_with(Path(path))) and (export == Path(path) or os.path.isfile(path)):
+        raise InputError(
+            f"{visible(path)}: {export_in_words(export)}, whose weights are not read from here. Name the rows the run"
+            f" was made of, or of this folder {_FROM_EXPORT[0]} or a file of Parquet or Arrow by itself."
+        )
 
 
 def _in_glob(pattern: str) -> list[DataFile]:
@@ -131,8 +212,10 @@ def _file(path: str, source: str) -> DataFile:
     if not stat.S_ISREG(mode):
         kind = "a folder with the name of a file" if stat.S_ISDIR(mode) else "a pipe, socket or device"
         raise InputError(f"{visible(path)} is {kind}, not a regular file. Write its rows to a file first.")
-    if not path.endswith(SUFFIXES):
-        raise InputError(f"{visible(path)}: the name of a data file ends in one of {', '.join(SUFFIXES)}. Rename it.")
+    if not path.endswith((*SUFFIXES, ARROW)):
+        ends = ", ".join((*SUFFIXES, ARROW))
+        raise InputError(f"{visible(path)}: the name of a data file ends in one of {ends}. Rename it.")
+    _check_not_ours(path)
     # a name may hold bytes that are no text; they are stored as \xNN
     name = os.fsencode(source).decode(errors="backslashreplace").replace(os.sep, "/")
     return DataFile(path=path, source=name)

@@ -9,20 +9,8 @@ from itertools import takewhile
 from typing import Any
 
 from alphatoken_curate.rows.containers import RowFault
-from alphatoken_curate.rows.shapes import (
-    Messages,
-    Pair,
-    PromptCompletion,
-    Record,
-    Shapes,
-    chat,
-    messages_of,
-    said,
-    text_of,
-    tokens_of,
-    with_system,
-    wrong,
-)
+from alphatoken_curate.rows.fields import messages_of, said, text_of, unmarked, with_system, wrong
+from alphatoken_curate.rows.shapes import Messages, Pair, PromptCompletion, Record, Shapes, asked, chat, tokens_of
 
 BRANCHES = ("chosen", "rejected")
 """Names of the branches of a pair, in the order of the fields of Pair."""
@@ -77,9 +65,10 @@ def _answers(record: dict[str, Any]) -> Pair:
     prompt = text_of(record, "prompt")
 
     def branch(name: str) -> Messages:
-        turns = with_system(record, [said("user", prompt), said("assistant", _filled(record, name))])
-        plain = None if record.get("system") else PromptCompletion(prompt=prompt, completion=record[name])
-        return chat(record, turns, plain=plain)
+        before = asked(record, prompt)
+        plain = PromptCompletion(prompt=prompt, completion=record[name]) if len(before) == 1 else None
+        start = len(before) if record.get("history") else 0
+        return chat(record, [*before, said("assistant", _filled(record, name))], respond_from=start, plain=plain)
 
     return _pair(branch)
 
@@ -112,7 +101,7 @@ def _turns(record: dict[str, Any]) -> Pair:
 def _repeats(turns: list[dict[str, Any]], prompt: list[dict[str, Any]]) -> bool:
     """Do the turns begin with the prompt, a system message in front of it aside?"""
     own = turns if prompt[0]["role"] == "system" else _but_system(turns)
-    return own[: len(prompt)] == prompt
+    return unmarked(own[: len(prompt)]) == unmarked(prompt)
 
 
 def _but_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -121,7 +110,8 @@ def _but_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _whole_chats(record: dict[str, Any], *chats: list[dict[str, Any]]) -> Pair:
     """Chats whose longest common beginning is the prompt."""
-    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(*chats, strict=False))))
+    alike = zip(*(unmarked(messages) for messages in chats), strict=False)
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], alike)))
     if len(chats[0]) == len(chats[1]) == shared:
         raise RowFault("same_branches", "chosen and rejected are the same: neither is preferred")
     for name, messages in zip(BRANCHES, chats, strict=True):
@@ -180,8 +170,42 @@ def _common_prompt(one: str, other: str) -> str:
     return shared[:-1] if shared.endswith(" ") else shared
 
 
+# --- one answer, and another beside it (ms-swift) ---
+
+
+def _from_messages_and_rejected(record: dict[str, Any]) -> tuple[str, Pair]:
+    """A chat, and what stands in for its last answer in the other branch."""
+    *before, last = messages_of(record, "messages")
+    if last["role"] != "assistant" or not before:
+        raise RowFault("no_response", "messages beside rejected_response must end with the answer that is preferred")
+    return "preference", _beside(record, before, [last])
+
+
+def _from_texts_and_rejected(record: dict[str, Any]) -> tuple[str, Pair]:
+    answer = said("assistant", _filled(record, "response"))
+    return "preference", _beside(record, asked(record, text_of(record, "prompt")), [answer])
+
+
+def _beside(record: dict[str, Any], before: list[dict[str, Any]], preferred: list[dict[str, Any]]) -> Pair:
+    is_text = isinstance(record["rejected_response"], str)
+    other = (
+        [said("assistant", _filled(record, "rejected_response"))]
+        if is_text
+        else messages_of(record, "rejected_response")
+    )
+    after = {"chosen": preferred, "rejected": other}
+    return _pair(lambda name: _chat(name, record, before + after[name], len(before)))
+
+
+def _from_two_chats(record: dict[str, Any]) -> tuple[str, Pair]:
+    return "preference", _whole_chats(record, messages_of(record, "messages"), messages_of(record, "rejected_messages"))
+
+
 PREFERENCE: Shapes = {
     BRANCHES: _from_branches,
+    ("messages", "rejected_response"): _from_messages_and_rejected,
+    ("messages", "rejected_messages"): _from_two_chats,
+    ("prompt", "response", "rejected_response"): _from_texts_and_rejected,
     ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"): _from_token_branches,
 }
 """Rows with two answers."""

@@ -11,7 +11,11 @@ Shapes, found by their keys (others are left alone, except `id`, `tools` and, fo
 | `prompt` + `response`, both text | Messages: one user turn, one assistant turn |
 | `prompt` + `completion` or `response`, both lists of messages | Messages; only the turns of the second list respond |
 | `instruction` (+ `input`) + `output` | Messages; `input` follows the instruction after a blank line |
-| `input_ids` + `labels` | Tokens |
+| `input_ids` + `labels` | Tokens, without what `attention_mask` leaves out at either end |
+
+`history`, pairs of what was asked and answered, comes before a question that is text, as turns that respond like the
+others. An answer of which the message says `weight` 0, or false under `train`, `loss` or `trainable`, is context. A row
+whose `label` is false (KTO) is a bad one: its answer is not to be learnt.
 
 Preference rows become a Pair of two of these:
 
@@ -25,6 +29,9 @@ text an assistant turn; only turns behind the prompt respond; branches that repe
 | `chosen` + `rejected`, whole texts | PromptCompletion; what both begin with is the prompt, up to the last \
 `Assistant:` of a dialogue in the manner of `Human:` and `Assistant:`, else to where a word begins |
 | `chosen_input_ids` + `chosen_labels` + `rejected_input_ids` + `rejected_labels` | Tokens |
+| `messages`, or `prompt` + `response` as text, + `rejected_response` | Messages; the last answer, and what stands in \
+for it |
+| `messages` + `rejected_messages` | Messages; two whole chats |
 
 `messages` beside `chosen` and `rejected` is left alone where it is the chosen chat once more.
 
@@ -45,17 +52,24 @@ Bad rows are collected, never raised one by one, and take up a `row_id` like any
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import math
+import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from typing import Any, Literal
 
 from alphatoken_curate.errors import InputError
-from alphatoken_curate.rows.containers import Meter, RawRow, RowFault
+from alphatoken_curate.rows.columns import BRANCHED, NAMES, UNWANTED, mapped, unmet
+from alphatoken_curate.rows.containers import Meter, RawRow, RowFault, without_nulls
+from alphatoken_curate.rows.fields import wrong
 from alphatoken_curate.rows.files import find_files, visible
-from alphatoken_curate.rows.pairs import PREFERENCE, PROMPT_LIKE
-from alphatoken_curate.rows.shapes import OPEN, SFT, SIDE, Also, AnyRecord, Pair, Shapes, wrong
+from alphatoken_curate.rows.pairs import BRANCHES, PREFERENCE
+from alphatoken_curate.rows.shapes import OPEN, SFT, SIDE, Also, AnyRecord, Messages, Pair, Shapes, Tokens
 from alphatoken_curate.rows.tables import raw_rows
 from alphatoken_curate.wording import count, ranges
 
@@ -109,45 +123,72 @@ class ReadRows:
     files: list[InputFile]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How rows are found and named: `columns` by the names they are read by, `subset` and `split` of a dataset."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: str | None = None
+    all_there: bool = False
+    """Whether some row must have each of the columns."""
+
+
 class RowStream:
     """Rows of `data` (see `find_files`) one by one; `also` names shapes that are not read otherwise.
 
     Only the first `limit` are read, of both kinds, and no file behind the one that has the last of them.
 
-    What was read beside them until then: `bad` rows, whole `files`, and how many rows of both kinds were `read`.
+    What was read beside them until then: `bad` rows, whole `files`, how many rows of both kinds were `read`, and how
+    many in a way that is to be told, by that (`told`).
     """
 
-    def __init__(self, data: Sequence[str], also: tuple[Also, ...] = (), limit: int | None = None) -> None:
+    def __init__(
+        self,
+        data: Sequence[str],
+        also: tuple[Also, ...] = (),
+        limit: int | None = None,
+        reading: Reading | None = None,
+    ) -> None:
         self.bad: list[BadRow] = []
         self.files: list[InputFile] = []
+        self.told: Counter[str] = Counter()
         self.read = 0
         self._data, self._also, self._limit = data, also, limit
+        self._reading = reading or Reading()
+        self._missing = dict(self._reading.columns)  # columns that no row had until now
+        self._first: tuple[str, ...] = ()
         self._samples: dict[bool, Row] = {}
 
     def __iter__(self) -> Iterator[Row]:
-        """Once. Raises InputError where nothing is found, a file is torn or is not what it should be, or no row is."""
-        for file in find_files(self._data):
+        """Once. Raises InputError where nothing is found, a file is torn or is not what it should be, or no row is.
+
+        UsageError where a column that is named is in no row.
+        """
+        keys = NAMES | self._reading.columns.keys()
+        for file in find_files(self._data, self._reading.subset, self._reading.split):
             if self.read == self._limit:
                 break
             meter = Meter(file)
             left = None if self._limit is None else self._limit - self.read
-            yield from self.sort(islice(raw_rows(file, meter, _keys(self._also)), left), file.source)
+            yield from self.sort(islice(raw_rows(file, meter, keys), left), file.source)
             if self._limit is not None:
                 meter.finish()
             digest, size = meter.digest, meter.stored_bytes
             self.files.append(InputFile(path=file.path, source=file.source, digest=digest, bytes=size))
         if not self.read:
             raise InputError(f"No row in {', '.join(visible(file.path) for file in self.files[:20])}. Name other data.")
+        if self._missing and self._reading.all_there and self._first:
+            raise unmet(self._reading.columns, self._missing, self._first)
 
     def sort(self, raws: Iterable[RawRow], source: str) -> Iterator[Row]:
         """The good ones of these rows; the others are put with the bad ones."""
         for raw in raws:
             row_id, self.read = self.read, self.read + 1
             try:
-                if isinstance(raw.record, RowFault):
-                    raise raw.record
-                shape, record = normalise(raw.record, self._also)
-                name = _id(raw.record)
+                given = self._named(raw.record)
+                shape, record = normalise(given, self._also)
+                name = _id(given)
             except RowFault as fault:
                 self.bad.append(
                     BadRow(
@@ -161,9 +202,23 @@ class RowStream:
                 )
                 self._check_bad(source)
                 continue
+            self.told.update({*raw.notes, *_notes(given, record)})
             row = Row(row_id=row_id, source=source, line=raw.line, id=name, shape=shape, record=record)
             self._samples.setdefault(isinstance(record, Pair), row)
             yield row
+
+    def _named(self, record: dict[str, Any] | RowFault) -> dict[str, Any]:
+        """The record under the names it is read by. Raises RowFault where it is one."""
+        if isinstance(record, RowFault):
+            raise record
+        if not self._reading.columns:
+            return record
+        self._first = self._first or tuple(record)
+        for source in self._missing.keys() & record.keys():
+            del self._missing[source]
+        for source in self._reading.columns.keys() & record.keys():
+            self.told[f"{visible(source, 40)} is read as {self._reading.columns[source]} (--map)"] += 1
+        return mapped(record, self._reading.columns)
 
     def _check_bad(self, source: str) -> None:
         if len(self.bad) > MAX_BAD_ROWS:
@@ -189,7 +244,8 @@ def read_rows(data: Sequence[str], also: tuple[Also, ...] = ()) -> ReadRows:
 def rows_of(records: Sequence[Mapping[str, Any]], source: str, also: tuple[Also, ...] = ()) -> ReadRows:
     """Rows that are in memory already, read as those of a file `source` would be, one a line."""
     stream = RowStream((), also)
-    rows = list(stream.sort((RawRow(line, dict(record), record) for line, record in enumerate(records, 1)), source))
+    raws = (RawRow(line, without_nulls(dict(record)), record) for line, record in enumerate(records, 1))
+    rows = list(stream.sort(raws, source))
     return ReadRows(rows=rows, bad=stream.bad, files=[])
 
 
@@ -240,8 +296,11 @@ def normalise(record: dict[str, Any], also: tuple[Also, ...] = ()) -> tuple[str,
     if given.issuperset(("messages", "chosen", "rejected")) and record["messages"] == record["chosen"]:
         given.remove("messages")
     fitting = [keys for keys in whole if given.issuperset(keys)] or [keys for keys in side if given.issuperset(keys)]
+    if len(fitting) > 1:
+        fitting = [keys for keys in fitting if not any(set(keys) < set(others) for others in fitting)]
     known = {**whole, **side}
     if len(fitting) == 1:
+        _check_beside(record, fitting[0])
         return known[fitting[0]](record)
     found = visible(", ".join(record) or "none")
     if fitting:
@@ -252,7 +311,48 @@ def normalise(record: dict[str, Any], also: tuple[Also, ...] = ()) -> tuple[str,
             empty = ", ".join(key for key in keys if record[key] is None)
             raise RowFault("null_field", f"{empty} is null; give it a value or drop the row")
     listed = "; ".join(" + ".join(keys) for keys in known)
-    raise RowFault("unknown_shape", f"keys found: {found}; a row has one of: {listed}")
+    message = f"keys found: {found} (--map reads a column under another name); a row has one of: {listed}"
+    raise RowFault("unknown_shape", message)
+
+
+def _check_beside(record: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Raise RowFault for keys beside those of the shape that say what the row would be read without."""
+    shape = " + ".join(keys)
+    if keys in SFT:
+        for key in UNWANTED:
+            if record.get(key) is False:
+                message = f"{key} is false: an answer that is not to be learnt from (KTO). Drop the row"
+                raise RowFault("unwanted_answer", f"{message}, or put it under rejected beside a chosen answer")
+    if keys not in PREFERENCE:
+        for key in BRANCHED:
+            if isinstance(record.get(key), str | list) and record[key]:
+                message = f"{key} beside {shape}: which answer it stands against is not known; give the pair as chosen"
+                raise RowFault("ambiguous_shape", f"{message} and rejected")
+    if isinstance(history := record.get("history"), list) and history and not _reads_history(record, keys):
+        message = f"history beside {shape}: where its turns belong is not known; put them among messages"
+        raise RowFault("ambiguous_shape", message)
+
+
+def _reads_history(record: dict[str, Any], keys: tuple[str, ...]) -> bool:
+    """Whether a row of this shape is a question as text, with an answer that is."""
+    if keys == BRANCHES and record.get("prompt") is None:
+        return False
+    asks = ("prompt", *BRANCHES) if keys == BRANCHES else keys
+    questions = (("instruction", "output"), ("prompt", "response"), ("prompt", "response", "rejected_response"))
+    return asks in (*questions, ("prompt", *BRANCHES)) and all(isinstance(record[key], str) for key in asks)
+
+
+def _notes(given: Mapping[str, Any], record: AnyRecord) -> Iterator[str]:
+    """How the row was read, where a user would not expect it."""
+    parts = [record.chosen, record.rejected] if isinstance(record, Pair) else [record]
+    if any(isinstance(part, Messages) and part.context for part in parts):
+        yield "answers that are marked off (weight, train, loss or trainable) are context"
+    if isinstance(parts[0], Messages) and given.get("history"):
+        yield "history is read as earlier turns"
+    names = [key for key in ("input_ids", "chosen_input_ids", "rejected_input_ids") if given.get(key) is not None]
+    found = sum(len(part.input_ids) for part in parts if isinstance(part, Tokens))
+    if names and isinstance(parts[0], Tokens) and found < sum(len(given[key]) for key in names):
+        yield "padding that attention_mask leaves out is trimmed"
 
 
 @cache
@@ -262,17 +362,13 @@ def _shapes(also: tuple[Also, ...]) -> tuple[Shapes, Shapes]:
     return whole, {keys: make for name in also for keys, make in SIDE[name].items()}
 
 
-def _keys(also: tuple[Also, ...]) -> frozenset[str]:
-    """Every key that is looked at."""
-    whole, side = _shapes(also)
-    named = {key for shapes in (whole, side) for keys in shapes for key in keys}
-    return frozenset({*named, *PROMPT_LIKE, "id", "tools", "system", "input", "chat_template_kwargs"})
-
-
 def _id(record: dict[str, Any]) -> str | None:
+    """The row's own id as text: numbers as Python writes them (1.0), times in ISO form."""
     value = record.get("id")
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # no value, in columns of numbers
         return None
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise wrong("id", "text or an integer", value)
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bool) or not isinstance(value, int | float | str | decimal.Decimal | uuid.UUID):
+        raise wrong("id", "text, a number or a time", value)
     return str(value)

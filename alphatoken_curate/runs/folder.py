@@ -46,6 +46,18 @@ def check_is_run(path: Path) -> None:
         raise UsageError(f"{path}: {_instead(path)}")
 
 
+def run_with(path: Path) -> Path | None:
+    """The run that a path is, or lies in as a part of it."""
+    if os.path.isdir(path) and (_is_marked(path) or _is_whole(path)):
+        return path
+    return next(_around(path), None)
+
+
+def export_with(path: Path) -> Path | None:
+    """The export that a path is, or lies in; only one with a record that is whole."""
+    return next((one for one in (path, *path.parents) if is_export(one) and _recorded(one)), None)
+
+
 def is_export(folder: Path) -> bool:
     """Whether this is a folder with the record of an export in it, whole or damaged, and not a run."""
     return os.path.isfile(folder / EXPORT) and not os.path.lexists(folder / MANIFEST)

@@ -22,6 +22,7 @@ import yaml
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.models.load import DEMO_MODEL
+from alphatoken_curate.rows.files import saved_folder
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.atomic import atomic_file
 from alphatoken_curate.runs.manifest import Manifest
@@ -120,7 +121,9 @@ def _config_yaml(config: ScoreConfig, dtype: str, batch_tokens: int | None) -> b
 
 def _place(name: str | None) -> str | None:
     """What lies on this machine, by a path that holds in any working folder; anything else as it was named."""
-    local = name is not None and (Path(name).expanduser().exists() or any(c in name for c in "*?["))
+    local = name is not None and (
+        Path(name).expanduser().exists() or any(c in name for c in "*?[") or saved_folder(name) is not None
+    )
     return os.path.abspath(Path(name).expanduser()) if name is not None and local else name
 
 

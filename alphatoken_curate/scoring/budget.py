@@ -15,6 +15,7 @@ from alphatoken_curate.runs.documents import Unreadable, decode, sealed, unseale
 from alphatoken_curate.runs.fingerprint import Json, differing, told_apart
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
+from alphatoken_curate.runs.shards import listed, read_footer, values_folder
 
 NAME = "run.json"
 """In artifacts/: the run's fingerprint fields and its plan, written before anything is computed.
@@ -26,20 +27,20 @@ LEAST = 64
 
 _OF_CHATS = (
     *("tokenizer", "template", "chat_template", "chat_template_kwargs", "assistant_specials"),
-    *("turns", "max_length"),
+    *("turns", "max_length", "template_date", "map"),
 )
 
 _DECIDE_TOKENS = {
-    "tokens": {"data", "limit", "target", "target_rows", "seed", *_OF_CHATS},
+    "tokens": {"data", "subset", "split", "limit", "target", "target_rows", "seed", *_OF_CHATS},
     "target_tokens": {"data", "target", "target_rows", "seed", *_OF_CHATS},
     "retention_tokens": {"retention", *_OF_CHATS},
     "prompt_tokens": {"fisher", "fisher_prompts", *_OF_CHATS},
     "template": {"chat_template"},
-    "kind": {"data", "limit"},
-    "data": {"limit"},
+    "kind": {"data", "limit", "map", "subset", "split"},
+    "data": {"limit", "subset", "split"},
     "beta": {"data"},
 }
-"""Fields that follow from others; digests of tokens differ alone where a template writes today's date."""
+"""Fields that follow from others; digests of tokens differ alone where releases of libraries make others."""
 
 T = TypeVar("T")
 
@@ -175,6 +176,18 @@ class Budget:
         return found
 
 
+def begun_with(run: Path) -> Mapping[str, Json]:
+    """The fingerprint fields that a run was begun with, as far as they can be read; without any, none."""
+    try:
+        return decode(_Record, unsealed((run / "artifacts" / NAME).read_bytes())).fields
+    except (OSError, Unreadable):
+        pass
+    try:
+        return read_footer(next(iter(listed(values_folder(run, 0)).values()))).fields
+    except (StopIteration, OSError, StoredDataError):
+        return {}
+
+
 def _is_sound(record: _Record) -> bool:
     plans = [*record.shards.values(), *([record.plan] if record.plan is not None else [])]
     settled = (record.plan is not None) == (record.first is not None) and (record.plan is not None or not plans)
@@ -210,6 +223,9 @@ def _causes(names: tuple[str, ...], stored: Mapping[str, Json], fields: Mapping[
     follow = {name for name, causes in _DECIDE_TOKENS.items() if causes.intersection(names)}
     if "model" in names and all(of.get("model") == of.get("reference") for of in (stored, fields)):
         follow.add("reference")
+    day = "template_date"
+    if set(names) - follow - {day} and not (stored.get(day) and fields.get(day)):
+        follow.add(day)  # other rows, or another template, of which only one writes a date
     return tuple(name for name in names if name not in follow)
 
 

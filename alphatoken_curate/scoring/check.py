@@ -45,6 +45,10 @@ class CheckSummary:
     truncated_tokens: int
     told: dict[str, int]
     """How many rows are not as they were given, by what the chat template did."""
+    read_as: dict[str, int]
+    """How many rows were read in a way that a user may not expect, by that."""
+    template_date: str | None
+    """The day that templates are told, where one writes it."""
     batches: int
     batch_tokens: int
     padding: float
@@ -86,6 +90,8 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
         truncated_rows=cut.rows,
         truncated_tokens=cut.tokens,
         told=prepared.told,
+        read_as=prepared.read_as,
+        template_date=prepared.config.template_date,
         batches=batches,
         batch_tokens=budget,
         padding=1 - tokens / padded,

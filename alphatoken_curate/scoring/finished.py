@@ -1,8 +1,8 @@
 """Whether a run is finished already: told from files and settings alone, without torch, a tokenizer or the rows.
 
-The fingerprint fields that follow from settings and files are compared with the run's. Those of tokens follow from them
-for equal versions of the libraries that made them, but for what a chat template writes of today's date: a run that was
-finished on another day is finished. Where anything is in doubt the answer is no, and the scoring itself finds out, and
+The fingerprint fields that follow from settings and files are compared with the run's; the date that a template writes
+is that of the run, where none is given. Those of tokens follow from them for equal versions of the libraries that made
+them. Where anything is in doubt the answer is no, and the scoring itself finds out, and
 says, what there is to do.
 """
 
@@ -24,6 +24,7 @@ from alphatoken_curate.scoring.folder import ScoreSummary
 from alphatoken_curate.scoring.identity import (
     OF_TOKENS,
     Named,
+    dated,
     fields_of,
     has_stability,
     tokens_are_digested,
@@ -67,7 +68,7 @@ def _same_fields(config: ScoreConfig, run: Path, stored: Manifest) -> Mapping[st
     if (named := _named(config, model, footer.fields, stored.counts.read)) is None:
         return None
     dtype = str(footer.fields["dtype"]) if config.dtype == "auto" else config.dtype
-    now = fields_of(config, named, kind=str(footer.fields["kind"]), dtype=dtype)
+    now = fields_of(dated(config, footer.fields), named, kind=str(footer.fields["kind"]), dtype=dtype)
     return footer.fields if set(differing(footer.fields, now)) <= set(OF_TOKENS) else None
 
 
@@ -94,7 +95,7 @@ def _is_as_written(run: Path, file: File) -> bool:
 
 def _named(config: ScoreConfig, model: ModelSource, fields: Mapping[str, Json], read: int) -> Named | None:
     """Files and models as they are now; None where rows are on the Hub, which only reading them tells of."""
-    found = find_files(config.data)
+    found = find_files(config.data, config.subset, config.split)
     known = fields["data"]
     if any(file.is_hub for file in found) or not isinstance(known, list):
         return None

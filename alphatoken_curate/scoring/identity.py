@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
@@ -55,6 +55,10 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
     template = config.chat_template and f"sha256:{digest(Path(config.chat_template).expanduser())[1]}"
     newer: dict[str, Json] = {
         "limit": config.limit,
+        "map": config.map,
+        "subset": config.subset,
+        "split": config.split,
+        "template_date": config.template_date,
         "chat_template": template,
         "chat_template_kwargs": config.chat_template_kwargs,
         "assistant_specials": config.assistant_specials if config.assistant_specials != "template" else None,
@@ -83,6 +87,12 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
         **_precondition_fields(config),
         **{name: value for name, value in newer.items() if value is not None},
     }
+
+
+def dated(config: ScoreConfig, stored: Mapping[str, Json] | None) -> ScoreConfig:
+    """The config with the date that templates are told in a run of the `stored` fields, where it names none itself."""
+    day = (stored or {}).get("template_date")
+    return replace(config, template_date=day) if config.template_date is None and isinstance(day, str) else config
 
 
 def _stability_fields(config: ScoreConfig, named: Named) -> dict[str, Json]:

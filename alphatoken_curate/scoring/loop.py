@@ -21,10 +21,10 @@ from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.runs.schema import LAYOUTS, components
 from alphatoken_curate.runs.shards import Footer, Shard
 from alphatoken_curate.scoring.beside import write_beside
-from alphatoken_curate.scoring.budget import Budget
+from alphatoken_curate.scoring.budget import Budget, begun_with
 from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of
-from alphatoken_curate.scoring.identity import has_stability
+from alphatoken_curate.scoring.identity import dated, has_stability
 from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.job import Job, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
@@ -47,7 +47,7 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSu
     """Score every row that is not scored yet, write values/, then a mask and train/. Raises as `score`."""
     listener.note(told_of_models(config))
     listener.stage("reading rows", 0)
-    prepared = prepare(config)
+    prepared = prepare(dated(config, begun_with(folder)))
     check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
     spec = spec_of(prepared, folder / "artifacts", artifacts_of(config.reuse))
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
@@ -55,7 +55,7 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSu
     with one_writer(folder), told_of_data(folder, prepared):
         mend(folder, listener)
         budget = Budget(folder, spec.store.fields, config.batch_tokens, listener)
-        _tell(prepared, spec, listener)
+        _tell(config, prepared, spec, listener)
         scored = run_generation(folder, job_of(prepared, spec), spec, budget, listener)
         if write_beside(folder, prepared, spec.dtype, budget.first) or scored:
             write_manifest(folder)
@@ -64,7 +64,9 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSu
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored, has_stability=stable)
 
 
-def _tell(prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
+def _tell(config: ScoreConfig, prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
+    if config.template_date is not None and prepared.config.template_date is None:
+        progress.warn("Without effect here: --template-date (no chat template writes a date).")
     if (unread := idle(prepared.config, prepared.kind)) is not None:
         progress.warn(unread)
     if prepared.held_out:
@@ -74,6 +76,8 @@ def _tell(prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
     if cut.rows:
         rows, tokens = count(cut.rows, "row is", "rows are"), count(cut.tokens, "token was", "tokens were")
         progress.warn(f"{rows} longer than --max-length {prepared.config.max_length}: {tokens} cut.")
+    for what, rows_read in prepared.read_as.items():
+        progress.note(f"{count(rows_read, 'row')}: {what}.")
     for what, rows_told in prepared.told.items():
         progress.warn(f"{count(rows_told, 'row')}: {what}.")
     if prepared.config.retention is not None and prepared.config.drift == "weights" and not spec.has_reference:

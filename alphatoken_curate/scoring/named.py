@@ -11,8 +11,9 @@ from alphatoken_curate.masks.remask import check_settings
 from alphatoken_curate.models.devices import resolve_device, resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
 from alphatoken_curate.models.load import DEMO_MODEL, find_model
+from alphatoken_curate.rows.columns import named_columns
+from alphatoken_curate.rows.fields import TEMPLATE_RESERVED
 from alphatoken_curate.rows.files import find_files
-from alphatoken_curate.rows.shapes import TEMPLATE_RESERVED
 from alphatoken_curate.runs.schema import LAYOUTS, components
 from alphatoken_curate.scoring.folder import artifacts_of
 
@@ -22,7 +23,8 @@ def check_named(config: ScoreConfig) -> None:
 
     What a Hub id names is not asked for here.
     """
-    find_files(config.data)
+    named_columns(config.map)
+    find_files(config.data, config.subset, config.split)
     for name in (config.target, config.retention, config.fisher_prompts):
         if name is not None:
             find_files([name])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,12 +24,14 @@ from alphatoken_curate.models.load import (
     load_tokenizer,
     model_config,
 )
+from alphatoken_curate.rows.columns import named_columns
 from alphatoken_curate.rows.files import visible
-from alphatoken_curate.rows.read import BadRow, InputFile, Row, RowStream, kind_of, refuse
+from alphatoken_curate.rows.read import BadRow, InputFile, Reading, Row, RowStream, kind_of, refuse
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.scoring.identity import Named, fields_of
 from alphatoken_curate.scoring.named import check_named
 from alphatoken_curate.tokens.chat import ChatSettings, Tokenizer
+from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.tokens.plan import sequences
 from alphatoken_curate.tokens.tokenise import NO_TOKENIZER, AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
@@ -74,6 +77,8 @@ class Prepared:
     """Bad rows of DATA, by row_id."""
     told: dict[str, int]
     """How many rows, of DATA and of files beside it, are not as they were given, by what the chat template did."""
+    read_as: dict[str, int]
+    """How many were read in a way that a user may not expect, by that."""
 
     @property
     def target_rows(self) -> list[TokenRow]:
@@ -86,7 +91,7 @@ def prepare(config: ScoreConfig) -> Prepared:
     check_named(config)
     source = find_model(config.model)
     reader = _Reader(config, source)
-    found = RowStream(config.data, limit=config.limit)
+    found = RowStream(config.data, limit=config.limit, reading=reading_of(config))
     rows, unusable = reader.tokens(found)
     bad = sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
     sides = {"target": config.target, "retention": config.retention, "prompts": config.fisher_prompts}
@@ -107,7 +112,7 @@ def prepare(config: ScoreConfig) -> Prepared:
         taken = {row.row_id for row in held_out}
         rows = [row for row in rows if row.row_id not in taken]
     return Prepared(
-        config=config,
+        config=replace(config, template_date=reader.day.day.isoformat() if reader.day.written else None),
         source=source,
         tokenizer=reader.tokenizer,
         kind=kind,
@@ -117,6 +122,7 @@ def prepare(config: ScoreConfig) -> Prepared:
         held_out=held_out,
         bad=bad,
         told=dict(sorted(reader.told.items())),
+        read_as=dict(sorted((found.told + reader.read_as).items())),
         **side,
     )
 
@@ -142,6 +148,9 @@ class _Reader:
     def __init__(self, config: ScoreConfig, source: ModelSource) -> None:
         self.bad: list[BadRow] = []
         self.told: Counter[str] = Counter()
+        self.read_as: Counter[str] = Counter()
+        given = config.template_date
+        self.day = TemplateDay(day=date.fromisoformat(given) if given else date.today())
         self._config, self._source = config, source
 
     @cached_property
@@ -157,6 +166,7 @@ class _Reader:
         return ChatSettings(
             kwargs=orjson.loads(self._config.chat_template_kwargs or "{}"),
             stops=_stops(self._source, self.tokenizer),
+            day=self.day,
             assistant_specials=self._config.assistant_specials,
         )
 
@@ -189,8 +199,9 @@ class _Reader:
         """Rows of a file beside DATA; of preference rows the chosen branch."""
         if path is None:
             return SideRows()
+        reading = reading_of(self._config, path)
         if name == "prompts":
-            found = RowStream([path], also=("prompt",))
+            found = RowStream([path], also=("prompt",), reading=reading)
             rows, unusable = tokenise_prompts(
                 _begun(found),
                 self.tokenizer,
@@ -199,11 +210,25 @@ class _Reader:
                 chats=self._chats,
             )
         else:
-            found = RowStream([path], also=("text",) if name == "retention" else ())
+            found = RowStream([path], also=("text",) if name == "retention" else (), reading=reading)
             both, unusable = self.tokens(found)
             rows = [chosen(row) for row in both]
+        self.read_as += found.told
         self.bad += sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
         return SideRows(rows=rows, files=found.files)
+
+
+def reading_of(config: ScoreConfig, beside: str | None = None) -> Reading:
+    """How rows of DATA are found and named, or those of a file `beside` it.
+
+    There columns may have their own names already, a split is named with the dataset, and a configuration is that of
+    DATA where it is the same dataset.
+    """
+    columns = named_columns(config.map)
+    if beside is None:
+        return Reading(columns=columns, subset=config.subset, split=config.split, all_there=True)
+    names = {name.partition(":")[0] for name in config.data}
+    return Reading(columns=columns, subset=config.subset if beside.partition(":")[0] in names else None)
 
 
 def _template(path: Path) -> str:
@@ -275,7 +300,7 @@ def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -
 
 
 def _tokens_digest(rows: Sequence[TokenRow], *, ends: bool = False) -> str | None:
-    """Digest of the tokens themselves: a template that writes today's date changes them, and nothing else does.
+    """Digest of the tokens themselves: other releases of what makes them change them, and nothing else does.
 
     `ends`: and of which of them end an answer, which is stored of DATA alone.
     """

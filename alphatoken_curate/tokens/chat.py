@@ -25,6 +25,7 @@ from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
 from alphatoken_curate.tokens.advice import Adviser
 from alphatoken_curate.tokens.blocks import GENERATION, answers_of_blocks
+from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.each import with_its_thought
 from alphatoken_curate.tokens.forms import PART, TEMPLATE_ERROR, as_borne, written_as_list
 from alphatoken_curate.tokens.kept import THOUGHT, left_out_notes
@@ -107,6 +108,9 @@ class ChatSettings:
 
     Where a template closes no turn, the one that opens the next turn responds."""
 
+    day: TemplateDay | None = None
+    """The date that the template may write; None: that of the clock."""
+
     assistant_specials: str = "template"
     """Special tokens that an answer spells: those of the template's own answers are themselves and others `text`
     (`template`), all are `text`, or the row is one to `refuse`."""
@@ -165,8 +169,9 @@ class ChatTemplate:
 
     def _rendered_chat(self, record: Messages, given: list[Any]) -> list[RenderedText]:
         messages, told, marked = self._hidden(given, record)
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        respond = [i for i in answers if i >= record.respond_from][-1 if self._turns == "last" else 0 :]
+        respond = record.responding(last_only=self._turns == "last")
+        if not respond:
+            raise RowFault("marked_off", "the last answer is marked off, and --turns last trains no other")
         notes = self._notes_of_specials([messages[i] for i in respond]) if marked else []
 
         def render(chat: list[Any], **options: Any) -> str:
@@ -290,6 +295,9 @@ class ChatTemplate:
         import jinja2
 
         settings = self._chats.kwargs if settings is None else settings
+        if self._chats.day is not None:
+            template, more = self._chats.day.told(template or self._tokenizer.get_chat_template(tools=tools))
+            settings = {**settings, **more}
 
         try:
             text = str(

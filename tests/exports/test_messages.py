@@ -256,6 +256,78 @@ def test_values_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ a real run
 
 
+@pytest.fixture
+def model(smollm2_tokenizer: Any, tmp_path: Path) -> Path:
+    with quiet():
+        tiny_model("llama", vocab_size=len(smollm2_tokenizer)).save_pretrained(tmp_path / "model")
+    smollm2_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_what_a_user_marked_off_stays_off_and_reads_back_as_it_was_written(model: Path, tmp_path: Path) -> None:
+    off, on = {**ANSWER, "weight": 0}, {"role": "assistant", "content": "So it is.", "train": True}
+    records = [
+        {"messages": [ASK, off, ASK, on]},
+        {"messages": [ASK, on, ASK, {**ANSWER, "loss": False}]},
+        {"messages": [ASK, {"role": "assistant", "content": "One answer, of some words."}]},
+        {"prompt": [ASK, ANSWER], "completion": [ASK, off, ASK, on]},
+    ]
+    target = write_jsonl(tmp_path / "target.jsonl", [{"messages": TWO}])
+    flags = ("--target", target, "--model", model, "--layers", 1)
+    data = write_jsonl(tmp_path / "rows.jsonl", records)
+    assert command("score", data, *flags, "-o", tmp_path / "one").code == 0
+    by_message, by_row = exported(tmp_path / "one", tmp_path / "out")
+    assert [weights(row) for row in by_message] == [
+        [None, 0, None, 1],
+        [None, 1, None, 0],
+        [None, 1],
+        [None, 0, None, 0, None, 1],
+    ]
+    assert [weights(row) for row in by_row] == [
+        [None, 0, None, None],
+        [None, None, None, 0],
+        [None, None],
+        [None, None, None, 0, None, None],
+    ]
+    # Every answer trains that was to respond, and none else: as it was read, it is read again.
+    assert command("score", tmp_path / "out" / "messages.jsonl", *flags, "-o", tmp_path / "two").code == 0
+    tables = [
+        scan_tokens(tmp_path / name).select("row_id", "position", "text", "value").collect() for name in ("one", "two")
+    ]
+    assert tables[0].equals(tables[1]) and len(tables[0])
+    again, _ = exported(tmp_path / "two", tmp_path / "again")
+    assert again == by_message
+    # The other file does not say it all, so it is no DATA.
+    refused = command("check", tmp_path / "out" / "samples.jsonl", *flags)
+    assert (
+        refused.code == 3
+        and "an export of a run of rows.jsonl (mask 0, for jsonl-weights), whose weights" in refused.err
+    )
+
+
+def test_the_rows_of_columns_of_ones_own(model: Path, tmp_path: Path) -> None:
+    """The source is read again by the names and of the split that the run was read by."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    parts = {
+        name: datasets.Dataset.from_list([{"q": f"{name} {i}?", "a": f"It is {i}."} for i in range(4)])
+        for name in ("train", "test")
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    flags = ("--split", "test", "--map", "q=prompt,a=response", "--model", model, "--layers", 1)
+    saved = str(tmp_path / "saved")
+    done = command("score", saved, *flags, "--target", f"{saved}:train", "-o", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "8 rows: q is read as prompt (--map)." in done.err
+    by_message, _ = exported(tmp_path / "run", tmp_path / "out")
+    assert [row["messages"][0]["content"] for row in by_message] == [f"test {i}?" for i in range(4)]
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (stored["map"], stored["split"]) == ("a=response,q=prompt", "test")
+    assert stored["target"] == f"{saved}:train"
+    replayed = command("score", "--config", tmp_path / "run" / "config.yaml", "-o", tmp_path / "other")
+    assert replayed.code == 0 and contents(tmp_path / "other") == contents(tmp_path / "run")
+
+
 def test_a_chat_that_was_scored(smollm2_tokenizer: Any, tmp_path: Path) -> None:
     """Each message's tokens, by the text between two of them, against what is kept of them."""
     model = tiny_model("llama", vocab_size=len(smollm2_tokenizer))

@@ -583,7 +583,7 @@ def test_ids_that_repeat_are_missing_or_are_of_two_kinds(models: dict[str, str],
     ids: list[Any] = ["a", "a", 1, "1", None, 1, "", "../x", -5]
     records = [record | {"id": one} for record, one in zip(token_records(len(ids)), ids, strict=True)]
     del records[4]["id"]
-    data = write_jsonl(tmp_path / "rows.jsonl", [*records, records[0] | {"id": 1.5}, records[0] | {"id": [1]}])
+    data = write_jsonl(tmp_path / "rows.jsonl", [*records, records[0] | {"id": True}, records[0] | {"id": [1]}])
     target = write_jsonl(tmp_path / "target.jsonl", token_records(2, seed=9))
     flags = ("--target", target, "--model", models["base"], "--layers", 1, "--bad-rows", "quarantine")
     assert command("score", data, *flags, "-o", tmp_path / "run").code == 0

@@ -388,7 +388,7 @@ _MAY = {
     "models/folders": {"huggingface_hub"},  # a model that the user names by its Hub id
     "models/load": {"huggingface_hub"},  # the name of an error
     "models/releases": {"huggingface_hub"},
-    "rows/tables": {"datasets", "huggingface_hub"},  # a data set that the user names by its Hub name
+    "rows/hub": {"datasets", "huggingface_hub"},  # a data set that the user names by its Hub name
     "trainers/dataset": {"datasets"},  # rows of a mask as `datasets` holds them, from memory
     "trainers/current": {"datasets"},
     "trainers/hf": {"datasets"},
@@ -405,7 +405,7 @@ def test_the_network_is_asked_in_two_places_only(path: Path) -> None:
 
 
 def test_where_the_network_may_be_asked_it_is() -> None:
-    for name in ("models/folders", "models/load", "rows/tables"):
+    for name in ("models/folders", "models/load", "rows/hub"):
         wanted = _MAY[name]
         assert set(imports(LIBRARY / f"{name}.py")) & _NETWORK == wanted
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import gzip
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from small_run import small_run
 
+from alphatoken_curate import export
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows import containers
 from alphatoken_curate.rows.files import find_files
@@ -477,7 +482,6 @@ BAD_RECORDS = {
     "tools": ({"messages": [USER, ANSWER], "tools": ["f"]}, "wrong_type"),
     "tools that are no JSON": ({"messages": [USER, ANSWER], "tools": "f"}, "wrong_type"),
     "id": ({**GOOD, "id": True}, "wrong_type"),
-    "float id": ({**GOOD, "id": 1.5}, "wrong_type"),
     "lengths": ({"input_ids": [1, 2], "labels": [-100]}, "length_mismatch"),
     "shifted labels": ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "label_mismatch"),
     "no labels": ({"input_ids": [1, 2], "labels": [1, -100]}, "no_response"),
@@ -913,3 +917,140 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     (tmp_path / "c.jsonl").write_text('{"prompt": "q", "response": "c"}\n')
     names = [str(tmp_path / name) for name in ("a/train.jsonl", "b/train.jsonl", "c.jsonl")]
     assert [file.source for file in read_rows(names).files] == ["a/train.jsonl", "b/train.jsonl", "c.jsonl"]
+
+
+# --- ids
+
+
+IDS: dict[str, tuple[Any, str | None]] = {
+    "text": ("a", "a"),
+    "integer": (3, "3"),
+    "a whole float": (1.0, "1.0"),
+    "float": (1.5, "1.5"),
+    "a large float": (1e22, "1e+22"),
+    "no number": (float("nan"), None),
+    "date": (datetime.date(2026, 1, 2), "2026-01-02"),
+    "time stamp": (datetime.datetime(2026, 1, 2, 3, 4, 5, 600), "2026-01-02T03:04:05.000600"),
+    "with a zone": (datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC), "2026-01-02T00:00:00+00:00"),
+    "time": (datetime.time(3, 4), "03:04:00"),
+    "decimal": (decimal.Decimal("1.50"), "1.50"),
+}
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_an_id_is_text(tmp_path: Path, case: str) -> None:
+    given, told = IDS[case]
+    parquet.write_table(pa.Table.from_pylist([{**GOOD, "id": given}, {**GOOD, "id": None}]), tmp_path / "a.parquet")
+    assert [row.id for row in read_rows([str(tmp_path / "a.parquet")]).rows] == [told, None]
+    if isinstance(given, str | int | float) and told is not None:
+        assert read(tmp_path, line({**GOOD, "id": given})).rows[0].id == told
+
+
+@pytest.mark.parametrize("given", [True, [1], {"a": 1}])
+def test_an_id_that_is_none(tmp_path: Path, given: Any) -> None:
+    bad = one(tmp_path, {**GOOD, "id": given})
+    assert (bad.reason, bad.message.split("; ")[1]) == ("wrong_type", "it must be text, a number or a time")
+
+
+# --- what stands beside an answer
+
+
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        GOOD,
+        {"prompt": "a", "response": "b"},
+        {"messages": [USER, ANSWER]},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"instruction": "a", "output": "b"},
+    ],
+    ids="+".join,
+)
+def test_an_answer_not_to_be_learnt_is_refused(tmp_path: Path, record: dict[str, Any], key: str) -> None:
+    bad = one(tmp_path, {**record, key: False})
+    assert bad.reason == "unwanted_answer" and bad.message.startswith(f"{key} is false: an answer that is not to be")
+    # One that is wanted is plain SFT; numbers and words are classes of something else.
+    for value in (True, None, 0, 1, "bad"):
+        assert one(tmp_path, {**record, key: value}) == one(tmp_path, record)
+
+
+def test_another_answer_beside_a_chat_makes_a_pair(tmp_path: Path) -> None:
+    before, other = [{"role": "system", "content": "s"}, USER], {"role": "assistant", "content": "no"}
+    whole = {"prompt": before, "chosen": [ANSWER], "rejected": [other]}
+    pair = one(tmp_path, whole)
+    assert isinstance(pair, Pair)
+    assert one(tmp_path, {"messages": [*before, ANSWER], "rejected_response": "no"}) == pair
+    assert one(tmp_path, {"messages": [*before, ANSWER], "rejected_response": [other]}) == pair
+    assert one(tmp_path, {"messages": [*before, ANSWER], "rejected_messages": [*before, other]}) == pair
+    texts = {"prompt": USER["content"], "response": ANSWER["content"], "rejected_response": "no", "system": "s"}
+    assert one(tmp_path, texts) == pair
+    assert one(tmp_path, {"messages": [*before, ANSWER], "rejected_response": None}).messages == [*before, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [USER, ANSWER], "rejected_response": ANSWER["content"]}, "same_branches"),
+        ({"messages": [USER, ANSWER], "rejected_response": " "}, "no_response"),
+        ({"messages": [USER, ANSWER, USER], "rejected_response": "no"}, "no_response"),
+        ({"messages": [ANSWER], "rejected_response": "no"}, "no_response"),
+        ({"messages": [USER, ANSWER], "rejected_response": 3}, "wrong_type"),
+        ({"conversations": [USER, ANSWER], "rejected_response": "no"}, "ambiguous_shape"),
+        ({"instruction": "a", "output": "b", "rejected_response": "no"}, "ambiguous_shape"),
+        ({**GOOD, "rejected_response": "no"}, "ambiguous_shape"),
+        ({"messages": [USER, ANSWER], "rejected": "no"}, "ambiguous_shape"),
+        ({**GOOD, "rejected": [ANSWER]}, "ambiguous_shape"),
+        ({"messages": [USER, ANSWER], "rejected_response": "no", "rejected_messages": [USER]}, "ambiguous_shape"),
+    ],
+)
+def test_another_answer_that_makes_none_is_refused(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
+    assert one(tmp_path, record).reason == reason
+
+
+def test_what_only_looks_like_another_answer_says_nothing(tmp_path: Path) -> None:
+    for beside in (False, 0, "", [], None):
+        assert one(tmp_path, {**GOOD, "rejected": beside, "rejected_response": beside or None}) == one(tmp_path, GOOD)
+
+
+# --- what is no data
+
+
+@pytest.fixture
+def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run `a`, its exports, and rows beside them, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    small_run(Path("a"))
+    for trainer in ("hf", "llamafactory"):
+        export("a", trainer=trainer, output=f"a.{trainer}")
+    (tmp_path / "rows.jsonl").write_bytes(line(GOOD))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "rows.jsonl").write_bytes(line(GOOD))
+    shutil.copytree("a", "folder/a")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a", "a: a run, not rows. config.yaml names the rows it was made of; score --config a/config.yaml -o OTHER"),
+        ("a/values", "a/values: a part of the run a, not rows"),
+        ("a/values/generation=0/part-00000.parquet", "part-00000.parquet: a part of the run a, not rows"),
+        ("a/train/*/*.parquet", ".parquet: a part of the run a, not rows"),
+        ("folder", "folder/a: a run, not rows"),
+        ("a.hf", "a.hf: an export of a run of "),
+        ("a.hf/export.json", "a.hf/export.json: an export of a run of "),
+        ("a.llamafactory", "a.llamafactory: an export of a run of "),
+    ],
+)
+def test_a_run_and_an_export_are_named_for_what_they_are(ours: Path, name: str, told: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_rows([name])
+    assert told in str(caught.value)
+
+
+def test_files_of_an_export_that_say_what_trains_are_rows(ours: Path) -> None:
+    by_table = read_rows(["a.hf/train.parquet"])
+    assert by_table.rows and isinstance(by_table.rows[0].record, Tokens)
+    assert [row.record for row in read_rows(["a.llamafactory/train"]).rows] == [row.record for row in by_table.rows]
+    assert len(read_rows(["rows.jsonl"]).rows) == 1

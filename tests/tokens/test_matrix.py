@@ -96,7 +96,10 @@ def test_a_cell_is_right_or_refused_for_what_its_template_does(name: str, turns:
         check_cell(name, kind, turns)
 
 
-MARKED_HEADERS = ("<｜Assistant｜>", "<|start|>assistant", "<｜tool▁outputs▁end｜>", "<think>", "<think>\n\n</think>")
+MARKED_HEADERS = (
+    *("<｜Assistant｜>", "<｜Assistant｜><think>", "<|start|>assistant", "<｜tool▁outputs▁end｜>"),
+    *("<think>", "<think>\n\n</think>"),
+)
 """What some training forms mark of the generation prompt."""
 
 OTHERS = re.compile(r"^<\|turn>model\n|<\|tool_response>$|(?<=<\|end\|>)\n<\|end\|>$")

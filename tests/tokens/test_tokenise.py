@@ -113,6 +113,19 @@ def test_every_response_of_real_rows_is_the_answer_and_its_end(smollm2_tokenizer
         assert (row.row_id, row.line, row.truncated) == (read.row_id, read.line, 0)
 
 
+@pytest.mark.parametrize("template", [CHATML, GENERATION])
+def test_an_answer_that_is_marked_off_does_not_respond(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    turns = [user("a"), answer("b"), user("c"), answer("d"), user("e"), answer("f")]
+    good, bad = run(tokenizer, chat(*turns, context=frozenset({3})))
+    assert not bad and responses(tokenizer, good[0]) == ["b" + EOT, "f" + EOT]
+    assert good[0].input_ids.tolist() == run(tokenizer, chat(*turns))[0][0].input_ids.tolist()
+    assert responses(tokenizer, run(tokenizer, chat(*turns, context=frozenset({3})), turns="last")[0][0]) == ["f" + EOT]
+    # The last answer is the last one, and no earlier one stands in for it.
+    good, bad = run(tokenizer, chat(*turns, context=frozenset({5})), turns="last")
+    assert not good and bad[0].reason == "marked_off" and "--turns last trains no other" in bad[0].message
+
+
 def test_the_template_of_smollm2(smollm2_tokenizer: Any) -> None:
     good, _ = run(smollm2_tokenizer, chat(user("a"), answer("b"), user("c"), answer("d")))
     assert responses(smollm2_tokenizer, good[0]) == ["b" + EOT, "d" + EOT]

@@ -77,6 +77,7 @@ def files(models: dict[str, str], tmp_path: Path) -> Settings:
         "rows": token_records(11),
         "task": token_records(4, seed=9),
         "chats": chats(6),
+        "mine": [{"q": f"say {i}", "a": f"it is {i}"} for i in range(6)],
         "pairs": pairs(6),
     }.items():
         found[name] = write_jsonl(tmp_path / f"{name}.jsonl", rows)
@@ -154,13 +155,9 @@ def another_row(name: str) -> Callable[[Settings, pytest.MonkeyPatch], object]:
     return appended(name, json.dumps(token_records(1, seed=99)[0]) + "\n")
 
 
-def tomorrow(_: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Later:
-        @staticmethod
-        def now() -> Any:
-            return type("Day", (), {"strftime": lambda self, form: "77"})()
-
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+def other_releases(_: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries that make another text of the same template."""
+    monkeypatch.setattr("alphatoken_curate.tokens.dates.TemplateDay._parts", [["%d", "77"]])
 
 
 def other_schema(_: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,11 +172,11 @@ FIELDS: dict[str, Change] = {
     "model": Change(to=becomes(model="=broken"), also=("tokenizer", "template")),
     "tokenizer": Change(files=appended("tuned/tokenizer.json")),
     "template": Change(files=appended("tuned/chat_template.jinja", "{# #}"), also=("tokenizer",)),
-    "tokens": Change(base=given(data="=chats"), files=tomorrow),
+    "tokens": Change(base=given(data="=chats"), files=other_releases),
     "reference": Change(to=becomes(reference="=broken")),
     "target": Change(files=another_row("task")),
     "target_rows": Change(base=given(target=None), to=becomes(target_rows=2)),
-    "target_tokens": Change(base=given(target="=chats"), files=tomorrow),
+    "target_tokens": Change(base=given(target="=chats"), files=other_releases),
     "estimator": Change(base=given(estimator="exact"), to=becomes(estimator="influence")),
     "layers": Change(to=becomes(layers=2)),
     "parameters": Change(base=given(estimator="influence"), to=becomes(parameters="all")),
@@ -188,6 +185,10 @@ FIELDS: dict[str, Change] = {
     "beta": Change(base=given(data="=pairs"), to=becomes(beta=0.2)),
     "turns": Change(to=becomes(turns="last")),
     "limit": Change(to=becomes(limit=5)),
+    "template_date": Change(base=given(data="=chats"), to=becomes(template_date="2024-02-29")),
+    "map": Change(base=given(data="=mine", map="q=prompt,a=response"), to=becomes(map="q=prompt,a=completion")),
+    "subset": Change(to=becomes(subset="main")),
+    "split": Change(to=becomes(split="test")),
     "chat_template": Change(base=given(data="=chats", chat_template="=template"), files=appended("template", "{# #}")),
     "chat_template_kwargs": Change(to=becomes(chat_template_kwargs='{"loud": true}')),
     "assistant_specials": Change(to=becomes(assistant_specials="text")),
@@ -205,12 +206,12 @@ FIELDS: dict[str, Change] = {
         base=given(**GENERATE),
         files=lambda files, _: (Path(files["base"]) / "generation_config.json").write_text('{"eos_token_id": 7}'),
     ),
-    "prompt_tokens": Change(base=given(**GENERATE, fisher_prompts="=chats"), files=tomorrow),
+    "prompt_tokens": Change(base=given(**GENERATE, fisher_prompts="=chats"), files=other_releases),
     "drift": Change(base=given(retention="=task"), to=becomes(drift="weights")),
     "lookahead_lr": Change(base=given(**LOOKAHEAD), to=becomes(lookahead_lr=2e-3)),
     "lookahead_rows": Change(base=given(**LOOKAHEAD), to=becomes(lookahead_rows=255)),
     "retention": Change(base=given(retention="=chats"), files=appended("chats", "\n")),
-    "retention_tokens": Change(base=given(retention="=chats"), files=tomorrow),
+    "retention_tokens": Change(base=given(retention="=chats"), files=other_releases),
     "precondition": Change(base=given(precondition="kfac"), to=becomes(precondition="ekfac")),
     "precondition_rows": Change(base=given(precondition="kfac"), to=becomes(precondition_rows=255)),
     "precondition_eps": Change(base=given(precondition="adam"), to=becomes(precondition_eps=1e-7)),
@@ -230,6 +231,10 @@ def flags(settings: Settings) -> list[str]:
 def test_every_field_of_a_fingerprint_is_tried(files: Settings) -> None:
     newer = {
         "limit",
+        "map",
+        "subset",
+        "split",
+        "template_date",
         "chat_template",
         "chat_template_kwargs",
         "assistant_specials",
@@ -378,6 +383,7 @@ REPLAYED: dict[str, Callable[[Settings], Settings]] = {
     "lookahead, all parameters": given(**LOOKAHEAD, estimator="influence", parameters="all", dtype="auto"),
     "answers": given(**GENERATE, fisher_prompts="=chats", fisher_new_tokens=3, by="random", seed=5),
     "chats": given(data="=chats", target=None, reference=None, turns="last", max_length=19),
+    "columns of one's own": given(data="=mine", map="q=prompt,a=response", target="=mine", reference=None),
 }
 
 

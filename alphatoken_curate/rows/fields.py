@@ -1,0 +1,166 @@
+"""What the fields of a row hold: text, messages, tools, settings of the template; but for text, also as JSON text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alphatoken_curate.rows.containers import RowFault, parse_json
+from alphatoken_curate.rows.files import visible
+from alphatoken_curate.rows.marks import OFF, without_marks
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles a message may have."""
+
+TEMPLATE_RESERVED = {
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
+}
+"""What a chat template is told by the rows, and transformers by us, and no setting of a template may name."""
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
+
+Message = dict[str, Any]
+
+
+def wrong(name: str, wanted: str, value: Any) -> RowFault:
+    """The fault of a value that is of another type than `wanted`."""
+    return RowFault("wrong_type", f"{name} is {_kind(value)}; it must be {wanted}")
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", bool: "a boolean", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def text_of(record: dict[str, Any], key: str) -> str:
+    """The text under a key. Raises RowFault."""
+    value = record[key]
+    if not isinstance(value, str):
+        raise wrong(key, "text", value)
+    return value
+
+
+def said(role: str, content: str) -> Message:
+    """A message."""
+    return {"role": role, "content": content}
+
+
+def messages_of(record: dict[str, Any], key: str) -> list[Message]:
+    """The messages under a key, at least one; `OFF` is 0 in one that is marked off. Raises RowFault."""
+    value = record[key]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = unpacked(key, value, "no JSON")
+    if not isinstance(value, list):
+        raise wrong(key, "a list of messages", value)
+    if not value:
+        raise RowFault("no_response", f"{key} is an empty list")
+    return [_message(f"{key}[{i}]", entry) for i, entry in enumerate(value)]
+
+
+def _message(name: str, entry: Any) -> Message:
+    """One message with the keys `role` and `content` first; other keys are kept for the template, null ones are not."""
+    if isinstance(entry, str) and entry.lstrip().startswith("{"):
+        entry = unpacked(name, entry, "no JSON")
+    if not isinstance(entry, dict):
+        raise wrong(name, "an object with role and content", entry)
+    sharegpt = "from" in entry and "role" not in entry
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
+    role = entry.get(role_key)
+    if sharegpt and isinstance(role, str):
+        role = _SHAREGPT_ROLES.get(role, role)
+    if role not in ROLES:
+        known = ", ".join(ROLES + tuple(_SHAREGPT_ROLES) if sharegpt else ROLES)
+        raise RowFault("unknown_role", f"{name}.{role_key} is {visible(repr(role), 40)}; it must be one of {known}")
+    entry, off = without_marks(name, entry, role)
+    others = {key: item for key, item in entry.items() if item is not None and key not in (role_key, content_key)}
+    if "tool_calls" in others:
+        others["tool_calls"] = _calls(f"{name}.tool_calls", others["tool_calls"])
+    others |= {OFF: 0} if off and role == "assistant" else {}
+    content = entry.get(content_key)
+    if content is None and role == "assistant" and others.get("tool_calls"):
+        return {"role": role, **others}
+    return {"role": role, "content": _content(f"{name}.{content_key}", content, role), **others}
+
+
+def _calls(name: str, value: Any) -> Any:
+    """Calls as objects, where they, or the list of them, are JSON as text."""
+    calls = unpacked(name, value, "no JSON")
+    if not isinstance(calls, list):
+        return calls
+    return [unpacked(f"{name}[{i}]", call, "no JSON") for i, call in enumerate(calls)]
+
+
+def _content(name: str, value: Any, role: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and "token_ids" in value:
+        raise RowFault("wrong_type", f"{name} holds token_ids, as an export for ms-swift does; only text is read")
+    if not isinstance(value, list):
+        raise wrong(name, "text", value)
+    for i, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise RowFault("wrong_type", f"{name} has a part that is not text; only text is read")
+        if without_marks(f"{name}[{i}]", part, role)[1] and role == "assistant":
+            message = f"{name}[{i}] is marked off; an answer trains whole here: mark the message, or split it"
+            raise RowFault("message_weight", message)
+    return "".join(part["text"] for part in value)
+
+
+def unmarked(messages: list[Message]) -> list[Message]:
+    """The messages without what says which are marked off."""
+    if not any(OFF in message for message in messages):
+        return messages
+    return [{key: item for key, item in message.items() if key != OFF} for message in messages]
+
+
+def with_system(record: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages behind the row's `system` text, where it has one and they do not begin with their own."""
+    if not record.get("system") or messages[0]["role"] == "system":
+        return messages
+    return [said("system", text_of(record, "system")), *messages]
+
+
+def history_of(record: dict[str, Any]) -> list[Message]:
+    """The earlier turns under `history`, as Alpaca has them: pairs of what was asked and answered. Raises RowFault."""
+    found = unpacked("history", record.get("history"), "no JSON list")
+    if found is None or found in ([], ""):
+        return []
+    pairs = found if isinstance(found, list) else [found]
+    if not all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in pairs):
+        raise wrong("history", "a list of pairs of text, what was asked and what was answered", found)
+    return [message for asked, answer in pairs for message in (said("user", asked), said("assistant", answer))]
+
+
+def unpacked(name: str, value: Any, unless: str) -> Any:
+    """A value as it is, or of the JSON that it is as text, as columnar files hold it. Raises RowFault."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return parse_json(value.encode())
+    except RowFault as fault:
+        raise RowFault("wrong_type", f"{name} is text that is {unless}: {fault.message}") from None
+
+
+def tools_of(record: dict[str, Any]) -> list[Any] | None:
+    """Tools for the template: a list of objects; it, or each of them, may be JSON as text."""
+    tools = unpacked("tools", record.get("tools"), "not a JSON list")
+    if not tools and tools in (None, [], ""):
+        return None
+    if isinstance(tools, list):
+        tools = [unpacked(f"tools[{i}]", tool, "no JSON") for i, tool in enumerate(tools)]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise wrong("tools", "a list of objects", tools)
+    return tools
+
+
+def kwargs_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What the row tells the chat template besides, as TRL reads it: an object, or that object as JSON text."""
+    given = unpacked("chat_template_kwargs", record.get("chat_template_kwargs"), "no JSON")
+    if given is None or given == "":
+        return {}
+    if not isinstance(given, dict):
+        raise wrong("chat_template_kwargs", "an object", given)
+    if taken := sorted(TEMPLATE_RESERVED & set(given)):
+        raise RowFault("wrong_type", f"chat_template_kwargs names {taken[0]}, which is not the row's to set")
+    return {name: item for name, item in given.items() if item is not None}

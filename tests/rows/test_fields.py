@@ -1,0 +1,129 @@
+"""Fields of rows: JSON held as text, the turns of `history`, roles and content."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from alphatoken_curate.rows.containers import RawRow
+from alphatoken_curate.rows.read import RowStream, rows_of
+from alphatoken_curate.rows.shapes import Messages, Pair
+
+USER, ANSWER = {"role": "user", "content": "W?"}, {"role": "assistant", "content": "It is 5."}
+CALL = {"type": "function", "function": {"name": "w", "arguments": {"city": "Oslo"}}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+TOOLS = [{"type": "function", "function": {"name": "w"}}]
+
+
+def read(record: dict[str, Any]) -> Any:
+    """Its normal form, or the bad row."""
+    found = rows_of([record], "a.jsonl")
+    return found.rows[0].record if found.rows else found.bad[0]
+
+
+WHOLE = {"messages": [USER, CALLED, ANSWER], "tools": TOOLS}
+PACKED: dict[str, dict[str, Any]] = {
+    "messages": {"messages": json.dumps([USER, CALLED, ANSWER])},
+    "each message": {"messages": [json.dumps(one) for one in (USER, CALLED, ANSWER)]},
+    "calls": {"messages": [USER, {**CALLED, "tool_calls": json.dumps([CALL])}, ANSWER]},
+    "each call": {"messages": [USER, {**CALLED, "tool_calls": [json.dumps(CALL)]}, ANSWER]},
+    "tools": {"tools": json.dumps(TOOLS)},
+    "each tool": {"tools": [json.dumps(one) for one in TOOLS]},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_json_as_text_is_what_it_holds(name: str) -> None:
+    assert read(WHOLE | PACKED[name]) == Messages(**WHOLE)
+    assert read({"conversations": (WHOLE | PACKED[name])["messages"], "tools": TOOLS}) == Messages(**WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"messages": "[{"}, "messages is text that is no JSON: "),
+        ({"messages": "hello"}, "messages is text; it must be a list of messages"),
+        ({"messages": ["{"]}, "messages[0] is text that is no JSON: "),
+        ({"messages": ["hello"]}, "messages[0] is text; it must be an object with role and content"),
+        ({"messages": [USER, {**CALLED, "tool_calls": ["{"]}]}, "messages[1].tool_calls[0] is text that is no JSON: "),
+        ({"messages": [USER, ANSWER], "tools": ["x"]}, "tools[0] is text that is no JSON: "),
+        ({"messages": [USER, ANSWER], "tools": ["[1]"]}, "tools is a list; it must be a list of objects"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": {"token_ids": [1], "loss_scale": [1]}}]},
+            "messages[1].content holds token_ids, as an export for ms-swift does",
+        ),
+    ],
+)
+def test_text_that_is_no_json_is_named(record: dict[str, Any], told: str) -> None:
+    bad = read(record)
+    assert bad.reason == "wrong_type" and bad.message.startswith(told)
+
+
+def test_what_a_user_writes_stays_text() -> None:
+    record = read({"prompt": "[1, 2]", "response": '{"a": null}'})
+    assert [message["content"] for message in record.messages] == ["[1, 2]", '{"a": null}']
+
+
+# --- history
+
+
+def said(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+HISTORY = [["q1", "a1"], ["q2", "a2"]]
+
+
+@pytest.mark.parametrize("history", [HISTORY, json.dumps(HISTORY)])
+def test_history_is_read_as_earlier_turns(history: Any) -> None:
+    """As LLaMA-Factory trains it: answers of earlier turns respond, too."""
+    alpaca = {"instruction": "q3", "input": "", "output": "a3", "history": history, "system": "s"}
+    made = read(alpaca)
+    assert made == Messages(messages=[{"role": "system", "content": "s"}, *said("q1", "a1", "q2", "a2", "q3", "a3")])
+    assert made.responding() == [2, 4, 6] and made.responding(last_only=True) == [6]
+    assert read({"prompt": "q3", "response": "a3", "history": history}).messages == made.messages[1:]
+
+
+def test_history_of_a_pair_is_its_prompt() -> None:
+    pair = read({"prompt": "q3", "chosen": "a3", "rejected": "b3", "history": HISTORY})
+    assert isinstance(pair, Pair) and isinstance(pair.chosen, Messages) and isinstance(pair.rejected, Messages)
+    assert pair.chosen.messages == said("q1", "a1", "q2", "a2", "q3", "a3") and pair.chosen.responding() == [5]
+    assert pair.rejected.responding() == [5] and pair.rejected.plain is None
+    assert read({"prompt": "q", "response": "a", "rejected_response": "b", "history": HISTORY}).chosen.responding() == [
+        5
+    ]
+
+
+@pytest.mark.parametrize("empty", [None, [], ""])
+def test_no_history(empty: Any) -> None:
+    stream = RowStream(())
+    record = {"instruction": "q", "output": "a", "history": empty}
+    (row,) = stream.sort([RawRow(1, record, record)], "a.jsonl")
+    assert row.record == Messages(messages=said("q", "a")) and not stream.told
+
+
+@pytest.mark.parametrize("history", [["q1", "a1"], [["q1"]], [["q", "a", "b"]], {"q": "a"}, [{"role": "user"}], 3, "{"])
+def test_history_of_another_form_is_named(history: Any) -> None:
+    bad = read({"instruction": "q", "output": "a", "history": history})
+    assert bad.reason == "wrong_type" and bad.message.startswith("history is ")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": said("q", "a")},
+        {"conversations": said("q", "a")},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": said("q"), "response": said("q", "a")[1:]},
+        {"chosen": "the one", "rejected": "the other"},
+        {"prompt": said("q"), "chosen": said("q", "a")[1:], "rejected": said("q", "b")[1:]},
+    ],
+    ids="+".join,
+)
+def test_history_beside_another_shape_is_ambiguous(record: dict[str, Any]) -> None:
+    bad = read(record | {"history": HISTORY})
+    assert bad.reason == "ambiguous_shape" and bad.message.startswith("history beside ")
+    # A column of that name which holds no turns says nothing.
+    assert read(record | {"history": "imported"}) == read(record)
