@@ -212,6 +212,18 @@ def test_the_mask_of_a_refresh_follows_the_newest_settings(run: Path, models: di
     assert perturbed_again.mask.generations == (2,)
 
 
+def test_a_refresh_keeps_what_the_newest_mask_always_keeps(run: Path, models: dict[str, str]) -> None:
+    for stays in ("end-of-turn", "none"):
+        mask(run, MaskConfig(keep=0.3, by="-nll", always_keep=stays))
+        (made,) = refresh(run, models["tuned"])
+        newest = manifest.read(run).masks[-1]
+        assert newest.settings.get("always_keep", "none") == stays and newest.generations == (1,)
+        assert made.mask.end_of_turn_tokens
+        assert (made.mask.end_of_turn_kept == made.mask.end_of_turn_tokens) == (stays == "end-of-turn")
+    first, second = (scan(run, generation=number).collect()["end_of_turn"].to_list() for number in (0, 1))
+    assert first == second
+
+
 def test_another_reference_is_refused(run: Path, models: dict[str, str]) -> None:
     with pytest.raises(FingerprintError, match="--reference") as caught:
         refresh(run, models["tuned"], reference=models["tuned"])
