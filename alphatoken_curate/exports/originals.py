@@ -27,12 +27,16 @@ from alphatoken_curate.settings import load_settings
 
 
 class Original(NamedTuple):
-    """A row of the input with its response mask (T,) bool as stored; `record` is None where it was a bad row."""
+    """A row of the input with its response mask and the tokens that end its answers, (T,) bool each, as stored.
+
+    `record` is None where it was a bad row.
+    """
 
     row_id: int
     place: str
     record: AnyRecord | None
     response: NDArray[np.bool_]
+    end_of_turn: NDArray[np.bool_]
 
 
 class _Place(NamedTuple):
@@ -40,6 +44,7 @@ class _Place(NamedTuple):
     source: str
     line: int
     response: NDArray[np.bool_]
+    end_of_turn: NDArray[np.bool_]
 
 
 def originals(opened: TrainSet) -> Iterator[Original]:
@@ -54,7 +59,7 @@ def originals(opened: TrainSet) -> Iterator[Original]:
             if place is None or (place.source, place.line) != (known.source, raw.line):
                 raise _changed(file, "its rows are others")
             where = f"{visible(known.source)}:{raw.line}"
-            yield Original(place.row_id, where, _record(raw.record), place.response)
+            yield Original(place.row_id, where, _record(raw.record), place.response, place.end_of_turn)
         if limited:
             meter.finish()
         if meter.digest != known.digest:
@@ -74,13 +79,13 @@ def _record(raw: dict[str, Any] | RowFault) -> AnyRecord | None:
 
 def _stored(opened: TrainSet) -> Iterator[_Place]:
     """Where each row came from, of the newest generation that the mask was made of: all have the same rows."""
-    columns = ["row_id", "source", "line", "response"]
+    columns = ["row_id", "source", "line", "response", "end_of_turn"]
     for shard in choose_generation(opened.run, opened.stored, opened.mask.generations[-1]).shards:
         table = shards.read_shard(opened.run, shard, opened.layout.values, columns)
-        flat, lengths = entries(table["response"])
-        responses = np.split(flat.astype(np.bool_), np.cumsum(lengths)[:-1])
+        flat = [entries(table[name]) for name in columns[3:]]
+        lists = (np.split(one.astype(np.bool_), np.cumsum(lengths)[:-1]) for one, lengths in flat)
         names = (table[name].to_pylist() for name in columns[:3])
-        yield from (_Place(*row) for row in zip(*names, responses, strict=True))
+        yield from (_Place(*row) for row in zip(*names, *lists, strict=True))
 
 
 def _files(opened: TrainSet, names: object, *, limited: bool) -> list[tuple[DataFile, Input]]:

@@ -531,7 +531,9 @@ def test_a_runs_config_from_before_replays_the_mask_of_then(settings: dict[str, 
     ended = command("score", "-c", tmp_path / "old.yaml", "-o", tmp_path / "other")
     assert ended.code == 0, ended.err
     assert "old.yaml: it is from before --always-keep, and read as --always-keep none." in ended.err
-    trains = [{k: v for k, v in contents(tmp_path / name).items() if k.startswith("train")} for name in ("run", "other")]
+    trains = [
+        {k: v for k, v in contents(tmp_path / name).items() if k.startswith("train")} for name in ("run", "other")
+    ]
     assert trains[0] and trains[0] == trains[1]
     ended = command("score", "-c", tmp_path / "old.yaml", "--always-keep", "end-of-turn", "-o", tmp_path / "other")
     assert ended.code == 0 and "from before" not in ended.err
