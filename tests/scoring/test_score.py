@@ -22,6 +22,7 @@ from tiny_files import (
     Notes,
     command,
     contents,
+    ended_records,
     moments,
     perturbed,
     quiet,
@@ -523,7 +524,8 @@ def test_the_config_replays_the_run(settings: dict[str, Any], target: str, tmp_p
 
 
 def test_a_runs_config_from_before_replays_the_mask_of_then(settings: dict[str, Any], tmp_path: Path) -> None:
-    half = settings | {"keep": 0.5, "by": "-nll", "scope": "row"}
+    data = write_jsonl(tmp_path / "rows.jsonl", ended_records(ROWS))
+    half = settings | {"data": data, "keep": 0.5, "by": "-nll", "scope": "row"}
     score(ScoreConfig(**half, always_keep="none"), tmp_path / "run")
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert stored.pop("always_keep") == "none"
