@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .terminal import tell_version
+from .lines import tell_version
 
 
 @click.command(name="compare")

@@ -10,7 +10,7 @@ import click
 
 from alphatoken_curate.wording import count, nearest
 
-from .terminal import tell_version
+from .lines import tell_version
 
 TRAINERS = (
     "trl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 
 import click
@@ -68,3 +69,17 @@ class Lines:
         left = f", {(self._total - self._done) / rate:.0f} s left" if self._done < self._total else ""
         share = self._done / max(1, self._total)
         click.echo(f"{self._name}: {share:.0%} of {count(self._total, 'token')}, {rate:,.0f} tokens/s{left}", err=True)
+
+
+def tell_version(run: Path) -> None:
+    """Say on stderr what a run of an early schema version lacks."""
+    from alphatoken_curate.errors import StoredDataError
+    from alphatoken_curate.runs import manifest
+    from alphatoken_curate.runs.schema import lacks
+
+    try:
+        absent = lacks(manifest.read(run).schema_version)
+    except StoredDataError:
+        return  # of which the command speaks itself
+    if absent:
+        click.echo(f"{run}: {absent}", err=True)

@@ -14,8 +14,8 @@ from alphatoken_curate.rows.files import legible
 from alphatoken_curate.wording import count, end_of_turn, over_share
 
 from .grouped import Grouped
+from .lines import tell_version
 from .options import config_options, read_config
-from .terminal import tell_version
 
 _EPILOG = """\b
 --by takes a column of values/ (see `show --help`), row_id, position, token_id,

@@ -9,7 +9,7 @@ import click
 
 from alphatoken_curate.wording import count
 
-from .terminal import tell_version
+from .lines import tell_version
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .terminal import tell_version
+from .lines import tell_version
 
 if TYPE_CHECKING:
     from alphatoken_curate.reading.stats import Stats

@@ -77,17 +77,3 @@ def _bars() -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-
-
-def tell_version(run: Path) -> None:
-    """Say on stderr what a run of an early schema version lacks."""
-    from alphatoken_curate.errors import StoredDataError
-    from alphatoken_curate.runs import manifest
-    from alphatoken_curate.runs.schema import lacks
-
-    try:
-        absent = lacks(manifest.read(run).schema_version)
-    except StoredDataError:
-        return  # of which the command speaks itself
-    if absent:
-        click.echo(f"{run}: {absent}", err=True)

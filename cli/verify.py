@@ -12,7 +12,7 @@ from alphatoken_curate.rows.files import legible
 from alphatoken_curate.runs.folder import export_in_words, is_export
 from alphatoken_curate.wording import count
 
-from .terminal import tell_version
+from .lines import tell_version
 
 if TYPE_CHECKING:
     from alphatoken_curate.reading.verify import Problem

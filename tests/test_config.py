@@ -12,7 +12,7 @@ import pytest
 from alphatoken_curate import MaskConfig, ScoreConfig, UsageError
 from alphatoken_curate.cli import mask as mask_command
 from alphatoken_curate.cli import score as score_command
-from alphatoken_curate.config import checked
+from alphatoken_curate.config import checked, is_from_before, settings_of_mask
 
 METHOD_FLAGS = {
     "model", "reference", "target", "target_rows", "estimator", "layers", "window", "stability_weight",
@@ -26,6 +26,7 @@ BAD: list[tuple[str, Any]] = [
     *(("scope", value) for value in ("rows", "batch", "batch:", "batch:0", "batch:-1", "batch:x", 3, None)),
     *(("weights", value) for value in ("soft", "", 1, None)),
     *(("by", value) for value in ("", 3, None)),
+    *(("always_keep", value) for value in ("", True, None)),
     *(("stability_weight", value) for value in ("x", "nan", math.inf, True, None, {})),
     *(("stability_scale", value) for value in ("std", None)),
     *(("allow_empty_rows", value) for value in ("yes", 1, 0, None)),
@@ -154,6 +155,21 @@ def test_a_bad_value_is_refused_in_python_by_the_name_of_its_flag(name: str, val
 def test_values_are_read_as_a_command_line_gives_them(name: str, value: Any, read: Any) -> None:
     found = getattr(score_config(**{name: value}), name)
     assert found == read and type(found) is type(read)
+
+
+def test_masks_and_run_configs_from_before_always_keep_nothing() -> None:
+    old = {item.name: getattr(MaskConfig(keep=0.4), item.name) for item in fields(MaskConfig)}
+    del old["always_keep"]
+    assert settings_of_mask(old) == MaskConfig(keep=0.4, always_keep="none")
+    assert settings_of_mask({**old, "always_keep": "special"}).always_keep == "special"
+    assert settings_of_mask({"keep": 0.2, "left": "over"}) == MaskConfig(keep=0.2, always_keep="none")
+    whole = {item.name: item.default for item in fields(ScoreConfig)}
+    assert not is_from_before(whole), "a run's own config of today names it"
+    del whole["always_keep"]
+    assert is_from_before(whole) and is_from_before(old)
+    for name in old:
+        assert not is_from_before({key: value for key, value in whole.items() if key != name}), "by hand"
+    assert not is_from_before({}) and not is_from_before({"keep": 0.5, "by": "value"})
 
 
 def test_configs_are_frozen_and_keyword_only() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from alphatoken_curate.wording import count, nearest, ranges
+from alphatoken_curate.wording import count, end_of_turn, nearest, over_share, ranges
 
 
 def test_one_is_no_plural() -> None:
@@ -26,3 +26,10 @@ def test_a_name_that_is_near_is_told() -> None:
 )
 def test_lines_are_told_in_ranges(numbers: list[int], most: int, told: str) -> None:
     assert ranges(numbers, most) == told
+
+
+def test_what_trains_of_the_ends_of_answers_is_told_where_it_is_known() -> None:
+    assert end_of_turn(None, None) is None
+    assert end_of_turn(0, 0) == "end of turn: no response token ends an answer"
+    assert end_of_turn(1300, 0) == "end of turn: 0 of 1,300 train"
+    assert over_share(1) == "what is always kept is more than the share by 1 token, and stays"

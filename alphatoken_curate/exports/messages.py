@@ -44,6 +44,7 @@ def with_text(items: Items, opened: TrainSet) -> Items:
     source = originals(opened)
     settings = opened.stored.settings
     most = settings.get("max_length")
+    always = opened.mask.settings.get("always_keep", "none") != "none"
     for item in items:
         if isinstance(item, Dropped):
             yield item
@@ -61,7 +62,10 @@ def with_text(items: Items, opened: TrainSet) -> Items:
         if len(runs) < len(turns) and len(original.response) == most:
             yield Dropped(row_id=row_id, turn=turn, reason="cut_when_scored")
         else:
-            text = _records(original, chat, turns, runs, item.row.branches[0].loss_weight)
+            weight = item.row.branches[0].loss_weight
+            # An answer of which only its end is left, which is always kept, says nothing that is to be learnt.
+            says = np.where(original.end_of_turn, np.float32(0), weight) if always else weight
+            text = _records(original, chat, turns, runs, weight, says)
             trained = sum(message.get("weight", 0) for message in text[0]["messages"])
             yield replace(item, text=text, answers=len(turns), answers_trained=trained)
     for _ in source:  # to the end, where the digests of what was read are compared
@@ -91,14 +95,15 @@ def _records(
     turns: list[int],
     runs: list[tuple[int, int]],
     weight: NDArray[np.float32],
+    says: NDArray[np.float32],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The row as it stands in either file."""
+    """The row as it stands in either file; `says`: the weights that decide whether an answer trains."""
     if len(runs) != len(turns):
         raise UsageError(
             f"{original.place}: {count(len(turns), 'answer')} and {count(len(runs), 'run')} of response tokens, so"
             " which token is of which message cannot be told. Export tokens, such as --for hf."
         )
-    alive = {turn for turn, (start, end) in zip(turns, runs, strict=True) if weight[start:end].any()}
+    alive = {turn for turn, (start, end) in zip(turns, runs, strict=True) if says[start:end].any()}
     messages = [
         {**message, "weight": int(i in alive)} if message["role"] == "assistant" else message
         for i, message in enumerate(chat.messages)
@@ -142,7 +147,8 @@ def _columns(told: Told) -> Iterator[str]:
 
 def _use(told: Told) -> Iterator[str]:
     yield f"OpenAI, Mistral and services with their format: upload {json.dumps(told.file(BY_MESSAGE))}. A message has"
-    yield "weight 0 where the mask left none of its tokens, or where it was not to respond; otherwise all of it trains."
+    yield "weight 0 where the mask left none of its tokens, or its end alone by --always-keep, or where it was not to"
+    yield "respond; otherwise all of it trains."
     yield ""
     yield f"Fireworks: upload {json.dumps(told.file(BY_ROW))}. The weight is the mean loss weight over the row's"
     yield "response tokens, those dropped by the mask counted as 0."

@@ -28,7 +28,9 @@ from alphatoken_curate.settings import load_settings
 
 
 class Original(NamedTuple):
-    """A row of the input, or a turn of it, with its response mask (T,) bool as stored.
+    """A row of the input, or a turn of it, with its response mask and the tokens that end its answers, as stored.
+
+    (T,) bool each.
 
     `record` is None where it was a bad row.
     """
@@ -38,6 +40,7 @@ class Original(NamedTuple):
     place: str
     record: AnyRecord | None
     response: NDArray[np.bool_]
+    end_of_turn: NDArray[np.bool_]
 
 
 class _Place(NamedTuple):
@@ -46,6 +49,7 @@ class _Place(NamedTuple):
     source: str
     line: int
     response: NDArray[np.bool_]
+    end_of_turn: NDArray[np.bool_]
 
 
 def originals(opened: TrainSet) -> Iterator[Original]:
@@ -61,7 +65,8 @@ def originals(opened: TrainSet) -> Iterator[Original]:
             if not places or (places[0].source, places[0].line) != (known.source, raw.line):
                 raise _changed(file, "its rows are others")
             where, record = f"{visible(known.source)}:{raw.line}", _record(raw.record, columns)
-            yield from (Original(one.row_id, one.turn, where, record, one.response) for one in places)
+            for one in places:
+                yield Original(one.row_id, one.turn, where, record, one.response, one.end_of_turn)
         if limited:
             meter.finish()
         if meter.digest != known.digest:
@@ -81,13 +86,13 @@ def _record(raw: dict[str, Any] | RowFault, columns: Mapping[str, str]) -> AnyRe
 
 def _stored(opened: TrainSet) -> Iterator[_Place]:
     """Where each row came from, of the newest generation that the mask was made of: all have the same rows."""
-    columns = ["row_id", "turn", "source", "line", "response"]
+    columns = ["row_id", "turn", "source", "line", "response", "end_of_turn"]
     for shard in choose_generation(opened.run, opened.stored, opened.mask.generations[-1]).shards:
         table = shards.read_shard(opened.run, shard, opened.layout.values, columns)
-        flat, lengths = entries(table["response"])
-        responses = np.split(flat.astype(np.bool_), np.cumsum(lengths)[:-1])
+        flat = [entries(table[name]) for name in columns[4:]]
+        lists = (np.split(one.astype(np.bool_), np.cumsum(lengths)[:-1]) for one, lengths in flat)
         names = (table[name].to_pylist() for name in columns[:4])
-        yield from (_Place(*row) for row in zip(*names, responses, strict=True))
+        yield from (_Place(*row) for row in zip(*names, *lists, strict=True))
 
 
 def _files(opened: TrainSet, settings: Mapping[str, Any], *, limited: bool) -> list[tuple[DataFile, Input]]:

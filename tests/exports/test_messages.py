@@ -362,6 +362,9 @@ def test_a_chat_that_was_scored(smollm2_tokenizer: Any, tmp_path: Path) -> None:
         assert sample["weight"] == pytest.approx(mine["loss_weight"].mean())
         # An answer ends with the end of its turn: that parts the tokens into messages.
         ends = np.flatnonzero(mine["text"].to_numpy() == "<|im_end|>")
-        parts = np.split(mine["kept"].to_numpy(), ends[:-1] + 1)
+        kept = mine["kept"].to_numpy().copy()
+        assert kept[ends].all(), "they are always kept"
+        kept[ends] = False
+        parts = np.split(kept, ends[:-1] + 1)
         assert [int(part.any()) for part in parts] == [w for w in weights(row) if w is not None]
     assert {w for row in by_message for w in weights(row)} == {None, 0, 1}

@@ -238,6 +238,17 @@ def test_generations_ascend(tmp_path: Path) -> None:
     assert "generation numbers [3, 0] do not ascend" in refused(tmp_path, sealed_manifest(whole))
 
 
+def test_a_mask_of_a_release_that_did_not_count_ends_of_answers_is_read(run: Path) -> None:
+    whole = json.loads((run / "manifest.json").read_bytes())
+    assert whole["masks"][0]["end_of_turn_tokens"] > 0
+    for name in ("end_of_turn_tokens", "end_of_turn_kept", "over_share"):
+        whole["masks"][0].pop(name, None)
+    (run / "manifest.json").write_bytes(sealed_manifest(whole))
+    (mask,) = manifest.read(run).masks
+    assert (mask.end_of_turn_tokens, mask.end_of_turn_kept, mask.over_share) == (None, None, None)
+    assert b"end_of_turn" not in manifest.encode(manifest.read(run)), "what it cannot tell is not written"
+
+
 def test_a_key_that_is_missing_is_refused(run: Path) -> None:
     later = ("told",)
     for name in [field.name for field in dataclasses.fields(manifest.Manifest) if field.name not in later]:

@@ -17,6 +17,7 @@ from tiny_files import command, contents, token_records, write_jsonl
 from alphatoken_curate import InputError, ScoreConfig, UsageError
 from alphatoken_curate.models.load import find_model, load_tokenizer
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, drawn, fingerprint_fields, hold_out, prepare
+from alphatoken_curate.tokens.plan import sequences
 
 ROWS = [make_row(i, [5, 6, 7], [(1, 3)]) for i in range(200)]
 
@@ -178,6 +179,31 @@ def test_which_parameters_score_is_part_of_the_fingerprint(settings: dict[str, A
     assert {name for name in plain if plain[name] != every[name]} == {"parameters"}
 
 
+def test_rows_of_tokens_end_where_the_model_stops(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    model.generation_config.eos_token_id = [7, 9]
+    model.save_pretrained(tmp_path / "model")
+    rows = [{"input_ids": [3, 4, last], "labels": [-100, 4, last]} for last in (7, 9, 5, 2)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = ScoreConfig(data=(data,), model=str(tmp_path / "model"), target=data)
+
+    def ends() -> list[bool]:
+        return [bool(row.end_of_turn[2]) for row in sequences(prepare(config).rows)]
+
+    before = fingerprint_fields(prepare(config), find_model(config.model), "float32")
+    assert ends() == [True, True, False, False]
+    place = tmp_path / "model" / "generation_config.json"
+    told = json.loads(place.read_text())
+    place.write_text(json.dumps(told | {"eos_token_id": 5}))
+    assert ends() == [False, False, True, False]
+    after = fingerprint_fields(prepare(config), find_model(config.model), "float32")
+    assert {name for name in before if before[name] != after[name]} == {"tokens"}, "not those of the target"
+    place.unlink()
+    settings = tmp_path / "model" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": 2}))
+    assert ends() == [False, False, False, True]
+
+
 ROLES = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -200,6 +226,8 @@ def test_a_token_that_opens_the_next_turn_ends_an_answer_where_the_model_stops_a
     config = ScoreConfig(data=(data,), model=str(tmp_path / "model"), target=data)
     prepared = prepare(config)
     assert [responses(tokenizer, row) for row in prepared.rows] == [["b<|user|>", "d"], ["f"]]
+    ends = [row.input_ids[row.end_of_turn] for row in sequences(prepared.rows)]
+    assert [tokenizer.decode(one) for one in ends] == ["<|user|>", ""]
     # DATA and --target are the same rows.
     wanted = {
         "the chat template leaves out their reasoning_content": 2,

@@ -15,6 +15,7 @@ from tiny_files import (
     Notes,
     command,
     contents,
+    ended_records,
     moments,
     pair_records,
     perturbed,
@@ -210,6 +211,20 @@ def test_the_mask_of_a_refresh_follows_the_newest_settings(run: Path, models: di
     mask(run, published(generation="0", keep=0.3))
     perturbed_again = refresh(run, models["tuned"])[0]
     assert perturbed_again.mask.generations == (2,)
+
+
+def test_a_refresh_keeps_what_the_newest_mask_always_keeps(tmp_path: Path, models: dict[str, str]) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", ended_records(ROWS))
+    run = score(ScoreConfig(data=(data,), model=models["base"], rows_per_shard=4, layers=2), tmp_path / "run").run
+    for stays in ("end-of-turn", "none"):
+        mask(run, MaskConfig(keep=0.3, by="-nll", always_keep=stays))
+        (made,) = refresh(run, models["tuned"])
+        newest = manifest.read(run).masks[-1]
+        assert newest.settings.get("always_keep", "none") == stays and newest.generations == (1,)
+        assert made.mask.end_of_turn_tokens == ROWS - 1, "one row is the target"
+        assert (made.mask.end_of_turn_kept == made.mask.end_of_turn_tokens) == (stays == "end-of-turn")
+    first, second = (scan(run, generation=number).collect()["end_of_turn"].to_list() for number in (0, 1))
+    assert first == second
 
 
 def test_another_reference_is_refused(run: Path, models: dict[str, str]) -> None:

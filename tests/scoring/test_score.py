@@ -22,6 +22,7 @@ from tiny_files import (
     Notes,
     command,
     contents,
+    ended_records,
     moments,
     perturbed,
     quiet,
@@ -520,6 +521,32 @@ def test_the_config_replays_the_run(settings: dict[str, Any], target: str, tmp_p
     # Later masks, and what they were made with, do not change how the run is replayed.
     score(ScoreConfig(**settings | changes | {"keep": 0.1, "batch_tokens": 512}), tmp_path / "run")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == stored
+
+
+def test_a_runs_config_from_before_replays_the_mask_of_then(settings: dict[str, Any], tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", ended_records(ROWS))
+    half = settings | {"data": data, "keep": 0.5, "by": "-nll", "scope": "row"}
+    score(ScoreConfig(**half, always_keep="none"), tmp_path / "run")
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert stored.pop("always_keep") == "none"
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(stored))
+    ended = command("score", "-c", tmp_path / "old.yaml", "-o", tmp_path / "other")
+    assert ended.code == 0, ended.err
+    assert "old.yaml: it is from before --always-keep, and read as --always-keep none." in ended.err
+    trains = [
+        {k: v for k, v in contents(tmp_path / name).items() if k.startswith("train")} for name in ("run", "other")
+    ]
+    assert trains[0] and trains[0] == trains[1]
+    ended = command("score", "-c", tmp_path / "old.yaml", "--always-keep", "end-of-turn", "-o", tmp_path / "other")
+    assert ended.code == 0 and "from before" not in ended.err
+    newest = manifest.read(tmp_path / "other").masks[-1]
+    assert newest.mask == 1 and newest.settings["always_keep"] == "end-of-turn"
+    assert newest.end_of_turn_tokens and newest.end_of_turn_kept == newest.end_of_turn_tokens
+    # By hand, with what differs from the defaults alone: the default of today.
+    (tmp_path / "mask.yaml").write_text(yaml.safe_dump({name: stored[name] for name in ("keep", "by", "scope")}))
+    ended = command("mask", tmp_path / "run", "-c", tmp_path / "mask.yaml")
+    assert ended.code == 0 and "from before" not in ended.err
+    assert manifest.read(tmp_path / "run").masks[-1].settings["always_keep"] == "end-of-turn"
 
 
 # --- another fingerprint

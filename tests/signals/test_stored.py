@@ -206,7 +206,8 @@ def test_a_run_from_its_values_to_its_masks_and_views(tmp_path: Path, estimator:
     adaptation, stability = (sum(parts[name] for name in names) for names in (known.adaptation, known.stability))
     np.testing.assert_allclose(tokens["value"], adaptation + 1.5 * stability, rtol=1e-5, atol=1e-6)
 
-    output(mask, run, "--keep", 0.4, "--stability-weight", 3, "--stability-scale", "rms")
+    how = ("--stability-weight", 3, "--stability-scale", "rms", "--always-keep", "none")
+    output(mask, run, "--keep", 0.4, *how)
     scaled = adaptation / np.sqrt(np.mean(adaptation**2)) + 3 * stability / np.sqrt(np.mean(stability**2))
     again = scan_tokens(run).collect().with_columns(pl.Series("scaled", scaled))
     for _, branch in again.group_by("branch" if kind == "preference" else pl.lit(0)):

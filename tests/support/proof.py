@@ -28,7 +28,7 @@ SCORINGS = {
                "--precondition", "ekfac", "--precondition-rows", "16", "--retention", "sample_data/target.jsonl"),
 }  # fmt: skip
 MASKS = (
-    ("--keep", "0.5"),
+    ("--keep", "0.5", "--always-keep", "none"),
     ("--by", "7 - surprise", "--keep", "positive"),
     ("--keep", "0.6", "--scope", "row", "--weights", "rank", "--stability-scale", "rms"),
     ("--by", "random", "--keep", "0.3", "--scope", "batch:4", "--weights", "sigmoid"),

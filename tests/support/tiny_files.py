@@ -142,6 +142,12 @@ def token_records(count: int, seed: int = 0, longest: int = 20) -> list[dict[str
     return records
 
 
+def ended_records(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The same, each answer with token 2 behind it, at which the tiny models stop."""
+    both = ("input_ids", "labels")
+    return [{**one, **{name: [*one[name], 2] for name in both}} for one in token_records(count, seed)]
+
+
 def write_jsonl(path: Path, records: Sequence[Any]) -> str:
     """JSONL; strings are written as they are."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]

@@ -41,7 +41,7 @@ def test_chain_of_score_train_refresh(kind: str, name: str, tmp_path: Path) -> N
     target = head("gsm8k_target.jsonl", tmp_path / "target.jsonl", 16, 600)
     run, out = tmp_path / "run", tmp_path / "out"
     # As published. Trained on all tokens the model learns so much that its gradients shrink, and with them stability.
-    half = ("--keep", 0.5)
+    half = ("--keep", 0.5, "--always-keep", "none")
     ran("score", data, "--target", target, "--model", "smollm2-135m", "--fisher-rows", 32, *half, "-o", run)
     train(run, out, dpo_loss if kind == "preference" else sft_loss)
     ran("refresh", run, "--checkpoint", out)

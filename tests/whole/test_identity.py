@@ -29,6 +29,7 @@ from alphatoken_curate import ScoreConfig, score, verify
 from alphatoken_curate.progress import Silent
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.fingerprint import Json, differing
+from alphatoken_curate.runs.schema import SCHEMA_VERSION
 from alphatoken_curate.runs.shards import Footer
 from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.job import job_of, record
@@ -256,7 +257,7 @@ def test_a_field_changed_alone_is_refused_by_its_name(
     assert ended.code == 4, ended.err
     names = {field, *change.also}
     if field == "schema_version":  # it says what can still be done with such a run
-        assert "schema version 2, and this release writes" in ended.err and contents(run) == before
+        assert f"schema version {SCHEMA_VERSION}, and this release writes" in ended.err and contents(run) == before
         return
     line = next(line for line in ended.err.splitlines() if "made with other settings or inputs" in line)
     named = dict(re.findall(r"(\w+) \((.*? in the run, .*?) now\)", line.split("inputs: ")[1].split(". Give")[0]))
@@ -289,6 +290,7 @@ INDIFFERENT: dict[str, Any] = {
     "by": "nll",
     "stability_scale": "rms",
     "allow_empty_rows": True,
+    "always_keep": "special",
     "generation": "all",
     "aggregate": "last",
 }

@@ -26,6 +26,7 @@ from alphatoken_curate.reading.verify import verify
 from alphatoken_curate.reading.words import read_vocabulary
 from alphatoken_curate.runs import manifest, schema
 from alphatoken_curate.runs.schema import LAYOUTS, SIGNALS, VERSIONS, VOCABULARY_COLUMNS, components
+from alphatoken_curate.runs.shards import read_footer
 from alphatoken_curate.scoring.refresh import refresh
 from alphatoken_curate.scoring.score import score
 
@@ -119,6 +120,35 @@ def test_such_a_run_is_whole_and_can_be_masked_again(run: Path, version: int, ki
     assert stored.schema_version == version and manifest.rebuild(run) == stored
     kept = [row.labels >= 0 for one in open_train(run).rows() for row in one.branches]
     assert sum(int(one.sum()) for one in kept) == made.kept_tokens
+
+
+@both_kinds
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_run_that_does_not_say_what_ends_an_answer_is_masked_as_before(run: Path, version: int, kind: str) -> None:
+    asked = {"keep": 0.3, "by": "-nll", "scope": "row"}
+    made = mask(run, MaskConfig(**asked))
+    assert (made.end_of_turn_tokens, made.end_of_turn_kept, made.over_share) == (None, None, 0)
+    assert not mask(run, MaskConfig(**asked, always_keep="none")).created, "the same mask"
+    path = next(iter((run / "train" / f"mask={made.mask:04d}").glob("*.parquet")))
+    footer = read_footer(path)
+    assert "always_keep" not in footer.fields and "always_keep" not in footer.facts["settings"]
+    assert "over_share" not in footer.facts and "end_of_turn_tokens" not in footer.counts
+    ended = command("mask", run, "--keep", "0.25", "--always-keep", "end-of-turn")
+    assert ended.code == 0 and "which tokens end an answer is not stored in this run: none is always kept" in ended.out
+    assert "end of turn" not in command("stats", run).out
+    if version == 1:
+        with pytest.raises(UsageError, match="does not say which tokens are special"):
+            mask(run, MaskConfig(**asked, always_keep="special"))
+    stays = mask(run, MaskConfig(**asked, always_keep="nll > 0"))
+    assert stays.created and stays.kept_tokens > made.kept_tokens
+    ends = [column for column in scan(run).collect().columns if column.endswith("end_of_turn")]
+    assert len(ends) == len(LAYOUTS[kind].branches)
+    values = scan(run).collect()
+    for column in ends:
+        beside = values[column.replace("end_of_turn", "input_ids")]
+        assert values[column].list.len().to_list() == beside.list.len().to_list()
+        assert values[column].explode().drop_nulls().len() == 0
+    assert verify(run) == []
 
 
 @both_kinds

@@ -60,7 +60,7 @@ def weights_of(chosen: Selection, setting: Setting, work: Path, seed: int) -> We
 
 def masked(run: Path, chosen: Selection, setting: Setting, seed: int) -> Weights:
     """Weights by a mask made now, of the newest scoring."""
-    found = atc.mask(run, atc.MaskConfig(**{"seed": seed, **chosen.mask}))
+    found = atc.mask(run, atc.MaskConfig(**{"seed": seed, "always_keep": "none", **chosen.mask}))
     weights: Weights = [np.zeros(len(row.ids), np.float32) for row in setting.train]
     for line in atc.scan(run, "train", mask=found.mask).collect().iter_rows(named=True):
         for n, branch in enumerate(("chosen_", "rejected_") if setting.pairs else ("",)):
