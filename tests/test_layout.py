@@ -18,7 +18,7 @@ import alphatoken_curate
 ORDER = """
     : errors wording settings config progress
     runs: fingerprint documents schema atomic sealed shards records folder manifest card artifacts
-    models: releases folders adapters devices load likeness checkpoints
+    models: releases formats tensors folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
         capture value_rows
     rows: files containers tables shapes pairs read

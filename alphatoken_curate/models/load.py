@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.models.adapters import AdapterRecord, merge_adapter, read_record
+from alphatoken_curate.models.adapters import AdapterRecord, merge_adapter, read_record, refuse_resized
 from alphatoken_curate.models.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -93,6 +93,11 @@ def _find(
         return ModelSource(name=name, folder=path.parent, gguf=path.name)
     if path.is_dir():
         return _in_folder(name, path, base)
+    if path.is_file():
+        raise ModelError(
+            f"{name}: it is a file. --model takes the folder of a model in safetensors, a .gguf file or a Hub id;"
+            " weights that are pickled (.pt, .ckpt, .bin, .nemo) are never read."
+        )
     if names_a_path(name):
         raise ModelError(f"{name}: no model here. --model takes a folder with safetensors, a .gguf file or a Hub id.")
     return _in_folder(name, download(name, revision, local), base)
@@ -103,6 +108,8 @@ def _in_folder(name: str, folder: Path, base: ModelSource | None) -> ModelSource
         return ModelSource(name=name, folder=checked(folder))
     record = read_record(folder)
     found = _recorded_base(folder, record) if base is None else _same_base(folder, record, base)
+    if (tokens := vocabulary_size(found)) is not None:
+        refuse_resized(folder, found.name, tokens)
     return replace(found, name=name, adapter=folder)
 
 
@@ -171,6 +178,15 @@ def _find_demo(local: bool) -> ModelSource:
 def model_config(source: ModelSource) -> dict[str, Any]:
     """What config.json says, unread by transformers. Raises ModelError where it is not a JSON object."""
     return json_object(source.folder / "config.json")
+
+
+def vocabulary_size(source: ModelSource) -> int | None:
+    """Number of tokens a model knows by its config.json; None of a GGUF, or where it does not say."""
+    if source.gguf:
+        return None
+    config = model_config(source)
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    return size if isinstance(size, int) else None
 
 
 def check_remote_code(source: ModelSource, trust_remote_code: bool) -> None:

@@ -106,14 +106,10 @@ def watch(
     watcher = Watcher(Path(folder), base=known.base)
     listener.note(f"watching {folder} for checkpoints, every {interval:g} s, until it is stopped")
     seen: set[object] = set()
-    told: dict[str, str] = {}
+    waiting: dict[str, str] = {}
+    refused: dict[str, str] = {}
     while True:
-        try:
-            ready = watcher.ready()
-        except ModelError as error:
-            ready = []
-            watcher.waiting["a checkpoint"] = str(error)
-        for checkpoint in ready:
+        for checkpoint in watcher.ready():
             place = checkpoint.source.adapter or checkpoint.source.folder
             try:
                 mark = (place, signature(place))
@@ -130,9 +126,11 @@ def watch(
             seen.add(mark)
             if done is not None:
                 yield done
-        for name in watcher.waiting.keys() - told.keys():
+        for name in watcher.waiting.keys() - waiting.keys():
             listener.note(f"{name} is waited for: {watcher.waiting[name]}")
-        told = dict(watcher.waiting)
+        for name in watcher.refused.keys() - refused.keys():
+            listener.warn(f"{name} is not scored: {watcher.refused[name]}")
+        waiting, refused = dict(watcher.waiting), dict(watcher.refused)
         time.sleep(interval)
 
 

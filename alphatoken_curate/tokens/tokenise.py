@@ -31,6 +31,9 @@ _EXCERPT_TOKENS = 100
 NO_TOKENIZER = "no_tokenizer"
 """The reason of a row of text where the model has no tokenizer."""
 
+OUT_OF_VOCABULARY = "token_out_of_vocabulary"
+"""The reason of a row with a token that the model does not know."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TokenRow:
@@ -249,7 +252,7 @@ def _checked(found: Spelled | RowFault, vocab_size: int | None) -> tuple[NDArray
     if vocab_size is not None and len(input_ids) and int(input_ids.max()) >= vocab_size:
         i = int((input_ids >= vocab_size).argmax())
         message = f"input_ids[{i}] is {tokens[i]}; the model has {vocab_size} tokens, from 0"
-        raise RowFault("token_out_of_vocabulary", message)
+        raise RowFault(OUT_OF_VOCABULARY, message)
     return input_ids, response
 
 
