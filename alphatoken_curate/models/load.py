@@ -73,19 +73,19 @@ class ModelSource:
         return [self.folder / self.gguf] if self.gguf else model_weights(self.folder)
 
 
-def find_model(name: str, *, base: ModelSource | None = None) -> ModelSource:
+def find_model(name: str, *, base: ModelSource | None = None, local: bool = False) -> ModelSource:
     """Resolve `--model`: a folder, an adapter's folder, a GGUF file, `smollm2-135m`, or a Hub id.
 
-    An adapter is put on the model that its record names, or on `base` once that is known to be the same model.
-    ModelError says what was tried.
+    An adapter is put on the model that its record names, or on `base` once that is known to be the same model. `local`
+    asks nothing of the network. ModelError says what was tried.
     """
-    return _find(name, base=base)
+    return _find(name, base=base, local=local)
 
 
 def _find(
     name: str, *, base: ModelSource | None = None, revision: str | None = None, local: bool = False
 ) -> ModelSource:
-    """`revision` is that of a Hub id; `local` asks nothing of the network."""
+    """`revision` is that of a Hub id."""
     if name == DEMO_MODEL:
         return _find_demo(local)
     path = Path(name).expanduser()

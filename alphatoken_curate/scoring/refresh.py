@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked
 from alphatoken_curate.errors import BusyError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
 from alphatoken_curate.masks.mask import mask_and_card, mend
@@ -19,7 +21,7 @@ from alphatoken_curate.masks.remask import MaskSummary
 from alphatoken_curate.models.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
 from alphatoken_curate.models.devices import resolve_device
 from alphatoken_curate.models.likeness import check_alike
-from alphatoken_curate.models.load import ModelSource, find_model, model_digest
+from alphatoken_curate.models.load import ModelSource, find_model, load_tokenizer, model_digest, tokenizer_digest
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.artifacts import OF_MODEL, TARGET, Store
@@ -37,6 +39,8 @@ from alphatoken_curate.scoring.job import Cut, Job, ShardRows
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
 from alphatoken_curate.scoring.scorer import ScorerSpec
 from alphatoken_curate.settings import load_settings
+from alphatoken_curate.tokens.likeness import check_same_tokens
+from alphatoken_curate.tokens.plan import sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, chosen
 
 
@@ -180,8 +184,7 @@ class _Run:
     ) -> int:
         first = stored.generations[0]
         reference = self._checked_reference()
-        check_alike(checkpoint.source, reference)  # before anything is written
-        budget = Budget(self.folder, about, first.plan[0].batch_tokens, progress, generation=number, plans=first.plan)
+        check_alike(checkpoint.source, reference)
         spec = ScorerSpec(
             config=self.config,
             model=checkpoint.source,
@@ -191,14 +194,31 @@ class _Run:
             store=Store(folder=self.folder / "artifacts", fields=about, generation=number),
             maps=Store(folder=self.folder / "artifacts", fields=self.fields).shapes(TARGET),
         )
+        job = _job(self.folder, stored, spec, checkpoint)
+        self._check_tokens(checkpoint, job)  # before anything is written
+        budget = Budget(self.folder, about, first.plan[0].batch_tokens, progress, generation=number, plans=first.plan)
         progress.note(f"{checkpoint.name} becomes generation {number}")
         try:
-            return run_generation(self.folder, _job(self.folder, stored, spec, checkpoint), spec, budget, progress)
+            return run_generation(self.folder, job, spec, budget, progress)
         except (ModelError, InputError):
             if not shards.listed(shards.values_folder(self.folder, number)):
                 _forget(budget, spec.store)
                 write_manifest(self.folder)  # what was computed of the reference is kept
             raise
+
+    def _check_tokens(self, checkpoint: Checkpoint, job: Job) -> None:
+        """Refuse a checkpoint whose tokenizer, where it has one, gives other tokens than the rows are made of."""
+        if tokenizer_digest(checkpoint.source) == self.fields["tokenizer"]:
+            return
+        try:
+            found = load_tokenizer(checkpoint.source, trust_remote_code=self.config.trust_remote_code)
+        except ModelError:  # one that cannot be read is not needed: the rows are tokens
+            return
+        if found is None:
+            return
+        ids = np.unique(np.concatenate([row.input_ids for row in sequences([*job.rows, *job.target])]))
+        do = "A checkpoint must come from the run's model. To score the rows with another, name it as `score --model`."
+        check_same_tokens(self.folder, ids, found, checkpoint.name, do=do)
 
     def _checked_reference(self) -> ModelSource:
         """The run's reference, known to be the same weights still."""
