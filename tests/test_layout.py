@@ -17,7 +17,7 @@ import alphatoken_curate
 
 ORDER = """
     : errors wording settings config progress
-    runs: fingerprint documents schema atomic sealed shards records folder manifest vocabulary card artifacts
+    runs: fingerprint documents schema atomic sealed shards records folder manifest vocabulary card watched artifacts
     models: releases formats tensors folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
         capture value_rows
@@ -26,7 +26,7 @@ ORDER = """
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
     masks: criteria choose responses ranked remask mask
-    scoring: budget meter folder named identity prepare idle scorer trial job beside changes loop refresh memory
+    scoring: budget meter folder named identity sources prepare idle scorer trial job beside changes loop refresh memory
         estimate check finished score
     reading: words scan rules verify row search histogram sums counting stats compare trainset
     views: heat row_text stats_text stats_picture compare_text

@@ -30,7 +30,7 @@ from alphatoken_curate.models.folders import (
     model_weights,
     names_a_path,
 )
-from alphatoken_curate.models.releases import before, keep_soft_caps, name_stops
+from alphatoken_curate.models.releases import before, in_memory, keep_soft_caps, name_stops, unmapped
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +147,7 @@ def _same_base(folder: Path, record: AdapterRecord, base: ModelSource) -> ModelS
         # Not here any more, or known to the training by its Hub id: the name is all there is to go by.
         same = record.last_name in {last_name(base.name), last_name(str(base.folder.resolve()))}
     else:
-        same = _same_files(_digested(recorded), _digested(replace(base, adapter=None)))
+        same = _same_files(model_files(recorded), model_files(replace(base, adapter=None)))
     if not same:
         raise ModelError(
             f"{folder}: it is an adapter of {record.base}, not of {base.name} ({base.folder})."
@@ -221,10 +221,11 @@ def digest_files(files: Iterable[Path]) -> str:
 
 def model_digest(source: ModelSource) -> str:
     """Digest of everything the weights and the architecture come from, and of the code that came with them."""
-    return digest_files(_digested(source))
+    return digest_files(model_files(source))
 
 
-def _digested(source: ModelSource) -> list[Path]:
+def model_files(source: ModelSource) -> list[Path]:
+    """The files of `model_digest`, in its order."""
     base = replace(source, adapter=None)
     config = [] if base.gguf else [base.folder / "config.json", *_own_code(base)]
     adapter = [source.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if source.adapter else []
@@ -270,11 +271,15 @@ def tokenizer_source(source: ModelSource) -> ModelSource:
 
 def tokenizer_digest(source: ModelSource) -> str:
     """Digest of everything the tokenizer and its chat template come from."""
+    return digest_files(tokenizer_files(source))
+
+
+def tokenizer_files(source: ModelSource) -> list[Path]:
+    """The files of `tokenizer_digest`, in its order."""
     home = tokenizer_source(source)
     if home.gguf:
-        return digest_files(home.weight_files())
-    found = [p for p in home.folder.iterdir() if p.is_file() and p.name.startswith(TOKENIZER_FILES)]
-    return digest_files(sorted(found))
+        return home.weight_files()
+    return sorted(p for p in home.folder.iterdir() if p.is_file() and p.name.startswith(TOKENIZER_FILES))
 
 
 @contextmanager
@@ -324,7 +329,7 @@ def load_model(
     Raises ModelError where it cannot be loaded or merged, or its files lack a weight.
     """
     check_remote_code(source, trust_remote_code)
-    model = _load_whole(source, dtype, trust_remote_code).to(device)
+    model = in_memory(_load_whole(source, dtype, trust_remote_code).to(device))
     if source.adapter is not None:
         with _quiet_loading():
             model = merge_adapter(model, source.adapter, source.name)
@@ -338,7 +343,7 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet_loading(), _gguf_needed(source):
+        with _quiet_loading(), _gguf_needed(source), unmapped():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=dtype,

@@ -8,6 +8,8 @@ from typing import Any
 
 import orjson
 
+from alphatoken_curate.models.releases import reads_without_maps
+
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors itself refuses more
 
 
@@ -47,6 +49,13 @@ def shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
             if isinstance(tensor, dict) and isinstance(shape := tensor.get("shape"), list):
                 found[name] = tuple(shape)
     return found
+
+
+def opened(path: Path) -> Any:
+    """A safetensors file to take torch tensors from: into memory, where the installed release can; see `releases`."""
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt", **({"backend": "pread"} if reads_without_maps() else {}))
 
 
 def _header(path: Path) -> tuple[int, bytes] | None:

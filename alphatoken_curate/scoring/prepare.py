@@ -84,6 +84,11 @@ class Prepared:
     """How many rows, of DATA and of files beside it, are not as they were given, by what the chat template did."""
 
     @property
+    def inputs(self) -> list[InputFile]:
+        """All files of rows that were read."""
+        return [*self.files, *self.target.files, *self.retention.files, *self.prompts.files]
+
+    @property
     def target_rows(self) -> list[TokenRow]:
         """Target rows, wherever they come from; of preference rows the chosen branch, as plain SFT."""
         return [chosen(row) for row in self.held_out] or self.target.rows

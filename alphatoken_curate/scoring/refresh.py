@@ -7,7 +7,7 @@ reference. The manifest names a generation once all of its shards are there; the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,14 @@ from alphatoken_curate.runs.manifest import Facts, Manifest
 from alphatoken_curate.runs.records import read_records
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
 from alphatoken_curate.runs.shards import ValueRow
+from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring import beside
 from alphatoken_curate.scoring.budget import Budget, older
 from alphatoken_curate.scoring.identity import has_stability, versions
 from alphatoken_curate.scoring.job import Cut, Job, ShardRows
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
 from alphatoken_curate.scoring.scorer import ScorerSpec
+from alphatoken_curate.scoring.sources import digests_of, of_fisher, of_model
 from alphatoken_curate.settings import load_settings
 from alphatoken_curate.tokens.likeness import check_same_tokens
 from alphatoken_curate.tokens.plan import sequences
@@ -110,8 +112,7 @@ def watch(
     watcher = Watcher(Path(folder), base=known.base)
     listener.note(f"watching {folder} for checkpoints, every {interval:g} s, until it is stopped")
     seen: set[object] = set()
-    waiting: dict[str, str] = {}
-    refused: dict[str, str] = {}
+    told: set[str] = set()
     while True:
         for checkpoint in watcher.ready():
             place = checkpoint.source.adapter or checkpoint.source.folder
@@ -121,6 +122,11 @@ def watch(
             except BusyError as error:
                 listener.note(f"{checkpoint.name} is tried again: {error}")
                 break
+            except FingerprintError as error:
+                if error.fields != ("model",) or (place.is_dir() and signature(place) == mark[1]):
+                    raise  # not this checkpoint was written again
+                listener.warn(f"{checkpoint.name} is tried again: {error}")
+                continue
             except (ModelError, InputError, FileNotFoundError) as error:
                 # Not fit to be scored; or the training deleted it, file by file, while it was read: it may come back.
                 if is_complete(place) is None:
@@ -130,12 +136,19 @@ def watch(
             seen.add(mark)
             if done is not None:
                 yield done
-        for name in watcher.waiting.keys() - waiting.keys():
-            listener.note(f"{name} is waited for: {watcher.waiting[name]}")
-        for name in watcher.refused.keys() - refused.keys():
-            listener.warn(f"{name} is not scored: {watcher.refused[name]}")
-        waiting, refused = dict(watcher.waiting), dict(watcher.refused)
+        told = _tell(watcher, told, listener)
         time.sleep(interval)
+
+
+def _tell(watcher: Watcher, told: Set[str], listener: Progress) -> set[str]:
+    """What the last look found not fit or not ready, but what was told of the same name before; returns what is now."""
+    waiting = {f"waiting {name}": f"{name} is waited for: {why}" for name, why in watcher.waiting.items()}
+    refused = {f"refused {name}": f"{name} is not scored: {why}" for name, why in watcher.refused.items()}
+    for name in waiting.keys() - told:
+        listener.note(waiting[name])
+    for name in refused.keys() - told:
+        listener.warn(refused[name])
+    return {*waiting, *refused}
 
 
 class _Run:
@@ -155,10 +168,12 @@ class _Run:
         self._reference_name = reference or moved or self.config.reference or self.config.model
         self._device = str(resolve_device(device or self.config.device))
         self._reference: ModelSource | None = None
+        self._kept = Watched([])
 
     def refresh(self, checkpoint: Checkpoint, progress: Progress) -> RefreshSummary:
         """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
-        about = {**self.fields, "model": _digest(checkpoint)}
+        watched, model = _looked_at(checkpoint)
+        about = {**self.fields, "model": model}
         with one_writer(self.folder):
             stored = manifest.read(self.folder)
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
@@ -166,7 +181,7 @@ class _Run:
             number = made[0].generation if made else _number(self.folder, stored, about)
             scored = 0
             if not made:
-                scored = self._score(number, checkpoint, about, stored, progress)
+                scored = self._score(number, checkpoint, about, watched, progress)
                 write_manifest(self.folder)
             mask, now = mask_and_card(self.folder, _mask_config(stored, self.config), stale=bool(scored))
         return RefreshSummary(
@@ -180,18 +195,20 @@ class _Run:
         )
 
     def _score(
-        self, number: int, checkpoint: Checkpoint, about: Mapping[str, Json], stored: Manifest, progress: Progress
+        self, number: int, checkpoint: Checkpoint, about: Mapping[str, Json], watched: Watched, progress: Progress
     ) -> int:
+        stored = manifest.read(self.folder)
         first = stored.generations[0]
         reference = self._checked_reference()
         check_alike(checkpoint.source, reference)
+        watched.include(self._kept)
         spec = ScorerSpec(
             config=self.config,
             model=checkpoint.source,
             reference=reference,
             dtype=str(self.fields["dtype"]),
             device=self._device,
-            store=Store(folder=self.folder / "artifacts", fields=about, generation=number),
+            store=Store(folder=self.folder / "artifacts", fields=about, generation=number, watched=watched),
             maps=Store(folder=self.folder / "artifacts", fields=self.fields).shapes(TARGET),
         )
         job = _job(self.folder, stored, spec, checkpoint)
@@ -227,13 +244,23 @@ class _Run:
                 found = find_model(self._reference_name)
             except ModelError as error:
                 raise ModelError(f"{error} Say where the run's reference lies now with --reference.") from error
+            kept = Watched([of_model(found, "reference"), *of_fisher(self.config)])
             if model_digest(found) != self.fields["reference"]:
                 raise FingerprintError(
                     f"{self._reference_name}: not the reference that {self.folder} was scored with: its files are"
                     " others. Say where that model lies now with --reference.",
                     ("reference",),
                 )
-            self._reference = found
+            for fisher in of_fisher(self.config):
+                if fisher.files[0].is_file() and fisher.digest(fisher.files) != self.fields["fisher"]:
+                    raise FingerprintError(
+                        f"{fisher.files[0]}: not the Fisher that {self.folder} was scored with: its bytes are others."
+                        " Put that file back.",
+                        ("fisher",),
+                    )
+            kept.settle(digests_of(self.fields))
+            self._reference, self._kept = found, kept
+        self._kept.check()
         return self._reference
 
 
@@ -274,9 +301,13 @@ def _found(name: str) -> ModelSource | None:
         return None
 
 
-def _digest(checkpoint: Checkpoint) -> str:
+def _looked_at(checkpoint: Checkpoint) -> tuple[Watched, str]:
+    """A checkpoint's files, watched from now on, and their digest."""
     try:
-        return model_digest(checkpoint.source)
+        watched = Watched([of_model(checkpoint.source)])
+        found = model_digest(checkpoint.source)
+        watched.settle({"model": found})
+        return watched, found
     except FileNotFoundError as error:
         raise ModelError(
             f"{checkpoint.name}: {error.filename} was deleted after the checkpoint was found."
