@@ -17,22 +17,23 @@ import alphatoken_curate
 
 ORDER = """
     : errors wording settings config progress
-    runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest card artifacts
-    models: releases folders adapters devices load likeness checkpoints
+    runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary card watched
+        artifacts
+    models: releases formats tensors folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
         capture value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs columns read
-    tokens: dates refusals marks kept turns blocks each forms advice chat pieces speller tokenise plan draws
+    tokens: dates refusals marks kept turns blocks each forms advice chat pieces likeness speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
     masks: criteria choose always responses ranked remask mask
-    scoring: budget meter folder named identity prepare idle scorer trial job beside changes loop refresh memory
+    scoring: budget meter folder named identity sources prepare idle scorer trial job beside changes loop refresh memory
         estimate check finished score
     reading: words scan rules verify row search histogram sums counting stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
     exports: form settle hf llamafactory swift shifted unshifted verl_dataset originals messages guide verify export
-    trainers: loss collator dataset current heads hf sft dpo refresh axolotl
+    trainers: loss collator fit dataset current heads hf sft dpo refresh axolotl
 """
 """Folders and the modules inside them, in the order of imports: a module imports only from those before it.
 
@@ -233,6 +234,7 @@ def test_every_source_module_has_its_tests() -> None:
         "runs.documents": "runs/test_manifest",
         "runs.atomic": "runs/test_shards",
         "runs.records": "runs/test_shards",
+        "runs.vocabulary": "reading/test_words",
         "models.folders": "models/test_load",
         "models.likeness": "scoring/test_refresh",
         "engine.tangent_rules": "engine/test_tangents",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.errors import ModelError, UsageError
+from alphatoken_curate.models.tensors import opened
 
 
 def drift_direction(
@@ -35,10 +36,10 @@ def read_direction(path: Path, scoring: ScoringModel, *, flag: str) -> Direction
 
     Raises UsageError where the file cannot be read, or a tensor is missing, of another shape or not finite.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             stored = set(file.keys())
             missing = [name for name in scoring.names if name not in stored]
             if missing:
@@ -66,14 +67,12 @@ def read_weights(files: Sequence[Path], scoring: ScoringModel) -> Direction | No
     None where a tensor is not found under the model's own name and in its shape (renamed, merged or turned round on
     loading, as experts mostly are): then the model must be loaded.
     """
-    from safetensors import safe_open
-
     if not on_disk(files, scoring):
         return None
     found: dict[str, Tensor] = {}
     wanted = _stored_names(scoring)
     for path in files:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             found |= {name: file.get_tensor(name) for name in wanted.intersection(file.keys())}
     matrices = [m.matrix(found[m.stored]) for m in scoring.maps]
     return checked_weights(scoring, [*matrices, *(found[name] for name in scoring.rest)])
@@ -81,14 +80,12 @@ def read_weights(files: Sequence[Path], scoring: ScoringModel) -> Direction | No
 
 def on_disk(files: Sequence[Path], scoring: ScoringModel) -> bool:
     """Whether safetensors hold every weight of S under the model's own name; of experts, in the model's own shape."""
-    from safetensors import safe_open
-
     shapes: dict[str, tuple[int, ...]] = {}
     wanted = _stored_names(scoring)
     for path in files:
         if path.suffix != ".safetensors":
             return False
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in wanted.intersection(file.keys())}
     experts = [m for m in scoring.maps if m.expert is not None]
     return shapes.keys() == wanted and all(shapes[m.stored] == tuple(m.bare.shape) for m in experts)

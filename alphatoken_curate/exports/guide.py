@@ -77,8 +77,17 @@ def _origin(opened: TrainSet) -> Iterator[str]:
     yield from ("", "## Where it is from", "")
     yield f"- run `{run_fingerprint(opened)}`"
     yield f"- mask {mask.mask} `{mask.fingerprint}`"
-    yield f"- tokenizer `{digests.get('tokenizer')}`, chat template `{digests.get('template')}`: train the same"
+    yield (
+        f"- tokens of the tokenizer of {scored_model(opened)}: train that model, or one with the same tokenizer"
+        f" (`{digests.get('tokenizer')}`, chat template `{digests.get('template')}`)"
+    )
     yield from ("", f"`{RECORD}` has the settings of the mask, all counts, and the digest of every file.")
+
+
+def scored_model(opened: TrainSet) -> str:
+    """Name of the model that the run was begun with, as Markdown: it is a user's own, and may hold anything."""
+    name = json.dumps(opened.stored.generations[0].checkpoint, ensure_ascii=False).strip('"')
+    return f"`{name.replace('`', '?')}`"
 
 
 def run_fingerprint(opened: TrainSet) -> str:
@@ -99,6 +108,7 @@ def record(form: Form, tally: Tally, opened: TrainSet, settings: Mapping[str, Js
         "settings": dict(settings),
         "run": {
             "fingerprint": run_fingerprint(opened),
+            "model": opened.stored.generations[0].checkpoint,
             "generations": [
                 {"generation": n, "checkpoint": known[n].checkpoint, "fingerprint": known[n].fingerprint}
                 for n in mask.generations

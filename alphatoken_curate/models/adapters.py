@@ -15,11 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, json_object, last_name, refuse_pickles
+from alphatoken_curate.models.folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    json_object,
+    last_name,
+    refuse_empty,
+    refuse_pickles,
+)
+from alphatoken_curate.models.tensors import shapes
 from alphatoken_curate.wording import count
 
 _REPEATABLE = ("True", "False", "None", "gaussian", "orthogonal", "eva", "pissa", "olora")
 """Ways to begin a LoRA that leave the base as it was, or change it as peft can do again from the base alone."""
+
+_EMBEDDINGS = re.compile(
+    r"\b(?:embed_tokens|embed_in|embed_out|wte|word_embeddings|lm_head)\.(weight|lora_B\.weight|lora_embedding_A)$"
+)
+"""Tensors of an adapter that know how many tokens its base had: `lora_embedding_A` by its columns, others by rows."""
 
 _REFUSALS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, re.error)
 """What peft raises where an adapter is not what it should be."""
@@ -64,6 +77,7 @@ def read_record(folder: Path) -> AdapterRecord:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         refuse_pickles(folder)
         raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS} in it. Save the adapter again with save_pretrained.")
+    refuse_empty(folder, [folder / ADAPTER_WEIGHTS])
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise ModelError(
@@ -71,6 +85,22 @@ def read_record(folder: Path) -> AdapterRecord:
             " Write that model's folder or Hub id into base_model_name_or_path."
         )
     return AdapterRecord(base=base, revision=revision if isinstance(revision, str) else None)
+
+
+def refuse_resized(folder: Path, base: str, tokens: int) -> None:
+    """Raise ModelError where an adapter was trained on more or fewer `tokens` than its base has embeddings for."""
+    for name, shape in sorted(shapes([folder / ADAPTER_WEIGHTS]).items()):
+        found = _EMBEDDINGS.search(name)
+        if found is None or len(shape) != 2:
+            continue
+        known = shape[1 if found[1] == "lora_embedding_A" else 0]
+        if known != tokens:
+            raise ModelError(
+                f"{folder}: it was trained on a model with {known} tokens, and its base {base} has {tokens}"
+                f" ({name}): the base was resized before the training. Resize it alike (resize_token_embeddings), load"
+                " the adapter on that with peft, merge_and_unload, save the result and the tokenizer with"
+                " save_pretrained, and name that folder."
+            )
 
 
 def merge_adapter(model: Any, folder: Path, name: str) -> Any:

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import orjson
-
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.folders import (
     ADAPTER_CONFIG,
@@ -27,10 +25,12 @@ from alphatoken_curate.models.folders import (
     is_adapter,
     json_object,
     model_weights,
-    pickled_weights,
+    pickled,
     refuse_pickles,
 )
+from alphatoken_curate.models.formats import unfinished
 from alphatoken_curate.models.load import ModelSource, digest_files, find_model
+from alphatoken_curate.models.tensors import header_problems
 from alphatoken_curate.wording import count
 
 Signature: TypeAlias = tuple[tuple[str, int, int], ...]
@@ -39,7 +39,6 @@ Signature: TypeAlias = tuple[tuple[str, int, int], ...]
 _STEP = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _LAST_WRITTEN = "trainer_state.json"
-_LARGEST_HEADER = 100_000_000  # bytes; safetensors itself refuses more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +58,7 @@ def find_checkpoints(path: str | Path, *, base: ModelSource | None) -> list[Chec
     (all such are named) or is an adapter of another model than `base`.
     """
     folder = Path(path).expanduser()
-    if folder.is_file() and folder.suffix == ".gguf":
+    if folder.is_file():
         return [Checkpoint(name=folder.stem, step=None, source=find_model(str(folder)))]
     if not folder.is_dir():
         raise ModelError(f"{path}: no such folder. A checkpoint is a folder that a training saved.")
@@ -92,7 +91,7 @@ def _checkpoint(folder: Path, base: ModelSource | None) -> Checkpoint:
 
 def _refuse_empty(folder: Path) -> None:
     refuse_pickles(folder)
-    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+    if unfinished(folder) is None and not any((folder / one).is_file() for one in ("config.json", ADAPTER_CONFIG)):
         raise ModelError(
             f"{folder}: neither a model nor an adapter nor a checkpoint-<step> folder is in it."
             " Name a folder that save_pretrained or a Trainer wrote."
@@ -103,15 +102,15 @@ def _refuse_half(folders: list[Path]) -> None:
     half = {folder: problem for folder in folders if (problem := is_complete(folder)) is not None}
     if not half:
         return
-    for folder in half:
-        refuse_pickles(folder)
+    whole = next((folder for folder in reversed(folders) if folder not in half and _STEP.fullmatch(folder.name)), None)
+    if other := {folder: told for folder in half if (told := pickled(folder)) is not None}:
+        first, *more = other
+        also = f" {count(len(more), 'more checkpoint is', 'more checkpoints are')} like it." if more else ""
+        instead = f" {whole.name} can be scored as it is." if whole is not None else ""
+        raise ModelError(f"{first}: {other[first]}{also}{instead}")
     named = "; ".join(f"{folder.name}: {problem}" for folder, problem in half.items())
-    whole = next((folder for folder in reversed(folders) if folder not in half), None)
     instead = f", or name one that is whole ({whole})" if whole is not None else ""
-    raise ModelError(
-        f"{next(iter(half)).parent}: not written to the end: {named}."
-        f" Wait until it is saved, delete what a killed training left{instead}."
-    )
+    raise ModelError(f"{next(iter(half)).parent}: not written to the end: {named}. Wait until it is saved{instead}.")
 
 
 def _weights_digest(source: ModelSource) -> str:
@@ -134,18 +133,20 @@ def _problems(folder: Path) -> Iterator[str]:
         yield "its name says that it is being written"
     state = _changed(folder / _LAST_WRITTEN)
     for path in sorted(folder.iterdir()):
-        unfinished = path.name.startswith(".tmp") or path.name.endswith((".tmp", ".incomplete"))
+        temporary = path.name.startswith(".tmp") or path.name.endswith((".tmp", ".incomplete"))
         # One that is older than the end of the save was left by a save that was killed.
-        if unfinished and (state is None or path.stat().st_ctime_ns > state):
+        if temporary and (state is None or path.stat().st_ctime_ns > state):
             yield f"{path.name} is being written"
     adapter = is_adapter(folder)
-    yield from _config_problems(folder / (ADAPTER_CONFIG if adapter else "config.json"))
     weights = [folder / ADAPTER_WEIGHTS] if adapter else model_weights(folder)
     if not weights or not weights[0].is_file():
-        pickled = "".join(f" ({name} is pickled, and never read)" for name in pickled_weights(folder)[:1])
-        yield (f"no {ADAPTER_WEIGHTS}" if adapter else "no *.safetensors") + pickled
+        found = unfinished(folder) or pickled(folder)
+        yield from [found] if found is not None else []
+    yield from _config_problems(folder / (ADAPTER_CONFIG if adapter else "config.json"))
+    if not weights or not weights[0].is_file():
+        yield f"no {ADAPTER_WEIGHTS}" if adapter else "no *.safetensors"
     for path in weights:
-        yield from _tensor_problems(path)
+        yield from header_problems(path)
     if not adapter:
         yield from _shard_problems(folder, [path.name for path in weights])
 
@@ -158,27 +159,6 @@ def _config_problems(path: Path) -> Iterator[str]:
         json_object(path)
     except ModelError:
         yield f"{path.name} is not a JSON object"
-
-
-def _tensor_problems(path: Path) -> Iterator[str]:
-    """A safetensors file is: 8 bytes, the length of the header; the header, JSON; the tensors, to the last offset."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 0 < length <= min(_LARGEST_HEADER, size - 8):
-            yield f"{path.name} has no whole header in its {size} bytes"
-            return
-        header = file.read(length)
-    try:
-        ends = [tensor["data_offsets"][1] for name, tensor in orjson.loads(header).items() if name != "__metadata__"]
-        wanted = 8 + length + max(ends, default=0)
-    except (orjson.JSONDecodeError, AttributeError, KeyError, IndexError, TypeError):
-        yield f"{path.name} has no header of safetensors"
-        return
-    if not ends:
-        yield f"{path.name} holds no tensor"
-    elif size != wanted:
-        yield f"{path.name} has {size} of {wanted} bytes"
 
 
 def _shard_problems(folder: Path, names: list[str]) -> Iterator[str]:
@@ -243,15 +223,14 @@ class Watcher:
         self.base = base
         self.waiting: dict[str, str] = {}
         """Names of the checkpoints that the last look found not ready, and why."""
+        self.refused: dict[str, str] = {}
+        """Names of those that no waiting makes fit to be scored, and why: adapters of another model, pickles."""
         self._seen: dict[int, Signature] = {}
         self._found: dict[tuple[int, Signature], Checkpoint] = {}
 
     def ready(self) -> list[Checkpoint]:
-        """All that are ready now, in the order of their steps; those deleted since the last look are gone.
-
-        Raises ModelError where one is an adapter of another model than the base, or cannot be read safely.
-        """
-        before, self._seen, self.waiting = self._seen, {}, {}
+        """All that are ready now, in the order of their steps; those deleted since the last look are gone."""
+        before, self._seen, self.waiting, self.refused = self._seen, {}, {}, {}
         found = [self._look(step, folder, before.get(step)) for step, folder in _steps(self.folder).items()]
         return [checkpoint for checkpoint in found if checkpoint is not None]
 
@@ -267,9 +246,11 @@ class Watcher:
                 if signature(folder) == now:
                     return self._found.setdefault((step, now), found)
                 problem = "its files changed during the look"
-        except (FileNotFoundError, ModelError):
+        except (FileNotFoundError, ModelError) as error:
             if (problem := is_complete(folder)) is None:
-                raise
+                self.refused[folder.name] = str(error)
+                return None
         if folder.is_dir():
-            self.waiting[folder.name] = problem
+            told = self.refused if problem == pickled(folder) else self.waiting
+            told[folder.name] = problem
         return None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from alphatoken_curate.errors import ModelError
+from alphatoken_curate.models.formats import sharded, unfinished
 from alphatoken_curate.models.releases import network_errors
+from alphatoken_curate.models.tensors import shapes
+from alphatoken_curate.wording import count
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -17,7 +20,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OWN_ATTENTIONS = ("eager", "sdpa", "flex_attention", "None")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.gguf"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+_TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "recipe_state")
+_NO_WEIGHT = "_extra_state"
+"""How the names of tensors end that hold no weight, and may be empty."""
+_TORCHTUNE = " (torchtune: safe_serialization=True of its checkpointer)"
 
 
 def names_a_path(name: str) -> bool:
@@ -41,20 +47,44 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not whole
 
 
-def pickled_weights(folder: Path) -> list[str]:
-    """Names of the files that hold pickled weights; what a trainer pickles beside them does not count."""
+def pickled(folder: Path) -> str | None:
+    """What pickled weights are all that a folder has, and how a model is made of them; None where there is better.
+
+    What a trainer pickles beside the weights does not count.
+    """
+    if any(folder.glob("*.safetensors")) or unfinished(folder) is not None:
+        return None
+    if (told := sharded(folder)) is not None:
+        return told
     found = {path.name for pattern in _PICKLES for path in folder.glob(pattern)}
-    return sorted(name for name in found if not name.startswith(_TRAINER_PICKLES))
+    weights = sorted(name for name in found if not name.startswith(_TRAINER_PICKLES))
+    if not weights:
+        return None
+    return (
+        f"its weights are pickled ({weights[0]}), and reading a pickle can run any code. Save the model again with"
+        f" save_pretrained, which writes safetensors{_TORCHTUNE if weights[0].startswith('hf_model_') else ''}."
+    )
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise ModelError where pickled weights are all that a folder has."""
-    if any(folder.glob("*.safetensors")):
-        return
-    if pickled := pickled_weights(folder):
+    """Raise ModelError where pickled weights are all that a folder has, as files or as the shards of a trainer."""
+    if (told := pickled(folder)) is not None:
+        raise ModelError(f"{folder}: {told}")
+
+
+def refuse_empty(folder: Path, files: Iterable[Path]) -> None:
+    """Raise ModelError where tensors of a model's or an adapter's files have no element.
+
+    So they are saved where each process of ZeRO-3 has a part of them, and nobody gathered the parts.
+    """
+    found = shapes(files)
+    empty = sorted(name for name, shape in found.items() if 0 in shape and not name.endswith(_NO_WEIGHT))
+    if empty:
+        merge = f" Of this folder, {told}" if (told := sharded(folder)) is not None else ""
         raise ModelError(
-            f"{folder}: its weights are pickled ({pickled[0]}), and reading a pickle can run any code."
-            " Save the model again with save_pretrained, which writes safetensors."
+            f"{folder}: {len(empty):,} of {count(len(found), 'tensor')} in it are empty (the first: {empty[0]}), as a"
+            " training with DeepSpeed's ZeRO-3 saves them before its weights are gathered. Save it again with"
+            f" stage3_gather_16bit_weights_on_model_save: true.{merge}"
         )
 
 
@@ -92,12 +122,16 @@ def refuse_other_weights(folder: Path) -> None:
 
 def checked(folder: Path) -> Path:
     """The folder, once it is known to hold a whole model in safetensors. Raises ModelError where it does not."""
+    if not model_weights(folder):
+        refuse_pickles(folder)
+        if (lacks := unfinished(folder)) is not None:
+            raise ModelError(f"{folder}: not written to the end: {lacks}. Wait until it is saved.")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json in it. --model takes a folder that save_pretrained wrote.")
     if not model_weights(folder):
-        refuse_pickles(folder)
         raise ModelError(f"{folder}: no *.safetensors file in it.")
     refuse_other_weights(folder)
+    refuse_empty(folder, model_weights(folder))
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
             f"{folder}: it holds a whole model and an adapter ({ADAPTER_CONFIG}), so what to load is not clear."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.models.adapters import AdapterRecord, merge_adapter, read_record
+from alphatoken_curate.models.adapters import AdapterRecord, merge_adapter, read_record, refuse_resized
 from alphatoken_curate.models.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -30,7 +30,7 @@ from alphatoken_curate.models.folders import (
     model_weights,
     names_a_path,
 )
-from alphatoken_curate.models.releases import before, keep_soft_caps, name_stops
+from alphatoken_curate.models.releases import before, in_memory, keep_soft_caps, name_stops, unmapped
 
 if TYPE_CHECKING:
     import torch
@@ -73,19 +73,19 @@ class ModelSource:
         return [self.folder / self.gguf] if self.gguf else model_weights(self.folder)
 
 
-def find_model(name: str, *, base: ModelSource | None = None) -> ModelSource:
+def find_model(name: str, *, base: ModelSource | None = None, local: bool = False) -> ModelSource:
     """Resolve `--model`: a folder, an adapter's folder, a GGUF file, `smollm2-135m`, or a Hub id.
 
-    An adapter is put on the model that its record names, or on `base` once that is known to be the same model.
-    ModelError says what was tried.
+    An adapter is put on the model that its record names, or on `base` once that is known to be the same model. `local`
+    asks nothing of the network. ModelError says what was tried.
     """
-    return _find(name, base=base)
+    return _find(name, base=base, local=local)
 
 
 def _find(
     name: str, *, base: ModelSource | None = None, revision: str | None = None, local: bool = False
 ) -> ModelSource:
-    """`revision` is that of a Hub id; `local` asks nothing of the network."""
+    """`revision` is that of a Hub id."""
     if name == DEMO_MODEL:
         return _find_demo(local)
     path = Path(name).expanduser()
@@ -93,6 +93,11 @@ def _find(
         return ModelSource(name=name, folder=path.parent, gguf=path.name)
     if path.is_dir():
         return _in_folder(name, path, base)
+    if path.is_file():
+        raise ModelError(
+            f"{name}: it is a file. --model takes the folder of a model in safetensors, a .gguf file or a Hub id;"
+            " weights that are pickled (.pt, .ckpt, .bin, .nemo) are never read."
+        )
     if names_a_path(name):
         raise ModelError(f"{name}: no model here. --model takes a folder with safetensors, a .gguf file or a Hub id.")
     return _in_folder(name, download(name, revision, local), base)
@@ -103,6 +108,8 @@ def _in_folder(name: str, folder: Path, base: ModelSource | None) -> ModelSource
         return ModelSource(name=name, folder=checked(folder))
     record = read_record(folder)
     found = _recorded_base(folder, record) if base is None else _same_base(folder, record, base)
+    if (tokens := vocabulary_size(found)) is not None:
+        refuse_resized(folder, found.name, tokens)
     return replace(found, name=name, adapter=folder)
 
 
@@ -140,7 +147,7 @@ def _same_base(folder: Path, record: AdapterRecord, base: ModelSource) -> ModelS
         # Not here any more, or known to the training by its Hub id: the name is all there is to go by.
         same = record.last_name in {last_name(base.name), last_name(str(base.folder.resolve()))}
     else:
-        same = _same_files(_digested(recorded), _digested(replace(base, adapter=None)))
+        same = _same_files(model_files(recorded), model_files(replace(base, adapter=None)))
     if not same:
         raise ModelError(
             f"{folder}: it is an adapter of {record.base}, not of {base.name} ({base.folder})."
@@ -171,6 +178,15 @@ def _find_demo(local: bool) -> ModelSource:
 def model_config(source: ModelSource) -> dict[str, Any]:
     """What config.json says, unread by transformers. Raises ModelError where it is not a JSON object."""
     return json_object(source.folder / "config.json")
+
+
+def vocabulary_size(source: ModelSource) -> int | None:
+    """Number of tokens a model knows by its config.json; None of a GGUF, or where it does not say."""
+    if source.gguf:
+        return None
+    config = model_config(source)
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    return size if isinstance(size, int) else None
 
 
 def check_remote_code(source: ModelSource, trust_remote_code: bool) -> None:
@@ -205,10 +221,11 @@ def digest_files(files: Iterable[Path]) -> str:
 
 def model_digest(source: ModelSource) -> str:
     """Digest of everything the weights and the architecture come from, and of the code that came with them."""
-    return digest_files(_digested(source))
+    return digest_files(model_files(source))
 
 
-def _digested(source: ModelSource) -> list[Path]:
+def model_files(source: ModelSource) -> list[Path]:
+    """The files of `model_digest`, in its order."""
     base = replace(source, adapter=None)
     config = [] if base.gguf else [base.folder / "config.json", *_own_code(base)]
     adapter = [source.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if source.adapter else []
@@ -254,11 +271,15 @@ def tokenizer_source(source: ModelSource) -> ModelSource:
 
 def tokenizer_digest(source: ModelSource) -> str:
     """Digest of everything the tokenizer and its chat template come from."""
+    return digest_files(tokenizer_files(source))
+
+
+def tokenizer_files(source: ModelSource) -> list[Path]:
+    """The files of `tokenizer_digest`, in its order."""
     home = tokenizer_source(source)
     if home.gguf:
-        return digest_files(home.weight_files())
-    found = [p for p in home.folder.iterdir() if p.is_file() and p.name.startswith(TOKENIZER_FILES)]
-    return digest_files(sorted(found))
+        return home.weight_files()
+    return sorted(p for p in home.folder.iterdir() if p.is_file() and p.name.startswith(TOKENIZER_FILES))
 
 
 @contextmanager
@@ -308,7 +329,7 @@ def load_model(
     Raises ModelError where it cannot be loaded or merged, or its files lack a weight.
     """
     check_remote_code(source, trust_remote_code)
-    model = _load_whole(source, dtype, trust_remote_code).to(device)
+    model = in_memory(_load_whole(source, dtype, trust_remote_code).to(device))
     if source.adapter is not None:
         with _quiet_loading():
             model = merge_adapter(model, source.adapter, source.name)
@@ -322,7 +343,7 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet_loading(), _gguf_needed(source):
+        with _quiet_loading(), _gguf_needed(source), unmapped():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=dtype,

@@ -6,6 +6,8 @@ Each function says until which release it is needed. What a release cannot do at
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,44 @@ def network_errors() -> tuple[type[Exception], ...]:
 
     kin = (one for one in HfHubHTTPError.__mro__ if one.__module__.startswith("httpx"))
     return OSError, *(one for one in kin if issubclass(one, Exception))
+
+
+def reads_without_maps() -> bool:
+    """Whether safetensors can read tensors into memory, rather than map their file."""
+    from packaging.version import Version
+    from safetensors import __version__
+
+    return Version(__version__) >= Version("0.8")
+
+
+@contextmanager
+def unmapped() -> Iterator[None]:
+    """Have transformers read weights into memory.
+
+    It maps their files, so that a file that is written again while the model is in use changes its weights, and one
+    that is cut ends the process with a bus error. Before safetensors 0.8 there is no other way: see `in_memory`.
+    """
+    if not reads_without_maps():
+        yield
+        return
+    modeling: Any = importlib.import_module("transformers.modeling_utils")
+    own = modeling.safe_open
+    modeling.safe_open = lambda file, **options: own(file, **{**options, "backend": "pread"})
+    try:
+        yield
+    finally:
+        modeling.safe_open = own
+
+
+def in_memory(model: Any) -> Any:
+    """The model, once no weight of it is a view of its file: until safetensors 0.8 they may be, and are copied."""
+    if reads_without_maps() or model.device.type != "cpu":
+        return model
+    copies: dict[Any, Any] = {}
+    for weight in (*model.parameters(), *model.buffers()):
+        place = (weight.data_ptr(), tuple(weight.shape), weight.stride())  # tied weights stay tied
+        weight.data = copies.setdefault(place, weight.data.clone())
+    return model
 
 
 def keep_soft_caps(model: Any) -> None:

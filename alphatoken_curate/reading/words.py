@@ -5,8 +5,7 @@ Text comes from training data. Nothing here makes it safe to show: see `heat.rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,9 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from alphatoken_curate.errors import StoredDataError
-from alphatoken_curate.runs import manifest
-from alphatoken_curate.runs.schema import VOCABULARY, VOCABULARY_COLUMNS, absent
+from alphatoken_curate.runs.schema import VOCABULARY
+from alphatoken_curate.runs.vocabulary import is_whole, read_table, sound
 
 PART = "\ufffd"
 """The text of a token that ends no character: it is a part of one that a later token ends."""
@@ -50,12 +48,10 @@ def read_vocabulary(run: Path, ids: Ids | None = None) -> Vocabulary:
 
     Raises `StoredDataError` where it is not the one that the run wrote.
     """
-    path = run / VOCABULARY
-    if not path.is_file():
+    table = read_table(run)
+    if table is None:
         return Vocabulary(pieces={}, texts={}, special=frozenset())
-    with _sound(run):
-        table = pq.read_table(path)
-        whole = _is_whole(table.schema)
+    whole = is_whole(table.schema)
     if ids is not None:
         table = table.filter(pc.is_in(table["token_id"], pa.array(np.unique(ids), pa.int32())))
     numbers = table["token_id"].to_pylist()
@@ -75,8 +71,8 @@ def scan_vocabulary(run: Path) -> pl.LazyFrame | None:
     path = run / VOCABULARY
     if not path.is_file():
         return None
-    with _sound(run):
-        whole = _is_whole(pq.read_schema(path))
+    with sound(run):
+        whole = is_whole(pq.read_schema(path))
     vocabulary = pl.scan_parquet(path, glob=False, hive_partitioning=False)
     kind = class_of(pl.col("text"), pl.col("special")) if whole else pl.lit(None, pl.String)
     return vocabulary.select("token_id", "text", kind.alias("class"))
@@ -103,26 +99,6 @@ def spelled(ids: Ids, vocabulary: Vocabulary) -> list[str]:
 def joined(ids: Ids, vocabulary: Vocabulary) -> str:
     """The text of a sequence of tokens as one, without tokens that are not known."""
     return b"".join(vocabulary.pieces.get(int(number), b"") for number in ids).decode("utf-8", "replace")
-
-
-@contextmanager
-def _sound(run: Path) -> Iterator[None]:
-    """What is not the vocabulary that the run wrote, or cannot be read inside, is damaged."""
-    do = "delete it and run the `score` command again to have it anew; without it tokens are shown by their ids"
-    try:
-        manifest.check_file(run, manifest.read(run), VOCABULARY)
-        yield
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise StoredDataError(f"{run / VOCABULARY}: damaged ({error}); {do}") from error
-
-
-def _is_whole(schema: pa.Schema) -> bool:
-    """Whether a vocabulary has all columns, or those of schema version 1."""
-    if schema.equals(VOCABULARY_COLUMNS):
-        return True
-    if schema.names != [name for name in VOCABULARY_COLUMNS.names if name not in absent(1)]:
-        raise ValueError(f"its columns are not {', '.join(VOCABULARY_COLUMNS.names)}")
-    return False
 
 
 def _joined(pieces: Sequence[bytes]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
@@ -14,6 +14,7 @@ from torch import Tensor
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.runs.atomic import atomic_file
 from alphatoken_curate.runs.fingerprint import Json, canonical, differing
+from alphatoken_curate.runs.watched import Watched
 
 TARGET = "target"
 """G: the gradient of the mean response loss over target rows, a (d_out, d_in) tensor per linear map of S."""
@@ -75,13 +76,15 @@ OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in name
 class Store:
     """The artifacts/ of a run: `fields` are the fingerprint fields of `generation`.
 
-    `reuse`: artifacts/ of another run; what it holds that was made from the same fields is taken over.
+    `reuse`: artifacts/ of another run; what it holds that was made from the same fields is taken over. `watched`: the
+    files that all is computed from, looked at before anything is kept.
     """
 
     folder: Path
     fields: Mapping[str, Json]
     generation: int = 0
     reuse: Path | None = None
+    watched: Watched | None = field(default=None, compare=False)
 
     def path(self, kind: str, part: int | None = None) -> Path:
         """`fisher.safetensors`, `target-00000.safetensors` (generation 0), `reference_nll-00003.safetensors`."""
@@ -89,14 +92,23 @@ class Store:
         return self.folder / (f"{kind}.safetensors" if number is None else f"{kind}-{number:05d}.safetensors")
 
     def save(self, kind: str, tensors: Mapping[str, Tensor], part: int | None = None) -> None:
-        """Commit tensors with the fields they were made from. The same tensors and fields give the same bytes."""
+        """Commit tensors with the fields they were made from. The same tensors and fields give the same bytes.
+
+        Raises FingerprintError where a file they may come from is another than was fingerprinted.
+        """
         from safetensors.torch import save as to_bytes
 
+        self.check_sources()
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         about = canonical({"fields": self._fields_of(kind), "sha256": _digest(ready)}).decode()
         with atomic_file(self.path(kind, part)) as sink:
             # One key alone: safetensors writes several in an order that changes from one call to the next.
             sink.write(to_bytes(ready, metadata={_ABOUT: about}))
+
+    def check_sources(self, *, whole: bool = False) -> None:
+        """Raise FingerprintError where a watched file changed; `whole`: by the digests of all."""
+        if self.watched is not None:
+            (self.watched.check_digests if whole else self.watched.check)()
 
     def has(self, kind: str, part: int | None = None) -> bool:
         """Whether `find` finds it."""
@@ -158,7 +170,7 @@ class Store:
         return {key: tensor.to(device) for key, tensor in tensors.items()}
 
     def _fields_of(self, kind: str) -> dict[str, Json]:
-        return {field: self.fields[field] for field in (*_EVERY, *_DEPENDS[kind])}
+        return {name: self.fields[name] for name in (*_EVERY, *_DEPENDS[kind])}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

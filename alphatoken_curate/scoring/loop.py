@@ -36,6 +36,7 @@ from alphatoken_curate.scoring.scorer import (
     count_tokens,
     spec_of,
 )
+from alphatoken_curate.scoring.sources import watch_inputs
 from alphatoken_curate.scoring.trial import find_budget, first_model
 from alphatoken_curate.signals.preference import Pairs
 from alphatoken_curate.tokens.plan import cut_of
@@ -47,9 +48,10 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSu
     """Score every row that is not scored yet, write values/, then a mask and train/. Raises as `score`."""
     listener.note(told_of_models(config))
     listener.stage("reading rows", 0)
+    watched = watch_inputs(config)
     prepared = prepare(dated(config, begun_with(folder)))
     check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
-    spec = spec_of(prepared, folder / "artifacts", artifacts_of(config.reuse))
+    spec = spec_of(prepared, folder / "artifacts", artifacts_of(config.reuse), watched)
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
     with one_writer(folder), told_of_data(folder, prepared):
@@ -85,7 +87,10 @@ def _tell(config: ScoreConfig, prepared: Prepared, spec: ScorerSpec, progress: P
 
 
 def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progress: Progress) -> int:
-    """Score the shards of a generation that are missing; returns how many those were."""
+    """Score the shards of a generation that are missing; returns how many those were.
+
+    Raises FingerprintError where a file that they are computed from changes: the shards before that stay.
+    """
     number = spec.store.generation
     folder = shards.values_folder(run, number)
     done = shards.committed(folder, spec.store.fields)
@@ -124,7 +129,9 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
         # One record per row read, or turn of it, in order, whatever became of it.
         ordered = sorted([*records, *shard.beside], key=lambda one: (one.row_id, one.turn))
         footer = Footer(fields=spec.store.fields, facts=told.as_json())
+        spec.store.check_sources()
         shards.write_values(folder / shards.shard_name(index), ordered, footer, job.layout)
+    spec.store.check_sources(whole=True)
     return len(missing)
 
 

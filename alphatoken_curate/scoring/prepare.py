@@ -23,6 +23,7 @@ from alphatoken_curate.models.load import (
     generation_stops,
     load_tokenizer,
     model_config,
+    vocabulary_size,
 )
 from alphatoken_curate.rows.columns import named_columns
 from alphatoken_curate.rows.files import visible
@@ -34,7 +35,15 @@ from alphatoken_curate.tokens.chat import ChatSettings, Tokenizer
 from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.tokens.plan import sequences
-from alphatoken_curate.tokens.tokenise import NO_TOKENIZER, AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
+from alphatoken_curate.tokens.tokenise import (
+    NO_TOKENIZER,
+    OUT_OF_VOCABULARY,
+    AnyRow,
+    TokenRow,
+    chosen,
+    tokenise,
+    tokenise_prompts,
+)
 from alphatoken_curate.wording import count
 
 R = TypeVar("R", TokenRow, AnyRow)
@@ -81,6 +90,11 @@ class Prepared:
     """How many were read in a way that a user may not expect, by that."""
 
     @property
+    def inputs(self) -> list[InputFile]:
+        """All files of rows that were read."""
+        return [*self.files, *self.target.files, *self.retention.files, *self.prompts.files]
+
+    @property
     def target_rows(self) -> list[TokenRow]:
         """Target rows, wherever they come from; of preference rows the chosen branch, as plain SFT."""
         return [chosen(row) for row in self.held_out] or self.target.rows
@@ -96,8 +110,8 @@ def prepare(config: ScoreConfig) -> Prepared:
     bad = sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
     sides = {"target": config.target, "retention": config.retention, "prompts": config.fisher_prompts}
     side = {name: reader.side(name, path) for name, path in sides.items()}
-    if reader.tokenizer is None and (config.bad_rows == "refuse" or not rows):
-        _check_tokenizer(config, bad)
+    if config.bad_rows == "refuse" or not rows:
+        _check_tokenizer(config, reader, [*bad, *reader.bad])
     wanting = bad if config.bad_rows == "refuse" else []
     if wanting or reader.bad:
         raise refuse(wanting, reader.bad)
@@ -125,17 +139,6 @@ def prepare(config: ScoreConfig) -> Prepared:
         read_as=dict(sorted((found.told + reader.read_as).items())),
         **side,
     )
-
-
-def _check_tokenizer(config: ScoreConfig, bad: Sequence[BadRow]) -> None:
-    """One line where the model has no tokenizer, and not one for each row of text."""
-    texts = [one for one in bad if one.reason == NO_TOKENIZER]
-    if texts:
-        raise InputError(
-            f"{config.model}: it has no tokenizer, and {visible(texts[0].source)}:{texts[0].line} is a row of text, the"
-            f" first of {len(texts):,}. Save a tokenizer beside the model (save_pretrained), or give rows as input_ids"
-            " and labels."
-        )
 
 
 class _Reader:
@@ -178,7 +181,8 @@ class _Reader:
         return frozenset(_ids(model_config(self._source).get("eos_token_id") if found is None else found))
 
     @cached_property
-    def _vocabulary(self) -> int | None:
+    def vocabulary(self) -> int | None:
+        """Number of tokens the model knows; None where only loading it would tell."""
         return _vocabulary(self._source, self.tokenizer)
 
     def tokens(self, found: RowStream) -> tuple[list[AnyRow], list[BadRow]]:
@@ -189,7 +193,7 @@ class _Reader:
             self.tokenizer,
             max_length=config.max_length,
             turns=config.turns,
-            vocab_size=self._vocabulary,
+            vocab_size=self.vocabulary,
             chats=self._chats,
             stop_ids=self._stop_ids,
             told=self.told,
@@ -206,7 +210,7 @@ class _Reader:
                 _begun(found),
                 self.tokenizer,
                 max_length=self._config.max_length,
-                vocab_size=self._vocabulary,
+                vocab_size=self.vocabulary,
                 chats=self._chats,
             )
         else:
@@ -229,6 +233,26 @@ def reading_of(config: ScoreConfig, beside: str | None = None) -> Reading:
         return Reading(columns=columns, subset=config.subset, split=config.split, all_there=True)
     names = {name.partition(":")[0] for name in config.data}
     return Reading(columns=columns, subset=config.subset if beside.partition(":")[0] in names else None)
+
+
+def _check_tokenizer(config: ScoreConfig, reader: _Reader, bad: Sequence[BadRow]) -> None:
+    """One line where the model has no tokenizer, or one with tokens that it does not know, and not one for each row."""
+    tokenizer, known = reader.tokenizer, reader.vocabulary
+    found = [one for one in bad if one.reason == (NO_TOKENIZER if tokenizer is None else OUT_OF_VOCABULARY)]
+    if not found:
+        return
+    place = f"{visible(found[0].source)}:{found[0].line}"
+    if tokenizer is None:
+        raise InputError(
+            f"{config.model}: it has no tokenizer, and {place} is a row of text, the first of {len(found):,}. Save a"
+            " tokenizer beside the model (save_pretrained), or give rows as input_ids and labels."
+        )
+    if known is not None and len(tokenizer) > known:
+        raise InputError(
+            f"{config.model}: its tokenizer has {len(tokenizer):,} tokens and its embeddings {known:,}, and {place} has"
+            f" one that the model does not know, the first row of {len(found):,}. Save the tokenizer that the model was"
+            " trained with beside it, or the model as it was resized and trained (resize_token_embeddings)."
+        )
 
 
 def _template(path: Path) -> str:
@@ -315,6 +339,4 @@ def _vocabulary(source: ModelSource, tokenizer: Tokenizer | None) -> int | None:
     """Number of tokens the model knows; None where only loading the model would tell."""
     if source.gguf:
         return None if tokenizer is None else len(tokenizer)
-    config = model_config(source)
-    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    return size if isinstance(size, int) else None
+    return vocabulary_size(source)

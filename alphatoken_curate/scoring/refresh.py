@@ -7,9 +7,11 @@ reference. The manifest names a generation once all of its shards are there; the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+import numpy as np
 
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, settings_of_mask
 from alphatoken_curate.errors import BusyError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
@@ -18,7 +20,7 @@ from alphatoken_curate.masks.remask import MaskSummary
 from alphatoken_curate.models.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
 from alphatoken_curate.models.devices import resolve_device
 from alphatoken_curate.models.likeness import check_alike
-from alphatoken_curate.models.load import ModelSource, find_model, model_digest
+from alphatoken_curate.models.load import ModelSource, find_model, load_tokenizer, model_digest, tokenizer_digest
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.artifacts import OF_MODEL, TARGET, Store
@@ -29,14 +31,17 @@ from alphatoken_curate.runs.manifest import Facts, Manifest
 from alphatoken_curate.runs.records import read_records
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
 from alphatoken_curate.runs.shards import ValueRow
+from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring import beside
 from alphatoken_curate.scoring.budget import Budget, older
 from alphatoken_curate.scoring.identity import has_stability, versions
 from alphatoken_curate.scoring.job import Job, ShardRows
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
 from alphatoken_curate.scoring.scorer import ScorerSpec
+from alphatoken_curate.scoring.sources import digests_of, of_fisher, of_model
 from alphatoken_curate.settings import load_settings
-from alphatoken_curate.tokens.plan import Cut
+from alphatoken_curate.tokens.likeness import check_same_tokens
+from alphatoken_curate.tokens.plan import Cut, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, chosen
 
 
@@ -106,14 +111,9 @@ def watch(
     watcher = Watcher(Path(folder), base=known.base)
     listener.note(f"watching {folder} for checkpoints, every {interval:g} s, until it is stopped")
     seen: set[object] = set()
-    told: dict[str, str] = {}
+    told: set[str] = set()
     while True:
-        try:
-            ready = watcher.ready()
-        except ModelError as error:
-            ready = []
-            watcher.waiting["a checkpoint"] = str(error)
-        for checkpoint in ready:
+        for checkpoint in watcher.ready():
             place = checkpoint.source.adapter or checkpoint.source.folder
             try:
                 mark = (place, signature(place))
@@ -121,6 +121,11 @@ def watch(
             except BusyError as error:
                 listener.note(f"{checkpoint.name} is tried again: {error}")
                 break
+            except FingerprintError as error:
+                if error.fields != ("model",) or (place.is_dir() and signature(place) == mark[1]):
+                    raise  # not this checkpoint was written again
+                listener.warn(f"{checkpoint.name} is tried again: {error}")
+                continue
             except (ModelError, InputError, FileNotFoundError) as error:
                 # Not fit to be scored; or the training deleted it, file by file, while it was read: it may come back.
                 if is_complete(place) is None:
@@ -130,10 +135,19 @@ def watch(
             seen.add(mark)
             if done is not None:
                 yield done
-        for name in watcher.waiting.keys() - told.keys():
-            listener.note(f"{name} is waited for: {watcher.waiting[name]}")
-        told = dict(watcher.waiting)
+        told = _tell(watcher, told, listener)
         time.sleep(interval)
+
+
+def _tell(watcher: Watcher, told: Set[str], listener: Progress) -> set[str]:
+    """What the last look found not fit or not ready, but what was told of the same name before; returns what is now."""
+    waiting = {f"waiting {name}": f"{name} is waited for: {why}" for name, why in watcher.waiting.items()}
+    refused = {f"refused {name}": f"{name} is not scored: {why}" for name, why in watcher.refused.items()}
+    for name in waiting.keys() - told:
+        listener.note(waiting[name])
+    for name in refused.keys() - told:
+        listener.warn(refused[name])
+    return {*waiting, *refused}
 
 
 class _Run:
@@ -153,10 +167,12 @@ class _Run:
         self._reference_name = reference or moved or self.config.reference or self.config.model
         self._device = str(resolve_device(device or self.config.device))
         self._reference: ModelSource | None = None
+        self._kept = Watched([])
 
     def refresh(self, checkpoint: Checkpoint, progress: Progress) -> RefreshSummary:
         """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
-        about = {**self.fields, "model": _digest(checkpoint)}
+        watched, model = _looked_at(checkpoint)
+        about = {**self.fields, "model": model}
         with one_writer(self.folder):
             stored = manifest.read(self.folder)
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
@@ -164,7 +180,7 @@ class _Run:
             number = made[0].generation if made else _number(self.folder, stored, about)
             scored = 0
             if not made:
-                scored = self._score(number, checkpoint, about, stored, progress)
+                scored = self._score(number, checkpoint, about, watched, progress)
                 write_manifest(self.folder)
             mask, now = mask_and_card(self.folder, _mask_config(stored, self.config), stale=bool(scored))
         return RefreshSummary(
@@ -178,29 +194,47 @@ class _Run:
         )
 
     def _score(
-        self, number: int, checkpoint: Checkpoint, about: Mapping[str, Json], stored: Manifest, progress: Progress
+        self, number: int, checkpoint: Checkpoint, about: Mapping[str, Json], watched: Watched, progress: Progress
     ) -> int:
+        stored = manifest.read(self.folder)
         first = stored.generations[0]
         reference = self._checked_reference()
-        check_alike(checkpoint.source, reference)  # before anything is written
-        budget = Budget(self.folder, about, first.plan[0].batch_tokens, progress, generation=number, plans=first.plan)
+        check_alike(checkpoint.source, reference)
+        watched.include(self._kept)
         spec = ScorerSpec(
             config=self.config,
             model=checkpoint.source,
             reference=reference,
             dtype=str(self.fields["dtype"]),
             device=self._device,
-            store=Store(folder=self.folder / "artifacts", fields=about, generation=number),
+            store=Store(folder=self.folder / "artifacts", fields=about, generation=number, watched=watched),
             maps=Store(folder=self.folder / "artifacts", fields=self.fields).shapes(TARGET),
         )
+        job = _job(self.folder, stored, spec, checkpoint)
+        self._check_tokens(checkpoint, job)  # before anything is written
+        budget = Budget(self.folder, about, first.plan[0].batch_tokens, progress, generation=number, plans=first.plan)
         progress.note(f"{checkpoint.name} becomes generation {number}")
         try:
-            return run_generation(self.folder, _job(self.folder, stored, spec, checkpoint), spec, budget, progress)
+            return run_generation(self.folder, job, spec, budget, progress)
         except (ModelError, InputError):
             if not shards.listed(shards.values_folder(self.folder, number)):
                 _forget(budget, spec.store)
                 write_manifest(self.folder)  # what was computed of the reference is kept
             raise
+
+    def _check_tokens(self, checkpoint: Checkpoint, job: Job) -> None:
+        """Refuse a checkpoint whose tokenizer, where it has one, gives other tokens than the rows are made of."""
+        if tokenizer_digest(checkpoint.source) == self.fields["tokenizer"]:
+            return
+        try:
+            found = load_tokenizer(checkpoint.source, trust_remote_code=self.config.trust_remote_code)
+        except ModelError:  # one that cannot be read is not needed: the rows are tokens
+            return
+        if found is None:
+            return
+        ids = np.unique(np.concatenate([row.input_ids for row in sequences([*job.rows, *job.target])]))
+        do = "A checkpoint must come from the run's model. To score the rows with another, name it as `score --model`."
+        check_same_tokens(self.folder, ids, found, checkpoint.name, do=do)
 
     def _checked_reference(self) -> ModelSource:
         """The run's reference, known to be the same weights still."""
@@ -209,13 +243,23 @@ class _Run:
                 found = find_model(self._reference_name)
             except ModelError as error:
                 raise ModelError(f"{error} Say where the run's reference lies now with --reference.") from error
+            kept = Watched([of_model(found, "reference"), *of_fisher(self.config)])
             if model_digest(found) != self.fields["reference"]:
                 raise FingerprintError(
                     f"{self._reference_name}: not the reference that {self.folder} was scored with: its files are"
                     " others. Say where that model lies now with --reference.",
                     ("reference",),
                 )
-            self._reference = found
+            for fisher in of_fisher(self.config):
+                if fisher.files[0].is_file() and fisher.digest(fisher.files) != self.fields["fisher"]:
+                    raise FingerprintError(
+                        f"{fisher.files[0]}: not the Fisher that {self.folder} was scored with: its bytes are others."
+                        " Put that file back.",
+                        ("fisher",),
+                    )
+            kept.settle(digests_of(self.fields))
+            self._reference, self._kept = found, kept
+        self._kept.check()
         return self._reference
 
 
@@ -256,9 +300,13 @@ def _found(name: str) -> ModelSource | None:
         return None
 
 
-def _digest(checkpoint: Checkpoint) -> str:
+def _looked_at(checkpoint: Checkpoint) -> tuple[Watched, str]:
+    """A checkpoint's files, watched from now on, and their digest."""
     try:
-        return model_digest(checkpoint.source)
+        watched = Watched([of_model(checkpoint.source)])
+        found = model_digest(checkpoint.source)
+        watched.settle({"model": found})
+        return watched, found
     except FileNotFoundError as error:
         raise ModelError(
             f"{checkpoint.name}: {error.filename} was deleted after the checkpoint was found."

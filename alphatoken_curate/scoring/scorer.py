@@ -34,8 +34,10 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
+from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring.identity import has_drift
 from alphatoken_curate.scoring.prepare import Prepared, fingerprint_fields
+from alphatoken_curate.scoring.sources import digests_of
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.preference import Pairs, reference_sums
 from alphatoken_curate.signals.stored import BatchScorer, RowResult, plain_losses, row_signals
@@ -113,23 +115,27 @@ class ScorerSpec:
         return ScoringModel(model, self.config.layers, self.config.parameters)  # type: ignore[arg-type]
 
 
-def spec_of(prepared: Prepared, folder: Path, reuse: Path | None = None) -> ScorerSpec:
+def spec_of(prepared: Prepared, folder: Path, reuse: Path | None = None, watched: Watched | None = None) -> ScorerSpec:
     """What scores the rows of a run whose artifacts/ are in `folder`; those in `reuse` are taken over.
 
-    Raises UsageError and ModelError where the models, device or dtype named are not there or do not go together.
+    `watched`: all files it is made from, since before they were read. Raises FingerprintError where one changed since,
+    UsageError and ModelError where the models, device or dtype named are not there or do not go together.
     """
     config = prepared.config
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device.type, config.parameters)
     reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
     check_alike(prepared.source, reference)
+    fields = fingerprint_fields(prepared, reference, dtype)
+    if watched is not None:
+        watched.settle(digests_of(fields, prepared.inputs))
     return ScorerSpec(
         config=config,
         model=prepared.source,
         reference=reference,
         dtype=dtype,
         device=str(device),
-        store=Store(folder=folder, fields=fingerprint_fields(prepared, reference, dtype), reuse=reuse),
+        store=Store(folder=folder, fields=fields, reuse=reuse, watched=watched),
     )
 
 

@@ -33,6 +33,9 @@ _CUT_AWAY = "truncated_away"
 NO_TOKENIZER = "no_tokenizer"
 """The reason of a row of text where the model has no tokenizer."""
 
+OUT_OF_VOCABULARY = "token_out_of_vocabulary"
+"""The reason of a row with a token that the model does not know."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TokenRow:
@@ -315,7 +318,7 @@ def _checked(
     if vocab_size is not None and len(input_ids) and int(input_ids.max()) >= vocab_size:
         i = int((input_ids >= vocab_size).argmax())
         message = f"input_ids[{i}] is {tokens[i]}; the model has {vocab_size} tokens, from 0"
-        raise RowFault("token_out_of_vocabulary", message)
+        raise RowFault(OUT_OF_VOCABULARY, message)
     return input_ids, response, ends
 
 

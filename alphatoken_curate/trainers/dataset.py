@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from alphatoken_curate.errors import FingerprintError, UsageError
 from alphatoken_curate.reading.trainset import TrainRow, TrainSet, open_train
+from alphatoken_curate.trainers.fit import check_tokenizer, marked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,23 +25,28 @@ SAME = ("seed", "shuffle", "world", "shards_at_once", "batch_size", "max_length"
 """Settings that decide which row comes when; a state goes on only with those it was made with."""
 
 
-def as_dataset(run: str | Path, mask: int | None = None, *, max_length: int | None = None) -> Dataset:
+def as_dataset(
+    run: str | Path, mask: int | None = None, *, max_length: int | None = None, tokenizer: Any = None
+) -> Dataset:
     """The rows of the newest mask, or the one given, as a `datasets.Dataset`: memory-mapped, in order of row_id.
 
     Columns: row_id, in runs by --turns each turn, and of each branch (`chosen_` and `rejected_` before the names in
     preference runs) input_ids, labels and loss_weight. The bytes of all shards are checked; datasets keeps a copy of
     them in its cache. Longer sequences are cut to `max_length` tokens at the end, ids, labels and weights alike; no row
-    is left out, those that have nothing left to train give nothing. Raises `UsageError` where there is no such mask or
-    it has no row, `StoredDataError` for shards that are damaged.
+    is left out, those that have nothing left to train give nothing. `tokenizer`: that of the model to train, for a loop
+    of your own (our trainers look at theirs); it must give the tokens that the rows are made of. Raises `UsageError`
+    where it does not, where there is no such mask or it has no row, `StoredDataError` for shards that are damaged.
     """
     from datasets import Dataset
 
     opened = open_train(run, mask)
+    if tokenizer is not None:
+        check_tokenizer(opened, tokenizer)
     names = [prefix + name for prefix in opened.layout.branches for name in LISTS]
     paths = [str(path) for path in opened.files()]
     if not any(shard.rows for shard in opened.mask.shards):
         raise UsageError(f"{run}: mask {opened.mask.mask} has no row to train on")
-    rows = Dataset.from_parquet(paths, columns=[*key_columns(opened), *names])
+    rows = marked(Dataset.from_parquet(paths, columns=[*key_columns(opened), *names]), opened.run)
     return rows if max_length is None else rows.map(_cut, fn_kwargs={"names": names, "max_length": max_length})
 
 
@@ -73,7 +79,9 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
     `batch_size`, so that batches come in the same order with any number of them (give the loader the same). With
     `persistent_workers` a new epoch or mask does not reach them: leave that off.
 
-    Raises `UsageError` for numbers that cannot be, else as `open_train`.
+    `tokenizer`: that of the model to train, which must give the tokens that the rows are made of.
+
+    Raises `UsageError` where it does not and for numbers that cannot be, else as `open_train`.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
         world: int = 1,
         batch_size: int = 1,
         max_length: int | None = None,
+        tokenizer: Any = None,
     ) -> None:
         if not 0 <= rank < world or shards_at_once < 1 or batch_size < 1:
             raise UsageError(
@@ -99,6 +108,8 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
         self.batch_size, self.max_length = batch_size, max_length
         self.epoch = 0
         self._opened = open_train(run, mask)
+        if tokenizer is not None:
+            check_tokenizer(self._opened, tokenizer)
         self._next: TrainSet | None = None
         self._start, self._done = 0, 0
 

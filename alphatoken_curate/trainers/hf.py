@@ -22,6 +22,7 @@ from alphatoken_curate.runs.schema import PREFERENCE
 from alphatoken_curate.trainers.collator import WEIGHT, WeightedCollator
 from alphatoken_curate.trainers.current import ROWS, Served
 from alphatoken_curate.trainers.dataset import LISTS
+from alphatoken_curate.trainers.fit import check_model
 from alphatoken_curate.trainers.loss import Denominator, count_items, weighted_loss
 from alphatoken_curate.wording import count
 
@@ -31,9 +32,17 @@ COLUMNS = ("row_id", "turn", ROWS, "seq_lengths", *LISTS, *_OF_PAIRS)
 
 
 class RowsMixin:
-    """Before a Trainer: columns of weighted rows are kept, and a `RefreshCallback` may change the mask in force."""
+    """Before a Trainer: columns of weighted rows are kept, and a `RefreshCallback` may change the mask in force.
+
+    Raises `UsageError` for a model or a tokenizer of other tokens than the rows are made of.
+    """
 
     data_collator: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for rows in (getattr(self, "train_dataset", None), getattr(self, "eval_dataset", None)):
+            check_model(self.model, getattr(self, "processing_class", None), rows)  # type: ignore[attr-defined]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]

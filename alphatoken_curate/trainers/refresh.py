@@ -26,6 +26,7 @@ from alphatoken_curate.reading.scan import choose_mask
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.scoring.refresh import refresh
 from alphatoken_curate.trainers.current import CurrentMask, Served
+from alphatoken_curate.trainers.fit import check_run
 
 
 class RefreshCallback(TrainerCallback, ExportableState):
@@ -82,6 +83,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Bring the first mask into force; of a resumed training, the one that was."""
         self._attach(args, kwargs.get("train_dataloader"))
+        check_run(kwargs.get("model"), kwargs.get("processing_class"), Path(self.run))
         self._due, self._resumed = False, bool(state.global_step)
         # A training that is resumed may have had no such callback; transformers wants an entry when it saves.
         states: Any = state.stateful_callbacks

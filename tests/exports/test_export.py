@@ -378,7 +378,10 @@ def test_the_record_says_where_it_is_from(
     about = json.loads((tmp_path / "out" / "export.json").read_bytes())
     manifest = json.loads((run / "manifest.json").read_bytes())
     assert about["run"]["fingerprint"] == manifest["generations"][0]["fingerprint"]
-    assert about["run"]["digests"] == manifest["digests"]
+    assert about["run"]["digests"] == manifest["digests"] and about["run"]["model"] == "base"
+    readme = (tmp_path / "out" / "README.md").read_text()
+    tokens = "tokens of the tokenizer of `base`: train that model, or one with the same tokenizer (`"
+    assert tokens + str(manifest["digests"].get("tokenizer")) in readme
     assert about["mask"]["fingerprint"] == manifest["masks"][0]["fingerprint"]
     assert about["mask"]["settings"]["keep"] == 0.5 and about["trainer"] == trainer and about["kind"] == kind
     assert about["settings"] == {"max_length": 6, "strict": False, "binarize": False}

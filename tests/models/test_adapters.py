@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import VOCABULARY, tiny_model
 from tiny_adapters import logits, lora, save_adapter
-from tiny_files import quiet
+from tiny_files import command, quiet, token_records, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from alphatoken_curate import ModelError
+from alphatoken_curate.models.checkpoints import find_checkpoints
 from alphatoken_curate.models.load import find_model, load_model
 
 pytest.importorskip("peft")
@@ -201,6 +204,48 @@ def test_peft_that_is_not_installed(adapter: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModelError, match=r"pip install 'alphatoken-curate\[peft\]'"):
         load(adapter)
+
+
+RESIZED: dict[str, dict[str, Any]] = {
+    "embeddings that peft saves by itself": {},
+    "modules to save": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "adapted embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "an adapted head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+def resized(base: Path, folder: Path, tokens: int, **settings: Any) -> Any:
+    """An adapter of a base that was given other embeddings first, as for new special tokens."""
+    peft = importlib.import_module("peft")
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+        config = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]} | settings
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**config))
+        adapted.save_pretrained(folder)
+    return adapted
+
+
+@pytest.mark.parametrize("kind", RESIZED)
+@pytest.mark.parametrize("tokens", [VOCABULARY - 3, VOCABULARY + 9])
+def test_an_adapter_of_a_resized_base_is_told_before_any_row(
+    kind: str, tokens: int, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapted = resized(bases["llama"], tmp_path / "adapter", tokens, **RESIZED[kind])
+    wanted = (
+        rf"trained on a model with {tokens} tokens, and its base .*llama has {VOCABULARY} .*resize_token_embeddings"
+    )
+    with pytest.raises(ModelError, match=wanted):
+        find_model(str(tmp_path / "adapter"))
+    with pytest.raises(ModelError, match=wanted):
+        find_checkpoints(tmp_path / "adapter", base=find_model(str(bases["llama"])))
+    data = write_jsonl(tmp_path / "rows.jsonl", ["{", *token_records(2)])
+    ended = command("score", data, "-o", tmp_path / "run", "--model", tmp_path / "adapter")
+    assert ended.code == 2 and f"{tokens} tokens" in ended.err and "invalid_json" not in ended.err
+    with quiet():
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")  # what the message says to do
+    assert load(tmp_path / "merged").get_input_embeddings().num_embeddings == tokens
 
 
 # --- the record

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from chats import answer, responses, user
 from kinds import thinking
 from templates import tokenizer_of
-from tiny import make_row, tiny_model
+from tiny import VOCABULARY, make_row, tiny_model
 from tiny_files import command, contents, token_records, write_jsonl
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from alphatoken_curate import InputError, ScoreConfig, UsageError
 from alphatoken_curate.models.load import find_model, load_tokenizer
@@ -294,3 +297,27 @@ def test_a_run_is_known_by_its_chat_template(chatty: dict[str, Any], tmp_path: P
     assert contents(tmp_path / "run" / "values") == contents(tmp_path / "again" / "values")
     (tmp_path / "loud.jinja").write_text(SWITCHED + "{# other #}")
     assert command("score", chatty["data"], *asked, *told).code == 4
+
+
+def test_a_tokenizer_with_tokens_that_the_model_does_not_know_is_told_in_one_line(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    """Special tokens were added and the embeddings not resized, or the model that was resized lies elsewhere."""
+    model = Path(shutil.copytree(models["base"], tmp_path / "model"))
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    made = Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    tokenizer.save_pretrained(model)
+    new = {"input_ids": [3, VOCABULARY], "labels": [-100, VOCABULARY]}
+    data = write_jsonl(tmp_path / "rows.jsonl", ["{", {"prompt": "w1", "completion": " w2"}, *[new] * 5])
+    wanted = r"model: its tokenizer has 62 tokens and its embeddings 61, and rows\.jsonl:3 has .* first row of 5\. Save"
+    with pytest.raises(InputError, match=wanted) as caught:
+        prepare(ScoreConfig(data=data, model=str(model)))
+    assert "invalid_json" not in str(caught.value) and "\n" not in str(caught.value)
+    known = write_jsonl(tmp_path / "known.jsonl", [{"prompt": "w1", "completion": " w2"}] * 3)
+    assert len(prepare(ScoreConfig(data=known, model=str(model))).rows) == 2  # tokens that no row uses do no harm
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", [{"input_ids": [3, 99], "labels": [-100, 99]}])
+    with pytest.raises(InputError, match="its embeddings 61"):
+        prepare(ScoreConfig(data=known, target=wrong, model=str(model)))

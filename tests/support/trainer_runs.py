@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alphatoken_curate.models.releases import before
 
+WORDS = tuple(f"<{number}>" for number in range(VOCABULARY))
 ROWS, PACKED = 8, 24
 """Rows of a run; of their packs, which hold two rows each, the length."""
 
@@ -31,12 +33,11 @@ def tiny() -> Any:
     return tiny_model("qwen2", dtype=torch.float32)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One of whole words; trainers want one, and never use it on rows of tokens."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+def tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    """One of whole words, by default those of `small_run`; trainers want one, and never use it on rows of tokens."""
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token=words[0], bos_token=words[1], eos_token=words[2])
 
 
 def settings(folder: Path, accumulation: int, batch: int = ROWS, **more: Any) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_evaluation_goes_by_weights_and_text_goes_trls_way(run: Path, tmp_path: 
     made = trainer(tmp_path, rows, max_length=None, per_device_eval_batch_size=ROWS, denominator="sum")
     by_hand = sft_loss(tiny(), stored(run, 0), "sum").item()
     assert abs(made.evaluate(rows)["eval_loss"] - by_hand) < 1e-6
-    text = made.evaluate(Dataset.from_list([{"text": "w3 w4 w5 w6"}]))["eval_loss"]
+    text = made.evaluate(Dataset.from_list([{"text": "<3> <4> <5> <6>"}]))["eval_loss"]
     whole = {"input_ids": [3, 4, 5, 6, 2], "loss_weight": [0.0, 1.0, 1.0, 1.0, 1.0]}
     assert abs(text - sft_loss(tiny(), [whole], "count").item()) < 1e-6
 
