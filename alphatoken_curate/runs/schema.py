@@ -232,7 +232,7 @@ _PAIR = [
 
 _TRAIN_ROW = [
     _field("row_id", pa.int64(), units="row", doc="the same row_id as in values/"),
-    _field("turn", pa.int32(), units="turn", doc="the same turn as in values/"),
+    _field("turn", pa.int32(), units="turn", doc=_TURN),
 ]
 
 _TRAIN_LISTS = [
