@@ -25,7 +25,7 @@ ORDER = """
     tokens: turns each chat pieces speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
-    masks: criteria choose responses ranked remask mask
+    masks: language expression criteria choose responses ranked remask mask
     scoring: budget meter folder named identity prepare idle scorer trial job beside changes loop refresh memory
         estimate check finished score
     reading: words scan rules verify row search histogram sums counting stats compare trainset
