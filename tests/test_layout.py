@@ -26,7 +26,7 @@ ORDER = """
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
     masks: language expression criteria choose responses ranked remask mask
-    scoring: budget meter folder named identity prepare idle scorer trial job beside changes loop refresh memory
+    scoring: budget meter folder named identity prepare idle outcome scorer trial job beside changes loop refresh memory
         estimate check finished score
     reading: words scan rules verify row search histogram sums counting stats compare trainset
     views: heat row_text stats_text stats_picture compare_text

@@ -53,7 +53,7 @@ def finished(config: ScoreConfig, run: Path) -> ScoreSummary | None:
 
 def _same_fields(config: ScoreConfig, run: Path, stored: Manifest) -> Mapping[str, Json] | None:
     """The fingerprint fields of the run's first generation, where these settings and inputs have the same."""
-    if not stored.generations or (stored.counts.rejected and config.bad_rows == "refuse"):
+    if not stored.generations or not stored.counts.scored or (stored.counts.rejected and config.bad_rows == "refuse"):
         return None
     footer = shards.read_footer(run / stored.generations[0].shards[0].path)
     if not _is_whole(run, stored, footer.fields):

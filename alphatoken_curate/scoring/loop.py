@@ -28,6 +28,7 @@ from alphatoken_curate.scoring.identity import has_stability
 from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.job import Job, cut_of, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
+from alphatoken_curate.scoring.outcome import check_scored
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.scorer import (
     ReferencePass,
@@ -80,7 +81,10 @@ def _tell(prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
 
 
 def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progress: Progress) -> int:
-    """Score the shards of a generation that are missing; returns how many those were."""
+    """Score the shards of a generation that are missing; returns how many those were.
+
+    Raises `InputError` where no row can be.
+    """
     number = spec.store.generation
     folder = shards.values_folder(run, number)
     done = shards.committed(folder, spec.store.fields)
@@ -95,6 +99,7 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
     _check_stored(run, number, done)
     missing = [index for index in range(len(job.shards)) if index not in done]
     if not missing:
+        check_scored(run, number, "")
         return 0
     reference, scorer = ReferencePass(spec), ShardScorer(spec)
     rows = [job.shards[index].rows for index in missing]
@@ -120,6 +125,7 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
         ordered = sorted([*records, *shard.beside], key=lambda one: (one.row_id, one.turn))
         footer = Footer(fields=spec.store.fields, facts=told.as_json())
         shards.write_values(folder / shards.shard_name(index), ordered, footer, job.layout)
+    check_scored(run, number, scorer.told())
     return len(missing)
 
 
