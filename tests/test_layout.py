@@ -231,7 +231,6 @@ def test_every_source_module_has_its_tests() -> None:
         "errors": "cli/test_main",
         "progress": "scoring/test_score",
         "runs.documents": "runs/test_manifest",
-        "runs.atomic": "runs/test_shards",
         "runs.records": "runs/test_shards",
         "models.folders": "models/test_load",
         "models.likeness": "scoring/test_refresh",

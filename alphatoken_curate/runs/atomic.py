@@ -29,6 +29,8 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 
 _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
 _passed: Counter[str] = Counter()
+_held: dict[Path, tuple[int, int]] = {}
+"""The run folders that this process holds, each with its device and inode."""
 
 
 def kill_point(name: str, path: Path | None = None) -> None:
@@ -100,6 +102,7 @@ def atomic_file(path: Path) -> Iterator[Sink]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with _refusal(path):
+        _check_in_place(path)
         _make_folder(path.parent)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -110,6 +113,7 @@ def atomic_file(path: Path) -> Iterator[Sink]:
             kill_point("after-fsync", path)
         kill_point("after-close", path)
         with _refusal(path):
+            _check_in_place(path)
             os.replace(temporary, path)
             kill_point("after-rename", path)
             _sync_folder(path.parent)
@@ -166,6 +170,7 @@ def one_writer(run: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BusyError(f"{run}: another process is writing to it; wait for it, or use another folder.") from error
+        _held[run] = _identity(run)
         _sweep_below(run)
         try:
             yield
@@ -173,7 +178,27 @@ def one_writer(run: Path) -> Iterator[None]:
             _sweep_below(run)
             raise
     finally:
+        _held.pop(run, None)
         os.close(folder)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Of the folder of this name now; of one that is gone that of none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+def _check_in_place(path: Path) -> None:
+    """Raise where the run folder above a file is no longer the one that is held: a file would make it anew, in part."""
+    for folder in path.parents:
+        if folder in _held and _identity(folder) != _held[folder]:
+            raise CurateError(
+                f"{folder}: was moved, removed or replaced while it was written to. Put it back where it was, or name"
+                " its new place, and run the same command again: files that are finished are kept"
+            )
 
 
 def _sweep_below(run: Path) -> None:
@@ -206,6 +231,7 @@ def _refusal(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        _check_in_place(path)
         raise CurateError(
             f"{path}: cannot be written ({error.strerror}); make room or set its permissions right, then run the same"
             " command again: files that are finished are kept"
