@@ -52,7 +52,7 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSu
     spec = spec_of(prepared, folder / "artifacts", artifacts_of(config.reuse))
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
-    with one_writer(folder), told_of_data(folder, prepared):
+    with one_writer(folder, listener.warn), told_of_data(folder, prepared):
         mend(folder, listener)
         budget = Budget(folder, spec.store.fields, config.batch_tokens, listener)
         _tell(prepared, spec, listener)

@@ -157,7 +157,7 @@ class _Run:
     def refresh(self, checkpoint: Checkpoint, progress: Progress) -> RefreshSummary:
         """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
         about = {**self.fields, "model": _digest(checkpoint)}
-        with one_writer(self.folder):
+        with one_writer(self.folder, progress.warn):
             stored = manifest.read(self.folder)
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
             made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]

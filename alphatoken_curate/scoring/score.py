@@ -23,7 +23,7 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     check_named(config)
     check_ours(folder)
     listener.stage("starting", 0)
-    if (done := finished(config, folder)) is not None:
+    if (done := finished(config, folder, listener)) is not None:
         return done
 
     from alphatoken_curate.scoring.loop import score_rows
