@@ -24,8 +24,16 @@ GROUPS = ("Rows", "Model", "What is computed", "Mask", "Running")
 _ROWS, _MODEL, _COMPUTED, _MASK, _RUNNING = GROUPS
 
 
-def _option(default: Any, help_text: str, group: str, *, choices: tuple[str, ...] = (), kind: str = "str") -> Any:
-    metadata = {"help": help_text, "group": group, "choices": choices, "kind": kind}
+def _option(
+    default: Any,
+    help_text: str,
+    group: str,
+    *,
+    choices: tuple[str, ...] = (),
+    kind: str = "str",
+    bounds: tuple[float, float] | None = None,
+) -> Any:
+    metadata = {"help": help_text, "group": group, "choices": choices, "kind": kind, "bounds": bounds}
     return field(default=default, metadata=metadata)
 
 
@@ -53,7 +61,9 @@ class MaskConfig:
     weights: str = _option(
         "binary", "Loss weights of kept tokens.", _MASK, choices=("binary", "rank", "sigmoid", "relu")
     )
-    stability_weight: float = _option(1.5, "Weight of stability against adaptation in the value.", _MASK, kind="float")
+    stability_weight: float = _option(
+        1.5, "Weight of stability against adaptation in the value.", _MASK, kind="float", bounds=(-1e6, 1e6)
+    )
     stability_scale: str = _option(
         "none",
         "`rms` divides each objective by its RMS first.",
@@ -190,7 +200,11 @@ class ScoreConfig(MaskConfig):
         choices=("weights", "lookahead"),
     )
     lookahead_lr: float | None = _option(
-        None, "Learning rate of the lookahead step; stability scales with it.", _COMPUTED, kind="positive"
+        None,
+        "Learning rate of the lookahead step; stability scales with it.",
+        _COMPUTED,
+        kind="positive",
+        bounds=(1e-12, 1e3),
     )
     lookahead_rows: int = _option(256, "Rows the lookahead step is made from.", _COMPUTED, kind="count")
     retention: str | None = _option(
@@ -205,12 +219,20 @@ class ScoreConfig(MaskConfig):
         choices=("none", "adam", "kfac", "ekfac"),
     )
     precondition_rows: int = _option(256, "Rows the curvature is estimated from.", _COMPUTED, kind="count")
-    precondition_eps: float = _option(1e-8, "Added to the root of second moments (adam).", _COMPUTED, kind="positive")
+    precondition_eps: float = _option(
+        1e-8, "Added to the root of second moments (adam).", _COMPUTED, kind="positive", bounds=(1e-20, 1e3)
+    )
     precondition_damping: float = _option(
-        0.1, "Added to the curvature, in mean eigenvalues (kfac, ekfac).", _COMPUTED, kind="positive"
+        0.1,
+        "Added to the curvature, in mean eigenvalues (kfac, ekfac).",
+        _COMPUTED,
+        kind="positive",
+        bounds=(1e-10, 1e4),
     )
     precondition_stability: bool = _option(False, "Scale the stability direction too.", _COMPUTED, kind="bool")
-    beta: float = _option(0.1, "Strength of the preference loss (beta of Eq. 14).", _COMPUTED, kind="positive")
+    beta: float = _option(
+        0.1, "Strength of the preference loss (beta of Eq. 14).", _COMPUTED, kind="positive", bounds=(1e-6, 1e3)
+    )
     batch_tokens: int | Literal["auto"] = _option(
         "auto",
         "Padded tokens per batch; `auto` by a short trial.",

@@ -62,6 +62,11 @@ def read_setting(field_: Field[Any], value: Any) -> Any:
     if read is None or (choices and read not in choices):
         takes = ", ".join(choices) if choices else _TAKES[kind]
         raise UsageError(f"--{field_.name.replace('_', '-')} {value!r}: it takes {takes}.")
+    if (bounds := field_.metadata["bounds"]) and not bounds[0] <= read <= bounds[1]:
+        raise UsageError(
+            f"--{field_.name.replace('_', '-')} {value!r}: it takes a number from {bounds[0]:g} to {bounds[1]:g};"
+            " beyond, it leaves no effect, or nothing beside it."
+        )
     return read
 
 

@@ -23,7 +23,8 @@ omega and margin of pairs, and
   surprise         nll / (entropy + 0.1): cost over what any token would cost
   reference_ratio  probability under the reference over the model's, at most 1
   random           a draw for each token, by --seed
-or SQL of all but random: --by "nll - reference_nll", --by "7 - surprise".
+or an expression of all but random, in a small part of SQL (sample_data/README.md):
+--by "nll - reference_nll", --by "7 - surprise".
 """
 
 

@@ -26,9 +26,9 @@ ORDER = """
     tokens: dates refusals marks kept turns blocks each forms advice chat pieces likeness speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
     signals: paths influence composite preference stored
-    masks: criteria choose always responses ranked remask mask
-    scoring: budget meter folder named identity sources prepare idle scorer trial job beside changes loop refresh memory
-        estimate check finished score
+    masks: language expression criteria choose always responses ranked remask mask
+    scoring: budget meter folder named identity sources prepare idle outcome scorer trial job beside changes loop
+        refresh memory estimate check finished score
     reading: words scan rules verify row search histogram sums counting stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
@@ -232,7 +232,6 @@ def test_every_source_module_has_its_tests() -> None:
         "errors": "cli/test_main",
         "progress": "scoring/test_score",
         "runs.documents": "runs/test_manifest",
-        "runs.atomic": "runs/test_shards",
         "runs.records": "runs/test_shards",
         "runs.vocabulary": "reading/test_words",
         "models.folders": "models/test_load",

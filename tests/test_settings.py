@@ -93,7 +93,7 @@ def test_any_bytes_are_settings_or_a_usage_error(tmp_path_factory: pytest.TempPa
         optional={
             "keep": st.floats(0.001, 1) | st.just("positive"),
             "layers": st.integers(1, 99) | st.just("all"),
-            "stability_weight": st.floats(allow_nan=False, allow_infinity=False),
+            "stability_weight": st.floats(-1e6, 1e6),
             "by": st.text(min_size=1).filter(str.strip),
             "model": st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1),
             "allow_empty_rows": st.booleans(),

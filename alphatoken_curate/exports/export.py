@@ -24,6 +24,7 @@ from alphatoken_curate.exports.settle import Tally, counted, settled
 from alphatoken_curate.reading.trainset import TrainSet, open_train
 from alphatoken_curate.runs.atomic import Sink, atomic_file, digest
 from alphatoken_curate.runs.fingerprint import Json
+from alphatoken_curate.runs.folder import destination
 from alphatoken_curate.wording import nearest
 
 FORMS: Mapping[str, Form] = {
@@ -84,7 +85,7 @@ def export(
     damaged run; `CurateError` where the disk refuses or does not give back what was written.
     """
     trainer, always_strict = ALIASES.get(trainer, (trainer, False))
-    form, place, strict = _form(trainer), Path(output), strict or always_strict
+    form, place, strict = _form(trainer), destination(Path(output)), strict or always_strict
     opened = open_train(run, mask)
     _check_asked(form, opened, max_length, strict=strict)
     _check_place(place, opened.run)
@@ -101,7 +102,7 @@ def export(
             raise UsageError(f"{opened.run}: no row of mask {opened.mask.mask} can be written: {_why(tally)}.")
         _check(folder, form, items(), asked, tally)
         kind = opened.layout.kind
-        told = Told(place=str(output), kind=kind, strict=strict, soft=tally.soft, longest=tally.longest)
+        told = Told(place=str(place), kind=kind, strict=strict, soft=tally.soft, longest=tally.longest)
         _write_text(folder / README, readme(form, told, tally, opened, settings).encode())
         files = {"files": [_file(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]}
         about = record(form, tally, opened, settings) | files

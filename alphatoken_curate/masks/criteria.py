@@ -5,15 +5,17 @@ Arrays have one entry per response token of one branch, or of some shards of it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 from numpy.typing import NDArray
 
 from alphatoken_curate.errors import StoredDataError, UsageError
+from alphatoken_curate.masks import expression
+from alphatoken_curate.masks.language import Expression
 from alphatoken_curate.runs.schema import (
     EXPRESSIONS,
     INDEX_COLUMNS,
@@ -27,18 +29,9 @@ from alphatoken_curate.runs.schema import (
 )
 from alphatoken_curate.signals import composite
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
-from alphatoken_curate.wording import count, nearest
+from alphatoken_curate.wording import count
 
 Columns = Mapping[str, NDArray[Any]]
-
-_MAX_EXPRESSION = 10_000
-
-_OF_ONE = re.compile(
-    "ABS|AND|AS|BETWEEN|BIGINT|CASE|CAST|CEIL|COALESCE|DOUBLE|ELSE|END|EXP|FLOAT|FLOOR|GREATEST|IF|INT|INTEGER|IS|LEAST"
-    "|LN|LOG|LOG10|LOG1P|LOG2|NOT|NULL|NULLIF|OR|POW|POWER|ROUND|SIGN|SQRT|THEN|WHEN",
-    re.IGNORECASE,
-)
-"""Words and functions of SQL that look at one token alone."""
 
 
 def known_columns(layout: Layout) -> tuple[str, ...]:
@@ -51,7 +44,7 @@ def columns_needed(by: str, components: Components, layout: Layout = SFT) -> tup
     if by == "random":
         return ("row_id", "turn", "position")
     known = known_columns(layout)
-    named = _named(by, known, components)
+    named = _named(by, layout, components)
     if "value" in named:
         named = (named - {"value"}) | set(components.of_value)
     return tuple(name for name in known if name in named)
@@ -61,7 +54,16 @@ def depends_on_value(by: str) -> bool:
     """Whether the stability settings change what `by` selects."""
     if by == "random" or by in known_columns(PREFERENCE):  # names that need not be expressions: `position` is none
         return by == "value"
-    return "value" in _parse(by).meta.root_names()
+    return "value" in _read(by).columns
+
+
+def is_readable(by: str) -> bool:
+    """Whether `by`, as stored with a mask, can be read at all: other releases took any SQL."""
+    try:
+        depends_on_value(by)
+    except UsageError:
+        return False
+    return True
 
 
 def is_expression(by: str) -> bool:
@@ -71,9 +73,11 @@ def is_expression(by: str) -> bool:
 
 
 def is_of_single_tokens(by: str, layout: Layout = SFT) -> bool:
-    """Whether `by` can be told of each token alone: columns, numbers, arithmetic and functions of one token."""
-    words = re.findall(r"[^\W\d]\w*", re.sub(r"\d[\w.]*", "", by))
-    return all(word in (*known_columns(layout), *EXPRESSIONS, "random") or _OF_ONE.fullmatch(word) for word in words)
+    """Whether `by` can be told of each token alone: columns, numbers, arithmetic and functions of one token.
+
+    Raises `UsageError` for an expression that cannot be read.
+    """
+    return by in ("random", *known_columns(layout)) or not _read(by, layout).reach
 
 
 def selection(
@@ -90,8 +94,8 @@ def selection(
     """The number to select on, one per response token: (n,) float32, finite.
 
     `by` is `value` (recombined from the stored components with this stability weight and these scales), `random` (a
-    draw in [0, 1] keyed by seed, row_id, turn, position and branch), a stored column, one of `EXPRESSIONS`, or a polars
-    SQL expression of all these but `random`.
+    draw in [0, 1] keyed by seed, row_id, turn, position and branch), a stored column, one of `EXPRESSIONS`, or an
+    `expression` of all these but `random`.
     `columns` holds at least `columns_needed(by, components, layout)`, each (n,), of the branch with that index in the
     layout; `components` are those of the run's estimator. Raises `UsageError` for an expression that cannot be read,
     names a column that is unknown or was not computed, or does not give one finite number per token; `StoredDataError`
@@ -116,7 +120,7 @@ def named_columns(
 ) -> dict[str, NDArray[Any]]:
     """The columns that `by` names, the value recombined: all that `evaluated` needs. Arguments as of `selection`."""
     known = known_columns(layout)
-    named = _named(by, known, components)
+    named = _named(by, layout, components)
     used = {name: columns[name] for name in known if name in named and name != "value"}
     if "value" in named:
         with np.errstate(over="ignore"):
@@ -139,29 +143,13 @@ def _drawn(seed: int, columns: Columns, branch: int) -> NDArray[np.float32]:
     return keyed_uniform(seed, columns["row_id"], place).astype(np.float32)
 
 
-def _parse(by: str) -> pl.Expr:
-    if len(by) > _MAX_EXPRESSION:
-        raise UsageError(f"by: an expression of {len(by)} characters; at most {_MAX_EXPRESSION} are read")
-    expanded = by
-    for name, expression in EXPRESSIONS.items():
-        expanded = re.sub(rf"\b{name}\b", expression, expanded)
-    try:
-        return pl.sql_expr(expanded)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise UsageError(
-            f"by: {by!r} is not a polars SQL expression ({error}); give `value`, `random`, a column or an expression"
-            ' of columns, such as "nll - reference_nll"'
-        ) from error
+def _read(by: str, layout: Layout = PREFERENCE) -> Expression:
+    return expression.read(by, known_columns(layout), EXPRESSIONS)
 
 
-def _named(by: str, known: Sequence[str], components: Components) -> set[str]:
+def _named(by: str, layout: Layout, components: Components) -> frozenset[str]:
     """Columns that `by` names, each of them known and, as far as the estimator decides it, computed."""
-    named = {by} if by in known else set(_parse(by).meta.root_names())
-    unknown = sorted(named - set(known))
-    if unknown or not named:
-        found = f"names no column {', '.join(map(repr, unknown))}" if unknown else "names no column at all"
-        near = nearest(unknown[0], (*known, *EXPRESSIONS, "random")) if unknown else ""
-        raise UsageError(f"by: {by!r} {found}.{near} The columns are {', '.join((*known, *EXPRESSIONS))}")
+    named = frozenset((by,)) if by in known_columns(layout) else _read(by, layout).columns
     for name in sorted(named & (set(SIGNALS) - set(components.signals))):
         raise UsageError(f"by: {name} was not computed: {NOT_COMPUTED[name]}")
     return named
@@ -179,18 +167,12 @@ def _check_column(name: str, column: NDArray[Any], *, optional: bool) -> None:
 
 
 def _evaluate(by: str, used: Columns) -> NDArray[np.float32]:
-    length = len(next(iter(used.values())))
+    frame = pl.DataFrame(dict(used)).cast({cs.integer(): pl.Float64})  # so that nothing wraps
     try:
-        frame = pl.DataFrame(dict(used)).select(_parse(by))
+        found = frame.select(_read(by).expr).to_series()
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise UsageError(f"by: {by!r} cannot be computed ({error}); give one number per response token") from error
-    kind = frame.dtypes[0]
-    if frame.shape != (length, 1) or not kind.is_numeric():
-        raise UsageError(
-            f"by: {by!r} gives {count(frame.height, 'entry', 'entries')} of type {kind} for"
-            f" {count(length, 'response token')}; give one number per token"
-        )
-    return frame.to_series().cast(pl.Float64).cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()
+    return found.cast(pl.Float64).cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()
 
 
 def _check_result(by: str, result: NDArray[np.float32]) -> None:
@@ -198,5 +180,5 @@ def _check_result(by: str, result: NDArray[np.float32]) -> None:
     if bad:
         raise UsageError(
             f"by: {by!r} gives no finite float32 at {bad} of {count(len(result), 'response token')};"
-            " guard divisions and logarithms"
+            " guard divisions and logarithms; LAG, LEAD, NULLIF and a CASE without ELSE may give none"
         )

@@ -17,8 +17,9 @@ def mask(run: Path | str, config: MaskConfig, progress: Progress | None = None) 
     """Make masks and loss weights again from stored values: no model, seconds. See `MaskConfig` for the choices."""
     folder = Path(run)
     check_is_run(folder)
-    with one_writer(folder):
-        mend(folder, progress or Silent())
+    listener = progress or Silent()
+    with one_writer(folder, listener.warn):
+        mend(folder, listener)
         return mask_and_card(folder, config, stale=False)[0]
 
 

@@ -125,8 +125,7 @@ def _decisions(found: Stats) -> Html:
         f" {changed['rms']:,} ({share(changed['rms'] / total)})."
     )
     if not found.decided_by_value:
-        why = "keeps every token" if found.kept_share == 1 or not found.masks else "does not select by the value"
-        told = f"None: the mask {why}. In one that keeps the half of highest value: {told}"
+        told = f"The mask {found.undecided}. In one that keeps the half of highest value: {told}"
     head = ("--stability-scale", "changed", "share", "")
     return figure("decisions", question, told, table("Decisions that stability changes", head, rows, class_="bars"))
 

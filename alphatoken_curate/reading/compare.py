@@ -203,6 +203,11 @@ class _Scoring:
     def load(self, names: Sequence[str]) -> list[Columns]:
         """Of each branch these signals, row_id, position, token_id, and which tokens are kept."""
         config, known = newest_settings(self.stored), manifest.components(self.stored)
+        if not criteria.is_readable(config.by):
+            raise UsageError(
+                f"{self.run}: its newest mask selects by {config.by!r}, SQL that --by does not take, so what it keeps"
+                " cannot be computed again; make a mask by another expression (`mask --by`), and compare then"
+            )
         needed = criteria.columns_needed(config.by, known, self.layout)
         stays = always_kept(self.run, self.stored, config)
         wanted = tuple(dict.fromkeys((*names, "token_id", *needed, *(stays.columns if stays else ()))))

@@ -111,6 +111,15 @@ class Stats:
     generations: tuple[GenerationStats, ...]
     masks: tuple[MaskStats, ...]
 
+    @property
+    def undecided(self) -> str:
+        """What the newest mask does, where it is not by the value that it selects, and what follows for stability."""
+        if self.kept_share == 1 or not self.masks:
+            return "keeps every token, so stability decides nothing in it"
+        if not criteria.is_readable(str(self.masks[-1].settings.get("by", "value"))):
+            return "selects by SQL that --by does not take, so what stability decides in it is not told"
+        return "does not select by value, so stability decides nothing in it"
+
 
 def stats(run: str | Path, *, generation: int | None = None) -> Stats:
     """The numbers of a run, of its newest generation or the one given.
@@ -170,7 +179,8 @@ def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str,
     elif stored.masks:
         # Not as the mask was told: its `latest` may be a newer one by now.
         config = replace(config, generation=",".join(map(str, stored.masks[-1].generations)), aggregate="mean")
-    by_value = criteria.depends_on_value(config.by) and choose.parse_keep(config.keep) != 1
+    by_value = criteria.is_readable(config.by) and criteria.depends_on_value(config.by)
+    by_value = by_value and choose.parse_keep(config.keep) != 1
     if not by_value:
         config = replace(config, by="value", keep=0.5, scope="global", weights="binary", always_keep="none")
     found = [remask.spreads(run, replace(config, stability_scale=scale)) for scale in SCALES]

@@ -49,7 +49,9 @@ CHUNK_BYTES = 2**20
 
 _ZSTD_CHUNK_BYTES = 2**9  # a Zstandard block of 4 bytes may hold 128 KiB: small bites bound what one call returns
 _ZSTD_WINDOW_BYTES = 2**27
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_GZIP = b"\x1f\x8b"
+_ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes((0x50 + n,)) + b"\x2a\x4d\x18" for n in range(16)))
+"""How a Zstandard file begins: with a frame of data, or one of those that readers skip (RFC 8878, 3.1.2)."""
 _STRINGS = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 

@@ -19,7 +19,7 @@ import secrets
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from alphatoken_curate.errors import BusyError, CurateError, StoredDataError
@@ -27,8 +27,14 @@ from alphatoken_curate.errors import BusyError, CurateError, StoredDataError
 KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 
+LOCK = ".writer.lock"
+"""In a run whose folder cannot be locked itself, while it is written to."""
+
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
 _passed: Counter[str] = Counter()
+_held: dict[Path, tuple[int, int]] = {}
+"""The run folders that this process holds, each with its device and inode."""
 
 
 def kill_point(name: str, path: Path | None = None) -> None:
@@ -100,6 +106,7 @@ def atomic_file(path: Path) -> Iterator[Sink]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with _refusal(path):
+        _check_in_place(path)
         _make_folder(path.parent)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -110,6 +117,7 @@ def atomic_file(path: Path) -> Iterator[Sink]:
             kill_point("after-fsync", path)
         kill_point("after-close", path)
         with _refusal(path):
+            _check_in_place(path)
             os.replace(temporary, path)
             kill_point("after-rename", path)
             _sync_folder(path.parent)
@@ -145,35 +153,104 @@ def _remove(temporary: Path) -> bool:
     return True
 
 
+def _unheard(_: str) -> None:
+    pass
+
+
 @contextlib.contextmanager
-def one_writer(run: Path) -> Iterator[None]:
+def one_writer(run: Path, warn: Callable[[str], object] = _unheard) -> Iterator[None]:
     """Hold a run folder against other processes while writing to it; the hold ends with the process, however it ends.
 
     Temp files of writers that were killed are swept, and what ends the block by an exception leaves none. Raises
-    `BusyError` where another process holds it. Not re-entrant. On Windows nothing is held.
+    `BusyError` where another process holds it. Not re-entrant. On Windows nothing is held; nor where the file system
+    has no locks at all, of which `warn` is told.
     """
     with _refusal(run):
         _make_folder(run)
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with _refusal(run):
-        folder = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(f"{run}: another process is writing to it; wait for it, or use another folder.") from error
+    with contextlib.nullcontext() if sys.platform == "win32" else _locked(run, warn):
+        _held[run] = _identity(run)
         _sweep_below(run)
         try:
             yield
         except BaseException:  # an interrupt may fall between making a temp file and the `try` that removes it
             _sweep_below(run)
             raise
+        finally:
+            _held.pop(run, None)
+
+
+@contextlib.contextmanager
+def _locked(run: Path, warn: Callable[[str], object]) -> Iterator[None]:
+    """A lock on the folder itself; where folders have none, as over NFS, on a file in it that is opened for writing.
+
+    The folder comes first, wherever it can be locked: earlier releases lock nothing else, so that no two of any
+    releases write at once. Where it cannot they refuse to write, and the file holds later ones apart.
+    """
+    with _refusal(run):
+        descriptors = [os.open(run, os.O_RDONLY)]
+    file, made = run / LOCK, False
+    try:
+        if not _lock(descriptors[0], run):
+            with _refusal(file):
+                descriptors.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o666))
+            if not _lock(descriptors[1], run):
+                warn(
+                    f"{run}: its file system has no locks, so nothing keeps a second process from writing to it: see to"
+                    " it that there is none."
+                )
+            elif not _is_at(descriptors[1], file):  # its last holder removed it in between
+                raise _busy(run)
+            made = True
+        yield
     finally:
-        os.close(folder)
+        if made:
+            _remove(file)  # while it is still held
+        for descriptor in reversed(descriptors):
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, run: Path) -> bool:
+    """Whether an open file or folder could be locked at all. Raises `BusyError` where another process holds it."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _busy(run) from error
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        with _refusal(run):
+            raise
+    return True
+
+
+def _busy(run: Path) -> BusyError:
+    return BusyError(f"{run}: another process is writing to it; wait for it, or use another folder.")
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    found = os.fstat(descriptor)
+    return (found.st_dev, found.st_ino) == _identity(file)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Of what has this name now; where nothing has, that of none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+def _check_in_place(path: Path) -> None:
+    """Raise where the run folder above a file is no longer the one that is held: a file would make it anew, in part."""
+    for folder in path.parents:
+        if folder in _held and _identity(folder) != _held[folder]:
+            raise CurateError(
+                f"{folder}: was moved, removed or replaced while it was written to. Put it back where it was, or name"
+                " its new place, and run the same command again: files that are finished are kept"
+            )
 
 
 def _sweep_below(run: Path) -> None:
@@ -206,6 +283,7 @@ def _refusal(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        _check_in_place(path)
         raise CurateError(
             f"{path}: cannot be written ({error.strerror}); make room or set its permissions right, then run the same"
             " command again: files that are finished are kept"

@@ -58,6 +58,21 @@ def export_with(path: Path) -> Path | None:
     return next((one for one in (path, *path.parents) if is_export(one) and _recorded(one)), None)
 
 
+def destination(path: Path) -> Path:
+    """A folder to write to, without `..`: behind a folder that is not there it hides what it leads to.
+
+    Raises `UsageError` for a symbolic link that leads nowhere, on the way or at its end.
+    """
+    plain = Path(os.path.normpath(path))
+    for part in (path, *path.parents, plain, *plain.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            raise UsageError(
+                f"{path}: {part} is a symbolic link to {os.readlink(part)}, where nothing is. Make that folder, or name"
+                " another one."
+            )
+    return Path(os.path.realpath(path)) if ".." in path.parts else path
+
+
 def is_export(folder: Path) -> bool:
     """Whether this is a folder with the record of an export in it, whole or damaged, and not a run."""
     return os.path.isfile(folder / EXPORT) and not os.path.lexists(folder / MANIFEST)

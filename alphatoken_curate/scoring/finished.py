@@ -15,6 +15,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import CurateError
 from alphatoken_curate.masks.mask import mask_and_card
 from alphatoken_curate.models.load import ModelSource, find_model, model_config
+from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.rows.files import DataFile, find_files
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import digest, one_writer
@@ -34,7 +35,7 @@ from alphatoken_curate.scoring.identity import (
 _SMALL_BYTES = 1 << 20
 
 
-def finished(config: ScoreConfig, run: Path) -> ScoreSummary | None:
+def finished(config: ScoreConfig, run: Path, progress: Progress | None = None) -> ScoreSummary | None:
     """The summary of a run that was scored with these settings and inputs, its mask made anew where that is another.
 
     None where it was not, or where that takes more to find out. `auto` stands for the dtype and device of the run.
@@ -47,14 +48,14 @@ def finished(config: ScoreConfig, run: Path) -> ScoreSummary | None:
         return None  # the scoring meets it too, and says so
     if fields is None:
         return None
-    with one_writer(run):
+    with one_writer(run, (progress or Silent()).warn):
         mask, now = mask_and_card(run, config, stale=False)
     return ScoreSummary(run=run, manifest=now, mask=mask, shards_scored=0, has_stability=has_stability(fields))
 
 
 def _same_fields(config: ScoreConfig, run: Path, stored: Manifest) -> Mapping[str, Json] | None:
     """The fingerprint fields of the run's first generation, where these settings and inputs have the same."""
-    if not stored.generations or (stored.counts.rejected and config.bad_rows == "refuse"):
+    if not stored.generations or not stored.counts.scored or (stored.counts.rejected and config.bad_rows == "refuse"):
         return None
     footer = shards.read_footer(run / stored.generations[0].shards[0].path)
     if not _is_whole(run, stored, footer.fields):

@@ -9,6 +9,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import MaskSummary
 from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs.atomic import LOCK
 from alphatoken_curate.runs.folder import FOLDERS
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.scoring.budget import NAME as BUDGET
@@ -47,7 +48,7 @@ def check_ours(run: Path) -> None:
         raise UsageError(f"{run}: a file. Name a folder for the run with -o.")
     if not run.exists() or (run / "artifacts" / BUDGET).is_file() or (run / manifest.NAME).is_file():
         return
-    foreign = sorted(path.name for path in run.iterdir() if path.name not in FOLDERS)
+    foreign = sorted(path.name for path in run.iterdir() if path.name not in (*FOLDERS, LOCK))
     if foreign:
         raise UsageError(f"{run}: not a run folder, and not empty (it has {foreign[0]!r}). Name another one with -o.")
 

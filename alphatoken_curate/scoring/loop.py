@@ -28,6 +28,7 @@ from alphatoken_curate.scoring.identity import dated, has_stability
 from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.job import Job, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
+from alphatoken_curate.scoring.outcome import check_scored, told_of
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.scorer import (
     ReferencePass,
@@ -54,7 +55,7 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSu
     spec = spec_of(prepared, folder / "artifacts", artifacts_of(config.reuse), watched)
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
-    with one_writer(folder), told_of_data(folder, prepared):
+    with one_writer(folder, listener.warn), told_of_data(folder, prepared):
         mend(folder, listener)
         budget = Budget(folder, spec.store.fields, config.batch_tokens, listener)
         _tell(config, prepared, spec, listener)
@@ -89,7 +90,8 @@ def _tell(config: ScoreConfig, prepared: Prepared, spec: ScorerSpec, progress: P
 def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progress: Progress) -> int:
     """Score the shards of a generation that are missing; returns how many those were.
 
-    Raises FingerprintError where a file that they are computed from changes: the shards before that stay.
+    Raises `FingerprintError` where a file that they are computed from changes (the shards before that stay),
+    `InputError` where no row can be.
     """
     number = spec.store.generation
     folder = shards.values_folder(run, number)
@@ -105,6 +107,7 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
     _check_stored(run, number, done)
     missing = [index for index in range(len(job.shards)) if index not in done]
     if not missing:
+        check_scored(run, number, "")
         return 0
     reference, scorer = ReferencePass(spec), ShardScorer(spec)
     rows = [job.shards[index].rows for index in missing]
@@ -132,6 +135,7 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
         spec.store.check_sources()
         shards.write_values(folder / shards.shard_name(index), ordered, footer, job.layout)
     spec.store.check_sources(whole=True)
+    check_scored(run, number, told_of(spec.config, scorer.largest))
     return len(missing)
 
 

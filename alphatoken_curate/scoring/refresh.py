@@ -173,7 +173,7 @@ class _Run:
         """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
         watched, model = _looked_at(checkpoint)
         about = {**self.fields, "model": model}
-        with one_writer(self.folder):
+        with one_writer(self.folder, progress.warn):
             stored = manifest.read(self.folder)
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
             made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]

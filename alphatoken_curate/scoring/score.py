@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.progress import Progress, Silent
+from alphatoken_curate.runs.folder import destination
 from alphatoken_curate.scoring.finished import finished
 from alphatoken_curate.scoring.folder import ScoreSummary, check_ours, default_run
 from alphatoken_curate.scoring.named import check_named
@@ -18,11 +19,11 @@ def score(config: ScoreConfig, run: Path | str | None = None, progress: Progress
     ModelError, FingerprintError (the folder was made with other settings), StoredDataError (damage).
     """
     listener = progress or Silent()
-    folder = Path(run) if run is not None else default_run(config)
+    folder = destination(Path(run) if run is not None else default_run(config))
     check_named(config)
     check_ours(folder)
     listener.stage("starting", 0)
-    if (done := finished(config, folder)) is not None:
+    if (done := finished(config, folder, listener)) is not None:
         return done
 
     from alphatoken_curate.scoring.loop import score_rows

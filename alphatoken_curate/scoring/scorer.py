@@ -36,6 +36,7 @@ from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
 from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring.identity import has_drift
+from alphatoken_curate.scoring.outcome import largest
 from alphatoken_curate.scoring.prepare import Prepared, fingerprint_fields
 from alphatoken_curate.scoring.sources import digests_of
 from alphatoken_curate.signals.influence import make_scorer
@@ -196,7 +197,7 @@ class ReferencePass:
         if not all(torch.isfinite(f).all() for f in found):
             raise InputError(
                 "The Fisher of the reference is not finite, so stability cannot be scored: some row's loss under"
-                " --reference is not finite. Check its weights, or give a --fisher FILE."
+                " --reference is not, or its squared gradient overflows. Check its weights, or give a --fisher FILE."
             )
         self.spec.store.save(artifacts.FISHER, by_name(self.scoring, found))
 
@@ -228,7 +229,7 @@ class ShardScorer:
     """Called with the rows of a shard, gives their signals. Loads its model once; a pickled copy loads its own."""
 
     def __init__(self, spec: ScorerSpec) -> None:
-        self.spec = spec
+        self.spec, self.largest = spec, dict[str, float]()  # of each direction, once they are there
         self._scoring: ScoringModel | None = None
         self._scorer: BatchScorer | None = None
 
@@ -253,10 +254,7 @@ class ShardScorer:
     def gradient(
         self, kind: str, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int
     ) -> None:
-        """Make sure a mean loss gradient is in artifacts/: TARGET, RETENTION or LOOKAHEAD.
-
-        Raises InputError where the rows' loss is not finite.
-        """
+        """Make sure a mean loss gradient is in artifacts/. Raises InputError where the rows' loss is not finite."""
         if self.spec.store.has(kind):
             return
         self.ready(progress)
@@ -325,10 +323,11 @@ class ShardScorer:
     def _batch_scorer(self, progress: Progress) -> BatchScorer:
         if self._scorer is None:
             scoring = self.scoring
-            directions = [self._direction(objective) for objective in self.spec.objectives]
-            if not all(any(matrix.any() for matrix in direction) for direction in directions[1:]):
+            made = {objective: self._direction(objective) for objective in self.spec.objectives}
+            self.largest = {name: largest(self.spec.config, name, found) for name, found in made.items()}
+            if not all(any(matrix.any() for matrix in direction) for direction in [*made.values()][1:]):
                 progress.warn("Stability is 0: the blocks that score have the weights of the reference.")
-            self._scorer = make_scorer(scoring, directions, self.spec.config.estimator, self.spec.config.window)
+            self._scorer = make_scorer(scoring, [*made.values()], self.spec.config.estimator, self.spec.config.window)
         return self._scorer
 
     def _direction(self, objective: str) -> Direction:

@@ -261,8 +261,7 @@ def _notes(found: Stats) -> Iterator[str]:
         yield f"mean in nats: {', '.join(means)}"
     whose = _whose(found)
     if not found.decided_by_value:
-        why = "keeps every token" if found.kept_share == 1 or not found.masks else "does not select by value"
-        yield f"{whose} {why}, so stability decides nothing in it"
+        yield f"{whose} {found.undecided}"
         whose = "the published mask (--by value --keep 0.5)"
     if found.decided_tokens and (any(found.decisions_changed.values()) or not found.stability_is_zero):
         none, rms, of = *(found.decisions_changed[scale] for scale in SCALES), found.decided_tokens

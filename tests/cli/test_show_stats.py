@@ -11,7 +11,7 @@ import orjson
 import pytest
 from click.testing import CliRunner, Result
 from rich.cells import cell_len
-from small_run import published, small_run, value_rows, with_stability, write_pieces
+from small_run import published, small_run, value_rows, with_by, with_stability, write_pieces
 from tiny_files import command
 
 from alphatoken_curate.cli.show import command as show
@@ -306,9 +306,16 @@ def test_stats_of_a_run_in_which_nothing_was_scored(tmp_path: Path) -> None:
     assert "Stability is 0" not in out
 
 
+def test_sql_of_other_releases_is_left_out_with_a_line(run: Path) -> None:
+    told = compute(with_by(run, "length('x') + nll"))
+    assert not told.decided_by_value and told.decisions_changed == compute(with_by(run, "nll")).decisions_changed
+    out = " ".join(invoke(stats, with_by(run, "read_csv('pipe')")).output.split())
+    assert "mask 0 selects by SQL that --by does not take, so what stability decides in it is not told" in out
+
+
 def test_hostile_text_in_a_run_commands_nothing(run: Path) -> None:
     write_pieces(run, [Piece(content="\x1b]52;c;aGk=\x07[bold]\u202e".encode(), special=False)] * 50)
-    make_mask(run, published(by="nll + 0 * length('\x1b]0;x\x07')"))
+    with_by(run, "nll\x1b]0;x\x07")
     for arguments in ([show, run, "--row", 6], [show, run, "--row", 6, "--tokens"], [stats, run]):
         for env in ({}, COLOUR):
             result = invoke(*arguments, **env)

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from pages import Parsed, cells, read
-from small_run import published, small_run, value_row, value_rows, write_pieces
+from small_run import published, small_run, value_row, value_rows, with_by, write_pieces
 
 from alphatoken_curate.masks.remask import make_mask
 from alphatoken_curate.page.relations import over_time, overlap, piece, what_agrees, what_goes_with_it, which_tokens
@@ -49,7 +49,8 @@ def test_decisions_are_those_of_stats(tmp_path: Path) -> None:
     assert rows["none"] == str(found.decisions_changed["none"]) and rows["rms"] == str(found.decisions_changed["rms"])
     assert found.decisions_changed["none"] > 0
     make_mask(run, published(by="nll"))
-    assert "does not select by the value" in what_agrees(*read(run))
+    assert "does not select by value" in what_agrees(*read(run))
+    assert "selects by SQL that --by does not take" in what_agrees(*read(with_by(run, "read_csv('pipe')")))
 
 
 def test_the_influence_estimator_has_no_paths_to_compare(tmp_path: Path) -> None:

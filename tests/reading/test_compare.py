@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_run import published, scored, small_run, value_rows, write_generation
+from small_run import published, scored, small_run, value_rows, with_by, write_generation
 
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import UsageError
@@ -225,3 +225,11 @@ def test_json_has_every_number(tmp_path: Path) -> None:
     found: Any = orjson.loads(orjson.dumps(compare(small_run(tmp_path / "run", generations=(0, 2)))))
     assert set(found) == set(Comparison.__dataclass_fields__)
     assert set(found["masks"]) >= {"both", "jaccard", "by_chance"}
+
+
+@pytest.mark.parametrize("by", ["read_csv('pipe')", "nll +", "length('x')"])
+def test_sql_of_other_releases_is_not_evaluated(tmp_path: Path, by: str) -> None:
+    run = with_by(small_run(tmp_path / "run", generations=(0, 2)), by)
+    with pytest.raises(UsageError) as caught:
+        compare(run)
+    assert str(caught.value).startswith(f"{run}: its newest mask selects by {by!r}, SQL that --by does not take")

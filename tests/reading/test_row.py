@@ -174,7 +174,7 @@ def test_without_a_mask_all_response_tokens_count_as_kept(tmp_path: Path) -> Non
 def test_columns_that_cannot_be_shown(tmp_path: Path) -> None:
     view = read_row(small_run(tmp_path / "run", value_rows(reference=False)), row=0)
     (branch,) = view.branches
-    with pytest.raises(UsageError, match=r"'colour' names no column 'colour'. The columns are .*surprise"):
+    with pytest.raises(UsageError, match=r"'colour': names no column 'colour'. The columns are .*surprise"):
         view.column(branch, "colour")
     asked = {"reference_nll": "--reference", "drift_direct": "--retention", "drift_causal": "--drift"}
     asked |= {"adapt_upstream": r"exact\+influence", "stab_influence": "--estimator influence"}

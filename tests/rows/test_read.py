@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,53 @@ def test_archives_of_several_members(tmp_path: Path) -> None:
         parts = PACK[suffix](line(GOOD)) + PACK[suffix](line(GOOD) + line(GOOD)[:-1])
         (tmp_path / f"data.{suffix}").write_bytes(parts)
         assert len(read_rows([str(tmp_path / f"data.{suffix}")]).rows) == 3
+
+
+def _skipped(content: bytes, number: int = 0) -> bytes:
+    """A skippable frame of Zstandard, of which there are 16 kinds."""
+    return (0x184D2A50 + number).to_bytes(4, "little") + len(content).to_bytes(4, "little") + content
+
+
+_ROWS = [line({**GOOD, "id": number}) for number in range(4)]
+FRAMES = {
+    "skipped first": [_skipped(b"made by pzstd"), _zstd(_ROWS[0] + _ROWS[1])],
+    "of every kind": [part for n in range(16) for part in (_skipped(b"x" * n, n), _zstd(_ROWS[n % 4]))],
+    "skipped and large": [_skipped(bytes(1 << 20), 7), _skipped(b"", 3), _zstd(_ROWS[2])],
+    "skipped last": [_zstd(_ROWS[0]), _skipped(b"index")],
+    "a row over frames": [_zstd(_ROWS[0][:9]), _skipped(b"|"), _zstd(b""), _zstd(_ROWS[0][9:] + _ROWS[1])],
+}
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+@pytest.mark.parametrize("suffix", ["jsonl.zst", "jsonl"])
+def test_frames_are_read_as_zstd_reads_them(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"data.{suffix}"
+    path.write_bytes(b"".join(FRAMES[kind]))
+    texts = [zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()]
+    if shutil.which("zstd"):
+        texts.append(subprocess.run(["zstd", "-dc"], input=path.read_bytes(), capture_output=True, check=True).stdout)
+    result = read_rows([str(path)])
+    for text in texts:
+        assert [row.id for row in result.rows] == [str(json.loads(one)["id"]) for one in text.splitlines()]
+    assert not result.bad and result.files[0].digest == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _skipped(b"long")[:-1],
+        _skipped(b"")[:6],
+        _skipped(b"x") + _zstd(_ROWS[0])[:-9],
+        _zstd(_ROWS[0]) + b"and more",
+        _skipped(b"x") + b"and more",
+        _skipped(b"x") + _ROWS[0],
+    ],
+)
+def test_what_zstd_refuses_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "data.jsonl.zst"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"data\.jsonl\.zst: torn or damaged"):
+        read_rows([str(path)])
 
 
 def test_what_a_file_holds_is_told_by_its_bytes(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from alphatoken_curate.reading.row import read_row
 from alphatoken_curate.reading.stats import stats
 from alphatoken_curate.rows.files import SUFFIXES
 from alphatoken_curate.runs import manifest
-from alphatoken_curate.runs.folder import check_is_run
+from alphatoken_curate.runs.folder import check_is_run, destination
 from alphatoken_curate.scoring.budget import NAME as BUDGET
 from alphatoken_curate.trainers import as_dataset
 
@@ -69,6 +69,26 @@ def said(path: str) -> str:
     with pytest.raises(UsageError) as caught:
         check_is_run(Path(path))
     return str(caught.value)
+
+
+def test_what_is_written_to_is_known_by_its_own_name(place: Path) -> None:
+    Path("link").symlink_to("d")
+    Path("lost").symlink_to("nowhere")
+    Path("round").symlink_to("round")
+    assert [destination(Path(path)) for path in ("a", "link", "new/run")] == [Path("a"), Path("link"), Path("new/run")]
+    root = place.resolve()
+    assert destination(Path("x/../d/../a")) == root / "a" and destination(Path("link/../a")) == root / "a"
+    for path in ("lost", "lost/run", "x/../lost", "round", "x/../round/run"):
+        with pytest.raises(UsageError, match=r"is a symbolic link to (nowhere|round), where nothing is"):
+            destination(Path(path))
+    before = contents(place)
+    for output, why in (("x/../d", "is there and not empty"), ("x/../a/values", "lies in the run folder")):
+        with pytest.raises(UsageError, match=why):
+            export("a", trainer="hf", output=output)
+    with pytest.raises(UsageError, match="lost is a symbolic link to nowhere"):
+        export("a", trainer="hf", output="lost/export")
+    assert contents(place) == before
+    assert export("a", trainer="hf", output="x/../new").path == root / "new" and not Path("x").exists()
 
 
 def sources() -> str:

@@ -43,6 +43,7 @@ from alphatoken_curate import (
     score_tokens,
     verify,
 )
+from alphatoken_curate.errors import CurateError
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.atomic import TEMPORARY
 from alphatoken_curate.runs.schema import COMPONENTS, SFT, SIGNALS
@@ -676,6 +677,39 @@ def test_a_folder_of_other_things_is_not_written_to(settings: dict[str, Any], tm
         score(ScoreConfig(**settings), tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert score(ScoreConfig(**settings), tmp_path / "empty").shards_scored == 4
+
+
+def test_no_way_round_leads_into_a_folder_of_other_things(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("project").mkdir()
+    Path("project/notes.txt").write_text("mine")
+    Path("away").symlink_to("gone")
+    before = contents(tmp_path)
+    for place in ("x/../project", "x/y/../../project", "project/x/..", "project/../x/../project/"):
+        with pytest.raises(UsageError, match=r"project.*not a run folder, and not empty \(it has 'notes\.txt'\)"):
+            score(ScoreConfig(**settings), place)
+    for place in ("away", "away/run", "x/../away"):
+        with pytest.raises(UsageError, match=f"{place}: .*away is a symbolic link to gone, where nothing is"):
+            score(ScoreConfig(**settings), place)
+    assert contents(tmp_path) == before
+    made = score(ScoreConfig(**settings), "x/../run")
+    assert made.run == tmp_path / "run" and verify("run") == [] and not Path("x").exists()
+
+
+def test_a_run_that_is_moved_while_it_is_written_is_not_made_twice(settings: dict[str, Any], tmp_path: Path) -> None:
+    class Moving(Notes):
+        def stage(self, name: str, total: int) -> None:
+            super().stage(name, total)
+            if name == "scoring":
+                (tmp_path / "run").rename(tmp_path / "moved")
+
+    with pytest.raises(CurateError, match=r"run: was moved, removed or replaced while it was written to"):
+        score(ScoreConfig(**settings), tmp_path / "run", progress=Moving())
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "moved").rglob("*.tmp"))
+    assert score(ScoreConfig(**settings), tmp_path / "moved").shards_scored == 4
+    assert verify(tmp_path / "moved") == []
 
 
 def test_two_writers_do_not_share_a_run(settings: dict[str, Any], tmp_path: Path) -> None:

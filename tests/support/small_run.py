@@ -208,3 +208,11 @@ def changed(row: ValueRow, change: Callable[[str, np.ndarray], np.ndarray]) -> V
 def with_stability(row: ValueRow, factor: float) -> ValueRow:
     """The same row with its stability multiplied."""
     return changed(row, lambda name, x: x * np.float32(factor) if name.startswith("stab") else x)
+
+
+def with_by(run: Path, by: str) -> Path:
+    """The run, with another `by` stored in its masks' settings, as another release or a stranger may have it."""
+    stored = manifest.read(run)
+    masks = tuple(replace(one, settings={**one.settings, "by": by}) for one in stored.masks)
+    manifest.write(run, replace(stored, masks=masks))
+    return run

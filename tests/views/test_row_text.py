@@ -347,7 +347,7 @@ def test_columns_of_the_table_by_choice() -> None:
         str(span.style) for span in next(iter(table_of(view, "nll", palette=True, width=200)[0].columns[1].cells)).spans
     ]
     assert styles == [f"bold {PALETTE[0].text} on {PALETTE[0].background}"]
-    with pytest.raises(UsageError, match="by: 'no' names no column"):
+    with pytest.raises(UsageError, match="by: 'no': names no column"):
         table_of(SMALL, "no", palette=False, width=200)
     with pytest.raises(UsageError, match="drift_direct was not computed"):
         none = np.full(8, np.nan, np.float32)
