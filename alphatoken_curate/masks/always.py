@@ -44,7 +44,9 @@ class Always:
         if self.special is not None:
             return np.isin(columns["token_id"], self.special)
         with _told_of(self.name):
-            found: NDArray[np.bool_] = criteria.selection(_number(self.name), columns, **how) > 0
+            found: NDArray[np.bool_] = (
+                criteria.selection(criteria.as_number(self.name, how["layout"]), columns, **how) > 0
+            )
         return found
 
 
@@ -70,29 +72,24 @@ def always_kept(run: Path, stored: Manifest, config: MaskConfig) -> Always | Non
 
 
 def _columns(name: str, components: Components, layout: Layout) -> tuple[str, ...]:
-    if not criteria.is_of_single_tokens(name, layout):
-        near = nearest(name, _WORDS)
-        raise UsageError(
-            f"always-keep: {name!r} is not told of each token alone.{near} Give {', '.join(_WORDS)}, or an expression"
-            ' of single tokens, such as "nll < 0.1"'
-        )
     with _told_of(name):
-        return criteria.columns_needed(_number(name), components, layout)
-
-
-def _number(name: str) -> str:
-    """The expression as a number, which is above 0 where it is true."""
-    return f"CAST(({name}) AS DOUBLE)"
+        number = criteria.as_number(name, layout)
+        if name == "random" or not criteria.is_of_single_tokens(number, layout):
+            raise UsageError(
+                f"{name!r} is not told of each token alone. Give {', '.join(_WORDS)}, or an expression of single"
+                ' tokens, such as "nll < 0.1"'
+            )
+        return criteria.columns_needed(number, components, layout)
 
 
 @contextmanager
 def _told_of(name: str) -> Iterator[None]:
-    """What is wrong is said of the setting as it was given."""
+    """What is wrong is said of the setting as it was given, and of a word that it may stand for."""
     try:
         yield
     except UsageError as error:
-        told = str(error).replace(repr(_number(name)), repr(name))
-        raise UsageError("always-keep: " + told.removeprefix("by: ")) from error
+        told = str(error).replace(f"CAST(({name}) AS INT)", name).removeprefix("by: ")
+        raise UsageError(f"always-keep: {told}{nearest(name, _WORDS)}") from error
 
 
 def _special_ids(run: Path, stored: Manifest) -> NDArray[np.int32]:

@@ -80,6 +80,12 @@ def is_of_single_tokens(by: str, layout: Layout = SFT) -> bool:
     return by in ("random", *known_columns(layout)) or not _read(by, layout).reach
 
 
+def as_number(by: str, layout: Layout = SFT) -> str:
+    """An expression that may be a condition as a number, 1 where it is true. Raises `UsageError` for neither."""
+    is_condition = expression.is_condition(by, known_columns(layout), EXPRESSIONS)
+    return f"CAST(({by}) AS INT)" if is_condition else by
+
+
 def selection(
     by: str,
     columns: Columns,

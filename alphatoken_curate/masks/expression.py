@@ -57,6 +57,11 @@ def read(by: str, columns: Sequence[str], named: Mapping[str, str]) -> Expressio
     return found
 
 
+def is_condition(by: str, columns: Sequence[str], named: Mapping[str, str]) -> bool:
+    """Whether it is a condition in place of a number. Raises `UsageError` for what is neither."""
+    return _Reader(by, columns, named).whole().is_truth
+
+
 class _Reader(Words):
     """Reads by precedence climbing."""
 

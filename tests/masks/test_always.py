@@ -104,13 +104,13 @@ def test_an_expression_keeps_where_it_is_true_or_above_0(tmp_path: Path, express
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("end-of-tunr", r"always-keep: 'end-of-tunr' is not told of each token alone\. Did you mean end-of-turn"),
+        ("end-of-tunr", r"always-keep: 'end-of-tunr'.*Did you mean end-of-turn"),
         ("nll > avg(nll)", r"always-keep: 'nll > avg\(nll\)' is not told of each token alone"),
-        ("random", r"always-keep: 'random' names no column 'random'"),
-        ("nll >", r"always-keep: 'nll >' is not a polars SQL expression"),
+        ("random", r"always-keep: 'random'"),
+        ("nll >", r"always-keep: 'nll >' at character 6: it ends too early"),
         ("adapt_influence > 0", "always-keep: adapt_influence was not computed"),
-        ("omega > 0", "always-keep: 'omega > 0' is not told of each token alone"),
-        ("3 > 2", "always-keep: '3 > 2' names no column at all"),
+        ("omega > 0", "always-keep: 'omega > 0': .*'omega'"),
+        ("3 > 2", "always-keep: '3 > 2': it names no column at all"),
     ],
 )
 def test_what_cannot_be_always_kept_is_refused(tmp_path: Path, name: str, message: str) -> None:
