@@ -107,7 +107,7 @@ class ScoreConfig(MaskConfig):
     )
     map: str | None = _option(
         None,
-        "What columns are read as, of every file that has them: question=prompt,answer=completion.",
+        "What columns are read as, of every file that has them: question=prompt,answer=response.",
         _ROWS,
         kind="pairs",
     )

@@ -44,10 +44,10 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
     with listening() as listener:
         found = check(config, estimated=estimated, progress=listener)
     pairs = "; preference pairs" if found.kind == "preference" else ""
+    bad = f", {len(found.bad):,} bad" if found.bad else ""
     told = in_sequences(config.turns == "each" and found.sequences)
-    click.echo(
-        f"rows             {found.rows_read:>12,}   {found.rows:,} to score{told}, {found.target_rows:,} target{pairs}"
-    )
+    parts = f"{found.rows:,} to score{told}, {found.target_rows:,} target{bad}{pairs}"
+    click.echo(f"rows             {found.rows_read:>12,}   {parts}")
     if found.held_out:
         click.echo(f"{'':30}   (the target rows are held out of DATA; see --target)")
     click.echo(f"tokens           {found.tokens:>12,}   longest row {found.longest:,}")

@@ -53,9 +53,15 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
     if made.end_of_turn_tokens is None and config.always_keep == "end-of-turn":
         click.echo("          which tokens end an answer is not stored in this run: none is always kept")
     if not made.newest:
-        click.echo("Readers take the newest mask; name this one by its number:")
-        click.echo(f"  alphatoken-curate export {shlex.quote(str(run))} --mask {made.mask} --for trl -o DIR")
-        click.echo(f"  in Python: scan({str(run)!r}, 'train', mask={made.mask}), as_dataset({str(run)!r}, {made.mask})")
+        for line in older(run, made.mask):
+            click.echo(line)
+
+
+def older(run: Path, mask: int) -> Iterator[str]:
+    """Lines that say how to name a mask that is not the newest."""
+    yield "Readers take the newest mask; name this one by its number:"
+    yield f"  alphatoken-curate export {shlex.quote(str(run))} --mask {mask} --for trl -o DIR"
+    yield f"  in Python: scan({str(run)!r}, 'train', mask={mask}), as_dataset({str(run)!r}, {mask})"
 
 
 def summary(made: Any) -> Iterator[str]:

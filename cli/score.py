@@ -11,7 +11,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.wording import in_sequences
 
 from .grouped import Grouped
-from .mask import summary
+from .mask import older, summary
 from .options import config_options, read_config
 
 
@@ -54,7 +54,8 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
         f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {_first(done)}"
     )
     if not mask.newest:
-        click.echo(f"Readers take the newest mask, which is another; name this one: --mask {mask.mask}")
+        for line in older(done.run, mask.mask):
+            click.echo(line)
     elif mask.kept_tokens == mask.response_tokens and not mask.branches:
         click.echo("Every token trains until you make another mask. Only where tokens may be wrong, for example:")
         click.echo(f"  alphatoken-curate mask {done.run} --by '7 - surprise' --keep positive")

@@ -28,6 +28,7 @@ from alphatoken_curate.models.load import (
 from alphatoken_curate.rows.columns import named_columns
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.read import BadRow, InputFile, Reading, Row, RowStream, kind_of, refuse
+from alphatoken_curate.rows.shapes import PromptCompletion
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.scoring.identity import Named, fields_of
 from alphatoken_curate.scoring.named import check_named
@@ -187,9 +188,9 @@ class _Reader:
 
     def tokens(self, found: RowStream) -> tuple[list[AnyRow], list[BadRow]]:
         """Tokens of rows that were read, and those that have none to score."""
-        config, rows = self._config, _begun(found)
+        config = self._config
         return tokenise(
-            rows,
+            self._told_of_plain_text(_begun(found)),
             self.tokenizer,
             max_length=config.max_length,
             turns=config.turns,
@@ -198,6 +199,13 @@ class _Reader:
             stop_ids=self._stop_ids,
             told=self.told,
         )
+
+    def _told_of_plain_text(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows; those of plain text are counted where the model has a chat template that they do not use."""
+        for row in rows:
+            if isinstance(row.record, PromptCompletion) and getattr(self.tokenizer, "chat_template", None):
+                self.read_as["prompt + completion is plain text, without the chat template (a chat: response)"] += 1
+            yield row
 
     def side(self, name: str, path: str | None) -> SideRows:
         """Rows of a file beside DATA; of preference rows the chosen branch."""

@@ -46,7 +46,7 @@ def check_calls(message: dict[str, Any], index: int, turn: str) -> None:
 
 def left_out_notes(keys: Iterable[str]) -> list[str]:
     """What is said of texts that a template left out, by the keys they came from."""
-    return [f"the chat template leaves out their {key}" for key in keys]
+    return [f"the chat template leaves out of answers {key}" for key in keys]
 
 
 def _left_out(text: str, index: int, written: str) -> list[str]:

@@ -233,13 +233,13 @@ def test_a_token_that_opens_the_next_turn_ends_an_answer_where_the_model_stops_a
     assert [tokenizer.decode(one) for one in ends] == ["<|user|>", ""]
     # DATA and --target are the same rows.
     wanted = {
-        "the chat template leaves out their reasoning_content": 2,
-        "the chat template leaves out their thinking": 2,
+        "the chat template leaves out of answers reasoning_content": 2,
+        "the chat template leaves out of answers thinking": 2,
     }
     wanted |= {"the chat template writes no token to stop at behind an answer": 4}
     assert prepared.told == wanted
     said = command("score", data, "--target", data, "--model", tmp_path / "model", "-o", tmp_path / "run")
-    assert "! 2 rows: the chat template leaves out their reasoning_content." in said.err
+    assert "! 2 rows: the chat template leaves out of answers reasoning_content." in said.err
     assert (
         "not as given                4   rows: the chat template writes no token to stop"
         in command("check", data, "--target", data, "--model", tmp_path / "model").out

@@ -67,4 +67,4 @@ def test_what_a_marked_template_leaves_out_is_told() -> None:
     tokenizer.chat_template = HEAD + MARKED + TAIL
     told = Counter[str]()
     run(tokenizer, Messages(messages=KINDS["echo"]), told=told)
-    assert told["the chat template leaves out their reasoning_content"] == 1
+    assert told["the chat template leaves out of answers reasoning_content"] == 1

@@ -26,7 +26,7 @@ def test_thoughts_may_be_left_out_by_key_or_between_tags() -> None:
     assert kept(thinking("b", "hm"), lambda m: m["content"]) == ["reasoning_content", "thinking"]
     inline = answer("<think>hm</think> b")
     assert kept(inline, lambda m: m["content"].split("</think>")[1]) == ["content up to </think>"]
-    assert left_out_notes(["thinking"]) == ["the chat template leaves out their thinking"]
+    assert left_out_notes(["thinking"]) == ["the chat template leaves out of answers thinking"]
 
 
 def test_white_space_may_be_trimmed() -> None:

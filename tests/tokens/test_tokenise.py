@@ -187,7 +187,7 @@ def test_a_template_that_rewrites_earlier_turns_has_each_answer_where_it_stands(
     several = [user("a"), answer(thought + "b"), user("c"), answer(thought + "d")]
     told: Counter[str] = Counter()
     assert spoken(tokenizer, *several, told=told) == ["b" + EOT, thought + "d" + EOT]
-    assert told == {"the chat template leaves out their content up to </think>": 1}
+    assert told == {"the chat template leaves out of answers content up to </think>": 1}
     assert spoken(tokenizer, *several, turns="last") == [thought + "d" + EOT]
 
 

@@ -24,8 +24,8 @@ def test_what_a_template_leaves_out_is_told_by_name() -> None:
     messages = KINDS["echoes"]
     run(tokenizer_of(templates()["qwen2_5"]), Messages(messages=messages), Messages(messages=messages), told=told)
     assert told == {
-        "the chat template leaves out their reasoning_content": 2,
-        "the chat template leaves out their thinking": 2,
+        "the chat template leaves out of answers reasoning_content": 2,
+        "the chat template leaves out of answers thinking": 2,
     }
     told.clear()
     run(tokenizer_of(templates()["glm4moe"]), Messages(messages=KINDS["single"]), told=told)
@@ -37,7 +37,7 @@ def test_a_thought_that_is_left_out_is_told_whether_answers_are_marked_or_not() 
     for name, form in (("deepseekv3", "ordinary"), ("deepseekv3_training", "marked")):
         told: Counter[str] = Counter()
         good, _ = run(tokenizer_of(templates()[name]), chat, told=told)
-        assert good and told == {"the chat template leaves out their content up to </think>": 1}, form
+        assert good and told == {"the chat template leaves out of answers content up to </think>": 1}, form
 
 
 def test_a_control_token_of_the_templates_own_thoughts_is_one_in_an_answer_and_text_in_a_question() -> None:

@@ -125,7 +125,7 @@ def test_nothing_of_a_thought_is_lost_in_the_turn_that_has_it(run: Path, models:
     data, target = (str(run.parent / name) for name in ("chats.jsonl", "target.jsonl"))
     config = ScoreConfig(data=data, target=target, model=models["base"], layers=2)  # type: ignore[arg-type]
     told = score(config, run.parent / "all").manifest.told
-    assert told == {"the chat template leaves out their content up to </think>": 1}
+    assert told == {"the chat template leaves out of answers content up to </think>": 1}
     assert manifest.read(run).told == {}
 
 
