@@ -23,7 +23,8 @@ ORDER = """
         capture value_rows
     rows: files containers tables shapes pairs read
     tokens: turns each chat pieces speller tokenise plan draws
-    directions: losses selection target fisher generate precondition drift parameters optimisers
+    directions: losses selection target fisher generate precondition drift parameters
+        optimisers trainee rehearsal
     signals: paths influence composite preference stored
     masks: criteria choose responses ranked remask mask
     scoring: budget meter folder named identity prepare idle scorer trial job beside changes loop refresh memory

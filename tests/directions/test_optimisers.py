@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import get_scheduler
+from unrolled import plain_step
 
 from alphatoken_curate.directions.optimisers import Optimiser, State
 
@@ -66,28 +67,6 @@ def test_without_a_root_steps_are_those_of_torch_and_its_schedules(name: str) ->
         optimiser.step(state, each, k)
     for own, wanted in zip(state.weights, by_torch(optimiser, random(0), grads), strict=True):
         torch.testing.assert_close(own, wanted, rtol=1e-12, atol=1e-14)
-
-
-def plain_step(
-    o: Optimiser, weights: list[Tensor], slots: list[list[Tensor]], grads: list[Tensor], k: int
-) -> list[Tensor]:
-    """The same step as a formula that autograd goes through: weights, then slots."""
-    if o.clip is not None:
-        norm = torch.cat([g.flatten() for g in grads]).norm()
-        grads = [g * (o.clip / (norm + 1e-6)).clamp(max=1) for g in grads]
-    decays = [o.weight_decay * (w.ndim > 1) for w in weights]
-    lr = o.rate(k)
-    if o.kind == "sgd":
-        moved = [g + d * w for g, d, w in zip(grads, decays, weights, strict=True)]
-        if slots:
-            moved = [o.momentum * b + g for b, g in zip(slots[0], moved, strict=True)]
-        return [*(w - lr * g for w, g in zip(weights, moved, strict=True)), *(moved if slots else [])]
-    b1, b2 = o.betas
-    ms = [b1 * m + (1 - b1) * g for m, g in zip(slots[0], grads, strict=True)]
-    vs = [b2 * v + (1 - b2) * g**2 for v, g in zip(slots[1], grads, strict=True)]
-    c1, c2 = 1 - b1 ** (k + 1), 1 - b2 ** (k + 1)
-    updates = [(m / c1) / ((v / c2 + o.root).sqrt() + o.eps) for m, v in zip(ms, vs, strict=True)]
-    return [*(w * (1 - lr * d) - lr * u for w, d, u in zip(weights, decays, updates, strict=True)), *ms, *vs]
 
 
 @pytest.mark.parametrize("k", [0, 3])

@@ -1,0 +1,344 @@
+"""The training to come, rehearsed, and what its outcome owes to the loss weight of every token.
+
+theta_k = step(theta_{k-1}, g_k), g_k the gradient of sum_t w_t l_t / D over the rows of step k, D the number of their
+response tokens (`count`) or the sum of their weights (`sum`). For an outcome J of theta_N, value_t = -dJ / dw_t at
+w = 1, summed over the visits of t (metagradient, arXiv 2503.13751; MAGIC, arXiv 2504.16430).
+
+Forward: steps are taken, and the state at the start of each segment of about sqrt(N) steps is kept. Backward, segment
+by segment from the last: its steps are taken again, which must end in the same bits, and gone back through one by one.
+With a_k the cotangent of g_k, token t has -<a_k, gradient of l_t> / D of step k and, with `sum`, <a_k, g_k> / D, the
+same for all of its tokens; and lambda, the cotangent of the weights, gets H_k a_k. Several outcomes go back together.
+Shapes: n outcomes, N response tokens of all rows, row by row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alphatoken_curate.directions.optimisers import Optimiser, State
+from alphatoken_curate.directions.trainee import Trainee, Weights
+from alphatoken_curate.errors import CurateError, InputError
+from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
+from alphatoken_curate.tokens.tokenise import TokenRow
+
+REHEARSAL_DRAW = -5
+"""Less the epoch, the position under which a row's place in it is drawn; no token has a negative one."""
+
+Outcome = Callable[[Trainee], Weights]
+"""Gives the gradient of J in the weights, at those the rehearsal ended with."""
+
+
+class Shelf(Protocol):
+    """Where states are kept, by name: in memory or on disk."""
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a copy."""
+        ...
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """What was kept under a name; None where nothing was."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Forget it, where it is there."""
+        ...
+
+
+class InMemory:
+    """A shelf of copies in memory."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[str, Tensor]] = {}
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a copy."""
+        self._held[name] = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """What was kept under a name; None where nothing was."""
+        return self._held.get(name)
+
+    def drop(self, name: str) -> None:
+        """Forget it, where it is there."""
+        self._held.pop(name, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """The steps of a training: which rows each takes, and how it moves."""
+
+    rows: Sequence[TokenRow]
+    steps: Sequence[Sequence[int]]
+    """Indices of the rows of each step."""
+    optimiser: Optimiser
+    denominator: Literal["count", "sum"] = "count"
+    batch_tokens: int = 4096
+    """Padded tokens that run together; a step takes as many batches as it needs."""
+
+    def batches(self, k: int) -> list[Batch]:
+        """The batches of step k; their `rows` are indices among all rows."""
+        chosen = [self.rows[i] for i in self.steps[k]]
+        planned = plan_batches(chosen, self.batch_tokens)
+        return [collate(self.rows, [self.steps[k][i] for i in indices]) for indices in planned]
+
+    @property
+    def borders(self) -> list[int]:
+        """Where segments start, and N: steps done before the state there."""
+        size = math.isqrt(max(1, len(self.steps) - 1)) + 1
+        return [*range(0, len(self.steps), size), len(self.steps)]
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Where each row's tokens start among those of all rows; the last is N."""
+        return np.concatenate([[0], np.cumsum([int(row.response.sum()) for row in self.rows])]).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Values:
+    """-dJ / dw of every token, for each outcome: the sum of both, each (n, N) float64 in nats."""
+
+    own: NDArray[np.float64]
+    """Through the token's own loss: what `influence` is along -a_k / D, summed over visits."""
+    denominator: NDArray[np.float64]
+    """Through the sum of weights it is divided by: the same for all tokens of a step; 0 with `count`."""
+
+    @property
+    def value(self) -> NDArray[np.float64]:
+        """(n, N)."""
+        return self.own + self.denominator
+
+
+def plan_steps(rows: Sequence[TokenRow], *, epochs: int, rows_per_step: int, seed: int) -> list[tuple[int, ...]]:
+    """Indices of the rows of each step: every epoch takes all rows once, in an order drawn by (seed, row, epoch).
+
+    The last step of an epoch takes what is left.
+    """
+    found = []
+    for epoch in range(epochs):
+        turns = [-row.turn for row in rows]  # downwards, as the positions of these draws go
+        draws = keyed_uniform(seed, [row.row_id for row in rows], of_turn(REHEARSAL_DRAW - epoch, turns))
+        order = np.argsort(draws, kind="stable").tolist()
+        found += [tuple(order[first : first + rows_per_step]) for first in range(0, len(order), rows_per_step)]
+    return found
+
+
+def mean_loss(rows: Sequence[TokenRow], batch_tokens: int) -> Outcome:
+    """J: the mean loss over all response tokens of some rows."""
+
+    def gradient(trainee: Trainee) -> Weights:
+        batches = (collate(rows, indices) for indices in plan_batches(rows, batch_tokens))
+        return trainee.gradient(batches, whole=True)[0]
+
+    return gradient
+
+
+class Rehearsal:
+    """A training that is gone through, and back. What both shelves hold is done already and is not done again.
+
+    `states` keeps what segments start from, and how far the way back has come; `steps` the steps of one segment.
+    """
+
+    def __init__(self, trainee: Trainee, course: Course, states: Shelf, steps: Shelf | None = None) -> None:
+        self.trainee, self.course, self.states = trainee, course, states
+        self.steps = InMemory() if steps is None else steps
+        self.state = course.optimiser.start([w.detach() for w in trainee.weights])
+        self._first_loss = math.inf
+
+    def run(self, outcomes: Sequence[Outcome], told: Callable[[int], None] = lambda _: None) -> Values:
+        """Train, and give what each outcome owes to each token. `told` is called after each step with its number.
+
+        The model's weights are left as it ended. Raises InputError where the training or its derivative is not finite,
+        CurateError where it cannot be repeated bit by bit.
+        """
+        if (done := self.states.get(_VALUES)) is None:
+            borders = self.course.borders
+            reached = self._reached()
+            if reached is None:
+                self._forward(borders, told)
+                self._begin_adjoints([outcome(self.trainee) for outcome in outcomes])
+                reached = borders[-1]
+            for first, last in reversed(list(itertools.pairwise(borders))):
+                if first < reached:
+                    self._back(first, last, told)
+            done = self._finish()
+        own, denominator = done["sums"].numpy()
+        return Values(own=own, denominator=denominator)
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def _forward(self, borders: list[int], told: Callable[[int], None]) -> None:
+        """Train from the last border that was kept."""
+        start = max((k for k in borders if self.states.get(_DIGEST.format(k)) is not None), default=None)
+        if start is None:
+            self._keep_state(start := 0)
+        self._load(start)
+        for k in range(start, len(self.course.steps)):
+            self._step(k)
+            told(k)
+            if k + 1 in borders:
+                self._keep_state(k + 1)
+
+    def _step(self, k: int) -> Weights:
+        """Take step k; returns its gradient."""
+        grads, loss, _ = self.trainee.gradient(self.course.batches(k))
+        self._check_training(k, grads, loss)
+        self.course.optimiser.step(self.state, grads, k)
+        return grads
+
+    def _check_training(self, k: int, grads: Weights, loss: float) -> None:
+        if k == 0:
+            self._first_loss = loss
+        worst = 2 * max(self._first_loss, math.log(self.trainee.vocabulary))
+        if not (loss <= worst and all(bool(g.isfinite().all()) for g in grads)):
+            raise InputError(
+                f"The rehearsal diverges: in step {k + 1} of {len(self.course.steps)} the mean loss is {loss:.4g} nats"
+                f" and its gradient is {'finite' if all(bool(g.isfinite().all()) for g in grads) else 'not finite'}."
+                " Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1."
+            )
+
+    # ------------------------------------------------------------------------------------------------------ backward
+
+    def _back(self, first: int, last: int, told: Callable[[int], None]) -> None:
+        """Take the steps of a segment again, and go back through them."""
+        self._load(first)
+        for k in range(first, last):
+            before = self._named(self.state)
+            self.steps.put(str(k), before)
+            grads = self._step(k)
+            self.steps.put(f"{k} grads", dict(zip(self.trainee.names, grads, strict=True)))
+        self._check_replay(first, last)
+        adjoints, sums = self._take_adjoints(last)
+        for k in reversed(range(first, last)):
+            self._back_through(k, adjoints, sums)
+            told(k)
+        self._keep_adjoints(first, adjoints, sums)
+        for name in (_ADJOINT, _STATE):
+            self.states.drop(name.format(last))
+
+    def _back_through(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
+        """Take adjoints from after step k to before it, and add what its tokens get."""
+        before, stored = self._taken(str(k)), self.steps.get(f"{k} grads")
+        assert stored is not None
+        grads = [stored[name] for name in self.trainee.names]
+        self.state.copy_(before)
+        along = [self.course.optimiser.pull_back(before, grads, k, adjoint) for adjoint in adjoints]
+        self.steps.drop(str(k))
+        self.steps.drop(f"{k} grads")
+        batches = self.course.batches(k)
+        tokens = sum(len(batch.target) for batch in batches)
+        into, places = [adjoint.weights for adjoint in adjoints], []
+        summed = np.zeros(len(adjoints))
+        for batch in batches:
+            parts = self.trainee.products(batch, along, into, 1 / tokens).double().cpu().numpy()
+            places.append(_token_places(batch, self.course.places))
+            sums[0][:, places[-1]] -= parts
+            summed += parts.sum(axis=1)
+        if self.course.denominator == "sum":
+            sums[1][:, np.concatenate(places)] += summed[:, None] / tokens
+        if not all(bool(t.isfinite().all()) for adjoint in adjoints for t in adjoint.tensors):
+            raise InputError(
+                f"The derivative through step {k + 1} of the rehearsal is not finite. Adam's step has none where a"
+                " second moment is 0: give a larger --rehearse-root."
+            )
+
+    def _check_replay(self, first: int, last: int) -> None:
+        kept = self.states.get(_DIGEST.format(last))
+        if kept is None or not torch.equal(kept["sha256"], _digest(self.state)):
+            steps = f"Step {last}" if last == first + 1 else f"Steps {first + 1} to {last}"
+            raise CurateError(
+                f"{steps} of the rehearsal came out otherwise when taken again: this machine does not compute the same"
+                " twice. Use --device cpu, and the same number of threads."
+            )
+
+    # -------------------------------------------------------------------------------------------------------- states
+
+    def _reached(self) -> int | None:
+        """The border that the way back has come to; None where it has not begun."""
+        return next((k for k in self.course.borders if self.states.get(_ADJOINT.format(k)) is not None), None)
+
+    def _named(self, state: State) -> dict[str, Tensor]:
+        names = self.trainee.names
+        found = {f"weight {name}": w for name, w in zip(names, state.weights, strict=True)}
+        for n, slot in enumerate(state.slots):
+            found |= {f"slot {n} {name}": s for name, s in zip(names, slot, strict=True)}
+        return found
+
+    def _from(self, tensors: Mapping[str, Tensor], prefix: str = "") -> State:
+        names, slots = self.trainee.names, range(len(self.state.slots))
+        return State(
+            [tensors[f"{prefix}weight {name}"] for name in names],
+            tuple([tensors[f"{prefix}slot {n} {name}"] for name in names] for n in slots),
+        )
+
+    def _keep_state(self, k: int) -> None:
+        self.states.put(_STATE.format(k), self._named(self.state))
+        self.states.put(
+            _DIGEST.format(k), {"sha256": _digest(self.state), "first_loss": torch.tensor(self._first_loss)}
+        )
+
+    def _load(self, k: int) -> None:
+        found, about = self.states.get(_STATE.format(k)), self.states.get(_DIGEST.format(k))
+        assert found is not None and about is not None
+        self.state.copy_(self._from(found))
+        self._first_loss = float(about["first_loss"])
+
+    def _taken(self, name: str) -> State:
+        found = self.steps.get(name)
+        assert found is not None
+        return self._from(found)
+
+    def _begin_adjoints(self, gradients: list[Weights]) -> None:
+        slots = range(len(self.state.slots))
+        adjoints = [State(g, tuple([torch.zeros_like(x) for x in g] for _ in slots)) for g in gradients]
+        sums = np.zeros((2, len(gradients), int(self.course.places[-1])))
+        self._keep_adjoints(len(self.course.steps), adjoints, sums)
+
+    def _keep_adjoints(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
+        found = {"sums": torch.from_numpy(sums)}
+        for n, adjoint in enumerate(adjoints):
+            found |= {f"{n} {name}": tensor for name, tensor in self._named(adjoint).items()}
+        self.states.put(_ADJOINT.format(k), found)
+
+    def _take_adjoints(self, k: int) -> tuple[list[State], NDArray[np.float64]]:
+        found = self.states.get(_ADJOINT.format(k))
+        assert found is not None
+        each = range(found["sums"].shape[1])
+        return [self._from(found, f"{n} ").clone() for n in each], found["sums"].numpy().copy()
+
+    def _finish(self) -> dict[str, Tensor]:
+        """Keep the values, and nothing else."""
+        found = self.states.get(_ADJOINT.format(0))
+        assert found is not None
+        done = {"sums": found["sums"]}
+        self.states.put(_VALUES, done)
+        for k in self.course.borders:
+            for name in (_ADJOINT, _STATE, _DIGEST):
+                self.states.drop(name.format(k))
+        return done
+
+
+_STATE, _DIGEST, _ADJOINT, _VALUES = "state-{}", "digest-{}", "adjoint-{}", "values"
+
+
+def _token_places(batch: Batch, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N of the batch,) where its tokens are among those of all rows."""
+    return np.concatenate([np.arange(places[i], places[i + 1]) for i in batch.rows])
+
+
+def _digest(state: State) -> Tensor:
+    """sha256 of all numbers of a state, (32,) uint8."""
+    digest = hashlib.sha256()
+    for tensor in state.tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
