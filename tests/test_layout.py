@@ -25,7 +25,7 @@ ORDER = """
     tokens: turns each chat pieces speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
         optimisers trainee rehearsal
-    signals: paths influence composite preference stored
+    signals: paths influence composite preference stored rehearsed
     masks: criteria choose responses ranked remask mask
     scoring: budget meter folder named identity prepare idle scorer trial job beside changes loop refresh memory
         estimate check finished score

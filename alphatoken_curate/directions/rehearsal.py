@@ -39,6 +39,11 @@ Outcome = Callable[[Trainee], Weights]
 """Gives the gradient of J in the weights, at those the rehearsal ended with."""
 
 
+Paths = Callable[[Sequence[Batch], Sequence[Weights]], Sequence[Tensor]]
+"""Given the batches of a step and a direction of the weights for each outcome: direct and causal of the response tokens
+of each batch, (2, n, N of the batch), at the weights as they are."""
+
+
 class Shelf(Protocol):
     """Where states are kept, by name: in memory or on disk."""
 
@@ -106,16 +111,19 @@ class Course:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Values:
-    """-dJ / dw of every token, for each outcome: the sum of both, each (n, N) float64 in nats."""
+    """-dJ / dw of every token, for each outcome, in parts: each (n, N) float64 in nats, summed over visits."""
 
     own: NDArray[np.float64]
-    """Through the token's own loss: what `influence` is along -a_k / D, summed over visits."""
+    """Through the token's own loss: what `influence` is along -a_k / D."""
     denominator: NDArray[np.float64]
     """Through the sum of weights it is divided by: the same for all tokens of a step; 0 with `count`."""
+    direct: NDArray[np.float64] | None = None
+    """The paths of `own` and beside it, along the same directions, where they were asked for."""
+    causal: NDArray[np.float64] | None = None
 
     @property
     def value(self) -> NDArray[np.float64]:
-        """(n, N)."""
+        """Through both, (n, N)."""
         return self.own + self.denominator
 
 
@@ -143,14 +151,32 @@ def mean_loss(rows: Sequence[TokenRow], batch_tokens: int) -> Outcome:
     return gradient
 
 
+def drift_loss(fisher: Weights, reference: Weights) -> Outcome:
+    """J = 1/2 (theta - reference)^T F (theta - reference), F a diagonal: the retention loss around the reference."""
+
+    def gradient(trainee: Trainee) -> Weights:
+        each = zip(fisher, trainee.weights, reference, strict=True)
+        return [f.to(w.dtype) * (w.detach() - r.to(w)) for f, w, r in each]
+
+    return gradient
+
+
 class Rehearsal:
     """A training that is gone through, and back. What both shelves hold is done already and is not done again.
 
     `states` keeps what segments start from, and how far the way back has come; `steps` the steps of one segment.
     """
 
-    def __init__(self, trainee: Trainee, course: Course, states: Shelf, steps: Shelf | None = None) -> None:
-        self.trainee, self.course, self.states = trainee, course, states
+    def __init__(
+        self,
+        trainee: Trainee,
+        course: Course,
+        states: Shelf,
+        *,
+        steps: Shelf | None = None,
+        paths: Paths | None = None,
+    ) -> None:
+        self.trainee, self.course, self.states, self.paths = trainee, course, states, paths
         self.steps = InMemory() if steps is None else steps
         self.state = course.optimiser.start([w.detach() for w in trainee.weights])
         self._first_loss = math.inf
@@ -172,8 +198,7 @@ class Rehearsal:
                 if first < reached:
                     self._back(first, last, told)
             done = self._finish()
-        own, denominator = done["sums"].numpy()
-        return Values(own=own, denominator=denominator)
+        return Values(**dict(zip(_PARTS, done["sums"].numpy(), strict=False)))
 
     # ------------------------------------------------------------------------------------------------------- forward
 
@@ -235,22 +260,31 @@ class Rehearsal:
         along = [self.course.optimiser.pull_back(before, grads, k, adjoint) for adjoint in adjoints]
         self.steps.drop(str(k))
         self.steps.drop(f"{k} grads")
-        batches = self.course.batches(k)
-        tokens = sum(len(batch.target) for batch in batches)
-        into, places = [adjoint.weights for adjoint in adjoints], []
-        summed = np.zeros(len(adjoints))
-        for batch in batches:
-            parts = self.trainee.products(batch, along, into, 1 / tokens).double().cpu().numpy()
-            places.append(_token_places(batch, self.course.places))
-            sums[0][:, places[-1]] -= parts
-            summed += parts.sum(axis=1)
-        if self.course.denominator == "sum":
-            sums[1][:, np.concatenate(places)] += summed[:, None] / tokens
+        self._add_values(k, along, [adjoint.weights for adjoint in adjoints], sums)
         if not all(bool(t.isfinite().all()) for adjoint in adjoints for t in adjoint.tensors):
             raise InputError(
                 f"The derivative through step {k + 1} of the rehearsal is not finite. Adam's step has none where a"
                 " second moment is 0: give a larger --rehearse-root."
             )
+
+    def _add_values(self, k: int, along: list[Weights], into: list[Weights], sums: NDArray[np.float64]) -> None:
+        """Add what the tokens of step k get to `sums`, and H_k a_k to `into`."""
+        batches = self.course.batches(k)
+        tokens = sum(len(batch.target) for batch in batches)
+        places = [_token_places(batch, self.course.places) for batch in batches]
+        summed = np.zeros(len(along))
+        for batch, mine in zip(batches, places, strict=True):
+            parts = self.trainee.products(batch, along, into, 1 / tokens).double().cpu().numpy()
+            sums[0][:, mine] -= parts
+            summed += parts.sum(axis=1)
+        if self.course.denominator == "sum":
+            sums[1][:, np.concatenate(places)] += summed[:, None] / tokens
+        if self.paths is not None:
+            for a in along:
+                for tensor in a:
+                    tensor.div_(-tokens)
+            for found, mine in zip(self.paths(batches, along), places, strict=True):
+                sums[2:, :, mine] += found.double().cpu().numpy()
 
     def _check_replay(self, first: int, last: int) -> None:
         kept = self.states.get(_DIGEST.format(last))
@@ -301,7 +335,7 @@ class Rehearsal:
     def _begin_adjoints(self, gradients: list[Weights]) -> None:
         slots = range(len(self.state.slots))
         adjoints = [State(g, tuple([torch.zeros_like(x) for x in g] for _ in slots)) for g in gradients]
-        sums = np.zeros((2, len(gradients), int(self.course.places[-1])))
+        sums = np.zeros((2 if self.paths is None else 4, len(gradients), int(self.course.places[-1])))
         self._keep_adjoints(len(self.course.steps), adjoints, sums)
 
     def _keep_adjoints(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
@@ -328,6 +362,7 @@ class Rehearsal:
         return done
 
 
+_PARTS = ("own", "denominator", "direct", "causal")
 _STATE, _DIGEST, _ADJOINT, _VALUES = "state-{}", "digest-{}", "adjoint-{}", "values"
 
 

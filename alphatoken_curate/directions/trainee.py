@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from alphatoken_curate.directions.losses import at, positions
-from alphatoken_curate.engine.blocks import decoder_blocks, head_logits, linear_maps, trunk, unwrapped
-from alphatoken_curate.engine.capture import probe_ids
+from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
+from alphatoken_curate.engine.capture import Direction, probe_ids
 from alphatoken_curate.engine.precision import narrow, wide
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.tokens.plan import Batch
@@ -54,8 +54,10 @@ class Trainee:
                 f"--layers {layers}: the model has {count(len(blocks), 'decoder block')}."
                 f" Give 1 to {len(blocks)}, or all."
             )
-        wanted = _trained(self.model, blocks, layers, parameters)
+        self.maps = [m for block in blocks[-layers:] for m in linear_maps(self.model, block)]
+        wanted = _trained(self.model, self.maps, blocks[: len(blocks) - layers], parameters)
         self.names, self.weights = list(wanted), list(wanted.values())
+        self.layers = layers
         if odd := next((p.dtype for p in self.weights if narrow(p.dtype)), None):
             raise ModelError(f"{type(model).__name__}: its weights are {odd}, and a rehearsal trains in float32.")
         _plain(self.model)
@@ -71,6 +73,23 @@ class Trainee:
         """Number of logits a position has."""
         size: int = self.model.config.get_text_config().vocab_size
         return size
+
+    def as_direction(self, weights: Weights) -> Direction:
+        """The same numbers as a matrix (d_out, d_in) for each linear map, then the rest (`ScoringModel.names`)."""
+        by_weight = dict(zip(self.weights, weights, strict=True))
+        rest = [x for w, x in by_weight.items() if w not in self._matrices]
+        return [*(m.matrix(by_weight[m.bare]) for m in self.maps), *rest]
+
+    def of_direction(self, direction: Direction) -> Weights:
+        """A direction's numbers, laid out as the weights are."""
+        found = [torch.empty_like(w, requires_grad=False) for w in self.weights]
+        for own, given in zip(self.as_direction(found), direction, strict=True):
+            own.copy_(given)
+        return found
+
+    @property
+    def _matrices(self) -> set[Tensor]:
+        return {m.bare for m in self.maps}
 
     def nll(self, batch: Batch) -> Tensor:
         """-log p of the N response tokens of a batch, (N,) in nats, with whatever graph the weights ask for."""
@@ -166,14 +185,14 @@ class _PaddingRows(TorchFunctionMode):
 
 
 def _trained(
-    model: nn.Module, blocks: list[nn.Module], layers: int, parameters: Literal["linear", "all"]
+    model: nn.Module, maps: list[LinearMap], below: list[nn.Module], parameters: Literal["linear", "all"]
 ) -> dict[str, nn.Parameter]:
     """What trains, by name, in the model's order; tied weights once."""
     if parameters == "linear":
-        maps = {m.bare for block in blocks[-layers:] for m in linear_maps(model, block)}
-        return {name: p for name, p in model.named_parameters() if p in maps}
-    below = {p for block in blocks[: len(blocks) - layers] for p in block.parameters()}
-    return {name: p for name, p in model.named_parameters() if p not in below}
+        matrices = {m.bare for m in maps}
+        return {name: p for name, p in model.named_parameters() if p in matrices}
+    fixed = {p for block in below for p in block.parameters()}
+    return {name: p for name, p in model.named_parameters() if p not in fixed}
 
 
 def _plain(model: Any) -> None:

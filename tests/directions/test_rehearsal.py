@@ -11,7 +11,15 @@ from tiny import make_row, tiny_model, tiny_rows
 from unrolled import mean_over, values_by_autograd, values_by_retraining
 
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, InMemory, Rehearsal, Values, mean_loss, plan_steps
+from alphatoken_curate.directions.rehearsal import (
+    Course,
+    InMemory,
+    Rehearsal,
+    Values,
+    drift_loss,
+    mean_loss,
+    plan_steps,
+)
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.errors import CurateError, InputError
 from alphatoken_curate.tokens.plan import collate
@@ -100,6 +108,28 @@ def test_other_families(family: str) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_experts(family: str) -> None:
     check(family, 3, "linear", TWO, OPTIMISERS["sgd, momentum, clipped, linear, decay"], "sum")
+
+
+@pytest.mark.parametrize("start", ["model", "other"])
+def test_stability_is_the_drift_at_the_end_weighed_by_the_fisher(start: str) -> None:
+    """Not zero where the model is the reference: it drifts on the way. Beside adaptation, in one way back."""
+    trainee = Trainee(tiny_model("gpt2"), 2, "all")
+    generator = torch.Generator().manual_seed(7)
+    fisher = [torch.rand(w.shape, generator=generator, dtype=w.dtype) for w in trainee.weights]
+    reference = [w.detach().clone() for w in trainee.weights]
+    if start == "other":
+        reference = [r + 0.01 * f for r, f in zip(reference, fisher, strict=True)]
+
+    def drift(_: Any, held: dict[str, torch.Tensor]) -> torch.Tensor:
+        each = zip(fisher, (held[name] for name in trainee.names), reference, strict=True)
+        return sum((0.5 * f * (w - r) ** 2).sum() for f, w, r in each)  # type: ignore[return-value]
+
+    outcomes = [mean_over(TARGET), drift, mean_over(RETENTION)]
+    model = tiny_model("gpt2")
+    wanted = values_by_autograd(model, trainee.names, ROWS, SEVEN, ADAM, outcomes, summed=False)
+    course = Course(rows=ROWS, steps=SEVEN, optimiser=ADAM, batch_tokens=45)
+    each = [mean_loss(TARGET, 1000), drift_loss(fisher, reference), mean_loss(RETENTION, 1000)]
+    assert_exact(Rehearsal(trainee, course, InMemory()).run(each), wanted)
 
 
 DROPS = [0, 7, 17, 26]

@@ -9,6 +9,7 @@ from tiny import tiny_model, tiny_rows
 from torch import Tensor
 
 from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.engine.capture import captured
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.tokens.plan import collate
 
@@ -27,6 +28,17 @@ def test_what_trains_is_what_scores() -> None:
     assert linear and all(".layers.3." in name and name.endswith("proj.weight") for name in linear)
     assert set(every) - set(names(3, "all")) == {name for name in every if ".layers.0." in name}
     assert names("all", "linear") == [name for name in every if name.endswith("proj.weight")]
+
+
+@pytest.mark.parametrize("parameters", ["linear", "all"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "mixtral"])
+def test_numbers_of_the_weights_and_a_direction_are_the_same_in_another_order(family: str, parameters: Any) -> None:
+    trainee, model = Trainee(tiny_model(family), 2, parameters), tiny_model(family)
+    with captured(model, 2, parameters) as scoring:
+        direction = trainee.as_direction([w.detach() for w in trainee.weights])
+        assert all(torch.equal(own, w) for own, w in zip(direction, scoring.weights, strict=True))
+    back = trainee.of_direction(direction)
+    assert all(torch.equal(own, w) and own is not w for own, w in zip(back, trainee.weights, strict=True))
 
 
 def plain(model: Any) -> tuple[Any, list[Tensor], list[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,12 @@ def trained(
     *,
     summed: bool,
     graph: bool,
+    seen: Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]] = lambda _, grads: grads,
 ) -> dict[str, Tensor]:
-    """The named weights after a training in which tokens weigh `weights` (N,), row by row."""
+    """The named weights after a training in which tokens weigh `weights` (N,), row by row.
+
+    `seen` is told the weights and gradients of each step, and gives the gradients to go on with.
+    """
     held = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if name in set(names)}
     slots = [[torch.zeros_like(w) for w in held.values()] for _ in range(_slots(optimiser))]
     each = weights.split([int(row.response.sum()) for row in rows])
@@ -71,6 +76,7 @@ def trained(
         losses = torch.cat([each[i] * token_losses(model, held, rows[i]) for i in step])
         loss = losses.sum() / (torch.cat([each[i] for i in step]).sum() if summed else len(losses))
         grads = list(torch.autograd.grad(loss, list(held.values()), create_graph=graph, materialize_grads=True))
+        grads = seen(held, grads)
         after = plain_step(optimiser, list(held.values()), slots, grads, k)
         if not graph:
             after = [x.detach().requires_grad_() for x in after]
@@ -99,6 +105,38 @@ def values_by_autograd(
     weights = torch.ones(count, dtype=torch.float64, requires_grad=True)
     held = trained(model, names, rows, steps, optimiser, weights, summed=summed, graph=True)
     return torch.stack([-torch.autograd.grad(J(model, held), weights, retain_graph=True)[0] for J in outcomes])
+
+
+@dataclass
+class Step:
+    """The weights before a step, by name, and the cotangents of its gradient."""
+
+    held: dict[str, Tensor]
+    cotangents: dict[str, Tensor]
+
+
+def cotangents_by_autograd(
+    model: Any,
+    names: Sequence[str],
+    rows: Sequence[TokenRow],
+    steps: Sequence[Sequence[int]],
+    optimiser: Optimiser,
+    outcome: J,
+) -> list[Step]:
+    """a_k of each step of the unrolled training: the derivative by something added to g_k."""
+    model = oracles.eager(model).requires_grad_(False)
+    weights = torch.ones(sum(int(row.response.sum()) for row in rows), dtype=torch.float64)
+    found: list[tuple[dict[str, Tensor], list[Tensor]]] = []
+
+    def nudged(held: dict[str, Tensor], grads: list[Tensor]) -> list[Tensor]:
+        nudges = [torch.zeros_like(g, requires_grad=True) for g in grads]
+        found.append(({name: w.detach() for name, w in held.items()}, nudges))
+        return [g + x for g, x in zip(grads, nudges, strict=True)]
+
+    held = trained(model, names, rows, steps, optimiser, weights, summed=False, graph=True, seen=nudged)
+    grads = torch.autograd.grad(outcome(model, held), [x for _, nudges in found for x in nudges])
+    each = [grads[i : i + len(held)] for i in range(0, len(grads), len(held))]
+    return [Step(before, dict(zip(before, a, strict=True))) for (before, _), a in zip(found, each, strict=True)]
 
 
 def values_by_retraining(
