@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alphatoken_curate.directions.optimisers import Optimiser, State
+from alphatoken_curate.directions.shelves import InMemory, Shelf
 from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.errors import CurateError, InputError
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
@@ -42,41 +43,6 @@ Outcome = Callable[[Trainee], Weights]
 Paths = Callable[[Sequence[Batch], Sequence[Weights]], Sequence[Tensor]]
 """Given the batches of a step and a direction of the weights for each outcome: direct and causal of the response tokens
 of each batch, (2, n, N of the batch), at the weights as they are."""
-
-
-class Shelf(Protocol):
-    """Where states are kept, by name: in memory or on disk."""
-
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a copy."""
-        ...
-
-    def get(self, name: str) -> dict[str, Tensor] | None:
-        """What was kept under a name; None where nothing was."""
-        ...
-
-    def drop(self, name: str) -> None:
-        """Forget it, where it is there."""
-        ...
-
-
-class InMemory:
-    """A shelf of copies in memory."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, dict[str, Tensor]] = {}
-
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a copy."""
-        self._held[name] = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-
-    def get(self, name: str) -> dict[str, Tensor] | None:
-        """What was kept under a name; None where nothing was."""
-        return self._held.get(name)
-
-    def drop(self, name: str) -> None:
-        """Forget it, where it is there."""
-        self._held.pop(name, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +155,8 @@ class Rehearsal:
         """
         if (done := self.states.get(_VALUES)) is None:
             borders = self.course.borders
+            if not self._is_kept(0):
+                self._keep_state(0)
             reached = self._reached()
             if reached is None:
                 self._forward(borders, told)
@@ -198,17 +166,18 @@ class Rehearsal:
                 if first < reached:
                     self._back(first, last, told)
             done = self._finish()
+        for k in self.course.borders:  # by now, or before a kill that came between
+            for name in (_ADJOINT, _STATE, _DIGEST):
+                self.states.drop(name.format(k))
         return Values(**dict(zip(_PARTS, done["sums"].numpy(), strict=False)))
 
     # ------------------------------------------------------------------------------------------------------- forward
 
     def _forward(self, borders: list[int], told: Callable[[int], None]) -> None:
         """Train from the last border that was kept."""
-        start = max((k for k in borders if self.states.get(_DIGEST.format(k)) is not None), default=None)
-        if start is None:
-            self._keep_state(start := 0)
+        start = next(k for k in reversed(borders) if self._is_kept(k))
         self._load(start)
-        for k in range(start, len(self.course.steps)):
+        for k in range(start, borders[-1]):
             self._step(k)
             told(k)
             if k + 1 in borders:
@@ -253,19 +222,23 @@ class Rehearsal:
 
     def _back_through(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
         """Take adjoints from after step k to before it, and add what its tokens get."""
-        before, stored = self._taken(str(k)), self.steps.get(f"{k} grads")
-        assert stored is not None
-        grads = [stored[name] for name in self.trainee.names]
-        self.state.copy_(before)
-        along = [self.course.optimiser.pull_back(before, grads, k, adjoint) for adjoint in adjoints]
-        self.steps.drop(str(k))
-        self.steps.drop(f"{k} grads")
+        along = self._cotangents(k, adjoints)
         self._add_values(k, along, [adjoint.weights for adjoint in adjoints], sums)
         if not all(bool(t.isfinite().all()) for adjoint in adjoints for t in adjoint.tensors):
             raise InputError(
                 f"The derivative through step {k + 1} of the rehearsal is not finite. Adam's step has none where a"
                 " second moment is 0: give a larger --rehearse-root."
             )
+
+    def _cotangents(self, k: int, adjoints: list[State]) -> list[Weights]:
+        """Go to where step k was taken from, take adjoints there but for H a, and give a of each."""
+        before, grads = self.steps.get(str(k)), self.steps.get(f"{k} grads")
+        assert before is not None and grads is not None
+        self.state.copy_(self._from(before))
+        self.steps.drop(str(k))
+        self.steps.drop(f"{k} grads")
+        along, each = self.course.optimiser.pull_back, [grads[name] for name in self.trainee.names]
+        return [along(self.state, each, k, adjoint) for adjoint in adjoints]
 
     def _add_values(self, k: int, along: list[Weights], into: list[Weights], sums: NDArray[np.float64]) -> None:
         """Add what the tokens of step k get to `sums`, and H_k a_k to `into`."""
@@ -318,19 +291,20 @@ class Rehearsal:
     def _keep_state(self, k: int) -> None:
         self.states.put(_STATE.format(k), self._named(self.state))
         self.states.put(
-            _DIGEST.format(k), {"sha256": _digest(self.state), "first_loss": torch.tensor(self._first_loss)}
+            _DIGEST.format(k), {"sha256": _digest(self.state), "first_loss": torch.tensor([self._first_loss])}
         )
 
+    def _is_kept(self, k: int) -> bool:
+        return self.states.get(_DIGEST.format(k)) is not None and self.states.get(_STATE.format(k)) is not None
+
     def _load(self, k: int) -> None:
+        """Go to the state at a border; where it was deleted, by training up to there from one before it."""
         found, about = self.states.get(_STATE.format(k)), self.states.get(_DIGEST.format(k))
-        assert found is not None and about is not None
+        if found is None or about is None:
+            self._forward([border for border in self.course.borders if border <= k], lambda _: None)
+            return
         self.state.copy_(self._from(found))
         self._first_loss = float(about["first_loss"])
-
-    def _taken(self, name: str) -> State:
-        found = self.steps.get(name)
-        assert found is not None
-        return self._from(found)
 
     def _begin_adjoints(self, gradients: list[Weights]) -> None:
         slots = range(len(self.state.slots))
@@ -351,14 +325,11 @@ class Rehearsal:
         return [self._from(found, f"{n} ").clone() for n in each], found["sums"].numpy().copy()
 
     def _finish(self) -> dict[str, Tensor]:
-        """Keep the values, and nothing else."""
+        """Keep the values."""
         found = self.states.get(_ADJOINT.format(0))
         assert found is not None
         done = {"sums": found["sums"]}
         self.states.put(_VALUES, done)
-        for k in self.course.borders:
-            for name in (_ADJOINT, _STATE, _DIGEST):
-                self.states.drop(name.format(k))
         return done
 
 

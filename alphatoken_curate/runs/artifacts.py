@@ -39,6 +39,9 @@ REFERENCE = "reference"
 REFERENCE_NLL = "reference_nll"
 """The reference's nll of all response tokens of a shard, a part per shard."""
 
+REHEARSAL = "rehearsal"
+"""States of a rehearsal at the borders of its segments, and what came of it, a part by each name."""
+
 _ABOUT = "alphatoken_curate"
 """The metadata key of an artefact: JSON of its fields and of the digest of its tensors."""
 
@@ -65,9 +68,10 @@ _DEPENDS = {
     REFERENCE: ("reference", "layers", "parameters"),
     REFERENCE_NLL: ("reference", "tokens", "rows_per_shard"),
 }
-"""The fingerprint fields of a run that each kind of artefact depends on, beside those that all do."""
+"""The fingerprint fields of a run that each kind of artefact depends on, beside those that all do; a rehearsal does on
+every field."""
 
-OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in names)
+OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in names) | {REHEARSAL}
 """Kinds made anew at each checkpoint; their files carry the number of the generation."""
 
 
@@ -83,12 +87,16 @@ class Store:
     generation: int = 0
     reuse: Path | None = None
 
-    def path(self, kind: str, part: int | None = None) -> Path:
-        """`fisher.safetensors`, `target-00000.safetensors` (generation 0), `reference_nll-00003.safetensors`."""
-        number = self.generation if kind in OF_MODEL else part
-        return self.folder / (f"{kind}.safetensors" if number is None else f"{kind}-{number:05d}.safetensors")
+    def path(self, kind: str, part: int | str | None = None) -> Path:
+        """`fisher.safetensors`, `target-00000.safetensors` (generation 0), `reference_nll-00003.safetensors`.
 
-    def save(self, kind: str, tensors: Mapping[str, Tensor], part: int | None = None) -> None:
+        A part with a name has it at the end: `rehearsal-00000-values.safetensors`.
+        """
+        number = self.generation if kind in OF_MODEL else part
+        stem = kind if number is None else f"{kind}-{number:05d}"
+        return self.folder / (f"{stem}-{part}.safetensors" if isinstance(part, str) else f"{stem}.safetensors")
+
+    def save(self, kind: str, tensors: Mapping[str, Tensor], part: int | str | None = None) -> None:
         """Commit tensors with the fields they were made from. The same tensors and fields give the same bytes."""
         from safetensors.torch import save as to_bytes
 
@@ -110,7 +118,7 @@ class Store:
         return found
 
     def load(
-        self, kind: str, device: torch.device | str = "cpu", *, part: int | None = None
+        self, kind: str, device: torch.device | str = "cpu", *, part: int | str | None = None
     ) -> dict[str, Tensor] | None:
         """The tensors of an artefact made from the same fields; None where there is none.
 
@@ -158,7 +166,8 @@ class Store:
         return {key: tensor.to(device) for key, tensor in tensors.items()}
 
     def _fields_of(self, kind: str) -> dict[str, Json]:
-        return {field: self.fields[field] for field in (*_EVERY, *_DEPENDS[kind])}
+        names = self.fields if kind == REHEARSAL else (*_EVERY, *_DEPENDS[kind])
+        return {field: self.fields[field] for field in names}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -13,13 +13,13 @@ from unrolled import mean_over, values_by_autograd, values_by_retraining
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import (
     Course,
-    InMemory,
     Rehearsal,
     Values,
     drift_loss,
     mean_loss,
     plan_steps,
 )
+from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.errors import CurateError, InputError
 from alphatoken_curate.tokens.plan import collate
@@ -277,6 +277,24 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(denominator: Any) -> None:
         np.testing.assert_array_equal(found.own, wanted.own)
         np.testing.assert_array_equal(found.denominator, wanted.denominator)
         assert len(again) <= len(calls) - stop + max(np.diff(course.borders))
+
+
+@pytest.mark.parametrize("lost", ["state-0", "digest-0", "state-3", "digest-3", "state-6"])
+def test_states_that_were_deleted_are_made_again(lost: str) -> None:
+    """By training up to there, whichever way the rehearsal had come."""
+    course, outcomes = Course(rows=ROWS, steps=SEVEN, optimiser=ADAM), [mean_loss(TARGET, 1000)]
+    wanted = Rehearsal(Trainee(tiny_model("gpt2"), 1, "all"), course, InMemory()).run(outcomes)
+    states, left = InMemory(), iter(range(8))
+
+    def told(_: int) -> None:
+        if next(left, None) is None:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        Rehearsal(Trainee(tiny_model("gpt2"), 1, "all"), course, states).run(outcomes, told)
+    states.drop(lost)
+    found = Rehearsal(Trainee(tiny_model("gpt2"), 1, "all"), course, states).run(outcomes)
+    np.testing.assert_array_equal(found.value, wanted.value)
 
 
 def test_what_is_done_is_not_done_again_and_little_is_kept() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from unrolled import cotangents_by_autograd, mean_over
 
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, InMemory, Rehearsal, Values, mean_loss
+from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, mean_loss
+from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.signals.rehearsed import exact_paths
 
