@@ -24,7 +24,7 @@ ORDER = """
     rows: files containers tables shapes pairs read
     tokens: turns each chat pieces speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
-        optimisers trainee shelves rehearsal
+        optimisers trainee shelves rehearsal groups
     signals: paths influence composite preference stored rehearsed
     masks: criteria choose responses ranked remask mask
     scoring: budget meter folder named identity prepare idle scorer trial job beside changes loop refresh memory
