@@ -19,8 +19,8 @@ ORDER = """
     : errors wording settings config progress
     runs: fingerprint documents schema atomic sealed shards records folder manifest card artifacts
     models: releases folders adapters devices load likeness checkpoints
-    engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
-        capture value_rows
+    engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign below blocks
+        caches capture value_rows
     rows: files containers tables shapes pairs read
     tokens: turns each chat pieces speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from alphatoken_curate.directions.losses import at, positions
+from alphatoken_curate.engine.below import Below
 from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
 from alphatoken_curate.engine.capture import Direction, probe_ids
 from alphatoken_curate.engine.precision import narrow, wide
@@ -58,9 +59,13 @@ class Trainee:
         wanted = _trained(self.model, self.maps, blocks[: len(blocks) - layers], parameters)
         self.names, self.weights = list(wanted), list(wanted.values())
         self.layers = layers
+        below = blocks[: len(blocks) - layers] if parameters == "linear" else []
+        self._below = Below(below)
         if odd := next((p.dtype for p in self.weights if narrow(p.dtype)), None):
             raise ModelError(f"{type(model).__name__}: its weights are {odd}, and a rehearsal trains in float32.")
         _plain(self.model)
+        if not _same_from_above(self):
+            self._below = Below([])
         _check(self)
 
     @property
@@ -91,11 +96,15 @@ class Trainee:
     def _matrices(self) -> set[Tensor]:
         return {m.bare for m in self.maps}
 
-    def nll(self, batch: Batch) -> Tensor:
-        """-log p of the N response tokens of a batch, (N,) in nats, with whatever graph the weights ask for."""
+    def nll(self, batch: Batch, *, twice: bool = False) -> Tensor:
+        """-log p of the N response tokens of a batch, (N,) in nats, with whatever graph the weights ask for.
+
+        `twice`: it is to be differentiated twice, for which attention takes other kernels.
+        """
         batch = replace(batch, start=0)  # prompts take part in the second derivative
         ids = torch.from_numpy(batch.input_ids).to(self.device)
-        hidden = self.base(input_ids=ids, use_cache=False).last_hidden_state
+        with self._below.kept((batch.input_ids.shape, batch.input_ids.tobytes()), new=not twice):
+            hidden = self.base(input_ids=ids, use_cache=False).last_hidden_state
         logits = wide(head_logits(self.model, self.base, at(hidden, positions(batch, ids.device))))
         target = torch.from_numpy(batch.target).to(ids.device)
         return nn.functional.cross_entropy(logits, target, reduction="none")
@@ -124,7 +133,7 @@ class Trainee:
         differentiated once for each a; its graph is shared.
         """
         with self._training(), _PaddingRows() as rows, sdpa_kernel(SDPBackend.MATH):
-            nll = self.nll(batch)
+            nll = self.nll(batch, twice=True)
             ones = torch.ones_like(nll, requires_grad=True)
             found = torch.autograd.grad((ones * nll).sum() * scale, self.weights, create_graph=True, allow_unused=True)
             used = [i for i, grad in enumerate(found) if grad is not None]
@@ -201,6 +210,18 @@ def _plain(model: Any) -> None:
         model.set_attn_implementation("eager")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
+
+
+def _same_from_above(trainee: Trainee) -> bool:
+    """Whether what lies below the blocks that train reaches them by their input alone (not so of shared keys)."""
+    batch = _probe(trainee.model)
+    with torch.no_grad():
+        whole = trainee.nll(batch)
+        try:
+            from_above = trainee.nll(batch)
+        except (RuntimeError, LookupError, TypeError, AttributeError):  # it looks for what was not computed
+            return False
+    return torch.equal(whole, from_above)
 
 
 def _check(trainee: Trainee) -> None:

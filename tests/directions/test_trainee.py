@@ -9,6 +9,7 @@ from tiny import tiny_model, tiny_rows
 from torch import Tensor
 
 from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.engine.blocks import decoder_blocks
 from alphatoken_curate.engine.capture import captured
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.tokens.plan import collate
@@ -161,3 +162,21 @@ def test_what_hides_from_the_second_derivative_is_refused(function: Any, message
     model.transformer.h[3].mlp.act = Act(function)
     with pytest.raises(ModelError, match=f"GPT2LMHeadModel: it cannot be rehearsed: .*{message}"):
         Trainee(model, 1)
+
+
+def test_blocks_below_run_once_for_a_batch_where_nothing_under_them_trains() -> None:
+    def runs(layers: Any, parameters: Any, family: str = "gpt2") -> int:
+        model, ran = tiny_model(family), list[int]()
+        trainee = Trainee(model, layers, parameters)
+        blocks = decoder_blocks(model, model.base_model)
+        next(blocks[0].children()).register_forward_hook(lambda *_: ran.append(1))
+        batch = collate(ROWS, [0, 1])
+        into = [torch.zeros_like(w, requires_grad=False) for w in trainee.weights]
+        for _ in range(2):
+            gradient = trainee.gradient([batch])[0]
+            trainee.products(batch, [gradient], [into], 1.0)
+        return len(ran)
+
+    assert runs(2, "linear") == 1
+    assert runs("all", "linear") == runs(2, "all") == 4
+    assert runs(1, "linear", "gemma4_unified_text") == 4, "its last blocks take keys and values from others"
