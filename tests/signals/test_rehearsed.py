@@ -10,11 +10,13 @@ from tiny import make_row, tiny_model, tiny_rows
 from torch import Tensor
 from unrolled import cotangents_by_autograd, mean_over
 
+from alphatoken_curate.directions.groups import mean_and_error
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, mean_loss
 from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.trainee import Trainee
-from alphatoken_curate.signals.rehearsed import exact_paths
+from alphatoken_curate.runs.schema import BY_ESTIMATOR
+from alphatoken_curate.signals.rehearsed import columns, exact_paths, value_error
 
 pytestmark = pytest.mark.usefixtures("all_float64")
 
@@ -71,6 +73,54 @@ def test_paths_change_no_values() -> None:
     without = Rehearsal(trainee, course, InMemory()).run([mean_loss(TARGET, 100), mean_loss(OTHER, 100)])
     np.testing.assert_array_equal(rehearsed("gpt2", 2)[1].own, without.own)
     assert without.direct is None and without.causal is None
+
+
+def made_up(seed: int, *, parted: bool = True) -> Values:
+    """Of five outcomes and four tokens."""
+    draw = np.random.default_rng(seed)
+    own, denominator, direct, causal = draw.normal(size=(4, 5, 4))
+    return Values(own=own, denominator=denominator, **({"direct": direct, "causal": causal} if parted else {}))
+
+
+GROUPS = {"adapt": [10, 20, 30], "stab": [7], "drift": [1]}
+
+
+def test_columns_of_influence_are_means_over_groups_and_orders_with_their_error() -> None:
+    orders = [made_up(0, parted=False), made_up(1, parted=False)]
+    found = columns(orders, GROUPS, BY_ESTIMATOR["influence"])
+    assert set(found) == {f"{o}_{p}" for o in GROUPS for p in ("influence", "denominator", "error")}
+    each = (orders[0].own + orders[0].denominator + orders[1].own + orders[1].denominator) / 2
+    np.testing.assert_allclose(found["adapt_influence"], (each[0] + 2 * each[1] + 3 * each[2]) / 6)
+    np.testing.assert_allclose(found["stab_influence"], each[3])
+    np.testing.assert_allclose(found["drift_influence"], each[4])
+    np.testing.assert_allclose(found["drift_denominator"], (orders[0].denominator + orders[1].denominator)[4] / 2)
+    np.testing.assert_allclose(found["adapt_error"], mean_and_error(each[:3], [10, 20, 30])[1])
+    assert np.isnan(found["stab_error"]).all() and np.isnan(found["drift_error"]).all()
+
+
+def test_columns_of_paths_leave_the_denominator_out() -> None:
+    one = made_up(0)
+    assert one.direct is not None and one.causal is not None
+    found = columns([one], GROUPS, BY_ESTIMATOR["exact+influence"])
+    paths = ("direct", "causal", "upstream", "denominator", "error")
+    assert set(found) == {f"{o}_{p}" for o in ("adapt", "stab") for p in paths} | {
+        "drift_direct",
+        "drift_causal",
+        "drift_denominator",
+        "drift_error",
+    }
+    np.testing.assert_allclose(found["adapt_direct"], np.average(one.direct[:3], axis=0, weights=[1, 2, 3]))
+    np.testing.assert_allclose(found["stab_upstream"], one.own[3] - one.direct[3])
+    np.testing.assert_allclose(found["adapt_error"], mean_and_error((one.direct + one.causal)[:3], [10, 20, 30])[1])
+
+
+def test_errors_of_objectives_add_up_as_those_of_rows_of_their_own() -> None:
+    nan = np.array([np.nan])
+    three, four = np.array([3.0]), np.array([4.0])
+    assert value_error({"adapt_error": three, "stab_error": four}, 2.0)[0] == np.sqrt(9 + 64)
+    assert value_error({"adapt_error": three, "stab_error": nan}, 2.0)[0] == 3.0
+    assert value_error({"adapt_error": three}, 2.0)[0] == 3.0
+    assert np.isnan(value_error({"adapt_error": nan, "stab_error": nan}, 2.0)[0])
 
 
 def _direction(trainee: Trainee, by_name: dict[str, Tensor]) -> dict[str, Tensor]:
