@@ -100,6 +100,19 @@ class Optimiser:
             else:
                 weight.sub_(slots[0], alpha=lr)
 
+    def root_shift(self, after: State, k: int) -> tuple[float, float]:
+        """Squared lengths of what the root term took from step k, which led to `after`, and of the step itself."""
+        if self.kind == "sgd" or self.root == 0:
+            return 0.0, 0.0
+        (c1, c2), lr = self._corrections(k), self.rate(k)
+        taken, whole = 0.0, 0.0
+        for m, v in zip(*after.slots, strict=True):
+            step = m / self._divisor(v, k)[1]
+            # Where m is 0 the step is, whatever the divisor.
+            plain = (m / (v / c2).sqrt_().add_(self.eps)).nan_to_num_(nan=0.0)
+            taken, whole = taken + _square(plain.sub_(step)), whole + _square(step)
+        return taken * (lr / c1) ** 2, whole * (lr / c1) ** 2
+
     def pull_back(self, before: State, grads: Sequence[Tensor], k: int, adjoint: State) -> list[Tensor]:
         """Take the cotangents of what step k gave to those of what it took, `before`, in place.
 
@@ -163,8 +176,12 @@ class Optimiser:
         """Norm of the gradient, and what clipping multiplies it with."""
         if self.clip is None:
             return 0.0, 1.0
-        norm = math.sqrt(sum(_dot(g, g) for g in grads))
+        norm = math.sqrt(sum(map(_square, grads)))
         return norm, min(1.0, self.clip / (norm + _CLIP_EPS))
+
+
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

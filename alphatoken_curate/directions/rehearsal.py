@@ -87,6 +87,9 @@ class Values:
     """The paths of `own` and beside it, along the same directions, where they were asked for."""
     causal: NDArray[np.float64] | None = None
 
+    root_share: float = 0.0
+    """By what share of their length the root term changes the steps of the training: little, or it is another one."""
+
     @property
     def value(self) -> NDArray[np.float64]:
         """Through both, (n, N)."""
@@ -145,7 +148,7 @@ class Rehearsal:
         self.trainee, self.course, self.states, self.paths = trainee, course, states, paths
         self.steps = InMemory() if steps is None else steps
         self.state = course.optimiser.start([w.detach() for w in trainee.weights])
-        self._first_loss = math.inf
+        self._first_loss, self._shift = math.inf, (0.0, 0.0)
 
     def run(self, outcomes: Sequence[Outcome], told: Callable[[int], None] = lambda _: None) -> Values:
         """Train, and give what each outcome owes to each token. `told` is called after each step with its number.
@@ -162,6 +165,9 @@ class Rehearsal:
                 self._forward(borders, told)
                 self._begin_adjoints([outcome(self.trainee) for outcome in outcomes])
                 reached = borders[-1]
+            for k in borders:  # what a replay is held against
+                if self.states.get(_DIGEST.format(k)) is None:
+                    self._forward([border for border in borders if border <= k], lambda _: None)
             for first, last in reversed(list(itertools.pairwise(borders))):
                 if first < reached:
                     self._back(first, last, told)
@@ -169,7 +175,8 @@ class Rehearsal:
         for k in self.course.borders:  # by now, or before a kill that came between
             for name in (_ADJOINT, _STATE, _DIGEST):
                 self.states.drop(name.format(k))
-        return Values(**dict(zip(_PARTS, done["sums"].numpy(), strict=False)))
+        parts = dict(zip(_PARTS, done["sums"].cpu().numpy(), strict=False))
+        return Values(**parts, root_share=float(done["root_share"]))
 
     # ------------------------------------------------------------------------------------------------------- forward
 
@@ -179,6 +186,8 @@ class Rehearsal:
         self._load(start)
         for k in range(start, borders[-1]):
             self._step(k)
+            shift = self.course.optimiser.root_shift(self.state, k)
+            self._shift = self._shift[0] + shift[0], self._shift[1] + shift[1]
             told(k)
             if k + 1 in borders:
                 self._keep_state(k + 1)
@@ -290,9 +299,8 @@ class Rehearsal:
 
     def _keep_state(self, k: int) -> None:
         self.states.put(_STATE.format(k), self._named(self.state))
-        self.states.put(
-            _DIGEST.format(k), {"sha256": _digest(self.state), "first_loss": torch.tensor([self._first_loss])}
-        )
+        told = torch.tensor([self._first_loss, *self._shift], dtype=torch.float64)
+        self.states.put(_DIGEST.format(k), {"sha256": _digest(self.state), "told": told})
 
     def _is_kept(self, k: int) -> bool:
         return self.states.get(_DIGEST.format(k)) is not None and self.states.get(_STATE.format(k)) is not None
@@ -304,7 +312,8 @@ class Rehearsal:
             self._forward([border for border in self.course.borders if border <= k], lambda _: None)
             return
         self.state.copy_(self._from(found))
-        self._first_loss = float(about["first_loss"])
+        self._first_loss, *shift = about["told"].tolist()
+        self._shift = shift[0], shift[1]
 
     def _begin_adjoints(self, gradients: list[Weights]) -> None:
         slots = range(len(self.state.slots))
@@ -322,13 +331,17 @@ class Rehearsal:
         found = self.states.get(_ADJOINT.format(k))
         assert found is not None
         each = range(found["sums"].shape[1])
-        return [self._from(found, f"{n} ").clone() for n in each], found["sums"].numpy().copy()
+        return [self._from(found, f"{n} ").clone() for n in each], found["sums"].cpu().numpy().copy()
 
     def _finish(self) -> dict[str, Tensor]:
         """Keep the values."""
         found = self.states.get(_ADJOINT.format(0))
         assert found is not None
-        done = {"sums": found["sums"]}
+        last = self.states.get(_DIGEST.format(len(self.course.steps)))
+        assert last is not None
+        taken, whole = last["told"][1:].tolist()
+        share = math.sqrt(taken / whole) if whole else 0.0
+        done = {"sums": found["sums"], "root_share": torch.tensor([share], dtype=torch.float64)}
         self.states.put(_VALUES, done)
         return done
 

@@ -112,6 +112,30 @@ def test_where_a_gradient_is_zero_adams_slope_is_the_rate_over_the_root() -> Non
     assert not without.pull_back(state, zero, 0, adjoint)[0].isfinite().any()
 
 
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_what_the_root_takes_is_told_beside_the_length_of_the_step(name: str) -> None:
+    optimiser = OPTIMISERS[name]
+    plain = dataclasses.replace(optimiser, root=0.0)
+    states = [o.start([torch.zeros_like(w) for w in random(0)]) for o in (optimiser, plain)]
+    grads = [random(10 + k) for k in range(3)]
+    for k in range(3):
+        for o, state in zip((optimiser, plain), states, strict=True):
+            for weight in state.weights:
+                weight.zero_()  # nothing to decay
+            o.step(state, grads[k], k)
+        taken, whole = optimiser.root_shift(states[0], k)
+        each = list(zip(states[0].weights, states[1].weights, strict=True))
+        rooted = optimiser.kind == "adamw" and optimiser.root > 0
+        assert taken == pytest.approx(sum(float((a - b).square().sum()) for a, b in each), rel=1e-9)
+        assert whole == pytest.approx(sum(float(a.square().sum()) for a, _ in each) if rooted else 0.0, rel=1e-9)
+        assert (taken > 0) == (rooted and optimiser.rate(k) > 0)
+
+
+def test_where_nothing_moves_the_root_takes_nothing() -> None:
+    optimiser = Optimiser(lr=0.1, steps=1, eps=0.0)
+    assert optimiser.root_shift(optimiser.start([torch.zeros(3)]), 0) == (0.0, 0.0)
+
+
 def test_a_copy_shares_no_memory_and_takes_over_numbers_in_place() -> None:
     state = OPTIMISERS["adamw"].start(random(0))
     copied = state.clone()

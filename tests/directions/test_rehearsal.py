@@ -276,10 +276,11 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(denominator: Any) -> None:
         found = Rehearsal(Trainee(tiny_model("gpt2"), 1, "all"), course, states).run(outcomes, again.append)
         np.testing.assert_array_equal(found.own, wanted.own)
         np.testing.assert_array_equal(found.denominator, wanted.denominator)
+        assert found.root_share == wanted.root_share > 0
         assert len(again) <= len(calls) - stop + max(np.diff(course.borders))
 
 
-@pytest.mark.parametrize("lost", ["state-0", "digest-0", "state-3", "digest-3", "state-6"])
+@pytest.mark.parametrize("lost", ["state-0", "digest-0", "state-3", "digest-3", "state-6", "digest-6", "digest-7"])
 def test_states_that_were_deleted_are_made_again(lost: str) -> None:
     """By training up to there, whichever way the rehearsal had come."""
     course, outcomes = Course(rows=ROWS, steps=SEVEN, optimiser=ADAM), [mean_loss(TARGET, 1000)]
