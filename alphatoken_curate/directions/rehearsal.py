@@ -57,10 +57,13 @@ class Course:
     batch_tokens: int = 4096
     """Padded tokens that run together; a step takes as many batches as it needs."""
 
-    def batches(self, k: int) -> list[Batch]:
-        """The batches of step k; their `rows` are indices among all rows."""
+    def batches(self, k: int, *, twice: bool = False) -> list[Batch]:
+        """The batches of step k; their `rows` are indices among all rows.
+
+        `twice`: of half the tokens, since a graph of second derivatives holds more than twice as much.
+        """
         chosen = [self.rows[i] for i in self.steps[k]]
-        planned = plan_batches(chosen, self.batch_tokens)
+        planned = plan_batches(chosen, self.batch_tokens // 2 if twice else self.batch_tokens)
         return [collate(self.rows, [self.steps[k][i] for i in indices]) for indices in planned]
 
     @property
@@ -166,7 +169,7 @@ class Rehearsal:
                 self._begin_adjoints([outcome(self.trainee) for outcome in outcomes])
                 reached = borders[-1]
             for k in borders:  # what a replay is held against
-                if self.states.get(_DIGEST.format(k)) is None:
+                if not self.states.has(_DIGEST.format(k)):
                     self._forward([border for border in borders if border <= k], lambda _: None)
             for first, last in reversed(list(itertools.pairwise(borders))):
                 if first < reached:
@@ -216,10 +219,8 @@ class Rehearsal:
         """Take the steps of a segment again, and go back through them."""
         self._load(first)
         for k in range(first, last):
-            before = self._named(self.state)
-            self.steps.put(str(k), before)
-            grads = self._step(k)
-            self.steps.put(f"{k} grads", dict(zip(self.trainee.names, grads, strict=True)))
+            self.steps.put(str(k), self._named(self.state))
+            self.steps.put(f"{k} grads", dict(zip(self.trainee.names, self._step(k), strict=True)))
         self._check_replay(first, last)
         adjoints, sums = self._take_adjoints(last)
         for k in reversed(range(first, last)):
@@ -251,7 +252,7 @@ class Rehearsal:
 
     def _add_values(self, k: int, along: list[Weights], into: list[Weights], sums: NDArray[np.float64]) -> None:
         """Add what the tokens of step k get to `sums`, and H_k a_k to `into`."""
-        batches = self.course.batches(k)
+        batches = self.course.batches(k, twice=True)
         tokens = sum(len(batch.target) for batch in batches)
         places = [_token_places(batch, self.course.places) for batch in batches]
         summed = np.zeros(len(along))
@@ -281,7 +282,7 @@ class Rehearsal:
 
     def _reached(self) -> int | None:
         """The border that the way back has come to; None where it has not begun."""
-        return next((k for k in self.course.borders if self.states.get(_ADJOINT.format(k)) is not None), None)
+        return next((k for k in self.course.borders if self.states.has(_ADJOINT.format(k))), None)
 
     def _named(self, state: State) -> dict[str, Tensor]:
         names = self.trainee.names
@@ -303,7 +304,7 @@ class Rehearsal:
         self.states.put(_DIGEST.format(k), {"sha256": _digest(self.state), "told": told})
 
     def _is_kept(self, k: int) -> bool:
-        return self.states.get(_DIGEST.format(k)) is not None and self.states.get(_STATE.format(k)) is not None
+        return self.states.has(_DIGEST.format(k)) and self.states.has(_STATE.format(k))
 
     def _load(self, k: int) -> None:
         """Go to the state at a border; where it was deleted, by training up to there from one before it."""

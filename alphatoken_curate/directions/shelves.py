@@ -25,6 +25,10 @@ class Shelf(Protocol):
         """What was kept under a name; None where nothing was."""
         ...
 
+    def has(self, name: str) -> bool:
+        """Whether something is kept under a name, by the look of it."""
+        ...
+
     def drop(self, name: str) -> None:
         """Forget it, where it is there."""
         ...
@@ -44,6 +48,10 @@ class InMemory:
         """What was kept under a name; None where nothing was."""
         return self._held.get(name)
 
+    def has(self, name: str) -> bool:
+        """Whether something is kept under a name."""
+        return name in self._held
+
     def drop(self, name: str) -> None:
         """Forget it, where it is there."""
         self._held.pop(name, None)
@@ -62,6 +70,10 @@ class Artefacts:
     def get(self, name: str) -> dict[str, Tensor] | None:
         """What was committed by a run of the same fields. Raises StoredDataError where the file is damaged."""
         return self.store.load(REHEARSAL, self.device, part=f"{self.prefix}-{name}")
+
+    def has(self, name: str) -> bool:
+        """Whether a run of the same fields committed it; damage shows when it is got."""
+        return self.store.is_made(REHEARSAL, f"{self.prefix}-{name}")
 
     def drop(self, name: str) -> None:
         """Delete its file, where it is there."""
@@ -90,6 +102,10 @@ class Scratch:
 
         path = self._files.get(name)
         return None if path is None else load_file(path, device=str(self.device))
+
+    def has(self, name: str) -> bool:
+        """Whether something was written under a name."""
+        return name in self._files
 
     def drop(self, name: str) -> None:
         """Delete its file, where it is there."""

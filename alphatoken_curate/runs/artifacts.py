@@ -106,6 +106,20 @@ class Store:
             # One key alone: safetensors writes several in an order that changes from one call to the next.
             sink.write(to_bytes(ready, metadata={_ABOUT: about}))
 
+    def is_made(self, kind: str, part: int | str | None = None) -> bool:
+        """Whether `load` would find it made from the same fields. What it holds is not read, nor seen to be whole."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(kind, part)
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = orjson.loads((file.metadata() or {}).get(_ABOUT, "null"))
+        except (SafetensorError, OSError, orjson.JSONDecodeError) as error:
+            raise _damaged(path, str(error)) from error
+        return isinstance(about, dict) and not differing(about.get("fields", {}), self._fields_of(kind))
+
     def has(self, kind: str, part: int | None = None) -> bool:
         """Whether `find` finds it."""
         return self.find(kind, part) is not None

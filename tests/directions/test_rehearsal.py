@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from tiny import make_row, tiny_model, tiny_rows
+from tiny import CORE, FAMILIES, ROUNDING, make_row, tiny_model, tiny_rows
 from unrolled import mean_over, values_by_autograd, values_by_retraining
 
 from alphatoken_curate.directions.optimisers import Optimiser
@@ -100,9 +100,16 @@ def test_what_trains_is_narrowed(layers: Any, parameters: Any) -> None:
     check("gpt2", layers, parameters, SEVEN, ADAM, "count")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3_text", "phi3", "gpt_neox", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", [family for family in CORE if family not in ("gpt2", "gpt_oss")])
 def test_other_families(family: str) -> None:
     check(family, "all", "all", SEVEN, ADAM, "count")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CORE])
+def test_every_family(family: str) -> None:
+    tolerance = 10 * max(ROUNDING.get(family, {}).values(), default=1e-9)  # of a second derivative
+    check(family, "all", "all", TWO, ADAM, "sum", tolerance)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -240,6 +247,12 @@ def test_batches_change_nothing_but_rounding() -> None:
     trainee = Trainee(tiny_model("gpt2"), "all", "all")
     alone, together = (rehearse(trainee, SEVEN, ADAM, batch_tokens=n).value for n in (1, 10_000))
     assert 0 < np.abs(alone - together).max() < 1e-10 * np.abs(alone).max()
+
+
+def test_the_way_back_takes_smaller_batches() -> None:
+    course = Course(rows=ROWS, steps=[(0, 1, 2, 3)], optimiser=ADAM, batch_tokens=60)
+    assert [sorted(batch.rows) for batch in course.batches(0)] == [[0, 2, 3], [1]]
+    assert sorted(len(batch.rows) for batch in course.batches(0, twice=True)) == [1, 1, 2]
 
 
 def test_a_token_that_no_step_takes_has_no_value() -> None:
