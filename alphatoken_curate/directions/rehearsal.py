@@ -156,7 +156,7 @@ class Rehearsal:
     def run(self, outcomes: Sequence[Outcome], told: Callable[[int], None] = lambda _: None) -> Values:
         """Train, and give what each outcome owes to each token. `told` is called after each step with its number.
 
-        The model's weights are left as it ended. Raises InputError where the training or its derivative is not finite,
+        The model's weights end where they began. Raises InputError where the training or its derivative is not finite,
         CurateError where it cannot be repeated bit by bit.
         """
         if (done := self.states.get(_VALUES)) is None:
@@ -206,11 +206,11 @@ class Rehearsal:
         if k == 0:
             self._first_loss = loss
         worst = 2 * max(self._first_loss, math.log(self.trainee.vocabulary))
-        if not (loss <= worst and all(bool(g.isfinite().all()) for g in grads)):
+        finite = all(bool(g.isfinite().all()) for g in grads)
+        if not (loss <= worst and finite):
             raise InputError(
                 f"The rehearsal diverges: in step {k + 1} of {len(self.course.steps)} the mean loss is {loss:.4g} nats"
-                f" and its gradient is {'finite' if all(bool(g.isfinite().all()) for g in grads) else 'not finite'}."
-                " Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1."
+                f" and its gradient is {'finite' if finite else 'not finite'}. {_GENTLER}"
             )
 
     # ------------------------------------------------------------------------------------------------------ backward
@@ -271,7 +271,7 @@ class Rehearsal:
 
     def _check_replay(self, first: int, last: int) -> None:
         kept = self.states.get(_DIGEST.format(last))
-        if kept is None or not torch.equal(kept["sha256"], _digest(self.state)):
+        if kept is None or not torch.equal(kept["sha256"].cpu(), _digest(self.state)):
             steps = f"Step {last}" if last == first + 1 else f"Steps {first + 1} to {last}"
             raise CurateError(
                 f"{steps} of the rehearsal came out otherwise when taken again: this machine does not compute the same"
@@ -317,6 +317,10 @@ class Rehearsal:
         self._shift = shift[0], shift[1]
 
     def _begin_adjoints(self, gradients: list[Weights]) -> None:
+        if not all(bool(g.isfinite().all()) for gradient in gradients for g in gradient):
+            raise InputError(
+                f"The loss of the target or retention rows has no finite gradient where the rehearsal ends. {_GENTLER}"
+            )
         slots = range(len(self.state.slots))
         adjoints = [State(g, tuple([torch.zeros_like(x) for x in g] for _ in slots)) for g in gradients]
         sums = np.zeros((2 if self.paths is None else 4, len(gradients), int(self.course.places[-1])))
@@ -347,6 +351,7 @@ class Rehearsal:
         return done
 
 
+_GENTLER = "Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1."
 _PARTS = ("own", "denominator", "direct", "causal")
 _STATE, _DIGEST, _ADJOINT, _VALUES = "state-{}", "digest-{}", "adjoint-{}", "values"
 

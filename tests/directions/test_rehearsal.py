@@ -59,10 +59,9 @@ def rehearse(
     rows: Sequence[TokenRow] = ROWS,
 ) -> Values:
     course = Course(rows=rows, steps=steps, optimiser=optimiser, denominator=denominator, batch_tokens=batch_tokens)
-    states = [w.detach().clone() for w in trainee.weights]
+    starts = [w.detach().clone() for w in trainee.weights]
     found = Rehearsal(trainee, course, InMemory()).run([mean_loss(TARGET, 1000), mean_loss(RETENTION, 1000)])
-    for own, start in zip(trainee.weights, states, strict=True):
-        own.detach().copy_(start)
+    assert all(torch.equal(own, start) for own, start in zip(trainee.weights, starts, strict=True))
     return found
 
 
@@ -341,6 +340,13 @@ def test_steps_that_come_out_otherwise_are_an_error() -> None:
 def test_a_training_that_diverges_is_refused_with_what_to_change() -> None:
     course = Course(rows=ROWS, steps=SEVEN, optimiser=dataclasses.replace(ADAM, lr=30.0))
     with pytest.raises(InputError, match=r"diverges: in step \d of 7 the mean loss is .*smaller --rehearse-lr"):
+        Rehearsal(Trainee(tiny_model("gpt2"), "all", "all"), course, InMemory()).run([mean_loss(TARGET, 1000)])
+
+
+def test_an_outcome_that_is_not_finite_is_refused() -> None:
+    """One step, and that too far: no later one notices."""
+    course = Course(rows=ROWS, steps=[(0,)], optimiser=Optimiser(lr=1e300, steps=1, kind="sgd"))
+    with pytest.raises(InputError, match=r"no finite gradient where the rehearsal ends\. Give a smaller --rehearse-lr"):
         Rehearsal(Trainee(tiny_model("gpt2"), "all", "all"), course, InMemory()).run([mean_loss(TARGET, 1000)])
 
 
