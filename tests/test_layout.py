@@ -20,12 +20,13 @@ ORDER = """
     runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary card watched
         artifacts
     models: releases formats tensors folders adapters devices load likeness checkpoints
-    engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign blocks caches
-        capture value_rows
+    engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign below blocks
+        caches capture value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs columns read
     tokens: dates refusals marks kept turns blocks each forms advice chat pieces likeness speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
-    signals: paths influence composite preference stored
+        optimisers trainee shelves rehearsal groups
+    signals: paths influence composite preference stored rehearsed
     masks: language expression criteria choose always responses ranked remask mask
     scoring: budget meter folder named identity sources prepare idle outcome scorer trial job beside changes loop
         refresh memory estimate check finished score

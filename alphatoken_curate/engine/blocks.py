@@ -109,6 +109,37 @@ def trunk(model: Any) -> nn.Module:
     return base
 
 
+class _Trunk:
+    """What a head gets in place of its trunk's output: last hidden states, and None for whatever else it looks up."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+
+def head_logits(model: Any, base: Any, hidden: Tensor) -> Tensor:
+    """Logits (n, V) of last hidden states (n, D): the model's own forward with its trunk replaced by `hidden`."""
+    weight = model.get_output_embeddings().weight
+    states = hidden.to(weight.dtype).unsqueeze(0)
+    given = _Trunk(states)
+    # Some heads (OPT's) call the trunk's decoder, and not the trunk.
+    called = [m for m in (base, getattr(base, "decoder", None)) if isinstance(m, nn.Module)]
+    forwards = [m.forward for m in called]
+    try:
+        for module in called:
+            module.forward = lambda *_, **__: given
+        logits: Tensor = model(inputs_embeds=states, use_cache=False).logits
+    finally:
+        for module, forward in zip(called, forwards, strict=True):
+            module.forward = forward
+    return logits.squeeze(0)
+
+
 def decoder_blocks(model: Any, base: nn.Module) -> list[nn.Module]:
     """All decoder blocks, first to last. Raises ModelError where they are not found."""
     depth = model.config.get_text_config().num_hidden_layers

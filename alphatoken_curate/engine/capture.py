@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from alphatoken_curate.engine import attention, experts, foreign
 from alphatoken_curate.engine.attention import Tape
-from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, linear_maps, trunk, unwrapped
+from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
 from alphatoken_curate.engine.caches import cache_of, forward_with_cache
 from alphatoken_curate.engine.precision import narrow, widen
 from alphatoken_curate.errors import ModelError
@@ -28,19 +28,6 @@ Direction = list[Tensor]
 OnDelta = Callable[[int, Tensor, Tensor, Tensor | None], None]
 """Called while a backward runs with (index of the linear map, h (n, d_in), delta (n, d_out), where): `where` (n,) int64
 are the flat positions in (B, T - start) the rows belong to, rising; None where they are all, in order."""
-
-
-class _Trunk:
-    """What a head gets in place of its trunk's output: last hidden states, and None for whatever else it looks up."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.last_hidden_state = states
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.last_hidden_state,)[index]
 
 
 class ScoringModel:
@@ -161,21 +148,8 @@ class ScoringModel:
             self._undo_widening()
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (n, V) of last hidden states (n, D): the model's own forward with its trunk replaced by `hidden`."""
-        weight = self.model.get_output_embeddings().weight
-        states = hidden.to(weight.dtype).unsqueeze(0)
-        given = _Trunk(states)
-        # Some heads (OPT's) call the trunk's decoder, and not the trunk.
-        called = [m for m in (self.base, getattr(self.base, "decoder", None)) if isinstance(m, nn.Module)]
-        forwards = [m.forward for m in called]
-        try:
-            for module in called:
-                module.forward = lambda *_, **__: given
-            logits: Tensor = self.model(inputs_embeds=states, use_cache=False).logits
-        finally:
-            for module, forward in zip(called, forwards, strict=True):
-                module.forward = forward
-        return logits.squeeze(0)
+        """Logits (n, V) of last hidden states (n, D) (`blocks.head_logits`)."""
+        return head_logits(self.model, self.base, hidden)
 
     def hidden(self, input_ids: Tensor, start: int = 0, *, pairs: bool = False) -> Tensor:
         """Last hidden states (B, T - start, D) of right-padded `input_ids` (B, T), without a graph."""

@@ -40,6 +40,9 @@ REFERENCE = "reference"
 REFERENCE_NLL = "reference_nll"
 """The reference's nll of all response tokens of a shard, a part per shard."""
 
+REHEARSAL = "rehearsal"
+"""States of a rehearsal at the borders of its segments, and what came of it, a part by each name."""
+
 _ABOUT = "alphatoken_curate"
 """The metadata key of an artefact: JSON of its fields and of the digest of its tensors."""
 
@@ -66,9 +69,10 @@ _DEPENDS = {
     REFERENCE: ("reference", "layers", "parameters"),
     REFERENCE_NLL: ("reference", "tokens", "rows_per_shard"),
 }
-"""The fingerprint fields of a run that each kind of artefact depends on, beside those that all do."""
+"""The fingerprint fields of a run that each kind of artefact depends on, beside those that all do; a rehearsal does on
+every field."""
 
-OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in names)
+OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in names) | {REHEARSAL}
 """Kinds made anew at each checkpoint; their files carry the number of the generation."""
 
 
@@ -86,12 +90,16 @@ class Store:
     reuse: Path | None = None
     watched: Watched | None = field(default=None, compare=False)
 
-    def path(self, kind: str, part: int | None = None) -> Path:
-        """`fisher.safetensors`, `target-00000.safetensors` (generation 0), `reference_nll-00003.safetensors`."""
-        number = self.generation if kind in OF_MODEL else part
-        return self.folder / (f"{kind}.safetensors" if number is None else f"{kind}-{number:05d}.safetensors")
+    def path(self, kind: str, part: int | str | None = None) -> Path:
+        """`fisher.safetensors`, `target-00000.safetensors` (generation 0), `reference_nll-00003.safetensors`.
 
-    def save(self, kind: str, tensors: Mapping[str, Tensor], part: int | None = None) -> None:
+        A part with a name has it at the end: `rehearsal-00000-values.safetensors`.
+        """
+        number = self.generation if kind in OF_MODEL else part
+        stem = kind if number is None else f"{kind}-{number:05d}"
+        return self.folder / (f"{stem}-{part}.safetensors" if isinstance(part, str) else f"{stem}.safetensors")
+
+    def save(self, kind: str, tensors: Mapping[str, Tensor], part: int | str | None = None) -> None:
         """Commit tensors with the fields they were made from. The same tensors and fields give the same bytes.
 
         Raises FingerprintError where a file they may come from is another than was fingerprinted.
@@ -110,6 +118,20 @@ class Store:
         if self.watched is not None:
             (self.watched.check_digests if whole else self.watched.check)()
 
+    def is_made(self, kind: str, part: int | str | None = None) -> bool:
+        """Whether `load` would find it made from the same fields. What it holds is not read, nor seen to be whole."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(kind, part)
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = orjson.loads((file.metadata() or {}).get(_ABOUT, "null"))
+        except (SafetensorError, OSError, orjson.JSONDecodeError) as error:
+            raise _damaged(path, str(error)) from error
+        return isinstance(about, dict) and not differing(about.get("fields", {}), self._fields_of(kind))
+
     def has(self, kind: str, part: int | None = None) -> bool:
         """Whether `find` finds it."""
         return self.find(kind, part) is not None
@@ -122,7 +144,7 @@ class Store:
         return found
 
     def load(
-        self, kind: str, device: torch.device | str = "cpu", *, part: int | None = None
+        self, kind: str, device: torch.device | str = "cpu", *, part: int | str | None = None
     ) -> dict[str, Tensor] | None:
         """The tensors of an artefact made from the same fields; None where there is none.
 
@@ -170,7 +192,8 @@ class Store:
         return {key: tensor.to(device) for key, tensor in tensors.items()}
 
     def _fields_of(self, kind: str) -> dict[str, Json]:
-        return {name: self.fields[name] for name in (*_EVERY, *_DEPENDS[kind])}
+        names = self.fields if kind == REHEARSAL else (*_EVERY, *_DEPENDS[kind])
+        return {name: self.fields[name] for name in names}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

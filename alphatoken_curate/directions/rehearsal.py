@@ -1,0 +1,369 @@
+"""The training to come, rehearsed, and what its outcome owes to the loss weight of every token.
+
+theta_k = step(theta_{k-1}, g_k), g_k the gradient of sum_t w_t l_t / D over the rows of step k, D the number of their
+response tokens (`count`) or the sum of their weights (`sum`). For an outcome J of theta_N, value_t = -dJ / dw_t at
+w = 1, summed over the visits of t (metagradient, arXiv 2503.13751; MAGIC, arXiv 2504.16430).
+
+Forward: steps are taken, and the state at the start of each segment of about sqrt(N) steps is kept. Backward, segment
+by segment from the last: its steps are taken again, which must end in the same bits, and gone back through one by one.
+With a_k the cotangent of g_k, token t has -<a_k, gradient of l_t> / D of step k and, with `sum`, <a_k, g_k> / D, the
+same for all of its tokens; and lambda, the cotangent of the weights, gets H_k a_k. Several outcomes go back together.
+Shapes: n outcomes, N response tokens of all rows, row by row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alphatoken_curate.directions.optimisers import Optimiser, State
+from alphatoken_curate.directions.shelves import InMemory, Shelf
+from alphatoken_curate.directions.trainee import Trainee, Weights
+from alphatoken_curate.errors import CurateError, InputError
+from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
+from alphatoken_curate.tokens.tokenise import TokenRow
+
+REHEARSAL_DRAW = -5
+"""Less the epoch, the position under which a row's place in it is drawn; no token has a negative one."""
+
+Outcome = Callable[[Trainee], Weights]
+"""Gives the gradient of J in the weights, at those the rehearsal ended with."""
+
+
+Paths = Callable[[Sequence[Batch], Sequence[Weights]], Sequence[Tensor]]
+"""Given the batches of a step and a direction of the weights for each outcome: direct and causal of the response tokens
+of each batch, (2, n, N of the batch), at the weights as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """The steps of a training: which rows each takes, and how it moves."""
+
+    rows: Sequence[TokenRow]
+    steps: Sequence[Sequence[int]]
+    """Indices of the rows of each step."""
+    optimiser: Optimiser
+    denominator: Literal["count", "sum"] = "count"
+    batch_tokens: int = 4096
+    """Padded tokens that run together; a step takes as many batches as it needs."""
+
+    def batches(self, k: int, *, twice: bool = False) -> list[Batch]:
+        """The batches of step k; their `rows` are indices among all rows.
+
+        `twice`: of half the tokens, since a graph of second derivatives holds more than twice as much.
+        """
+        chosen = [self.rows[i] for i in self.steps[k]]
+        planned = plan_batches(chosen, self.batch_tokens // 2 if twice else self.batch_tokens)
+        return [collate(self.rows, [self.steps[k][i] for i in indices]) for indices in planned]
+
+    @property
+    def borders(self) -> list[int]:
+        """Where segments start, and N: steps done before the state there."""
+        size = math.isqrt(max(1, len(self.steps) - 1)) + 1
+        return [*range(0, len(self.steps), size), len(self.steps)]
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Where each row's tokens start among those of all rows; the last is N."""
+        return np.concatenate([[0], np.cumsum([int(row.response.sum()) for row in self.rows])]).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Values:
+    """-dJ / dw of every token, for each outcome, in parts: each (n, N) float64 in nats, summed over visits."""
+
+    own: NDArray[np.float64]
+    """Through the token's own loss: what `influence` is along -a_k / D."""
+    denominator: NDArray[np.float64]
+    """Through the sum of weights it is divided by: the same for all tokens of a step; 0 with `count`."""
+    direct: NDArray[np.float64] | None = None
+    """The paths of `own` and beside it, along the same directions, where they were asked for."""
+    causal: NDArray[np.float64] | None = None
+
+    root_share: float = 0.0
+    """By what share of their length the root term changes the steps of the training: little, or it is another one."""
+
+    @property
+    def value(self) -> NDArray[np.float64]:
+        """Through both, (n, N)."""
+        return self.own + self.denominator
+
+
+def plan_steps(rows: Sequence[TokenRow], *, epochs: int, rows_per_step: int, seed: int) -> list[tuple[int, ...]]:
+    """Indices of the rows of each step: every epoch takes all rows once, in an order drawn by (seed, row, epoch).
+
+    The last step of an epoch takes what is left.
+    """
+    found = []
+    for epoch in range(epochs):
+        turns = [-row.turn for row in rows]  # downwards, as the positions of these draws go
+        draws = keyed_uniform(seed, [row.row_id for row in rows], of_turn(REHEARSAL_DRAW - epoch, turns))
+        order = np.argsort(draws, kind="stable").tolist()
+        found += [tuple(order[first : first + rows_per_step]) for first in range(0, len(order), rows_per_step)]
+    return found
+
+
+def mean_loss(rows: Sequence[TokenRow], batch_tokens: int) -> Outcome:
+    """J: the mean loss over all response tokens of some rows."""
+
+    def gradient(trainee: Trainee) -> Weights:
+        batches = (collate(rows, indices) for indices in plan_batches(rows, batch_tokens))
+        return trainee.gradient(batches, whole=True)[0]
+
+    return gradient
+
+
+def drift_loss(fisher: Weights, reference: Weights) -> Outcome:
+    """J = 1/2 (theta - reference)^T F (theta - reference), F a diagonal: the retention loss around the reference."""
+
+    def gradient(trainee: Trainee) -> Weights:
+        each = zip(fisher, trainee.weights, reference, strict=True)
+        return [f.to(w.dtype) * (w.detach() - r.to(w)) for f, w, r in each]
+
+    return gradient
+
+
+class Rehearsal:
+    """A training that is gone through, and back. What both shelves hold is done already and is not done again.
+
+    `states` keeps what segments start from, and how far the way back has come; `steps` the steps of one segment.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        course: Course,
+        states: Shelf,
+        *,
+        steps: Shelf | None = None,
+        paths: Paths | None = None,
+    ) -> None:
+        self.trainee, self.course, self.states, self.paths = trainee, course, states, paths
+        self.steps = InMemory() if steps is None else steps
+        self.state = course.optimiser.start([w.detach() for w in trainee.weights])
+        self._first_loss, self._shift = math.inf, (0.0, 0.0)
+
+    def run(self, outcomes: Sequence[Outcome], told: Callable[[int], None] = lambda _: None) -> Values:
+        """Train, and give what each outcome owes to each token. `told` is called after each step with its number.
+
+        The model's weights end where they began. Raises InputError where the training or its derivative is not finite,
+        CurateError where it cannot be repeated bit by bit.
+        """
+        if (done := self.states.get(_VALUES)) is None:
+            borders = self.course.borders
+            if not self._is_kept(0):
+                self._keep_state(0)
+            reached = self._reached()
+            if reached is None:
+                self._forward(borders, told)
+                self._begin_adjoints([outcome(self.trainee) for outcome in outcomes])
+                reached = borders[-1]
+            for k in borders:  # what a replay is held against
+                if not self.states.has(_DIGEST.format(k)):
+                    self._forward([border for border in borders if border <= k], lambda _: None)
+            for first, last in reversed(list(itertools.pairwise(borders))):
+                if first < reached:
+                    self._back(first, last, told)
+            done = self._finish()
+        for k in self.course.borders:  # by now, or before a kill that came between
+            for name in (_ADJOINT, _STATE, _DIGEST):
+                self.states.drop(name.format(k))
+        parts = dict(zip(_PARTS, done["sums"].cpu().numpy(), strict=False))
+        return Values(**parts, root_share=float(done["root_share"]))
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def _forward(self, borders: list[int], told: Callable[[int], None]) -> None:
+        """Train from the last border that was kept."""
+        start = next(k for k in reversed(borders) if self._is_kept(k))
+        self._load(start)
+        for k in range(start, borders[-1]):
+            self._step(k)
+            shift = self.course.optimiser.root_shift(self.state, k)
+            self._shift = self._shift[0] + shift[0], self._shift[1] + shift[1]
+            told(k)
+            if k + 1 in borders:
+                self._keep_state(k + 1)
+
+    def _step(self, k: int) -> Weights:
+        """Take step k; returns its gradient."""
+        grads, loss, _ = self.trainee.gradient(self.course.batches(k))
+        self._check_training(k, grads, loss)
+        self.course.optimiser.step(self.state, grads, k)
+        return grads
+
+    def _check_training(self, k: int, grads: Weights, loss: float) -> None:
+        if k == 0:
+            self._first_loss = loss
+        worst = 2 * max(self._first_loss, math.log(self.trainee.vocabulary))
+        finite = all(bool(g.isfinite().all()) for g in grads)
+        if not (loss <= worst and finite):
+            raise InputError(
+                f"The rehearsal diverges: in step {k + 1} of {len(self.course.steps)} the mean loss is {loss:.4g} nats"
+                f" and its gradient is {'finite' if finite else 'not finite'}. {_GENTLER}"
+            )
+
+    # ------------------------------------------------------------------------------------------------------ backward
+
+    def _back(self, first: int, last: int, told: Callable[[int], None]) -> None:
+        """Take the steps of a segment again, and go back through them."""
+        self._load(first)
+        for k in range(first, last):
+            self.steps.put(str(k), self._named(self.state))
+            self.steps.put(f"{k} grads", dict(zip(self.trainee.names, self._step(k), strict=True)))
+        self._check_replay(first, last)
+        adjoints, sums = self._take_adjoints(last)
+        for k in reversed(range(first, last)):
+            self._back_through(k, adjoints, sums)
+            told(k)
+        self._keep_adjoints(first, adjoints, sums)
+        for name in (_ADJOINT, _STATE):
+            self.states.drop(name.format(last))
+
+    def _back_through(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
+        """Take adjoints from after step k to before it, and add what its tokens get."""
+        along = self._cotangents(k, adjoints)
+        self._add_values(k, along, [adjoint.weights for adjoint in adjoints], sums)
+        if not all(bool(t.isfinite().all()) for adjoint in adjoints for t in adjoint.tensors):
+            raise InputError(
+                f"The derivative through step {k + 1} of the rehearsal is not finite. Adam's step has none where a"
+                " second moment is 0: give a larger --rehearse-root."
+            )
+
+    def _cotangents(self, k: int, adjoints: list[State]) -> list[Weights]:
+        """Go to where step k was taken from, take adjoints there but for H a, and give a of each."""
+        before, grads = self.steps.get(str(k)), self.steps.get(f"{k} grads")
+        assert before is not None and grads is not None
+        self.state.copy_(self._from(before))
+        self.steps.drop(str(k))
+        self.steps.drop(f"{k} grads")
+        along, each = self.course.optimiser.pull_back, [grads[name] for name in self.trainee.names]
+        return [along(self.state, each, k, adjoint) for adjoint in adjoints]
+
+    def _add_values(self, k: int, along: list[Weights], into: list[Weights], sums: NDArray[np.float64]) -> None:
+        """Add what the tokens of step k get to `sums`, and H_k a_k to `into`."""
+        batches = self.course.batches(k, twice=True)
+        tokens = sum(len(batch.target) for batch in batches)
+        places = [_token_places(batch, self.course.places) for batch in batches]
+        summed = np.zeros(len(along))
+        for batch, mine in zip(batches, places, strict=True):
+            parts = self.trainee.products(batch, along, into, 1 / tokens).double().cpu().numpy()
+            sums[0][:, mine] -= parts
+            summed += parts.sum(axis=1)
+        if self.course.denominator == "sum":
+            sums[1][:, np.concatenate(places)] += summed[:, None] / tokens
+        if self.paths is not None:
+            for a in along:
+                for tensor in a:
+                    tensor.div_(-tokens)
+            for found, mine in zip(self.paths(batches, along), places, strict=True):
+                sums[2:, :, mine] += found.double().cpu().numpy()
+
+    def _check_replay(self, first: int, last: int) -> None:
+        kept = self.states.get(_DIGEST.format(last))
+        if kept is None or not torch.equal(kept["sha256"].cpu(), _digest(self.state)):
+            steps = f"Step {last}" if last == first + 1 else f"Steps {first + 1} to {last}"
+            raise CurateError(
+                f"{steps} of the rehearsal came out otherwise when taken again: this machine does not compute the same"
+                " twice. Use --device cpu, and the same number of threads."
+            )
+
+    # -------------------------------------------------------------------------------------------------------- states
+
+    def _reached(self) -> int | None:
+        """The border that the way back has come to; None where it has not begun."""
+        return next((k for k in self.course.borders if self.states.has(_ADJOINT.format(k))), None)
+
+    def _named(self, state: State) -> dict[str, Tensor]:
+        names = self.trainee.names
+        found = {f"weight {name}": w for name, w in zip(names, state.weights, strict=True)}
+        for n, slot in enumerate(state.slots):
+            found |= {f"slot {n} {name}": s for name, s in zip(names, slot, strict=True)}
+        return found
+
+    def _from(self, tensors: Mapping[str, Tensor], prefix: str = "") -> State:
+        names, slots = self.trainee.names, range(len(self.state.slots))
+        return State(
+            [tensors[f"{prefix}weight {name}"] for name in names],
+            tuple([tensors[f"{prefix}slot {n} {name}"] for name in names] for n in slots),
+        )
+
+    def _keep_state(self, k: int) -> None:
+        self.states.put(_STATE.format(k), self._named(self.state))
+        told = torch.tensor([self._first_loss, *self._shift], dtype=torch.float64)
+        self.states.put(_DIGEST.format(k), {"sha256": _digest(self.state), "told": told})
+
+    def _is_kept(self, k: int) -> bool:
+        return self.states.has(_DIGEST.format(k)) and self.states.has(_STATE.format(k))
+
+    def _load(self, k: int) -> None:
+        """Go to the state at a border; where it was deleted, by training up to there from one before it."""
+        found, about = self.states.get(_STATE.format(k)), self.states.get(_DIGEST.format(k))
+        if found is None or about is None:
+            self._forward([border for border in self.course.borders if border <= k], lambda _: None)
+            return
+        self.state.copy_(self._from(found))
+        self._first_loss, *shift = about["told"].tolist()
+        self._shift = shift[0], shift[1]
+
+    def _begin_adjoints(self, gradients: list[Weights]) -> None:
+        if not all(bool(g.isfinite().all()) for gradient in gradients for g in gradient):
+            raise InputError(
+                f"The loss of the target or retention rows has no finite gradient where the rehearsal ends. {_GENTLER}"
+            )
+        slots = range(len(self.state.slots))
+        adjoints = [State(g, tuple([torch.zeros_like(x) for x in g] for _ in slots)) for g in gradients]
+        sums = np.zeros((2 if self.paths is None else 4, len(gradients), int(self.course.places[-1])))
+        self._keep_adjoints(len(self.course.steps), adjoints, sums)
+
+    def _keep_adjoints(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
+        found = {"sums": torch.from_numpy(sums)}
+        for n, adjoint in enumerate(adjoints):
+            found |= {f"{n} {name}": tensor for name, tensor in self._named(adjoint).items()}
+        self.states.put(_ADJOINT.format(k), found)
+
+    def _take_adjoints(self, k: int) -> tuple[list[State], NDArray[np.float64]]:
+        found = self.states.get(_ADJOINT.format(k))
+        assert found is not None
+        each = range(found["sums"].shape[1])
+        return [self._from(found, f"{n} ").clone() for n in each], found["sums"].cpu().numpy().copy()
+
+    def _finish(self) -> dict[str, Tensor]:
+        """Keep the values."""
+        found = self.states.get(_ADJOINT.format(0))
+        assert found is not None
+        last = self.states.get(_DIGEST.format(len(self.course.steps)))
+        assert last is not None
+        taken, whole = last["told"][1:].tolist()
+        share = math.sqrt(taken / whole) if whole else 0.0
+        done = {"sums": found["sums"], "root_share": torch.tensor([share], dtype=torch.float64)}
+        self.states.put(_VALUES, done)
+        return done
+
+
+_GENTLER = "Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1."
+_PARTS = ("own", "denominator", "direct", "causal")
+_STATE, _DIGEST, _ADJOINT, _VALUES = "state-{}", "digest-{}", "adjoint-{}", "values"
+
+
+def _token_places(batch: Batch, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N of the batch,) where its tokens are among those of all rows."""
+    return np.concatenate([np.arange(places[i], places[i + 1]) for i in batch.rows])
+
+
+def _digest(state: State) -> Tensor:
+    """sha256 of all numbers of a state, (32,) uint8."""
+    digest = hashlib.sha256()
+    for tensor in state.tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)

@@ -1,0 +1,294 @@
+"""A model whose weights train: gradients of its token losses, and products with their second derivative.
+
+What trains is what scores: the linear maps of the last K blocks, or with `parameters` "all" all that these blocks and
+their surroundings hold (`engine.capture`). It runs in evaluation mode, without dropout, and attends by plain products,
+which torch can differentiate twice.
+Shapes: N response tokens of a batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from alphatoken_curate.directions.losses import at, positions
+from alphatoken_curate.engine.below import Below
+from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
+from alphatoken_curate.engine.capture import Direction, probe_ids
+from alphatoken_curate.engine.precision import narrow, wide
+from alphatoken_curate.errors import ModelError
+from alphatoken_curate.tokens.plan import Batch
+from alphatoken_curate.wording import count
+
+Weights = list[Tensor]
+"""A tensor for each parameter that trains, in the order of `Trainee.names`."""
+
+AGREEMENT = 2e-2
+"""How far the second derivative may be from a difference of gradients on the probe, relative to their size, in float32.
+What torch does not know to be differentiable twice is left out in silence; a part that is left out is no small one."""
+
+
+class Trainee:
+    """A causal language model whose last K blocks, or all of it, train.
+
+    Raises ModelError where it is in less than float32, or torch cannot differentiate it twice.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: int | Literal["all"], parameters: Literal["linear", "all"] = "all"
+    ) -> None:
+        self.model: Any = unwrapped(model).eval()
+        self.base: Any = trunk(self.model)
+        blocks = decoder_blocks(self.model, self.base)
+        layers = len(blocks) if layers == "all" else layers
+        if not 1 <= layers <= len(blocks):
+            raise ModelError(
+                f"--layers {layers}: the model has {count(len(blocks), 'decoder block')}."
+                f" Give 1 to {len(blocks)}, or all."
+            )
+        self.maps = [m for block in blocks[-layers:] for m in linear_maps(self.model, block)]
+        wanted = _trained(self.model, self.maps, blocks[: len(blocks) - layers], parameters)
+        self.names, self.weights = list(wanted), list(wanted.values())
+        self.layers = layers
+        below = blocks[: len(blocks) - layers] if parameters == "linear" else []
+        self._below = Below(below)
+        if odd := next((p.dtype for p in self.weights if narrow(p.dtype)), None):
+            raise ModelError(f"{type(model).__name__}: its weights are {odd}, and a rehearsal trains in float32.")
+        _plain(self.model)
+        if not _same_from_above(self):
+            self._below = Below([])
+        _check(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights[0].device
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits a position has."""
+        size: int = self.model.config.get_text_config().vocab_size
+        return size
+
+    def as_direction(self, weights: Weights) -> Direction:
+        """The same numbers as a matrix (d_out, d_in) for each linear map, then the rest (`ScoringModel.names`)."""
+        by_weight = dict(zip(self.weights, weights, strict=True))
+        rest = [x for w, x in by_weight.items() if w not in self._matrices]
+        return [*(m.matrix(by_weight[m.bare]) for m in self.maps), *rest]
+
+    def of_direction(self, direction: Direction) -> Weights:
+        """A direction's numbers, laid out as the weights are."""
+        found = [torch.empty_like(w, requires_grad=False) for w in self.weights]
+        for own, given in zip(self.as_direction(found), direction, strict=True):
+            own.copy_(given)
+        return found
+
+    @property
+    def _matrices(self) -> set[Tensor]:
+        return {m.bare for m in self.maps}
+
+    def nll(self, batch: Batch, *, twice: bool = False) -> Tensor:
+        """-log p of the N response tokens of a batch, (N,) in nats, with whatever graph the weights ask for.
+
+        `twice`: it is to be differentiated twice, for which attention takes other kernels.
+        """
+        batch = replace(batch, start=0)  # prompts take part in the second derivative
+        ids = torch.from_numpy(batch.input_ids).to(self.device)
+        with self._below.kept((batch.input_ids.shape, batch.input_ids.tobytes()), new=not twice):
+            hidden = self.base(input_ids=ids, use_cache=False).last_hidden_state
+        logits = wide(head_logits(self.model, self.base, at(hidden, positions(batch, ids.device))))
+        target = torch.from_numpy(batch.target).to(ids.device)
+        return nn.functional.cross_entropy(logits, target, reduction="none")
+
+    def gradient(self, batches: Iterable[Batch], *, whole: bool = False) -> tuple[Weights, float, int]:
+        """Gradient of the mean loss over all response tokens of the batches, that mean in nats, and their number.
+
+        It is what a training takes, without what torch leaves out of an embedding's padding row; `whole` is with it.
+        """
+        sums, total, tokens = [torch.zeros_like(w, requires_grad=False) for w in self.weights], 0.0, 0
+        for batch in batches:
+            with self._training(), _PaddingRows() as rows:
+                loss = self.nll(batch).sum()
+                inputs, places = self._inputs(rows if whole else None)
+                found = torch.autograd.grad(loss, inputs, allow_unused=True)
+            for place, grad in zip(places, found, strict=True):
+                if grad is not None:
+                    sums[place].add_(grad)
+            total, tokens = total + float(loss.detach()), tokens + len(batch.target)
+        return [s.div_(tokens) for s in sums], total / tokens, tokens
+
+    def products(self, batch: Batch, along: Sequence[Weights], into: Sequence[Weights], scale: float) -> Tensor:
+        """Add H a of a batch's summed loss times `scale` to `into`, for each a of `along`, at the weights as they are.
+
+        Returns (n, N): scale <a, gradient of l_t> of each token. One backward with the tokens' weights as inputs is
+        differentiated once for each a; its graph is shared.
+        """
+        with self._training(), _PaddingRows() as rows, sdpa_kernel(SDPBackend.MATH):
+            nll = self.nll(batch, twice=True)
+            ones = torch.ones_like(nll, requires_grad=True)
+            found = torch.autograd.grad((ones * nll).sum() * scale, self.weights, create_graph=True, allow_unused=True)
+            used = [i for i, grad in enumerate(found) if grad is not None]
+            grads, (inputs, places) = [found[i] for i in used], self._inputs(rows)
+            parts = []
+            for n, (a, sums) in enumerate(zip(along, into, strict=True)):
+                own, *second = torch.autograd.grad(
+                    grads, [ones, *inputs], [a[i] for i in used], retain_graph=n + 1 < len(along), allow_unused=True
+                )
+                parts.append(own)
+                for place, product in zip(places, second, strict=True):
+                    if product is not None:
+                        sums[place].add_(product)
+        return torch.stack(parts)
+
+    def _inputs(self, rows: _PaddingRows | None) -> tuple[list[Tensor], list[int]]:
+        """What to differentiate by, and which of the weights each is: padding rows stand apart."""
+        apart = {} if rows is None else rows.apart
+        extra = [(apart[w], i) for i, w in enumerate(self.weights) if w in apart]
+        return [*self.weights, *(x for x, _ in extra)], [*range(len(self.weights)), *(i for _, i in extra)]
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """The weights that train ask for gradients inside this block, and no others do."""
+        held = [(p, p.requires_grad) for p in self.model.parameters()]
+        self.model.requires_grad_(False)
+        for weight in self.weights:
+            weight.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter, asked in held:
+                parameter.requires_grad_(asked)
+
+
+class _PaddingRows(TorchFunctionMode):
+    """Takes the padding rows of embeddings from tensors of their own.
+
+    As an input such a row gets no gradient of torch, which says nothing of what the loss does when it moves: where
+    embedding and head are one it does move, and where it is the token that ends a turn (SmolLM2) it is everywhere.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart: dict[Tensor, Tensor] = {}
+        """The same memory as an embedding's weight, and a leaf of the graph apart from it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        padding = kwargs.get("padding_idx") if func is nn.functional.embedding else None
+        if padding is None or not args[1].requires_grad:
+            return func(*args, **kwargs)
+        ids, weight = args[:2]
+        own = self.apart.setdefault(weight, weight.detach().requires_grad_())
+        padded = (ids == padding % len(weight)).unsqueeze(-1)
+        return torch.where(padded, nn.functional.embedding(ids, own), nn.functional.embedding(ids, weight))
+
+
+def _trained(
+    model: nn.Module, maps: list[LinearMap], below: list[nn.Module], parameters: Literal["linear", "all"]
+) -> dict[str, nn.Parameter]:
+    """What trains, by name, in the model's order; tied weights once."""
+    if parameters == "linear":
+        matrices = {m.bare for m in maps}
+        return {name: p for name, p in model.named_parameters() if p in matrices}
+    fixed = {p for block in below for p in block.parameters()}
+    return {name: p for name, p in model.named_parameters() if p not in fixed}
+
+
+def _plain(model: Any) -> None:
+    """Attention and experts by functions that can be differentiated twice."""
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        model.set_attn_implementation("eager")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+
+
+def _same_from_above(trainee: Trainee) -> bool:
+    """Whether what lies below the blocks that train reaches them by their input alone (not so of shared keys)."""
+    batch = _probe(trainee.model)
+    with torch.no_grad():
+        whole = trainee.nll(batch)
+        try:
+            from_above = trainee.nll(batch)
+        except (RuntimeError, LookupError, TypeError, AttributeError):  # it looks for what was not computed
+            return False
+    return torch.equal(whole, from_above)
+
+
+def _check(trainee: Trainee) -> None:
+    """Refuse a model whose second derivative is not that of its gradients on a few tokens, or not to be had."""
+    name, batch = type(trainee.model).__name__, _probe(trainee.model)
+    gradient, loss, tokens = trainee.gradient([batch])
+    if not math.isfinite(loss):
+        raise ModelError(f"{name}: its logits are not finite: some weight is NaN or infinite.")
+    product = [torch.zeros_like(g) for g in gradient]
+    try:
+        trainee.products(batch, [gradient], [product], 1 / tokens)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ModelError(f"{name}: it cannot be rehearsed: torch does not differentiate it twice: {error}") from error
+    size, off = _norm(product), math.inf
+    # Where a loss bends within a step, shorter ones tell; a part that is missing is missing from all of them.
+    for share in _STEPS:
+        off = min(off, _difference(trainee, batch, gradient, product, share * _norm(gradient) / max(size, 1e-30)))
+        if off <= AGREEMENT * size:
+            return
+    raise ModelError(
+        f"{name}: it cannot be rehearsed: the second derivative of its loss is off by {off:.3g} (of {size:.3g}) from a"
+        " difference of gradients, so some function in it hides a part."
+    )
+
+
+_STEPS = (1e-2, 1e-3, 1e-1, 1e-4, 1e-5)
+"""By how much of itself the gradient changes."""
+
+
+def _difference(trainee: Trainee, batch: Batch, along: Weights, product: Weights, step: float) -> float:
+    """Norm of the central difference of gradients, less the product it should be."""
+    ahead, behind = (_gradient_at(trainee, batch, along, by) for by in (step, -step))
+    return _norm([(a - b).div_(2 * step).sub_(p) for a, b, p in zip(ahead, behind, product, strict=True)])
+
+
+def _gradient_at(trainee: Trainee, batch: Batch, along: Weights, by: float) -> Weights:
+    """The gradient with the weights moved for as long as it is taken."""
+    held = [w.detach().clone() for w in trainee.weights]
+    for weight, direction in zip(trainee.weights, along, strict=True):
+        weight.detach().add_(direction, alpha=by)
+    found = trainee.gradient([batch])[0]
+    for weight, own in zip(trainee.weights, held, strict=True):
+        weight.detach().copy_(own)
+    return found
+
+
+def _probe(model: Any) -> Batch:
+    """A batch of rows all of whose tokens but the first respond.
+
+    None is the padding token: its row is zeros in an untrained model, where norms bend more than a difference shows.
+    """
+    ids = probe_ids(model).cpu().numpy()
+    ids[ids == getattr(model.get_input_embeddings(), "padding_idx", None)] += 1
+    rows, width = ids.shape
+    row, position = np.divmod(np.arange(rows * (width - 1)), width - 1)
+    return Batch(
+        rows=tuple(range(rows)),
+        pairs=False,
+        input_ids=ids[:, :-1],
+        start=0,
+        row=row,
+        position=position,
+        target=ids[row, position + 1],
+    )
+
+
+def _norm(tensors: Weights) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors))

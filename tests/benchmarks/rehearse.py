@@ -1,0 +1,98 @@
+"""What a rehearsal costs: a training step, and a step of the rehearsal forward, again and back, on a real model.
+
+    python tests/benchmarks/rehearse.py --data ../shared/data/gsm8k_sft.jsonl
+
+Seconds are of CPU over all threads, so that other programs disturb them little; `x step` is the whole rehearsal by its
+steps, over a training step by itself. Memory is the peak of the process, `GiB` after two training steps, and at the
+end. States are kept on disk, as in a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.groups import deal
+from alphatoken_curate.directions.optimisers import Optimiser
+from alphatoken_curate.directions.rehearsal import Course, Rehearsal, mean_loss, plan_steps
+from alphatoken_curate.directions.shelves import Artefacts, Scratch
+from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.models.load import find_model, load_model
+from alphatoken_curate.runs.artifacts import Store
+from alphatoken_curate.scoring.prepare import prepare
+
+
+def peak_gib() -> float:
+    """Most memory the process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def two_steps(trainee: Trainee, course: Course) -> list[float]:
+    """CPU seconds of two training steps, of rows that no step has taken before."""
+    state, seconds = course.optimiser.start([w.detach().clone() for w in trainee.weights]), []
+    for k in range(2):
+        begun = time.process_time()
+        course.optimiser.step(state, trainee.gradient(course.batches(k))[0], k)
+        seconds.append(time.process_time() - begun)
+    return seconds
+
+
+def rehearsed(trainee: Trainee, course: Course, target: list[Any], groups: int) -> float:
+    """CPU seconds of a whole rehearsal with one outcome for each group of target rows."""
+    begun = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        states = Artefacts(Store(folder=Path(folder), fields={}), "cpu", prefix="0")
+        rehearsal = Rehearsal(trainee, course, states, steps=Scratch(Path(folder), "cpu"))
+        rehearsal.run([mean_loss(rows, course.batch_tokens) for rows in deal(target, groups, 0)])
+    return time.process_time() - begun
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rows-per-step", type=int, default=8)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--layers", default="all")
+    parser.add_argument("--parameters", default="all")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    count = given.steps * given.rows_per_step
+    prepared = prepare(ScoreConfig(data=(given.data,), limit=count + 8, model=given.model, target=given.data))
+    rows, target = prepared.rows[:count], prepared.rows[count : count + 2 * given.groups]
+    model = load_model(find_model(given.model), dtype=torch.float32, device=torch.device("cpu"))
+    trainee = Trainee(model, given.layers if given.layers == "all" else int(given.layers), given.parameters)
+    course = Course(
+        rows=rows,  # type: ignore[arg-type]
+        steps=plan_steps(rows, epochs=1, rows_per_step=given.rows_per_step, seed=0),  # type: ignore[arg-type]
+        optimiser=Optimiser(lr=3e-5, steps=given.steps),
+        batch_tokens=given.batch_tokens,
+    )
+    seconds = two_steps(trainee, course)
+    before, whole = peak_gib(), rehearsed(trainee, course, target, given.groups)
+    step = min(seconds)
+    print(
+        f"{'layers':>7} {'train':>7} {'groups':>7} {'steps':>6}"
+        f" {'s/step':>7} {'s all':>7} {'x step':>7} {'GiB':>6} {'GiB':>6}"
+    )
+    print(
+        f"{given.layers:>7} {given.parameters:>7} {given.groups:>7} {given.steps:>6} {step:>7.2f} {whole:>7.1f}"
+        f" {whole / given.steps / step:>7.2f} {before:>6.2f} {peak_gib():>6.2f}"
+    )
+    print(json.dumps({"tokens": sum(len(row.input_ids) for row in rows), "threads": given.threads}))  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    main()
