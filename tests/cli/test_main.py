@@ -448,7 +448,7 @@ def test_score_says_which_mask_readers_take(data: str, models: dict[str, str], t
     half = command(*words, "--keep", 0.5)
     assert half.code == 0 and "was scored before; wrote mask 1, which readers take from now on" in half.out
     again = command(*words).out
-    assert "is finished" in again and "name this one: --mask 0" in again and "Every token trains" not in again
+    assert "is finished" in again and "name this one by its number" in again and "Every token trains" not in again
 
 
 # --- all of the errors, and interrupts

@@ -391,6 +391,7 @@ _MAY = {
     "rows/hub": {"datasets", "huggingface_hub"},  # a data set that the user names by its Hub name
     "trainers/dataset": {"datasets"},  # rows of a mask as `datasets` holds them, from memory
     "trainers/current": {"datasets"},
+    "trainers/fit": {"datasets"},
     "trainers/hf": {"datasets"},
     "exports/hf": {"datasets"},
 }
