@@ -31,7 +31,7 @@ from alphatoken_curate.cli.options import read_config
 from alphatoken_curate.config import MaskConfig, ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.models import load
-from alphatoken_curate.runs.schema import BY_ESTIMATOR, NOT_COMPUTED, PREFERENCE, SFT
+from alphatoken_curate.runs.schema import BY_ESTIMATOR, ERRORS, NOT_COMPUTED, PREFERENCE, SFT
 
 ROOT = Path(__file__).parent.parent
 MAIN, SAMPLE = ROOT / "README.md", ROOT / "sample_data" / "README.md"
@@ -317,6 +317,8 @@ def null_where(field: pa.Field) -> str:
         return stated[0] if stated else {"id": "the row has none", "omega": "unless `scored`"}.get(field.name, "")
     if field.name.startswith("drift_"):
         return "unless `--retention` and `--drift` are given"
+    if field.name in ERRORS:
+        return "without `--target-groups` (`stab_error`: or `--retention`)"
     lacking = [name for name, one in BY_ESTIMATOR.items() if field.name not in one.signals]
     if len(lacking) == 1:
         return f"`--estimator {lacking[0]}`"
@@ -331,6 +333,8 @@ def table() -> str:
         meaning = _NULL.split(told(field, b"doc"))[0]
         if field.name.startswith("drift_"):
             meaning = meaning.replace(field.name.removeprefix("drift_"), "...")
+        if field.name in ERRORS:
+            meaning = "standard error of adaptation, stability and value, by groups of target and retention rows"
         rows.setdefault((where, told(field, b"units"), meaning, null_where(field)), []).append(f"`{field.name}`")
     lines = ["| column | in | unit | meaning | null where |", "|---|---|---|---|---|"]
     lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in rows.items()]

@@ -23,7 +23,7 @@ _ADDED = {
         *("adapt_upstream", "adapt_influence", "stab_upstream", "stab_influence", "drift_influence"),
         *("piece", "special"),
     ),
-    3: ("turn", "end_of_turn"),
+    3: ("turn", "end_of_turn", "adapt_error", "stab_error", "value_error"),
 }
 """By schema version, the columns that it brought, without the prefix of a branch."""
 
@@ -44,6 +44,7 @@ _UPSTREAM = "score with --estimator exact+influence, which alone computes it"
 _INFLUENCE = "score with --estimator influence, which alone stores it; by exact+influence it is direct + upstream"
 _DRIFT = "it is the drift beside retention rows; score with --retention FILE and --drift together, and --estimator "
 _DRIFT_BY_PATH = f"{_DRIFT}published, exact or exact+influence"
+_ERROR = "score with --target-groups 8 and some rows in each group"
 
 NOT_COMPUTED: Mapping[str, str] = {
     "reference_nll": "model and reference are the same; score with a --reference of its own",
@@ -52,11 +53,16 @@ NOT_COMPUTED: Mapping[str, str] = {
     **dict.fromkeys(("adapt_influence", "stab_influence"), _INFLUENCE),
     **dict.fromkeys(("drift_direct", "drift_causal"), _DRIFT_BY_PATH),
     "drift_influence": f"{_DRIFT}influence",
+    **dict.fromkeys(("adapt_error", "value_error"), _ERROR),
+    "stab_error": f"{_ERROR}, and --retention FILE",
 }
 """Why a signal is null everywhere in runs that did not compute it, and what to do."""
 
 OPTIONAL = tuple(NOT_COMPUTED)
 """Signals that some runs do not compute. Which, their estimator says (`components`), and their inputs."""
+
+ERRORS = ("adapt_error", "stab_error", "value_error")
+"""Standard errors, by groups of the rows that a direction is made of; no estimator gives or lacks them."""
 
 PAIR_COLUMNS = ("omega", "margin")
 """One number for each preference row (paper Eq. 14)."""
@@ -94,7 +100,7 @@ class Components:
     @property
     def signals(self) -> tuple[str, ...]:
         """These, and those that depend on the inputs of the run, in stored order. All others are null."""
-        there = {*self.always, "reference_nll", *self.drift}
+        there = {*self.always, "reference_nll", *self.drift, *ERRORS}
         return tuple(name for name in SIGNALS if name in there)
 
 
@@ -211,6 +217,9 @@ _VALUE_LISTS = [
         "adapt_direct + adapt_causal + stability_weight (stab_direct + stab_causal) (Eq. 12);"
         " by --estimator influence adapt_influence + stability_weight stab_influence",
     ),
+    _signal("adapt_error", "standard error of adaptation, by groups of target rows"),
+    _signal("stab_error", "standard error of stability, by groups of retention rows"),
+    _signal("value_error", "standard error of value: sqrt(adapt_error^2 + (stability_weight stab_error)^2)"),
 ]
 
 _PAIR = [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,21 +147,22 @@ def test_a_release_that_locks_the_folder_alone_and_this_one_keep_out_of_each_oth
         os.close(older)
 
 
-def _hold(run: Path, held: object, done: object) -> None:
-    with one_writer(run):
-        held.set()  # type: ignore[attr-defined]
-        done.wait(60)  # type: ignore[attr-defined]
+_HOLD = """
+import sys, time
+from pathlib import Path
+from alphatoken_curate.runs.atomic import one_writer
+with one_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_two_processes_are_held_apart_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
-    forks = multiprocessing.get_context("spawn")
-    held, done = forks.Event(), forks.Event()
-    other = forks.Process(target=_hold, args=(tmp_path / "run", held, done))
-    other.start()
-    assert held.wait(60)
+    other = subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
     with pytest.raises(BusyError), one_writer(tmp_path / "run"):
         pass
     other.kill()
-    other.join()
+    other.communicate()
     with one_writer(tmp_path / "run"):
         pass
