@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.settings import read_setting
+from alphatoken_curate.together import check_together, defaults_beside
 from alphatoken_curate.wording import nearest
 
 T = TypeVar("T")
@@ -18,10 +19,13 @@ ESTIMATORS = ("published", "exact", "influence", "exact+influence")
 FISHER_MODES = ("sampled", "generate", "empirical")
 """Ways to estimate the Fisher; anything else is a file."""
 
-GROUPS = ("Rows", "Model", "What is computed", "Mask", "Running")
+DIRECTIONS = ("gradient", "rehearsal")
+"""What values are along: one gradient of the task, or each step of the training to come."""
+
+GROUPS = ("Rows", "Model", "What is computed", "Rehearsal", "Mask", "Running")
 """The groups of settings, in the order of --help."""
 
-_ROWS, _MODEL, _COMPUTED, _MASK, _RUNNING = GROUPS
+_ROWS, _MODEL, _COMPUTED, _REHEARSAL, _MASK, _RUNNING = GROUPS
 
 
 def _option(
@@ -167,20 +171,36 @@ class ScoreConfig(MaskConfig):
     trust_remote_code: bool = _option(
         False, "Run code that comes with a model. Recorded in the run.", _MODEL, kind="bool"
     )
+    direction: str = _option(
+        "gradient",
+        "Value by the task's `gradient`, or by the training to come, rehearsed.",
+        _COMPUTED,
+        choices=DIRECTIONS,
+    )
     estimator: str = _option(
-        "published",
-        "Paths (`published`, `exact`), or `influence` of a token's own loss.",
+        None,
+        "Paths (`published`, `exact`) or `influence`. Default: published; by rehearsal influence.",
         _COMPUTED,
         choices=ESTIMATORS,
     )
     layers: int | Literal["all"] = _option(
-        3, "Last K decoder blocks that score, or `all`.", _COMPUTED, kind="all_count"
+        None,
+        "Last K decoder blocks that score, or `all`. Default: 3; by rehearsal all.",
+        _COMPUTED,
+        kind="all_count",
     )
     parameters: str = _option(
-        "linear",
-        "`linear` maps, or (by influence) `all`, with embeddings and head.",
+        None,
+        "`linear` maps, or `all` (influence). Default: linear; by rehearsal all.",
         _COMPUTED,
         choices=("linear", "all"),
+    )
+    target_groups: int | None = _option(
+        None,
+        "Groups of target rows, to tell errors by. Default: none; by rehearsal 8 of 16 rows.",
+        _COMPUTED,
+        kind="count",
+        bounds=(1, 256),
     )
     window: int = _option(32, "Reach of the published causal path, in tokens.", _COMPUTED, kind="count")
     fisher: str = _option(
@@ -230,6 +250,52 @@ class ScoreConfig(MaskConfig):
         bounds=(1e-10, 1e4),
     )
     precondition_stability: bool = _option(False, "Scale the stability direction too.", _COMPUTED, kind="bool")
+    rehearse_lr: float | None = _option(
+        None,
+        "Largest learning rate of the training that is rehearsed. Required.",
+        _REHEARSAL,
+        kind="positive",
+        bounds=(1e-12, 1e3),
+    )
+    rehearse_epochs: int = _option(1, "Times that it takes all rows.", _REHEARSAL, kind="count")
+    rehearse_rows_per_step: int = _option(8, "Rows of a step.", _REHEARSAL, kind="count")
+    rehearse_optimizer: str = _option(
+        "adamw", "What steps: torch's AdamW or SGD.", _REHEARSAL, choices=("adamw", "sgd")
+    )
+    rehearse_betas: str = _option("0.9,0.999", "Decay of both moments (adamw).", _REHEARSAL, kind="betas")
+    rehearse_eps: float = _option(
+        1e-8, "Added to the root of second moments (adamw).", _REHEARSAL, kind="positive", bounds=(1e-20, 1e3)
+    )
+    rehearse_root: float = _option(
+        1e-12,
+        "Added under that root, to smooth first steps (adamw).",
+        _REHEARSAL,
+        kind="float",
+        bounds=(0, 1e3),
+    )
+    rehearse_weight_decay: float = _option(
+        0.0, "Weight decay, of matrices alone.", _REHEARSAL, kind="float", bounds=(0, 1e3)
+    )
+    rehearse_momentum: float = _option(0.0, "Momentum (sgd).", _REHEARSAL, kind="float", bounds=(0, 0.99999))
+    rehearse_schedule: str = _option(
+        "constant",
+        "The rate after the warm-up.",
+        _REHEARSAL,
+        choices=("constant", "linear", "cosine"),
+    )
+    rehearse_warmup: int = _option(0, "Steps in which the rate rises from 0.", _REHEARSAL, kind="int")
+    rehearse_clip: float | None = _option(
+        None, "Largest norm of a step's gradient.", _REHEARSAL, kind="positive", bounds=(1e-12, 1e12)
+    )
+    rehearse_denominator: str = _option(
+        "count",
+        "A step's loss over its tokens: by their count, or the sum of their weights.",
+        _REHEARSAL,
+        choices=("count", "sum"),
+    )
+    rehearse_seeds: int = _option(
+        1, "Orders of rows that values are means over.", _REHEARSAL, kind="count", bounds=(1, 1000)
+    )
     beta: float = _option(
         0.1, "Strength of the preference loss (beta of Eq. 14).", _COMPUTED, kind="positive", bounds=(1e-6, 1e3)
     )
@@ -248,27 +314,20 @@ class ScoreConfig(MaskConfig):
         """Check every setting and which of them go together; raises UsageError."""
         # Not super(): the class that slots=True makes is another one than the name stands for here.
         MaskConfig.__post_init__(self)
-        if (self.drift == "lookahead") != (self.lookahead_lr is not None):
-            raise UsageError("--drift lookahead and --lookahead-lr X go together: give both, or neither.")
-        if self.fisher_prompts is not None and self.fisher != "generate":
-            raise UsageError("--fisher-prompts is read with --fisher generate only.")
-        if self.precondition_stability and self.precondition == "none":
-            raise UsageError("--precondition-stability needs --precondition adam, kfac or ekfac.")
-        if self.parameters == "all" and self.estimator != "influence":
-            raise UsageError(
-                f"--parameters all with --estimator {self.estimator}: direct and causal paths are those of linear maps."
-                " Give --estimator influence, or --parameters linear."
-            )
-        if self.parameters == "all" and self.dtype in ("bfloat16", "float16"):
-            raise UsageError(
-                f"--dtype {self.dtype} with --parameters all: what every weight adds to a tangent is lost in that"
-                " dtype. Give --dtype float32; weights stored in another are read as they are."
-            )
-        if self.parameters == "all" and self.precondition != "none":
-            raise UsageError(
-                f"--precondition {self.precondition} with --parameters all: only linear maps have that curvature here."
-                " Give --precondition none, or --parameters linear."
-            )
+        for name, default in defaults_beside(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        check_together(self)
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether values are of the training to come."""
+        return self.direction == "rehearsal"
+
+    @property
+    def in_full(self) -> bool:
+        """Whether the model runs in float32 at least: what a weight adds to a tangent, or a step, is lost in less."""
+        return self.parameters == "all" or self.rehearses
 
 
 def settings_of_mask(stored: Mapping[str, Any]) -> MaskConfig:

@@ -143,6 +143,15 @@ def _date(value: Any) -> str | None:
     return datetime.date.fromisoformat(value).isoformat() if is_form else None
 
 
+def _betas(value: Any) -> str | None:
+    """Two numbers from 0 to below 1, as `0.9,0.999`; YAML may hold them as a list."""
+    given = value.split(",") if isinstance(value, str) else list(value)
+    found = [_finite(one) for one in given]
+    if len(found) != 2 or not all(one is not None and 0 <= one < 1 for one in found):
+        return None
+    return ",".join(f"{one!r}" for one in found)
+
+
 def _device(value: Any) -> str | None:
     """A device by torch's name for it; whether this machine has it is asked when it is used."""
     return value if isinstance(value, str) and _DEVICE.fullmatch(value) else None
@@ -164,6 +173,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "object": _object,
     "pairs": _pairs,
     "date": _date,
+    "betas": _betas,
     "all_count": lambda value: "all" if value == "all" else _integer(value, 1),
     "auto_count": lambda value: "auto" if value == "auto" else _integer(value, 1),
 }
@@ -184,6 +194,7 @@ _TAKES = {
     "object": 'a JSON object, such as {"enable_thinking": false}',
     "pairs": "columns and what they are read as, such as question=prompt,answer=completion",
     "date": "a day as YYYY-MM-DD",
+    "betas": "two numbers from 0 to below 1, such as 0.9,0.999",
     "all_count": "a whole number from 1, or all",
     "auto_count": "a whole number from 1, or auto",
 }

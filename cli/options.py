@@ -33,6 +33,7 @@ _METAVARS = {
     "object": "JSON",
     "pairs": "COLUMN=NAME,...",
     "date": "YYYY-MM-DD",
+    "betas": "B1,B2",
 }
 
 

@@ -35,9 +35,9 @@ BAD: list[tuple[str, Any]] = [
     *(("reference", value) for value in ("", 3)),
     *(("target", value) for value in ("", ["a"])),
     *(("target_rows", value) for value in (0, -1, "many", None)),
-    *(("estimator", value) for value in ("influence+exact", "Exact", None)),
-    *(("layers", value) for value in (0, -1, 1.5, "some", True, None)),
-    *(("parameters", value) for value in ("every", None)),
+    *(("estimator", value) for value in ("influence+exact", "Exact")),
+    *(("layers", value) for value in (0, -1, 1.5, "some", True)),
+    *(("parameters", value) for value in ("every",)),
     *(("window", value) for value in (0, None)),
     *(("fisher", value) for value in ("", None)),
     *(("fisher_rows", value) for value in (0, None)),
@@ -86,7 +86,7 @@ def score_config(**settings: Any) -> ScoreConfig:
 def test_every_setting_says_what_it_is() -> None:
     for item in fields(ScoreConfig):
         text = item.metadata["help"]
-        assert re.match(r"[A-Z`]", text) and text.endswith(".") and len(text) > 15, item.name
+        assert re.match(r"[A-Z`]", text) and re.search(r"\w.*\.$", text) and len(text) > 14, item.name
         assert item.metadata["kind"], item.name
         if item.metadata["choices"]:
             assert item.default in (None, *item.metadata["choices"]), item.name
@@ -217,3 +217,49 @@ def test_generations_are_numbers_in_order_each_once() -> None:
 def test_all_parameters_are_for_influence() -> None:
     assert score_config(estimator="influence", parameters="all").parameters == "all"
     assert score_config(estimator="influence", precondition="ekfac").parameters == "linear"
+
+
+REHEARSAL = {"direction": "rehearsal", "rehearse_lr": 1e-4}
+
+
+def test_what_is_valued_and_trains_follows_from_the_direction() -> None:
+    """What was given stands; paths are those of linear maps."""
+
+    def made(**settings: Any) -> tuple[Any, ...]:
+        found = score_config(**settings)
+        return found.estimator, found.layers, found.parameters
+
+    assert made() == ("published", 3, "linear")
+    assert made(**REHEARSAL) == ("influence", "all", "all")
+    assert made(**REHEARSAL, estimator="exact") == ("exact", "all", "linear")
+    assert made(**REHEARSAL, layers=3, parameters="linear") == ("influence", 3, "linear")
+    assert made(estimator="influence") == ("influence", 3, "linear")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"direction": "rehearsal"}, "--direction rehearsal and --rehearse-lr X go together"),
+        ({"rehearse_lr": 0.1}, "--direction rehearsal and --rehearse-lr X go together"),
+        ({**REHEARSAL, "estimator": "published"}, "--estimator published with --direction rehearsal: its gradient is"),
+        ({**REHEARSAL, "estimator": "exact", "parameters": "all"}, "direct and causal paths are those of linear maps"),
+        ({**REHEARSAL, "precondition": "ekfac", "parameters": "linear"}, "--precondition ekfac with --direction"),
+        ({**REHEARSAL, "precondition": "adam"}, "--precondition adam with --parameters all"),
+        ({**REHEARSAL, "drift": "lookahead", "lookahead_lr": 1}, "--drift lookahead with --direction rehearsal"),
+        ({**REHEARSAL, "dtype": "bfloat16", "parameters": "linear"}, "--dtype bfloat16 with --direction rehearsal"),
+        ({**REHEARSAL, "rehearse_betas": "0.9"}, "it takes two numbers from 0 to below 1"),
+        ({**REHEARSAL, "rehearse_betas": "0.9,1"}, "it takes two numbers from 0 to below 1"),
+        ({**REHEARSAL, "rehearse_root": -1.0}, "it takes a number from 0 to 1000"),
+        ({"target_groups": 0}, "it takes a whole number from 1"),
+        ({"target_groups": 1000}, "it takes a number from 1 to 256"),
+    ],
+)
+def test_what_does_not_go_with_a_rehearsal_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        score_config(**settings)
+    assert told in str(refused.value)
+
+
+def test_betas_are_two_numbers_however_they_are_written() -> None:
+    for given in ("0.9,0.99", " 0.9 , 0.99", [0.9, 0.99], (0.9, "0.99")):
+        assert score_config(**REHEARSAL, rehearse_betas=given).rehearse_betas == "0.9,0.99"

@@ -16,7 +16,7 @@ from sources import CLI, LIBRARY, ROOT, imports, modules
 import alphatoken_curate
 
 ORDER = """
-    : errors wording settings config progress
+    : errors wording settings together config progress
     runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary card watched
         artifacts
     models: releases formats tensors folders adapters devices load likeness checkpoints
@@ -28,8 +28,8 @@ ORDER = """
         optimisers trainee shelves rehearsal groups
     signals: paths influence composite preference stored rehearsed
     masks: language expression criteria choose always responses ranked remask mask
-    scoring: budget meter folder named identity sources prepare idle outcome scorer trial job beside changes loop
-        refresh memory estimate check finished score
+    scoring: budget meter folder named identity sources prepare idle outcome spec reference scorer trial job rehearse
+        beside changes loop refresh memory estimate check finished score
     reading: words scan rules verify row search histogram sums counting stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
@@ -233,6 +233,7 @@ def test_every_source_module_has_its_tests() -> None:
         "errors": "cli/test_main",
         "progress": "scoring/test_score",
         "runs.documents": "runs/test_manifest",
+        "together": "test_config",
         "runs.records": "runs/test_shards",
         "runs.vocabulary": "reading/test_words",
         "models.folders": "models/test_load",
@@ -245,6 +246,8 @@ def test_every_source_module_has_its_tests() -> None:
         "rows.shapes": "rows/test_read",
         "rows.pairs": "rows/test_read",
         "tokens.chat": "tokens/test_tokenise",
+        "scoring.spec": "scoring/test_score",
+        "scoring.reference": "scoring/test_score",
         "scoring.scorer": "scoring/test_score",
         "scoring.job": "scoring/test_score",
         "scoring.folder": "scoring/test_score",

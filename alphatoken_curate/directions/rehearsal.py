@@ -152,14 +152,38 @@ class Rehearsal:
         self.steps = InMemory() if steps is None else steps
         self.state = course.optimiser.start([w.detach() for w in trainee.weights])
         self._first_loss, self._shift = math.inf, (0.0, 0.0)
+        self._part, self._states_stay = 0, False
 
-    def run(self, outcomes: Sequence[Outcome], told: Callable[[int], None] = lambda _: None) -> Values:
+    def run(
+        self, outcomes: Sequence[Outcome], told: Callable[[int], None] = lambda _: None, *, at_once: int | None = None
+    ) -> Values:
         """Train, and give what each outcome owes to each token. `told` is called after each step with its number.
 
+        `at_once`: outcomes that go back together, by default all: each holds the optimiser's state and a gradient once
+        more, and the training is replayed for every such part of them.
         The model's weights end where they began. Raises InputError where the training or its derivative is not finite,
         CurateError where it cannot be repeated bit by bit.
         """
-        if (done := self.states.get(_VALUES)) is None:
+        size = at_once or len(outcomes)
+        parts = [outcomes[first : first + size] for first in range(0, len(outcomes), size)]
+        done = [self._run_part(n, part, told, last=n + 1 == len(parts)) for n, part in enumerate(parts)]
+        for k in self.course.borders:  # by now, or before a kill that came between
+            for name in (_STATE, _DIGEST):
+                self.states.drop(name.format(k))
+        sums = np.concatenate([one["sums"].cpu().numpy() for one in done], axis=1)
+        return Values(**dict(zip(_PARTS, sums, strict=False)), root_share=float(done[0]["root_share"]))
+
+    def forget(self, parts: int) -> None:
+        """Drop what `run` kept of so many parts, once it is kept elsewhere."""
+        for n in range(parts):
+            self.states.drop(_VALUES.format(n))
+
+    def _run_part(
+        self, n: int, outcomes: Sequence[Outcome], told: Callable[[int], None], *, last: bool
+    ) -> dict[str, Tensor]:
+        """Values of some outcomes that go back together. Before the `last` part states stay for those to come."""
+        self._part, self._states_stay = n, not last
+        if (done := self.states.get(_VALUES.format(n))) is None:
             borders = self.course.borders
             if not self._is_kept(0):
                 self._keep_state(0)
@@ -171,15 +195,13 @@ class Rehearsal:
             for k in borders:  # what a replay is held against
                 if not self.states.has(_DIGEST.format(k)):
                     self._forward([border for border in borders if border <= k], lambda _: None)
-            for first, last in reversed(list(itertools.pairwise(borders))):
+            for first, after in reversed(list(itertools.pairwise(borders))):
                 if first < reached:
-                    self._back(first, last, told)
+                    self._back(first, after, told)
             done = self._finish()
-        for k in self.course.borders:  # by now, or before a kill that came between
-            for name in (_ADJOINT, _STATE, _DIGEST):
-                self.states.drop(name.format(k))
-        parts = dict(zip(_PARTS, done["sums"].cpu().numpy(), strict=False))
-        return Values(**parts, root_share=float(done["root_share"]))
+        for k in self.course.borders:
+            self.states.drop(_ADJOINT.format(n, k))
+        return done
 
     # ------------------------------------------------------------------------------------------------------- forward
 
@@ -227,8 +249,9 @@ class Rehearsal:
             self._back_through(k, adjoints, sums)
             told(k)
         self._keep_adjoints(first, adjoints, sums)
-        for name in (_ADJOINT, _STATE):
-            self.states.drop(name.format(last))
+        self.states.drop(_ADJOINT.format(self._part, last))
+        if not self._states_stay:
+            self.states.drop(_STATE.format(last))
 
     def _back_through(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
         """Take adjoints from after step k to before it, and add what its tokens get."""
@@ -282,7 +305,7 @@ class Rehearsal:
 
     def _reached(self) -> int | None:
         """The border that the way back has come to; None where it has not begun."""
-        return next((k for k in self.course.borders if self.states.has(_ADJOINT.format(k))), None)
+        return next((k for k in self.course.borders if self.states.has(_ADJOINT.format(self._part, k))), None)
 
     def _named(self, state: State) -> dict[str, Tensor]:
         names = self.trainee.names
@@ -330,30 +353,30 @@ class Rehearsal:
         found = {"sums": torch.from_numpy(sums)}
         for n, adjoint in enumerate(adjoints):
             found |= {f"{n} {name}": tensor for name, tensor in self._named(adjoint).items()}
-        self.states.put(_ADJOINT.format(k), found)
+        self.states.put(_ADJOINT.format(self._part, k), found)
 
     def _take_adjoints(self, k: int) -> tuple[list[State], NDArray[np.float64]]:
-        found = self.states.get(_ADJOINT.format(k))
+        found = self.states.get(_ADJOINT.format(self._part, k))
         assert found is not None
         each = range(found["sums"].shape[1])
         return [self._from(found, f"{n} ").clone() for n in each], found["sums"].cpu().numpy().copy()
 
     def _finish(self) -> dict[str, Tensor]:
         """Keep the values."""
-        found = self.states.get(_ADJOINT.format(0))
+        found = self.states.get(_ADJOINT.format(self._part, 0))
         assert found is not None
         last = self.states.get(_DIGEST.format(len(self.course.steps)))
         assert last is not None
         taken, whole = last["told"][1:].tolist()
         share = math.sqrt(taken / whole) if whole else 0.0
         done = {"sums": found["sums"], "root_share": torch.tensor([share], dtype=torch.float64)}
-        self.states.put(_VALUES, done)
+        self.states.put(_VALUES.format(self._part), done)
         return done
 
 
 _GENTLER = "Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1."
 _PARTS = ("own", "denominator", "direct", "causal")
-_STATE, _DIGEST, _ADJOINT, _VALUES = "state-{}", "digest-{}", "adjoint-{}", "values"
+_STATE, _DIGEST, _ADJOINT, _VALUES = "state-{}", "digest-{}", "adjoint-{}-{}", "values-{}"
 
 
 def _token_places(batch: Batch, places: NDArray[np.int64]) -> NDArray[np.int64]:

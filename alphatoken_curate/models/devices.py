@@ -35,11 +35,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, device_type: str, parameters: str) -> str:
+def resolve_dtype(name: str, device_type: str, *, in_full: bool) -> str:
     """Name of the dtype the model runs in: `auto` is bfloat16 on a card, float32 on a CPU.
 
-    Where every parameter is scored (`parameters` "all") `auto` is float32: tangents of all weights add up.
+    Where it has to run `in_full` (`ScoreConfig.in_full`) `auto` is float32.
     """
     if name == "auto":
-        return "bfloat16" if device_type == "cuda" and parameters == "linear" else "float32"
+        return "bfloat16" if device_type == "cuda" and not in_full else "float32"
     return name

@@ -22,6 +22,12 @@ TARGET = "target"
 RETENTION = "retention"
 """The gradient of the mean response loss over retention rows, likewise."""
 
+TARGET_GROUPS = "target_groups"
+"""G of each group of target rows, and how many tokens each has; tensors are named after the group and its map."""
+
+RETENTION_GROUPS = "retention_groups"
+"""Those of retention rows, likewise."""
+
 LOOKAHEAD = "lookahead"
 """The gradient of the mean training loss over lookahead rows, likewise."""
 
@@ -59,9 +65,13 @@ _SAMPLES = (
     "tokens",
     "seed",
 )
+_OF_TARGET = ("model", "layers", "parameters", "target", "target_rows", "target_tokens", "estimator", "tokens", "seed")
+_OF_RETENTION = ("model", "layers", "parameters", "retention", "retention_tokens")
 _DEPENDS = {
-    TARGET: ("model", "layers", "parameters", "target", "target_rows", "target_tokens", "estimator", "tokens", "seed"),
-    RETENTION: ("model", "layers", "parameters", "retention", "retention_tokens"),
+    TARGET: _OF_TARGET,
+    TARGET_GROUPS: (*_OF_TARGET, "groups"),
+    RETENTION: _OF_RETENTION,
+    RETENTION_GROUPS: (*_OF_RETENTION, "groups", "seed"),
     LOOKAHEAD: (*_TRAINING, "lookahead_rows"),
     PRECONDITION: (*_TRAINING, "precondition", "precondition_rows"),
     FISHER: (*_SAMPLES, "layers", "parameters"),
@@ -152,7 +162,9 @@ class Store:
         """
         return self._read(self.path(kind, part), kind, device)
 
-    def require(self, kind: str, device: torch.device | str = "cpu", *, part: int | None = None) -> dict[str, Tensor]:
+    def require(
+        self, kind: str, device: torch.device | str = "cpu", *, part: int | str | None = None
+    ) -> dict[str, Tensor]:
         """The same, of an artefact that an earlier stage has made."""
         found = self.load(kind, device, part=part)
         if found is None:

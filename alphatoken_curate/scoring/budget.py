@@ -30,12 +30,20 @@ _OF_CHATS = (
     *("turns", "max_length", "template_date", "map"),
 )
 
+_OF_REHEARSAL = (
+    *("lr", "epochs", "rows_per_step", "optimizer", "weight_decay", "schedule", "warmup", "clip", "denominator"),
+    "seeds",
+)
+
 _DECIDE_TOKENS = {
     "tokens": {"data", "subset", "split", "limit", "target", "target_rows", "seed", *_OF_CHATS},
     "target_tokens": {"data", "target", "target_rows", "seed", *_OF_CHATS},
     "retention_tokens": {"retention", *_OF_CHATS},
     "prompt_tokens": {"fisher", "fisher_prompts", *_OF_CHATS},
     "template": {"chat_template"},
+    "groups": {"target_groups", "direction", "data", "target", "target_rows", "limit", "map", "subset", "split"},
+    **{f"rehearse_{name}": {"direction"} for name in _OF_REHEARSAL},
+    **{f"rehearse_{name}": {"direction", "rehearse_optimizer"} for name in ("betas", "eps", "root", "momentum")},
     "kind": {"data", "limit", "map", "subset", "split"},
     "data": {"limit", "subset", "split"},
     "beta": {"data"},

@@ -30,7 +30,9 @@ from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
-from alphatoken_curate.scoring.scorer import ReferencePass, ScorerSpec, ShardScorer, spec_of
+from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
 from alphatoken_curate.scoring.trial import blank, find_budget, pays
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
@@ -183,9 +185,7 @@ class _Trials:
         self._try(name, [rows], work)
 
     def _scoring(self, scoring: ScoringModel) -> None:
-        scorer = make_scorer(
-            scoring, blank(scoring, len(self.spec.objectives)), self.config.estimator, self.config.window
-        )
+        scorer = make_scorer(scoring, blank(scoring, self.spec.directions), self.config.estimator, self.config.window)
 
         def score(batches: Batches) -> None:
             for batch in batches():

@@ -25,8 +25,8 @@ from alphatoken_curate.runs.atomic import digest
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
 
-OF_TOKENS = ("template", "tokens", "target_tokens", "retention_tokens", "prompt_tokens")
-"""The fingerprint fields that take a tokenizer."""
+OF_TOKENS = ("template", "tokens", "target_tokens", "retention_tokens", "prompt_tokens", "groups")
+"""The fingerprint fields that take a tokenizer, or the rows."""
 
 _OTHER_FILES = ("config.json", "generation_config.json", "model", "adapter_", "README", "LICENSE", ".", "training_args")
 """How names of files begin that no tokens come from."""
@@ -62,6 +62,8 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
         "chat_template": template,
         "chat_template_kwargs": config.chat_template_kwargs,
         "assistant_specials": config.assistant_specials if config.assistant_specials != "template" else None,
+        "target_groups": config.target_groups,
+        **(_rehearsal_fields(config) if config.rehearses else {}),
     }
     return {
         "schema_version": SCHEMA_VERSION,
@@ -86,6 +88,27 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
         **_stability_fields(config, named),
         **_precondition_fields(config),
         **{name: value for name, value in newer.items() if value is not None},
+    }
+
+
+def _rehearsal_fields(config: ScoreConfig) -> dict[str, Json]:
+    adamw = config.rehearse_optimizer == "adamw"
+    return {
+        "direction": config.direction,
+        "rehearse_lr": config.rehearse_lr,
+        "rehearse_epochs": config.rehearse_epochs,
+        "rehearse_rows_per_step": config.rehearse_rows_per_step,
+        "rehearse_optimizer": config.rehearse_optimizer,
+        "rehearse_betas": config.rehearse_betas if adamw else None,
+        "rehearse_eps": config.rehearse_eps if adamw else None,
+        "rehearse_root": config.rehearse_root if adamw else None,
+        "rehearse_weight_decay": config.rehearse_weight_decay,
+        "rehearse_momentum": None if adamw else config.rehearse_momentum,
+        "rehearse_schedule": config.rehearse_schedule,
+        "rehearse_warmup": config.rehearse_warmup,
+        "rehearse_clip": config.rehearse_clip,
+        "rehearse_denominator": config.rehearse_denominator,
+        "rehearse_seeds": config.rehearse_seeds,
     }
 
 
@@ -131,8 +154,12 @@ def tokens_are_digested(source: ModelSource) -> bool:
 
 
 def has_drift(fields: Mapping[str, Json]) -> bool:
-    """Whether the drift from the reference is a direction of a run of these fields, and not zero."""
-    return fields["drift"] == "lookahead" or (fields["drift"] == "weights" and fields["model"] != fields["reference"])
+    """Whether the drift from the reference is a direction of a run of these fields, and not zero.
+
+    A rehearsal drifts by its own steps, whatever it begins with.
+    """
+    moves = fields["model"] != fields["reference"] or fields.get("direction") == "rehearsal"
+    return fields["drift"] == "lookahead" or (fields["drift"] == "weights" and moves)
 
 
 def has_stability(fields: Mapping[str, Json]) -> bool:

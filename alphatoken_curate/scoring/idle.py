@@ -33,6 +33,24 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
         "with --precondition kfac or ekfac",
         lambda config, _: config.precondition in ("kfac", "ekfac"),
     ),
+    **{
+        f"rehearse_{name}": ("with --direction rehearsal", lambda config, _: config.rehearses)
+        for name in (
+            *("epochs", "rows_per_step", "optimizer", "weight_decay", "schedule", "warmup", "clip", "denominator"),
+            "seeds",
+        )
+    },
+    **{
+        f"rehearse_{name}": (
+            "with --direction rehearsal and --rehearse-optimizer adamw",
+            lambda config, _: config.rehearses and config.rehearse_optimizer == "adamw",
+        )
+        for name in ("betas", "eps", "root")
+    },
+    "rehearse_momentum": (
+        "with --direction rehearsal and --rehearse-optimizer sgd",
+        lambda config, _: config.rehearses and config.rehearse_optimizer == "sgd",
+    ),
     "beta": ("for preference rows", lambda _, kind: kind == "preference"),
     "stability_scale": ("where --by depends on value", lambda config, _: depends_on_value(config.by)),
     "aggregate": (

@@ -15,7 +15,7 @@ from alphatoken_curate.runs.schema import LAYOUTS, Layout
 from alphatoken_curate.runs.shards import Branch, ValueRow
 from alphatoken_curate.scoring.identity import versions
 from alphatoken_curate.scoring.prepare import Prepared
-from alphatoken_curate.scoring.scorer import ScorerSpec
+from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.plan import Cut, by_shard, cut_of
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches

@@ -30,14 +30,11 @@ from alphatoken_curate.scoring.job import Job, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
 from alphatoken_curate.scoring.outcome import check_scored, told_of
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
-from alphatoken_curate.scoring.scorer import (
-    ReferencePass,
-    ScorerSpec,
-    ShardScorer,
-    count_tokens,
-    spec_of,
-)
+from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.rehearse import RehearsalScorer
+from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.sources import watch_inputs
+from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, spec_of
 from alphatoken_curate.scoring.trial import find_budget, first_model
 from alphatoken_curate.signals.preference import Pairs
 from alphatoken_curate.tokens.plan import cut_of
@@ -109,12 +106,27 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
     if not missing:
         check_scored(run, number, "")
         return 0
-    reference, scorer = ReferencePass(spec), ShardScorer(spec)
+    reference = ReferencePass(spec)
+    scorer = RehearsalScorer(spec, job) if spec.config.rehearses else ShardScorer(spec)
     rows = [job.shards[index].rows for index in missing]
     budget.decide(partial(find_budget, spec, rows, first_model(spec, missing, reference, scorer), progress))
     _reference_stage(job, reference, missing, budget, progress)
-    _directions(job, spec, scorer, budget, progress)
-    scorer.ready(progress)
+    if isinstance(scorer, RehearsalScorer):
+        budget.spend(partial(scorer.rehearse, progress))
+    else:
+        _directions(job, spec, scorer, budget, progress)
+        scorer.ready(progress)
+    _score_shards(folder, job, scorer, missing, budget, progress)
+    spec.store.check_sources(whole=True)
+    check_scored(run, number, told_of(spec.config, scorer.largest))
+    return len(missing)
+
+
+def _score_shards(
+    folder: Path, job: Job, scorer: ShardScorer, missing: Sequence[int], budget: Budget, progress: Progress
+) -> None:
+    """Commit the shards that are missing, one after the other."""
+    store = scorer.spec.store
     progress.stage("scoring", sum(count_tokens(job.shards[index].rows) for index in missing))
     for index in missing:
         shard = job.shards[index]
@@ -131,12 +143,9 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
         )
         # One record per row read, or turn of it, in order, whatever became of it.
         ordered = sorted([*records, *shard.beside], key=lambda one: (one.row_id, one.turn))
-        footer = Footer(fields=spec.store.fields, facts=told.as_json())
-        spec.store.check_sources()
+        footer = Footer(fields=store.fields, facts=told.as_json())
+        store.check_sources()
         shards.write_values(folder / shards.shard_name(index), ordered, footer, job.layout)
-    spec.store.check_sources(whole=True)
-    check_scored(run, number, told_of(spec.config, scorer.largest))
-    return len(missing)
 
 
 def write_manifest(run: Path) -> None:
@@ -173,7 +182,8 @@ def _reference_stage(
     spec = reference.spec
     if spec.has_drift:
         _fisher(job, spec, reference, budget, progress)
-        reference.weights()
+        if spec.has_reference or not spec.config.rehearses:
+            reference.weights()
     if spec.has_reference:
         # The curvature and the lookahead of pairs draw from all rows.
         wanted = missing if job.layout.kind == "sft" else range(len(job.shards))
@@ -201,9 +211,11 @@ def _fisher(job: Job, spec: ScorerSpec, reference: ReferencePass, budget: Budget
 def _directions(job: Job, spec: ScorerSpec, scorer: ShardScorer, budget: Budget, progress: Progress) -> None:
     """Make sure that all a direction is made from is in artifacts/."""
     config = spec.config
-    budget.spend(partial(scorer.gradient, artifacts.TARGET, job.target, None, progress))
-    if config.retention is not None:
-        budget.spend(partial(scorer.gradient, artifacts.RETENTION, job.retention, None, progress))
+    beside = {artifacts.TARGET: job.target} | ({artifacts.RETENTION: job.retention} if config.retention else {})
+    for kind, of_kind in beside.items():
+        budget.spend(partial(scorer.gradient, kind, of_kind, None, progress))
+        if spec.groups > 1:
+            budget.spend(partial(scorer.group_gradients, kind, of_kind, progress))
     if config.drift == "lookahead":
         rows = drawn(job.rows, config.lookahead_rows, config.seed, LOOKAHEAD_DRAW)
         pairs = _pairs(job, scorer, rows)

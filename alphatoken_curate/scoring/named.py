@@ -57,7 +57,7 @@ def _check_mask(config: ScoreConfig) -> None:
 def told_of_models(config: ScoreConfig) -> str:
     """What will compute: `model smollm2-135m (default), cpu, float32`. Torch is imported for `auto`."""
     device = str(resolve_device("auto")) if config.device == "auto" else config.device
-    dtype = resolve_dtype(config.dtype, device.partition(":")[0], config.parameters)
+    dtype = resolve_dtype(config.dtype, device.partition(":")[0], in_full=config.in_full)
     default = " (default)" if config.model == DEMO_MODEL else ""
     reference = f", reference {config.reference}" if config.reference not in (None, config.model) else ""
     return f"model {config.model}{default}{reference}, {device}, {dtype}"

@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 
 from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.groups import GROUPS
 from alphatoken_curate.errors import InputError, UsageError
 from alphatoken_curate.models.load import (
     ModelSource,
@@ -121,6 +122,11 @@ def prepare(config: ScoreConfig) -> Prepared:
             f"{', '.join(config.data)}: none of its {count(len(bad), 'row')} can be scored. Run check to see why."
         )
     kind = kind_of(found.samples)
+    if kind == "preference" and config.rehearses:
+        raise UsageError(
+            f"--direction rehearsal: {', '.join(config.data)} holds preference rows, and only the training on rows of"
+            " one answer is rehearsed. Leave --direction out."
+        )
     held_out: list[AnyRow] = []
     if config.target is None:
         held_out = hold_out(rows, config.target_rows, config.seed)
@@ -328,7 +334,16 @@ def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -
         "target_tokens": _tokens_digest(prepared.target.rows),
         "retention_tokens": _tokens_digest(prepared.retention.rows),
         "prompt_tokens": _tokens_digest(prepared.prompts.rows),
+        **({"groups": groups} if (groups := _groups(prepared)) > 1 else {}),
     }
+
+
+def _groups(prepared: Prepared) -> int:
+    """Groups of target rows that errors are told by; 1 where none are."""
+    rows, wanted = len(prepared.target_rows), prepared.config.target_groups
+    if wanted is not None:
+        return min(wanted, rows)
+    return min(GROUPS, rows // 2) if prepared.config.rehearses else 1
 
 
 def _tokens_digest(rows: Sequence[TokenRow], *, ends: bool = False) -> str | None:

@@ -23,7 +23,7 @@ from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import ModelSource, find_model, load_tokenizer, model_digest, tokenizer_digest
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs import manifest, shards
-from alphatoken_curate.runs.artifacts import OF_MODEL, TARGET, Store
+from alphatoken_curate.runs.artifacts import OF_MODEL, REHEARSAL, TARGET, Store
 from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.runs.documents import decode
 from alphatoken_curate.runs.fingerprint import Json, fingerprint
@@ -37,8 +37,8 @@ from alphatoken_curate.scoring.budget import Budget, older
 from alphatoken_curate.scoring.identity import has_stability, versions
 from alphatoken_curate.scoring.job import Job, ShardRows
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
-from alphatoken_curate.scoring.scorer import ScorerSpec
 from alphatoken_curate.scoring.sources import digests_of, of_fisher, of_model
+from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.settings import load_settings
 from alphatoken_curate.tokens.likeness import check_same_tokens
 from alphatoken_curate.tokens.plan import Cut, sequences
@@ -288,7 +288,8 @@ def _check_config(run: Path, stored: Manifest) -> None:
 
 def _forget(budget: Budget, store: Store) -> None:
     """Take away what was made for a checkpoint that cannot be scored."""
-    for path in (budget.path, *(store.path(kind) for kind in OF_MODEL)):
+    parts = store.folder.glob(f"{store.path(REHEARSAL).stem}-*.safetensors")
+    for path in (budget.path, *parts, *(store.path(kind) for kind in OF_MODEL)):
         path.unlink(missing_ok=True)
 
 

@@ -21,7 +21,9 @@ from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.budget import LEAST, out_of_memory
 from alphatoken_curate.scoring.meter import Meter
-from alphatoken_curate.scoring.scorer import ReferencePass, ScorerSpec, ShardScorer, count_tokens
+from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.tokens.plan import collate, plan_batches
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
@@ -48,6 +50,10 @@ ROOM = 0.9
 _SAMPLED_SHARDS = 4
 
 
+REHEARSAL_TOKENS = 4096
+"""The budget of a rehearsal without a trial: a step takes as many batches as it needs, and sums them in order."""
+
+
 def usual_budget(shards: Shards, device_type: str) -> int:
     """The budget without a trial, a power of two: the usual one, or less where that holds all rows of a shard."""
     usual, smallest = (sizes.get(device_type, sizes["cpu"]) for sizes in (_USUAL, _SMALLEST))
@@ -63,10 +69,12 @@ def pays(shards: Shards, device_type: str) -> bool:
 def find_budget(spec: ScorerSpec, shards: Shards, load: Callable[[], ScoringModel], progress: Progress) -> int:
     """The largest budget that pays for these rows. `load`: a model of the shapes of the one that will score them."""
     device = torch.device(spec.device)
+    if spec.config.rehearses:
+        return REHEARSAL_TOKENS
     if not pays(shards, device.type):
         return usual_budget(shards, device.type)
     progress.stage("trial of --batch-tokens", sum(map(count_tokens, shards)) // SHARE)
-    trial = Trial(load(), spec.config, len(spec.objectives), shards, Meter(device), progress)
+    trial = Trial(load(), spec.config, spec.directions, shards, Meter(device), progress)
     first = min(max(_SMALLEST.get(device.type, _SMALLEST["cpu"]), _power(trial.width)), trial.most)
     found = grow(trial.speed, first, trial.most, trial.affords)
     del trial

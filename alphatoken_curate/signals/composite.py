@@ -44,6 +44,21 @@ def value(
     return (adaptation + stability_weight * stability).astype(np.float32)
 
 
+def value_error(columns: Mapping[str, NDArray[np.floating[Any]]], stability_weight: float) -> NDArray[np.float64]:
+    """Standard error of the value, (N,): adaptation and stability come of rows of their own.
+
+    An objective that knows of no error (NaN: a single group, or the drift) adds none; without any it is NaN.
+    """
+    adaptation, stability = (
+        columns["adapt_error"],
+        columns.get("stab_error", np.full_like(columns["adapt_error"], np.nan)),
+    )
+    squares = [adaptation**2, (stability_weight * stability) ** 2]
+    known = np.where(np.isnan(squares), 0.0, squares)
+    error: NDArray[np.float64] = np.sqrt(known.sum(axis=0))
+    return np.where(np.isnan(squares).all(axis=0), np.nan, error)
+
+
 def objective(signals: Mapping[str, NDArray[np.floating[Any]]], names: Sequence[str]) -> NDArray[np.float64]:
     """The sum of these signals, float64 of their shape."""
     total = signals[names[0]].astype(np.float64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alphatoken_curate.directions.groups import mean_and_error
 from alphatoken_curate.directions.losses import at, positions, token_losses
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.runs.schema import Components
@@ -48,6 +50,7 @@ def row_signals(
     *,
     components: Components,
     objectives: Sequence[str],
+    groups: Mapping[str, Sequence[int]] = MappingProxyType({}),
     stability_weight: float,
     reference_nll: Sequence[NDArray[np.float32]] | None,
     pairs: Pairs | None,
@@ -55,8 +58,9 @@ def row_signals(
     """The stored signals of each row; None where one is not finite.
 
     `components`: those of the estimator that `scorer` is. `objectives`: the prefix of each of its directions, "adapt"
-    first. `reference_nll`: of each sequence's response tokens. `pairs`: for preference rows, whose signals are those of
-    the pair's loss (Eq. 14).
+    first. `groups`: by these prefixes, the tokens of each group of the rows behind an objective, for which `scorer` has
+    directions after those of the objectives: errors are told by them. `reference_nll`: of each sequence's response
+    tokens. `pairs`: for preference rows, whose signals are those of the pair's loss (Eq. 14).
     """
     flat = sequences(rows)
     each = len(flat) // len(rows)
@@ -66,6 +70,8 @@ def row_signals(
         terms = pairs.terms(batch, signals.nll.double().cpu().numpy()) if pairs is not None else None
         signs = pairs.signs(batch, terms) if pairs is not None and terms is not None else None
         columns = _columns(signals, components, objectives, stability_weight, signs)
+        if groups:
+            columns |= _errors(signals, components, len(objectives), groups, stability_weight, signs)
         for i in range(0, len(batch.rows), each):
             mine = []
             for branch in range(i, i + each):
@@ -75,8 +81,8 @@ def row_signals(
                     parts["reference_nll"] = reference_nll[index]
                 mine.append(parts)
             if all(np.isfinite(values).all() for parts in mine for values in parts.values()):
-                spread = (_spread(parts, flat[batch.rows[i + n]]) for n, parts in enumerate(mine))
-                found[batch.rows[i] // each] = _result(tuple(spread), terms, i // 2)
+                full = (spread(parts, flat[batch.rows[i + n]]) for n, parts in enumerate(mine))
+                found[batch.rows[i] // each] = _result(tuple(full), terms, i // 2)
     return found
 
 
@@ -105,6 +111,26 @@ def _columns(
     return stored | {"value": composite.value(stored, components, stability_weight=stability_weight)}
 
 
+def _errors(
+    signals: Signals,
+    components: Components,
+    first: int,
+    groups: Mapping[str, Sequence[int]],
+    stability_weight: float,
+    signs: NDArray[np.float64] | None,
+) -> RowSignals:
+    """Standard errors of N tokens; the directions of groups begin at `first`."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for prefix, tokens in groups.items():
+        names = [name for name in components.of_value if name.startswith(f"{prefix}_")]
+        parts = [_paths(signals)[name.removeprefix(f"{prefix}_")][first : first + len(tokens)] for name in names]
+        summed = torch.stack([part.double() for part in parts]).sum(dim=0).cpu().numpy()
+        found[f"{prefix}_error"] = mean_and_error(summed, tokens)[1] * (1.0 if signs is None else np.abs(signs))
+        first += len(tokens)
+    stored: RowSignals = {name: column.astype(np.float32) for name, column in found.items()}
+    return stored | {"value_error": composite.value_error(stored, stability_weight).astype(np.float32)}
+
+
 def _paths(signals: Signals) -> dict[str, Tensor]:
     """What was asked for, (n, N) each, by the name its columns end with."""
     found = {"direct": signals.direct, "causal": signals.causal}
@@ -115,7 +141,7 @@ def _paths(signals: Signals) -> dict[str, Tensor]:
     return {path: along for path, along in found.items() if along is not None}
 
 
-def _spread(parts: RowSignals, row: TokenRow) -> RowSignals:
+def spread(parts: RowSignals, row: TokenRow) -> RowSignals:
     """Signals of the response tokens, laid out over the whole sequence."""
     full = {name: np.full(len(row.input_ids), np.nan, np.float32) for name in parts}
     for name, values in parts.items():

@@ -39,7 +39,8 @@ from alphatoken_curate.runs import shards
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
 from alphatoken_curate.scoring import identity, loop, prepare, scorer
 from alphatoken_curate.scoring.score import score
-from alphatoken_curate.scoring.scorer import ShardScorer, counted
+from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import counted
 from alphatoken_curate.signals.paths import Signals
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.plan import Batch

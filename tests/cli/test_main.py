@@ -330,12 +330,12 @@ def test_selection_by_what_is_not_there(run: Path) -> None:
 def test_bad_rows_are_all_listed_before_a_model_is_loaded(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from alphatoken_curate.scoring import scorer
+    from alphatoken_curate.scoring import spec
 
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(scorer, "load_model", load)
+    monkeypatch.setattr(spec, "load_model", load)
     records: list[Any] = token_records(6)
     records[1] = "[1, 2]"
     records[3] = {"text": "words"}

@@ -97,7 +97,7 @@ def test_show_tables_of_both_branches(pairs: Path) -> None:
     ):
         lines = part.split("\n\n")[1].splitlines()
         assert len(lines) == 2 + branch.response.sum()
-        assert len(lines[-1].split()) == 4 + len(components("published").signals) - 2
+        assert len(lines[-1].split()) == 4 + len(components("published").signals) - 5
         assert lines[-1].split()[0] == str(np.flatnonzero(branch.response)[-1])
     assert out.count("value and its parts in nats") == 1
 
@@ -190,8 +190,8 @@ def test_show_tokens_through_a_pipe_leaves_nothing_out(run: Path) -> None:
     lines = out.split("\n\n")[1].splitlines()
     (branch,) = read_row(run, row=8).branches
     assert len(lines) == 2 + branch.response.sum()
-    # The drift was not computed beside stability.
-    assert len(lines[-1].split()) == 4 + len(components("published").signals) - 2
+    # Neither the drift was computed beside stability, nor any error.
+    assert len(lines[-1].split()) == 4 + len(components("published").signals) - 5
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

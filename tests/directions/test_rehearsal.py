@@ -22,6 +22,7 @@ from alphatoken_curate.directions.rehearsal import (
 from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.errors import CurateError, InputError
+from alphatoken_curate.signals.rehearsed import exact_paths
 from alphatoken_curate.tokens.plan import collate
 from alphatoken_curate.tokens.tokenise import TokenRow
 
@@ -314,9 +315,44 @@ def test_what_is_done_is_not_done_again_and_little_is_kept() -> None:
     course, states = Course(rows=ROWS, steps=SEVEN, optimiser=ADAM), InMemory()
     wanted = Rehearsal(Trainee(tiny_model("gpt2"), 1, "all"), course, states).run([mean_loss(TARGET, 1000)])
     calls: list[int] = []
-    found = Rehearsal(Trainee(tiny_model("gpt2"), 1, "all"), course, states).run([], calls.append)
+    found = Rehearsal(Trainee(tiny_model("gpt2"), 1, "all"), course, states).run([untouched], calls.append)
     np.testing.assert_array_equal(found.value, wanted.value)
-    assert not calls and set(states._held) == {"values"}
+    assert not calls and set(states._held) == {"values-0"}
+
+
+def untouched(_: Trainee) -> list[torch.Tensor]:
+    raise AssertionError("it was taken again")
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("exact", [False, True])
+def test_outcomes_that_go_back_one_after_the_other_owe_the_same(at_once: int, exact: bool) -> None:
+    """Whatever memory there is for, and wherever it was interrupted between."""
+    outcomes = [mean_loss(rows, 1000) for rows in (TARGET, TARGET[:1], TARGET[1:])]
+    course = Course(rows=ROWS, steps=SEVEN, optimiser=ADAM)
+
+    def made(states: InMemory) -> Rehearsal:
+        trainee = Trainee(tiny_model("gpt2"), 1, "linear" if exact else "all")
+        return Rehearsal(trainee, course, states, paths=exact_paths(trainee) if exact else None)
+
+    wanted, states, left = made(InMemory()).run(outcomes), InMemory(), iter(range(18))
+
+    def told(_: int) -> None:
+        if next(left, None) is None:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        made(states).run(outcomes, told, at_once=at_once)
+    assert "values-0" in states._held
+    again = made(states)
+    found = again.run(outcomes, at_once=at_once)
+    np.testing.assert_array_equal(found.value, wanted.value)
+    if exact:  # products of several directions may round otherwise than of one
+        assert found.causal is not None and wanted.causal is not None
+        np.testing.assert_allclose(found.causal, wanted.causal, rtol=1e-9, atol=1e-15)
+    assert set(states._held) == {f"values-{n}" for n in range(-(-3 // at_once))}
+    again.forget(3)
+    assert not states._held
 
 
 def test_steps_that_come_out_otherwise_are_an_error() -> None:

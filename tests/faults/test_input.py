@@ -35,7 +35,7 @@ from alphatoken_curate.rows.read import read_rows
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.schema import components
 from alphatoken_curate.scoring import loop
-from alphatoken_curate.scoring.scorer import ScorerSpec
+from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
 

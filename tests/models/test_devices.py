@@ -13,10 +13,10 @@ CPU = torch.device("cpu")
 
 def test_devices_and_dtypes() -> None:
     assert resolve_device("cpu") == CPU
-    assert resolve_dtype("auto", "cuda", "linear") == "bfloat16"
-    assert resolve_dtype("auto", "cuda", "all") == "float32"
-    assert resolve_dtype("auto", "cpu", "linear") == "float32"
-    assert resolve_dtype("float64", "cuda", "all") == "float64"
+    assert resolve_dtype("auto", "cuda", in_full=False) == "bfloat16"
+    assert resolve_dtype("auto", "cuda", in_full=True) == "float32"
+    assert resolve_dtype("auto", "cpu", in_full=False) == "float32"
+    assert resolve_dtype("float64", "cuda", in_full=True) == "float64"
     with pytest.raises(UsageError, match="--device potato"):
         resolve_device("potato")
     if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ from alphatoken_curate.models.load import find_model
 from alphatoken_curate.scoring.check import check
 from alphatoken_curate.scoring.estimate import Estimate, Size, StageEstimate, choose, estimate, predict
 from alphatoken_curate.scoring.meter import peak_of_process
-from alphatoken_curate.scoring.scorer import ScorerSpec
+from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.signals.paths import PathScorer
 
 MIB = 1 << 20

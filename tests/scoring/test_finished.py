@@ -168,7 +168,7 @@ def test_what_is_compared_and_what_follows_from_it_is_the_whole_fingerprint(sett
     """Each setting that a config has plays its part in fields of both kinds, or in none."""
     prepared = prepare(ScoreConfig(**settings))
     whole = fingerprint_fields(prepared, prepared.source, "float32")
-    assert set(OF_TOKENS) < set(whole)
+    assert set(OF_TOKENS) - {"groups"} < set(whole)
     assert {item.name for item in fields(ScoreConfig)} & set(whole) >= {"layers", "estimator", "seed", "target", "data"}
     other = fingerprint_fields(prepare(ScoreConfig(**settings | {"turns": "last"})), prepared.source, "float32")
     assert differing(whole, other) == ("turns",)

@@ -13,6 +13,22 @@ from alphatoken_curate.models.load import find_model
 from alphatoken_curate.scoring.idle import _READ, idle
 from alphatoken_curate.scoring.prepare import fingerprint_fields, prepare
 
+REHEARSAL: dict[str, Any] = {"direction": "rehearsal", "rehearse_lr": 1e-4}
+SGD = {**REHEARSAL, "rehearse_optimizer": "sgd"}
+REHEARSED: tuple[dict[str, Any], ...] = (
+    {"rehearse_epochs": 2},
+    {"rehearse_rows_per_step": 4},
+    {"rehearse_optimizer": "sgd"},
+    {"rehearse_weight_decay": 0.1},
+    {"rehearse_schedule": "linear"},
+    {"rehearse_warmup": 2},
+    {"rehearse_clip": 1.0},
+    {"rehearse_denominator": "sum"},
+    {"rehearse_seeds": 2},
+)
+ADAMW: tuple[dict[str, Any], ...] = ({"rehearse_betas": "0.8,0.9"}, {"rehearse_eps": 1e-6}, {"rehearse_root": 1e-9})
+_BY = "read only with --direction rehearsal and --rehearse-optimizer"
+
 CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"target_rows": 3}, {"target": "t.jsonl"}, "read only without --target"),
     ({"window": 3}, {"estimator": "exact"}, "read only with --estimator published"),
@@ -29,6 +45,9 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"beta": 0.3}, {}, "read only for preference rows"),
     ({"stability_scale": "rms"}, {"by": "nll - reference_nll"}, "read only where --by depends on value"),
     ({"aggregate": "last"}, {"generation": "0"}, "read only with several of --generation"),
+    *((setting, {}, "read only with --direction rehearsal") for setting in REHEARSED),
+    *((setting, SGD, f"{_BY} adamw") for setting in ADAMW),
+    ({"rehearse_momentum": 0.9}, REHEARSAL, f"{_BY} sgd"),
 ]
 """A setting, others beside which it plays no part, and when it would."""
 
@@ -47,6 +66,8 @@ PLAYS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"stability_scale": "rms"}, {"by": "value + nll"}, "sft"),
     ({"aggregate": "last"}, {"generation": "0,1"}, "sft"),
     ({"aggregate": "last"}, {"generation": "all"}, "sft"),
+    *((setting, REHEARSAL, "sft") for setting in (*REHEARSED, *ADAMW)),
+    ({"rehearse_momentum": 0.9}, SGD, "sft"),
 ]
 
 

@@ -322,7 +322,9 @@ def test_the_first_model_is_the_one_that_lacks_something(
 def _spec(run: Path, settings: dict[str, Any]) -> Any:
     from alphatoken_curate.models.load import find_model
     from alphatoken_curate.runs.artifacts import Store
-    from alphatoken_curate.scoring.scorer import ReferencePass, ScorerSpec, ShardScorer
+    from alphatoken_curate.scoring.reference import ReferencePass
+    from alphatoken_curate.scoring.scorer import ShardScorer
+    from alphatoken_curate.scoring.spec import ScorerSpec
 
     spec = ScorerSpec(
         config=ScoreConfig(**settings),

@@ -14,7 +14,7 @@ import torch
 
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.scoring import scorer
+from alphatoken_curate.scoring import reference, scorer
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
@@ -47,9 +47,9 @@ def fake_scorer() -> None:
     scorer.ShardScorer.__call__ = score  # type: ignore[assignment]
     scorer.ShardScorer.ready = lambda self, _: None  # type: ignore[assignment, return-value]
     scorer.ShardScorer.gradient = lambda self, kind, *_: save(self.spec.store, kind)  # type: ignore[method-assign]
-    scorer.ReferencePass.weights = lambda self: None  # type: ignore[assignment, return-value]
-    scorer.ReferencePass.fisher = lambda self, *_: save(self.spec.store, artifacts.FISHER)  # type: ignore[method-assign]
-    scorer.ReferencePass.losses = lambda self, part, *_: save(  # type: ignore[method-assign]
+    reference.ReferencePass.weights = lambda self: None  # type: ignore[assignment, return-value]
+    reference.ReferencePass.fisher = lambda self, *_: save(self.spec.store, artifacts.FISHER)  # type: ignore[method-assign]
+    reference.ReferencePass.losses = lambda self, part, *_: save(  # type: ignore[method-assign]
         self.spec.store, artifacts.REFERENCE_NLL, part
     )
 

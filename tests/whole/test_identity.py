@@ -33,7 +33,8 @@ from alphatoken_curate.runs.schema import SCHEMA_VERSION
 from alphatoken_curate.runs.shards import Footer
 from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.job import job_of, record
-from alphatoken_curate.scoring.scorer import ShardScorer, spec_of
+from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import spec_of
 
 DATED = "{{ strftime_now('%d') }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}.{% endfor %}"
 DATED += "{% if add_generation_prompt %}a:{% endif %}"
@@ -167,6 +168,8 @@ def other_schema(_: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
 
 LOOKAHEAD = {"drift": "lookahead", "lookahead_lr": 1e-3}
 GENERATE = {"fisher": "generate"}
+REHEARSAL = {"direction": "rehearsal", "rehearse_lr": 1e-3}
+SGD = {**REHEARSAL, "rehearse_optimizer": "sgd"}
 FIELDS: dict[str, Change] = {
     "schema_version": Change(files=other_schema),
     "data": Change(files=another_row("rows")),
@@ -218,6 +221,22 @@ FIELDS: dict[str, Change] = {
     "precondition_eps": Change(base=given(precondition="adam"), to=becomes(precondition_eps=1e-7)),
     "precondition_damping": Change(base=given(precondition="kfac"), to=becomes(precondition_damping=0.2)),
     "precondition_stability": Change(base=given(precondition="kfac"), to=becomes(precondition_stability=True)),
+    "target_groups": Change(base=given(target_groups=1), to=becomes(target_groups=2)),
+    "direction": Change(base=given(estimator="influence", parameters="all", layers="all"), to=becomes(**REHEARSAL)),
+    "rehearse_lr": Change(base=given(**REHEARSAL), to=becomes(rehearse_lr=2e-3)),
+    "rehearse_epochs": Change(base=given(**REHEARSAL), to=becomes(rehearse_epochs=2)),
+    "rehearse_rows_per_step": Change(base=given(**REHEARSAL), to=becomes(rehearse_rows_per_step=7)),
+    "rehearse_optimizer": Change(base=given(**REHEARSAL), to=becomes(rehearse_optimizer="sgd")),
+    "rehearse_betas": Change(base=given(**REHEARSAL), to=becomes(rehearse_betas="0.9,0.99")),
+    "rehearse_eps": Change(base=given(**REHEARSAL), to=becomes(rehearse_eps=1e-7)),
+    "rehearse_root": Change(base=given(**REHEARSAL), to=becomes(rehearse_root=1e-13)),
+    "rehearse_weight_decay": Change(base=given(**REHEARSAL), to=becomes(rehearse_weight_decay=0.1)),
+    "rehearse_momentum": Change(base=given(**SGD), to=becomes(rehearse_momentum=0.5)),
+    "rehearse_schedule": Change(base=given(**REHEARSAL), to=becomes(rehearse_schedule="linear")),
+    "rehearse_warmup": Change(base=given(**REHEARSAL), to=becomes(rehearse_warmup=1)),
+    "rehearse_clip": Change(base=given(**REHEARSAL), to=becomes(rehearse_clip=1.0)),
+    "rehearse_denominator": Change(base=given(**REHEARSAL), to=becomes(rehearse_denominator="sum")),
+    "rehearse_seeds": Change(base=given(**REHEARSAL), to=becomes(rehearse_seeds=2)),
 }
 """By the field that is named. `kind` is not here: rows of the other kind are other data."""
 
@@ -239,6 +258,9 @@ def test_every_field_of_a_fingerprint_is_tried(files: Settings) -> None:
         "chat_template",
         "chat_template_kwargs",
         "assistant_specials",
+        "target_groups",
+        "direction",
+        *(name for name in FIELDS if name.startswith("rehearse_")),
     }  # not there at its default, as every setting that came later
     assert set(FIELDS) | {"kind"} == set(told(plain(files))) | newer
 

@@ -1,0 +1,264 @@
+"""The scorer of a rehearsal: all rows are rehearsed before the first shard is written, and each shard takes its part.
+
+What the rehearsal keeps among the artefacts while it lasts (`directions.rehearsal`) is of one token budget: another
+would round otherwise. What it gives, the columns of all response tokens, is kept until the run is deleted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.groups import deal
+from alphatoken_curate.directions.losses import at, positions, token_losses
+from alphatoken_curate.directions.optimisers import Optimiser
+from alphatoken_curate.directions.rehearsal import (
+    Course,
+    Outcome,
+    Rehearsal,
+    Values,
+    drift_loss,
+    mean_loss,
+    plan_steps,
+)
+from alphatoken_curate.directions.shelves import Artefacts, Scratch
+from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.models.devices import free_memory
+from alphatoken_curate.progress import Progress
+from alphatoken_curate.runs.artifacts import REHEARSAL, Store
+from alphatoken_curate.runs.schema import BY_ESTIMATOR, ERRORS
+from alphatoken_curate.scoring.job import Job
+from alphatoken_curate.scoring.meter import Meter
+from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, counted
+from alphatoken_curate.signals import composite
+from alphatoken_curate.signals.rehearsed import columns, exact_paths
+from alphatoken_curate.signals.stored import RowResult, spread
+from alphatoken_curate.tokens.plan import sequences
+from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow
+from alphatoken_curate.wording import count
+
+ROOM = 0.4
+"""Share of the free memory that adjoints going back together may take: as much goes to the graph of a batch."""
+
+FEW_ROWS = 100
+"""Target rows of which fewer are warned of: a cut by their values learns them by heart."""
+
+MUCH_OF_A_STEP = 0.05
+"""What the root term may change of the steps before it is warned of."""
+
+_COLUMNS, _LOSSES, _PLAN = "columns", "losses", "plan"
+
+
+class RehearsalScorer(ShardScorer):
+    """Gives the signals of a shard's rows from a rehearsal of all rows of a job."""
+
+    def __init__(self, spec: ScorerSpec, job: Job) -> None:
+        super().__init__(spec)
+        self.rows, self.target, self.retention = sequences(job.rows), job.target, job.retention
+        lengths = [int(row.response.sum()) for row in self.rows]
+        ends = np.cumsum(lengths).tolist()
+        keys = [(row.row_id, row.turn) for row in self.rows]
+        self._places = {key: slice(end - n, end) for key, n, end in zip(keys, lengths, ends, strict=True)}
+
+    def rehearse(self, progress: Progress, batch_tokens: int) -> None:
+        """Make sure the columns of all response tokens are in artifacts/.
+
+        Raises InputError where the training or an outcome is not finite.
+        """
+        store = self.spec.store
+        if not store.is_made(REHEARSAL, _COLUMNS):
+            found = self._made(progress, batch_tokens)
+            store.save(REHEARSAL, {name: torch.from_numpy(column) for name, column in found.items()}, _COLUMNS)
+        for path in store.folder.glob(f"{store.path(REHEARSAL).stem}-*.safetensors"):
+            if path != store.path(REHEARSAL, _COLUMNS):
+                path.unlink()
+
+    def __call__(
+        self, shard: int, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int
+    ) -> list[RowResult | None]:
+        """Signals of each row of a shard; None where its loss is not finite. Nothing is computed here."""
+        flat = sequences(rows)
+        kept = self.reference_losses(shard, rows)
+        reference: Sequence[NDArray[np.float32] | None] = [None] * len(flat) if kept is None else kept
+        progress.advance(count_tokens(rows))
+        return [self._result(row, nll) for row, nll in zip(flat, reference, strict=True)]
+
+    def _result(self, row: TokenRow, reference_nll: NDArray[np.float32] | None) -> RowResult | None:
+        parts = {name: column[self._place(row)] for name, column in self._columns.items()}
+        if reference_nll is not None:
+            parts["reference_nll"] = reference_nll
+        if not all(np.isfinite(column).all() for column in parts.values()):
+            return None
+        return RowResult(branches=(spread(parts, row),))
+
+    def _place(self, row: TokenRow) -> slice:
+        """Where its tokens are among those of all rows."""
+        return self._places[row.row_id, row.turn]
+
+    @cached_property
+    def _columns(self) -> dict[str, NDArray[np.float32]]:
+        """(N,) each, by the names they are stored under."""
+        config = self.spec.config
+        kept = self.spec.store.require(REHEARSAL, part=_COLUMNS)
+        found = {name: tensor.numpy() for name, tensor in kept.items()}
+        if "adapt_error" in found:
+            found["value_error"] = composite.value_error(found, config.stability_weight).astype(np.float32)
+        known = BY_ESTIMATOR[config.estimator]
+        if known.adaptation[0] in found:
+            found["value"] = composite.value(found, known, stability_weight=config.stability_weight)
+        return found
+
+    # ------------------------------------------------------------------------------------------------ before shards
+
+    def _made(self, progress: Progress, batch_tokens: int) -> dict[str, NDArray[np.float32]]:
+        """(N,) of each column; NaN, but for the loss, in rows whose loss is not finite, and which do not train."""
+        if len(self.target) < FEW_ROWS:
+            progress.warn(
+                f"{count(len(self.target), 'target row')}: a cut by rehearsed values learns so few by heart."
+                " Hundreds of --target rows serve, or a mild use: --weights tilt:0.25."
+            )
+        own = replace(self.spec.store, fields={**self.spec.store.fields, "batch_tokens": batch_tokens})
+        found = self._losses(own, progress, batch_tokens)
+        finite = [row for row in self.rows if np.isfinite(found["nll"][self._place(row)]).all()]
+        if finite:
+            mine = np.concatenate([np.arange(s.start, s.stop) for s in map(self._place, finite)])
+            for name, column in self._rehearsed(finite, own, progress, batch_tokens).items():
+                found[name] = np.full(len(found["nll"]), np.nan, np.float32)
+                found[name][mine] = column
+        return found
+
+    def _losses(self, own: Store, progress: Progress, batch_tokens: int) -> dict[str, NDArray[np.float32]]:
+        """Loss (nll) and entropy of all response tokens where the training begins, (N,) each."""
+        if (kept := own.load(REHEARSAL, part=_LOSSES)) is None:
+            scoring = self.ready(progress)
+            progress.stage("losses before the rehearsal", count_tokens(self.rows))
+            found = np.empty((2, sum(s.stop - s.start for s in self._places.values())), np.float32)
+            for batch in counted(self.rows, batch_tokens, progress):
+                ids = torch.from_numpy(batch.input_ids).to(scoring.device)
+                hidden = at(scoring.hidden(ids), positions(replace(batch, start=0), ids.device))
+                targets = torch.from_numpy(batch.target).to(ids.device)
+                losses = token_losses(scoring.head, hidden, targets, vocabulary=scoring.vocabulary, gradient=False)
+                places = [np.arange(s.start, s.stop) for s in (self._place(self.rows[i]) for i in batch.rows)]
+                found[:, np.concatenate(places)] = torch.stack([losses.nll, losses.entropy]).float().cpu().numpy()
+            kept = {"nll": torch.from_numpy(found[0]), "entropy": torch.from_numpy(found[1])}
+            own.save(REHEARSAL, kept, _LOSSES)
+        return {name: tensor.numpy() for name, tensor in kept.items()}
+
+    def _rehearsed(
+        self, rows: Sequence[TokenRow], own: Store, progress: Progress, batch_tokens: int
+    ) -> dict[str, NDArray[np.float32]]:
+        """The columns of the response tokens of some rows, over all orders."""
+        config, known = self.spec.config, BY_ESTIMATOR[self.spec.config.estimator]
+        scoring = self.ready(progress)
+        drift = self._drift_parts(scoring) if self.spec.has_drift else None
+        model, self._scoring = scoring.model, None
+        scoring.release_model()
+        del scoring
+        free_memory()
+        trainee = Trainee(model, config.layers, config.parameters)  # type: ignore[arg-type]
+        groups = {"adapt": self._dealt(self.target)}
+        if self.retention:
+            groups["stab"] = self._dealt(self.retention)
+        outcomes: list[Outcome] = [mean_loss(group, batch_tokens) for dealt in groups.values() for group in dealt]
+        counts = {name: [_tokens(group) for group in dealt] for name, dealt in groups.items()}
+        if drift is not None:
+            outcomes.append(drift_loss(*(trainee.of_direction(part) for part in drift)))
+            counts["drift" if self.retention else "stab"] = [1]
+        at_once = self._at_once(trainee, len(outcomes), own)
+        paths = exact_paths(trainee) if config.estimator != "influence" else None
+        orders = []
+        for n in range(config.rehearse_seeds):
+            course = course_of(config, rows, n, batch_tokens)
+            states = Artefacts(own, trainee.device, prefix=str(n))
+            steps = Scratch(own.folder, trainee.device)
+            rehearsal = Rehearsal(trainee, course, states, steps=steps, paths=paths)
+            each = [sum(len(rows[i].input_ids) for i in step) for step in course.steps]
+            order = f", order {n + 1} of {config.rehearse_seeds}" if config.rehearse_seeds > 1 else ""
+            turns = 1 + math.ceil(len(outcomes) / at_once)
+            progress.stage(f"rehearsal{order}: {len(each)} steps there and back", turns * sum(each))
+            orders.append(rehearsal.run(outcomes, partial(_advance, progress, each), at_once=at_once))
+        _tell_of_root(orders, config, progress)
+        found = columns(orders, counts, known)
+        errors = {f"{name}_error" for name, dealt in groups.items() if len(dealt) > 1}
+        kept = (set(known.signals) - set(ERRORS)) | errors
+        return {name: column.astype(np.float32) for name, column in found.items() if name in kept}
+
+    def _dealt(self, rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
+        """Rows in the groups that errors are told by; all in one without errors."""
+        return deal(rows, self.spec.groups, self.spec.config.seed)
+
+    def _drift_parts(self, scoring: ScoringModel) -> tuple[Direction, Direction]:
+        """The Fisher, and the weights that the drift is counted from."""
+        if self.spec.has_reference:
+            return self._fisher(), self._reference_weights()
+        return self._fisher(), [w.detach().clone() for w in scoring.weights]
+
+    def _at_once(self, trainee: Trainee, outcomes: int, own: Store) -> int:
+        """How many outcomes go back together: what memory there is for when the rehearsal begins."""
+        if (kept := own.load(REHEARSAL, part=_PLAN)) is None:
+            held = 2 + len(optimiser_of(self.spec.config, 1).start([w.detach() for w in trainee.weights[:1]]).slots)
+            each = held * sum(w.numel() * w.element_size() for w in trainee.weights)
+            fits = max(1, int(ROOM * Meter(trainee.device).room() / each))
+            parts = math.ceil(outcomes / fits)
+            kept = {"at_once": torch.tensor([math.ceil(outcomes / parts)])}
+            own.save(REHEARSAL, kept, _PLAN)
+        return int(kept["at_once"])
+
+
+def optimiser_of(config: ScoreConfig, steps: int) -> Optimiser:
+    """What the rehearsal of a config steps by."""
+    b1, b2 = map(float, config.rehearse_betas.split(","))
+    assert config.rehearse_lr is not None
+    return Optimiser(
+        lr=config.rehearse_lr,
+        steps=steps,
+        kind=config.rehearse_optimizer,  # type: ignore[arg-type]
+        betas=(b1, b2),
+        eps=config.rehearse_eps,
+        root=config.rehearse_root,
+        weight_decay=config.rehearse_weight_decay,
+        momentum=config.rehearse_momentum,
+        schedule=config.rehearse_schedule,  # type: ignore[arg-type]
+        warmup=config.rehearse_warmup,
+        clip=config.rehearse_clip,
+    )
+
+
+def course_of(config: ScoreConfig, rows: Sequence[TokenRow], order: int, batch_tokens: int) -> Course:
+    """The steps of a config in one of its orders, from 0: that of the seed and so many more."""
+    steps = plan_steps(
+        rows, epochs=config.rehearse_epochs, rows_per_step=config.rehearse_rows_per_step, seed=config.seed + order
+    )
+    return Course(
+        rows=rows,
+        steps=steps,
+        optimiser=optimiser_of(config, len(steps)),
+        denominator=config.rehearse_denominator,  # type: ignore[arg-type]
+        batch_tokens=batch_tokens,
+    )
+
+
+def _advance(progress: Progress, each: Sequence[int], k: int) -> None:
+    progress.advance(each[k])
+
+
+def _tokens(rows: Sequence[TokenRow]) -> int:
+    return sum(int(row.response.sum()) for row in rows)
+
+
+def _tell_of_root(orders: Sequence[Values], config: ScoreConfig, progress: Progress) -> None:
+    share = max(order.root_share for order in orders)
+    if share > MUCH_OF_A_STEP:
+        progress.warn(
+            f"--rehearse-root {config.rehearse_root:g} changes the steps by {share:.0%} of their length: another"
+            " training than the one to come. Give a smaller one."
+        )

@@ -1,0 +1,150 @@
+"""What a scoring is built from: settings, models and the place of what it keeps; and how rows become its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from alphatoken_curate.config import FISHER_MODES, ScoreConfig
+from alphatoken_curate.directions.drift import read_weights
+from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.engine.precision import narrow
+from alphatoken_curate.models.devices import resolve_device, resolve_dtype
+from alphatoken_curate.models.likeness import check_alike
+from alphatoken_curate.models.load import ModelSource, find_model, load_model
+from alphatoken_curate.progress import Progress
+from alphatoken_curate.runs.artifacts import Store
+from alphatoken_curate.runs.watched import Watched
+from alphatoken_curate.scoring.identity import has_drift
+from alphatoken_curate.scoring.prepare import Prepared, fingerprint_fields
+from alphatoken_curate.scoring.sources import digests_of
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, sequences
+from alphatoken_curate.tokens.tokenise import AnyRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerSpec:
+    """All a scorer needs to know; picklable."""
+
+    config: ScoreConfig
+    model: ModelSource
+    reference: ModelSource
+    dtype: str
+    device: str
+    store: Store
+    maps: Mapping[str, tuple[int, ...]] | None = None
+    """Names and shapes that the linear maps of S must have, where the run knows them already."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the reference is another model than the one that is scored."""
+        return self.store.fields["model"] != self.store.fields["reference"]
+
+    @property
+    def has_drift(self) -> bool:
+        """Whether the drift from the reference is a direction of this run, and not zero."""
+        return has_drift(self.store.fields)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Prefixes of the signals of each direction: adaptation, stability and, beside it, the drift."""
+        stability = ["stab"] if self.config.retention is not None else []
+        drift = [("drift" if stability else "stab")] if self.has_drift else []
+        return ("adapt", *stability, *drift)
+
+    @property
+    def groups(self) -> int:
+        """Groups of target rows, and of retention rows, that errors are told by; 1 where none are."""
+        found = self.store.fields.get("groups", 1)
+        return found if isinstance(found, int) else 1
+
+    @property
+    def directions(self) -> int:
+        """How many directions rows are scored along: one for each objective, and one for each group of its rows."""
+        of_rows = 1 + (self.config.retention is not None)
+        return len(self.objectives) + (of_rows * self.groups if self.groups > 1 else 0)
+
+    @property
+    def passes(self) -> int:
+        """How often a gradient goes over its rows: what is no linear map takes a pass of its own."""
+        return 2 if self.config.parameters == "all" else 1
+
+    @property
+    def estimates_fisher(self) -> bool:
+        """Whether the Fisher is ours to estimate, rather than a file the user brings."""
+        return self.config.fisher in FISHER_MODES
+
+    def load(self, source: ModelSource) -> PreTrainedModel:
+        """A model of the run."""
+        return self._load(source, self.dtype, self.device)
+
+    def _load(self, source: ModelSource, dtype: str, device: str) -> PreTrainedModel:
+        trusted, place = self.config.trust_remote_code, torch.device(device)
+        return load_model(source, dtype=getattr(torch, dtype), device=place, trust_remote_code=trusted)
+
+    def capture(self, source: ModelSource, model: PreTrainedModel | None = None) -> ScoringModel:
+        """A model of the run, captured; it is loaded unless it is given.
+
+        Where it runs in less than float32, the weights of S are as its files have them nonetheless, until it settles: a
+        drift of a few steps is smaller than what rounding a weight to bfloat16 changes.
+        """
+        scoring = self._captured(model if model is not None else self.load(source))
+        if narrow(getattr(torch, self.dtype)):
+            exact = read_weights(source.weight_files(), scoring) if source.tensors_on_disk else None
+            if exact is None:
+                exact = self._captured(self._load(source, "float32", "cpu")).weights
+            for own, weight in zip(scoring.weights, exact, strict=True):
+                own.copy_(weight)
+        return scoring
+
+    def _captured(self, model: PreTrainedModel) -> ScoringModel:
+        return ScoringModel(model, self.config.layers, self.config.parameters)  # type: ignore[arg-type]
+
+
+def spec_of(prepared: Prepared, folder: Path, reuse: Path | None = None, watched: Watched | None = None) -> ScorerSpec:
+    """What scores the rows of a run whose artifacts/ are in `folder`; those in `reuse` are taken over.
+
+    `watched`: all files it is made from, since before they were read. Raises FingerprintError where one changed since,
+    UsageError and ModelError where the models, device or dtype named are not there or do not go together.
+    """
+    config = prepared.config
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device.type, in_full=config.in_full)
+    reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
+    check_alike(prepared.source, reference)
+    fields = fingerprint_fields(prepared, reference, dtype)
+    if watched is not None:
+        watched.settle(digests_of(fields, prepared.inputs))
+    return ScorerSpec(
+        config=config,
+        model=prepared.source,
+        reference=reference,
+        dtype=dtype,
+        device=str(device),
+        store=Store(folder=folder, fields=fields, reuse=reuse, watched=watched),
+    )
+
+
+def count_tokens(rows: Sequence[AnyRow]) -> int:
+    """Tokens of all sequences of rows: what progress is told in."""
+    return sum(len(sequence.input_ids) for sequence in sequences(rows))
+
+
+def counted(rows: Sequence[AnyRow], batch_tokens: int, progress: Progress) -> Iterator[Batch]:
+    """The planned batches of rows, each reported when it is done."""
+    for indices in plan_batches(rows, batch_tokens):
+        yield collate(rows, indices)
+        progress.advance(count_tokens([rows[i] for i in indices]))
+
+
+def by_name(scoring: ScoringModel, direction: Direction) -> dict[str, Tensor]:
+    """A direction under the names of its weights."""
+    return dict(zip(scoring.names, direction, strict=True))

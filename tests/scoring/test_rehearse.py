@@ -1,0 +1,289 @@
+"""Rehearsed values from files to files: what a run stores against autograd through the whole unrolled training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import make_row, tiny_model
+from tiny_files import NAN_TOKEN, Notes, command, contents, perturbed, quiet, token_records, write_jsonl
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from unrolled import J, mean_over, values_by_autograd
+
+from alphatoken_curate import InputError, ScoreConfig, UsageError, refresh, score, verify
+from alphatoken_curate.directions.groups import deal
+from alphatoken_curate.directions.rehearsal import plan_steps
+from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.runs import manifest
+from alphatoken_curate.scoring.rehearse import optimiser_of
+from alphatoken_curate.tokens.tokenise import TokenRow
+
+ROWS, TARGET, KEPT = token_records(9, seed=2), token_records(10, seed=9), token_records(6, seed=5)
+KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A base, a tuned model of a family that computes all of it in the dtype it is given, and rows."""
+    folder = tmp_path_factory.mktemp("files")
+    with quiet():
+        tiny_model("gpt2", dtype=torch.float32).save_pretrained(folder / "base")
+        perturbed(tiny_model("gpt2", dtype=torch.float32)).save_pretrained(folder / "tuned")
+    model = tiny_model("gpt2", dtype=torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    save_file({n: torch.rand(p.shape, generator=draw) for n, p in named(model).items()}, folder / "fisher")
+    rows = {"data": ROWS, "target": TARGET, "retention": KEPT}
+    made = {name: write_jsonl(folder / f"{name}.jsonl", records) for name, records in rows.items()}
+    return made | {name: str(folder / name) for name in ("base", "tuned", "fisher")}
+
+
+def named(model: Any) -> dict[str, Tensor]:
+    """Tensors of a direction by name: GPT-2's maps are kept transposed."""
+    with torch.no_grad():
+        trainee = Trainee(model, "all", "all")
+        names = [m.parameter for m in trainee.maps]
+        weights = trainee.as_direction(trainee.weights)
+        rest = [n for n, p in zip(trainee.names, trainee.weights, strict=True) if p not in trainee._matrices]
+        return {n: w.detach().contiguous() for n, w in zip([*names, *rest], weights, strict=True)}
+
+
+def config(files: dict[str, str], **settings: Any) -> ScoreConfig:
+    known = {"data": (files["data"],), "target": files["target"], "model": files["base"], "dtype": "float64"}
+    known |= {"direction": "rehearsal", "rehearse_lr": 1e-2, "rehearse_rows_per_step": 4, "rehearse_root": 1e-6}
+    return ScoreConfig(**{**known, "fisher": files["fisher"], **settings})
+
+
+def rows_of(records: list[dict[str, Any]]) -> list[TokenRow]:
+    made = []
+    for i, record in enumerate(records):
+        respond = [t for t, label in enumerate(record["labels"]) if label != -100]
+        made.append(make_row(i, record["input_ids"], [(t, t + 1) for t in respond]))
+    return made
+
+
+def stored(run: Path, *names: str, generation: int = 0) -> dict[str, np.ndarray]:
+    """(N,) of each column, all scored rows."""
+    frame = pl.read_parquet(run / f"values/generation={generation}/*.parquet").filter(status="scored").sort("row_id")
+    return {name: frame[name].explode().drop_nulls().to_numpy() for name in names}
+
+
+def load(folder: str) -> Any:
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+def drift_by_hand(fisher: dict[str, Tensor], reference: dict[str, Tensor], transposed: set[str]) -> J:
+    """1/2 sum F (w - w_ref)^2, tensor by tensor."""
+
+    def outcome(_: Any, held: dict[str, Tensor]) -> Tensor:
+        parts = [
+            ((fisher[n].t() if n in transposed else fisher[n]) * (w - reference[n]) ** 2).sum() for n, w in held.items()
+        ]
+        return torch.stack(parts).sum() / 2
+
+    return outcome
+
+
+def by_hand(files: dict[str, str], made: ScoreConfig, outcomes: list[J]) -> np.ndarray:
+    """-dJ / dw of each outcome, mean over orders, (n, N) float64."""
+    rows, found = rows_of(ROWS), []
+    for order in range(made.rehearse_seeds):
+        model = load(made.model)
+        names = Trainee(load(made.model), made.layers, made.parameters).names  # type: ignore[arg-type]
+        steps = plan_steps(
+            rows, epochs=made.rehearse_epochs, rows_per_step=made.rehearse_rows_per_step, seed=made.seed + order
+        )
+        how = {"summed": made.rehearse_denominator == "sum"}
+        found.append(values_by_autograd(model, names, rows, steps, optimiser_of(made, len(steps)), outcomes, **how))
+    return np.mean([one.numpy() for one in found], axis=0)
+
+
+def groups_of(records: list[dict[str, Any]], groups: int) -> list[list[TokenRow]]:
+    return deal(rows_of(records), groups, seed=0)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "tuned": {"model": "=tuned", "reference": "=base"},
+    "kept": {"retention": "=retention", "target_groups": 3},
+    "both": {"retention": "=retention", "drift": "weights", "target_groups": 1},
+    "orders": {"rehearse_seeds": 2, "rehearse_epochs": 2, "rehearse_denominator": "sum", "target_groups": 2},
+    "sgd": {"rehearse_optimizer": "sgd", "rehearse_momentum": 0.9, "rehearse_lr": 0.5, "rehearse_clip": 0.2},
+    "last": {"layers": 1, "parameters": "linear", "rehearse_schedule": "cosine", "rehearse_warmup": 1},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_holds_what_autograd_finds_through_the_unrolled_training(
+    name: str, files: dict[str, str], tmp_path: Path
+) -> None:
+    given = {key: files[v[1:]] if str(v).startswith("=") else v for key, v in SETTINGS[name].items()}
+    made, run = config(files, **given), tmp_path / "run"
+    score(made, run)
+    assert not verify(run)
+    targets = groups_of(TARGET, made.target_groups or 5)
+    keeps = groups_of(KEPT, made.target_groups or 5) if made.retention else []
+    outcomes = [mean_over(group) for group in (*targets, *keeps)]
+    has_drift = not made.retention or made.drift is not None
+    if has_drift:
+        model = load(made.model)
+        trainee = Trainee(load(made.model), made.layers, made.parameters)  # type: ignore[arg-type]
+        reference = {n: p.detach() for n, p in load(made.reference or made.model).named_parameters()}
+        fisher = {n: t.double() for n, t in _fisher(files).items()}
+        transposed = {n for n, p in model.named_parameters() if n in fisher and fisher[n].shape != p.shape}
+        transposed |= {f"{m.owner}.{m.slot}" for m in trainee.maps if m.transposed}
+        outcomes.append(drift_by_hand(fisher, reference, transposed))
+    values = by_hand(files, made, outcomes)
+    expected = _expected(values, targets, keeps, has_drift=has_drift)
+    found = stored(run, *expected)
+    for column, wanted in expected.items():
+        np.testing.assert_allclose(found[column], wanted, rtol=2e-6, atol=2e-7 * np.abs(wanted).max(), err_msg=column)
+    value = expected["adapt_influence"] + 1.5 * expected["stab_influence"]
+    np.testing.assert_allclose(stored(run, "value")["value"], value, rtol=1e-5, atol=1e-6 * np.abs(value).max())
+
+
+def _fisher(files: dict[str, str]) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(files["fisher"])
+
+
+def _expected(
+    values: np.ndarray, targets: list[list[TokenRow]], keeps: list[list[TokenRow]], *, has_drift: bool
+) -> dict[str, np.ndarray]:
+    """Means weighed by tokens, and the standard error of that ratio, group by group."""
+    found, first = {}, 0
+    for prefix, groups in (("adapt", targets), ("stab", keeps)):
+        mine = values[first : first + len(groups)]
+        first += len(groups)
+        if not groups:
+            continue
+        counts = np.array([sum(int(row.response.sum()) for row in group) for group in groups], float)
+        mean = (counts[:, None] * mine).sum(axis=0) / counts.sum()
+        found[f"{prefix}_influence"] = mean
+        if len(groups) > 1:
+            spread = ((counts[:, None] / counts.sum() * (mine - mean)) ** 2).sum(axis=0)
+            found[f"{prefix}_error"] = np.sqrt(spread * len(groups) / (len(groups) - 1))
+    if has_drift:
+        found["drift_influence" if keeps else "stab_influence"] = values[-1]
+    if "adapt_error" in found:
+        squares = found["adapt_error"] ** 2 + (1.5 * found.get("stab_error", 0.0)) ** 2
+        found["value_error"] = np.sqrt(squares)
+    return found
+
+
+def test_paths_are_stored_along_each_step(files: dict[str, str], tmp_path: Path) -> None:
+    score(config(files, estimator="influence", parameters="linear"), tmp_path / "whole")
+    score(config(files, estimator="exact+influence"), tmp_path / "parted")
+    whole = stored(tmp_path / "whole", "adapt_influence", "stab_influence")
+    parted = stored(
+        tmp_path / "parted", *(f"{o}_{p}" for o in ("adapt", "stab") for p in ("direct", "causal", "upstream"))
+    )
+    for one in ("adapt", "stab"):
+        wanted = whole[f"{one}_influence"]
+        found = parted[f"{one}_direct"] + parted[f"{one}_upstream"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max())
+        assert np.abs(parted[f"{one}_causal"]).max() > 1e-3 * np.abs(wanted).max()
+
+
+def test_a_row_without_a_finite_loss_is_left_out_of_the_training(
+    files: dict[str, str], models: dict[str, str], tmp_path: Path
+) -> None:
+    odd = {"input_ids": [5, NAN_TOKEN, 7, 8], "labels": [-100, NAN_TOKEN, 7, 8]}
+    with_it = write_jsonl(tmp_path / "data.jsonl", [*ROWS[:4], odd, *ROWS[4:]])
+    given = {"model": models["broken"], "layers": 1, "parameters": "linear", "fisher": "sampled", "dtype": "float32"}
+    done = score(config(files, data=(with_it,), retention=files["retention"], **given), tmp_path / "run")
+    assert (done.manifest.counts.scored, done.manifest.counts.failed) == (len(ROWS), 1)
+    frame = pl.read_parquet(tmp_path / "run/values/generation=0/*.parquet")
+    assert frame["status"][4] == "failed" and np.isfinite(stored(tmp_path / "run", "value")["value"]).all()
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "mid-write@rehearsal-00000-losses.safetensors",
+        "after-rename@rehearsal-00000-0-state-2.safetensors",
+        "after-rename@rehearsal-00000-0-adjoint-0-3.safetensors",
+        "mid-write@rehearsal-00000-0-adjoint-0-2.safetensors",
+        "after-rename@rehearsal-00000-1-values-0.safetensors",
+        "mid-write@rehearsal-00000-columns.safetensors",
+        "after-rename@rehearsal-00000-columns.safetensors",
+        "mid-write@part-00000.parquet",
+    ],
+)
+def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
+    at: str, files: dict[str, str], tmp_path: Path
+) -> None:
+    made = config(files, rehearse_seeds=2, layers=1)
+    score(made, tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        os.environ[KILL_AT] = at
+        try:
+            score(made, tmp_path / "run")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    score(made, tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    left = [path.name for path in (tmp_path / "run/artifacts").glob("rehearsal*")]
+    assert left == ["rehearsal-00000-columns.safetensors"], "states are gone"
+
+
+def test_a_checkpoint_is_rehearsed_from_where_it_is(files: dict[str, str], tmp_path: Path) -> None:
+    settings = {"reference": files["base"], "layers": 1}
+    score(config(files, **settings), tmp_path / "run")
+    refresh(tmp_path / "run", files["tuned"])
+    score(config(files, model=files["tuned"], **settings), tmp_path / "alone")
+    names = ("nll", "adapt_influence", "stab_influence", "value", "value_error")
+    found, wanted = stored(tmp_path / "run", *names, generation=1), stored(tmp_path / "alone", *names)
+    for name in names:
+        np.testing.assert_array_equal(found[name], wanted[name])
+    assert not verify(tmp_path / "run")
+
+
+def test_a_finished_rehearsal_is_left_alone_and_another_one_refused(files: dict[str, str], tmp_path: Path) -> None:
+    run, made = tmp_path / "run", config(files, layers=1)
+    score(made, run)
+    before = contents(run)
+    assert score(made, run).shards_scored == 0 and contents(run) == before
+    ended = command("score", "--config", run / "config.yaml", "--rehearse-lr", "0.02", "-o", run)
+    assert ended.code == 4 and "rehearse_lr (0.01 in the run, 0.02 now)" in ended.err
+    replayed = command("score", "--config", run / "config.yaml", "-o", tmp_path / "again")
+    assert replayed.code == 0, replayed.err
+    values = "values/generation=0/part-00000.parquet"
+    assert (tmp_path / "again" / values).read_bytes() == (run / values).read_bytes()
+
+
+def test_what_it_was_told_stands_in_the_run(files: dict[str, str], tmp_path: Path) -> None:
+    score(config(files, layers=1), tmp_path / "run")
+    told = manifest.read(tmp_path / "run").settings
+    assert told["direction"] == "rehearsal" and told["rehearse_lr"] == 0.01 and told["groups"] == 5
+    assert "rehearse_momentum" not in told and told["rehearse_betas"] == "0.9,0.999"
+
+
+def test_few_target_rows_and_much_of_a_root_are_warned_of(files: dict[str, str], tmp_path: Path) -> None:
+    notes = Notes()
+    score(config(files, layers=1, rehearse_root=1.0), tmp_path / "run", notes)
+    told = "\n".join(notes.warnings)
+    assert "10 target rows" in told and "--rehearse-root 1 changes the steps by" in told
+    assert "order 1" not in told
+
+
+def test_a_training_that_diverges_is_refused(files: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"The rehearsal diverges: in step 2 of 3 .* smaller --rehearse-lr"):
+        score(config(files, rehearse_lr=100.0), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("values/*/*.parquet"))
+
+
+def test_preference_rows_are_refused(files: dict[str, str], tmp_path: Path) -> None:
+    pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(UsageError, match=r"--direction rehearsal: .*p\.jsonl holds preference rows"):
+        score(config(files, data=(pairs,), model="smollm2-135m", dtype="auto"), tmp_path / "run")
