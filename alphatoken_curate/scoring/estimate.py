@@ -8,6 +8,7 @@ of which begins with the stage's largest batch. Not counted: writing, and making
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,19 +23,25 @@ from alphatoken_curate.directions.fisher import fisher_diagonal
 from alphatoken_curate.directions.generate import answer_room, prompt_tokens, sample_answers
 from alphatoken_curate.directions.losses import row_means
 from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
+from alphatoken_curate.directions.rehearsal import Rehearsal, mean_loss
+from alphatoken_curate.directions.shelves import Artefacts, Scratch
 from alphatoken_curate.directions.target import target_gradient
+from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.errors import CurateError
 from alphatoken_curate.models.devices import resolve_device
 from alphatoken_curate.progress import Progress, Silent
+from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.rehearse import at_once, course_of
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
 from alphatoken_curate.scoring.trial import blank, find_budget, pays
 from alphatoken_curate.signals.influence import make_scorer
+from alphatoken_curate.signals.rehearsed import exact_paths
 from alphatoken_curate.signals.stored import plain_losses
 from alphatoken_curate.tokens.plan import Batch, by_shard, collate, plan_batches, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
@@ -119,8 +126,11 @@ class _Trials:
         scorer = ShardScorer(self.spec)
         scoring = self._timed("loading the model", lambda: scorer.scoring)
         self._find_budget(scoring)
-        self._directions(scoring)
-        self._scoring(scoring)
+        if self.config.rehearses:
+            self._rehearsal(scoring)
+        else:
+            self._directions(scoring)
+            self._scoring(scoring)
         return Estimate(stages=tuple(self.stages), peak_bytes=self.meter.peak(), batch_tokens=self.budget)
 
     def _reference(self) -> None:
@@ -192,6 +202,33 @@ class _Trials:
                 scorer.score(batch)
 
         self._try("scoring", self.shards, score)
+
+    def _rehearsal(self, scoring: ScoringModel) -> None:
+        """Two steps there and back, states on disk and all; the others by their tokens."""
+        rows, config, target = sequences(self.prepared.rows), self.config, self.prepared.target_rows
+        self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
+        model = scoring.model
+        scoring.release_model()
+        trainee = self._timed(
+            "preparing the rehearsal",
+            lambda: Trainee(model, config.layers, config.parameters),  # type: ignore[arg-type]
+        )
+        whole = course_of(config, rows, 0, self.budget)
+        two = replace(whole, steps=whole.steps[:2])
+        together = at_once(trainee, self.spec.outcomes, config)
+        padded = [sum(len(rows[i].input_ids) for step in course.steps for i in step) for course in (whole, two)]
+        self.progress.stage("estimate: rehearsal", 2 * padded[1])
+        paths = exact_paths(trainee) if config.estimator != "influence" else None
+        with tempfile.TemporaryDirectory() as kept:
+            states = Artefacts(Store(folder=Path(kept), fields={}), trainee.device, prefix="0")
+            rehearsal = Rehearsal(trainee, two, states, steps=Scratch(Path(kept), trainee.device), paths=paths)
+            began = self.meter.now()
+            rehearsal.run([mean_loss(target[:1], self.budget)] * together)
+            tried = self.meter.now() - began
+        parts = -(-self.spec.outcomes // together)
+        self.progress.advance(2 * padded[1])
+        seconds = tried * parts * config.rehearse_seeds * padded[0] / padded[1]
+        self.stages.append(StageEstimate(name=f"rehearsal: {len(whole.steps)} steps there and back", seconds=seconds))
 
     def _find_budget(self, scoring: ScoringModel) -> None:
         """Find the budget as the run would."""

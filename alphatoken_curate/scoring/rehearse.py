@@ -173,7 +173,7 @@ class RehearsalScorer(ShardScorer):
         if drift is not None:
             outcomes.append(drift_loss(*(trainee.of_direction(part) for part in drift)))
             counts["drift" if self.retention else "stab"] = [1]
-        at_once = self._at_once(trainee, len(outcomes), own)
+        together = self._at_once(trainee, len(outcomes), own)
         paths = exact_paths(trainee) if config.estimator != "influence" else None
         orders = []
         for n in range(config.rehearse_seeds):
@@ -183,9 +183,9 @@ class RehearsalScorer(ShardScorer):
             rehearsal = Rehearsal(trainee, course, states, steps=steps, paths=paths)
             each = [sum(len(rows[i].input_ids) for i in step) for step in course.steps]
             order = f", order {n + 1} of {config.rehearse_seeds}" if config.rehearse_seeds > 1 else ""
-            turns = 1 + math.ceil(len(outcomes) / at_once)
+            turns = 1 + math.ceil(len(outcomes) / together)
             progress.stage(f"rehearsal{order}: {len(each)} steps there and back", turns * sum(each))
-            orders.append(rehearsal.run(outcomes, partial(_advance, progress, each), at_once=at_once))
+            orders.append(rehearsal.run(outcomes, partial(_advance, progress, each), at_once=together))
         _tell_of_root(orders, config, progress)
         found = columns(orders, counts, known)
         errors = {f"{name}_error" for name, dealt in groups.items() if len(dealt) > 1}
@@ -205,13 +205,17 @@ class RehearsalScorer(ShardScorer):
     def _at_once(self, trainee: Trainee, outcomes: int, own: Store) -> int:
         """How many outcomes go back together: what memory there is for when the rehearsal begins."""
         if (kept := own.load(REHEARSAL, part=_PLAN)) is None:
-            held = 2 + len(optimiser_of(self.spec.config, 1).start([w.detach() for w in trainee.weights[:1]]).slots)
-            each = held * sum(w.numel() * w.element_size() for w in trainee.weights)
-            fits = max(1, int(ROOM * Meter(trainee.device).room() / each))
-            parts = math.ceil(outcomes / fits)
-            kept = {"at_once": torch.tensor([math.ceil(outcomes / parts)])}
+            kept = {"at_once": torch.tensor([at_once(trainee, outcomes, self.spec.config)])}
             own.save(REHEARSAL, kept, _PLAN)
         return int(kept["at_once"])
+
+
+def at_once(trainee: Trainee, outcomes: int, config: ScoreConfig) -> int:
+    """How many of so many outcomes there is memory for together; parts of about equal number."""
+    held = 2 + len(optimiser_of(config, 1).start([w.detach() for w in trainee.weights[:1]]).slots)
+    each = held * sum(w.numel() * w.element_size() for w in trainee.weights)
+    fits = max(1, int(ROOM * Meter(trainee.device).room() / each))
+    return math.ceil(outcomes / math.ceil(outcomes / fits))
 
 
 def optimiser_of(config: ScoreConfig, steps: int) -> Optimiser:

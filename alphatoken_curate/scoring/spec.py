@@ -73,6 +73,11 @@ class ScorerSpec:
         return len(self.objectives) + (of_rows * self.groups if self.groups > 1 else 0)
 
     @property
+    def outcomes(self) -> int:
+        """How many outcomes a rehearsal goes back from: one for each group of rows, and the drift."""
+        return max(1, self.groups) * (1 + (self.config.retention is not None)) + self.has_drift
+
+    @property
     def passes(self) -> int:
         """How often a gradient goes over its rows: what is no linear map takes a pass of its own."""
         return 2 if self.config.parameters == "all" else 1

@@ -122,6 +122,21 @@ def test_every_stage_of_a_scoring_is_tried(
     assert all(notes.done[stage] == tokens for stage, tokens in notes.stages)
 
 
+def test_a_rehearsal_is_tried_on_two_of_its_steps(settings: dict[str, Any]) -> None:
+    settings |= {"direction": "rehearsal", "rehearse_lr": 1e-4, "layers": 1, "rehearse_rows_per_step": 16}
+    notes = Notes()
+    _, found = estimate(ScoreConfig(**settings), notes)
+    wanted = ["Fisher of the reference", "Fisher of all parameters", "losses before the rehearsal"]
+    assert [one for one in stages(found) if not one.startswith(("reading", "loading"))] == [
+        *wanted,
+        "preparing the rehearsal",
+        "rehearsal: 4 steps there and back",
+    ]
+    assert all(notes.done[stage] == tokens for stage, tokens in notes.stages)
+    seeds = estimate(ScoreConfig(**settings, rehearse_seeds=50))[1]
+    assert seeds.stages[-1].seconds > 10 * found.stages[-1].seconds
+
+
 def test_all_parameters_are_tried(settings: dict[str, Any], models: dict[str, str]) -> None:
     settings |= {"reference": models["base"], "estimator": "influence", "parameters": "all"}
     _, found = estimate(ScoreConfig(**settings))
