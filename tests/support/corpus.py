@@ -26,7 +26,7 @@ _STOPS = ("<|im_end|>", "<|user|>", "<|observation|>")
 
 @dataclass(frozen=True)
 class Expected:
-    """Of a file: what it `showed`, the `exit` code, words that must be said, rows read, and the answers of each sequence.
+    """Of a file: what it `showed`, the `exit` code, words that must be said, rows read, the answers of each sequence.
 
     `flags`: that it is read with; names of files in them are of the corpus.
     """
