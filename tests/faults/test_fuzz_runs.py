@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus import corpus_tokenizer
 from fuzz_flags import by, expression
-from fuzz_oracle import Fell, Stored, check_counts, check_mask, said, stored
+from fuzz_oracle import Fell, Stored, answers_of, check_answers, check_counts, check_mask, said, stored
+from fuzz_rows_made import Rows
 from small_run import published, small_run
 
 from alphatoken_curate.errors import UsageError
@@ -65,15 +67,11 @@ def _list(found: Stored, where: str, name: str, row: int = 0) -> list[Any]:
     return part
 
 
-def _first(flags: list[Any], wanted: Any) -> int:
-    return next(i for i, one in enumerate(flags) if bool(one) == wanted)
-
-
 def _swap_kept(found: Stored) -> None:
     """Keep another token for one that is kept; all of a row that belongs together goes along."""
     row = next(row for row in found.train[0] if _droppable(found, row))
     prefix = found.branches[-1]
-    on, off = (_first(row[prefix + "loss_mask"][1:], wanted) + 1 for wanted in (True, False))
+    on = row[prefix + "loss_mask"].index(1)
     off = next(i for i, one in enumerate(row[prefix + "value"]) if one is not None and not row[prefix + "loss_mask"][i])
     for name in ("loss_mask", "loss_weight"):
         row[prefix + name][on], row[prefix + name][off] = row[prefix + name][off], row[prefix + name][on]
@@ -117,6 +115,59 @@ def test_the_oracle_sees(name: str, run: Stored) -> None:
     with pytest.raises(Fell, match=told):
         check_counts(run)
         check_mask(run, 0)
+
+
+CHAT = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "é d"}]}
+TOKENS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+
+
+def _answered(record: dict[str, Any], text: str, responding: str, **more: Any) -> tuple[Stored, list[Rows], Any]:
+    """A run of one row, of which a part of the text responds."""
+    tokenizer = corpus_tokenizer()
+    ids, start = tokenizer(text).input_ids, len(tokenizer(text.partition(responding)[0]).input_ids)
+    end = start + len(tokenizer(responding).input_ids)
+    row = {"row_id": 0, "turn": 0, "source": "rows.jsonl", "line": 2, "status": "scored", "input_ids": ids}
+    row |= {"response": [start <= i < end for i in range(len(ids))], **more}
+    found = Stored(Path(), {}, ("",), {0: [row]}, {})
+    return found, [Rows(Path("data/rows.jsonl"), 1, {2: record})], tokenizer
+
+
+def test_the_oracle_sees_what_responds_for_an_answer() -> None:
+    text = "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\né d<|im_end|>\n"
+    assert check_answers(*_answered(CHAT, text, "é d<|im_end|>"), []) == 1
+    for wrong in ("é d", "é d<|im_end|>\n", " d<|im_end|>", "ab<|im_end|>"):
+        with pytest.raises(Fell, match="responds for"):
+            check_answers(*_answered(CHAT, text, wrong), [])
+    assert check_answers(*_answered(CHAT, text, "ab"), ["--chat-template", "x"]) == 0
+    cut = text.partition("d<|im_end|>")[0]
+    length = len(corpus_tokenizer()(cut).input_ids)
+    assert check_answers(*_answered(CHAT, cut, "é "), ["--max-length", str(length)]) == 1
+    with pytest.raises(Fell, match="at most 5"):
+        check_answers(*_answered(CHAT, cut, "é "), ["--max-length", "5"])
+    assert check_answers(*_answered(TOKENS, "a", "a", input_ids=[5, 6, 7], response=[False, True, True]), []) == 1
+    with pytest.raises(Fell, match="row 0"):
+        check_answers(*_answered(TOKENS, "a", "a", input_ids=[5, 6, 7], response=[False, False, True]), [])
+
+
+def test_the_oracle_sees_rows_that_are_refused_for_nothing() -> None:
+    def refused(record: dict[str, Any], *flags: str) -> int:
+        return check_answers(*_answered(record, "a", "a", status="rejected"), flags)
+
+    odd = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "<|im_end|>"}]}
+    assert refused(odd) == refused(CHAT, "--max-length", "8") == refused(CHAT, "--assistant-specials", "refuse") == 1
+    for record in (CHAT, TOKENS, {"prompt": "a", "response": "b"}):
+        with pytest.raises(Fell, match="is refused"):
+            refused(record)
+
+
+def test_the_answers_of_a_row() -> None:
+    messages = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))]
+    off = [*messages, {"role": "assistant", "content": "c", "weight": 0}, {"role": "assistant", "content": "d"}]
+    assert answers_of({"messages": off}, "", "all", 0) == ["b", "d"]
+    assert answers_of({"messages": off}, "", "last", 0) == answers_of({"messages": off}, "", "each", 1) == ["d"]
+    assert answers_of({"prompt": "a", "response": "b"}, "", "all", 0) == ["b"]
+    assert answers_of({"chosen": "Human: a\n\nAssistant: b", "rejected": "x"}, "chosen", "all", 0) == [" b"]
+    assert answers_of({"messages": messages, "rejected_response": "c"}, "rejected", "all", 0) == ["c"]
 
 
 def test_what_was_not_said_is_a_fault() -> None:

@@ -211,6 +211,7 @@ def score_flags(draw: random.Random, beside: Beside, *, real: bool) -> Flags:
         flags += ["--drift", "lookahead", "--lookahead-lr", draw.choice(("1e-4", "1000", "1"))]
     flags += ["--parameters", "all"] if "influence" in flags and draw.random() < 0.2 else []
     flags += ["--precondition-stability"] if "--precondition" in flags and draw.random() < 0.3 else []
+    flags += ["-c", str(draw.choice(CONFIGS))] if draw.random() < 0.02 else []
     return flags + (["--chat-template", str(_template(draw, beside.folder))] if draw.random() < 0.2 else [])
 
 

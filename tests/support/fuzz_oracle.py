@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import exported
 import pyarrow.parquet as pq
+from fuzz_rows_made import ODD_TEXTS, Rows
 from tiny_files import Ended
 
 Row = dict[str, Any]
@@ -101,6 +103,90 @@ def _check_response(row: Row, prefix: str) -> None:
         there = [one is not None for one in numbers]
         hold(row["status"] != "scored" or there == response, f"row {row['row_id']}: {name} is not of the response")
         hold(all(one is None or math.isfinite(one) for one in numbers), f"row {row['row_id']}: {name} is not finite")
+
+
+# --- what responds
+
+
+def check_answers(found: Stored, data: Sequence[Rows], tokenizer: Any, flags: Sequence[str]) -> int:
+    """Of rows that are as people have them, the answers respond to their end and nothing else does.
+
+    By the template of ChatML, which the models have. Returns how many rows were looked at.
+    """
+    if {"--chat-template", "--map", "-c"} & {*flags}:
+        return 0
+    turns = flags[flags.index("--turns") + 1] if "--turns" in flags else "all"
+    cut = int(flags[flags.index("--max-length") + 1]) if "--max-length" in flags else 2048
+    plain = {(one.path.name, line): record for one in data for line, record in one.plain.items()}
+    looked = 0
+    for row in found.values[0]:
+        record = plain.get((Path(row["source"]).name, row["line"]))
+        if record is None or any("tool_calls" in one for one in record.get("messages", ())):
+            continue
+        looked += 1
+        if row["status"] == "rejected" and not {"--max-length", "refuse"} & {*flags}:
+            hold(not is_usual(record), f"row {row['row_id']} is refused: {record}")
+        for prefix in found.branches if row["status"] in ("scored", "failed") else ():
+            _check_answers(row, record, prefix, tokenizer, turns, cut)
+    return looked
+
+
+def is_usual(record: Row) -> bool:
+    """Whether a row is one that everybody has: texts of some words, an answer, and nothing that is marked off."""
+    if "labels" in record:
+        return any(label != -100 for label in record["labels"][1:])
+    messages = record.get("messages") or record.get("conversations") or [record]
+    texts = [text for one in messages for text in one.values() if isinstance(text, str)]
+    texts = [text for text in texts if text != record.get("input")]
+    is_odd = any(not text.strip() or any(odd in text for odd in ODD_TEXTS if odd.strip()) for text in texts)
+    is_answered = messages == [record] or any("assistant" in one.values() or "gpt" in one.values() for one in messages)
+    is_pair = any(key.startswith(("chosen", "rejected")) for key in record)
+    return is_answered and not (is_odd or is_pair or any(map(_is_off, messages)))
+
+
+def _check_answers(row: Row, record: Row, prefix: str, tokenizer: Any, turns: str, cut: int) -> None:
+    ids, response = row[prefix + "input_ids"], row[prefix + "response"]
+    hold(len(ids) <= cut, f"row {row['row_id']} has {len(ids)} tokens, of at most {cut}")
+    if f"{prefix}labels" in record:
+        wanted_ids = record[f"{prefix}input_ids"]
+        on = [i > 0 and label != -100 for i, label in enumerate(record[f"{prefix}labels"])]
+        hold((ids, response) == (wanted_ids[:cut], on[:cut]), f"row {row['row_id']}: {ids} {response} of {record}")
+        return
+    parts = itertools.groupby(zip(ids, response, strict=True), key=lambda pair: pair[1])
+    said_ = [tokenizer.decode([token for token, _ in part]) for on, part in parts if on]
+    wanted = [f"{text}<|im_end|>" for text in answers_of(record, prefix.rstrip("_"), turns, row["turn"])]
+    if len(ids) == cut:  # the last of those that are left is cut, maybe within a character
+        one, other = "".join(said_).rstrip("\ufffd"), "".join(wanted[: len(said_)])
+        said_, wanted = [one], [other[: len(one)]]
+    hold(said_ == wanted, f"row {row['row_id']}: {said_} responds for {wanted}, of {record}")
+
+
+def answers_of(record: Row, branch: str, turns: str, turn: int) -> list[str]:
+    """The texts of the answers that respond in a row, or in one turn of it."""
+    messages = record.get("messages") or [
+        {"role": {"human": "user"}.get(one["from"], "assistant"), "content": one["value"]}
+        for one in record.get("conversations", ())
+    ]
+    if branch == "rejected" and "rejected_response" in record:
+        return [record["rejected_response"]]
+    if branch and "rejected_response" in record:
+        turns = "last"
+    elif branch:
+        text = record[branch]
+        if "prompt" in record or not isinstance(text, str):
+            return [text] if isinstance(text, str) else [text[-1]["content"]]
+        return [text.rpartition("Assistant:")[2]]
+    if not messages:
+        return [next(record[key] for key in ("completion", "response", "output") if key in record)]
+    last = max(i for i, one in enumerate(messages) if one["role"] == "assistant")
+    on = [(i, one["content"]) for i, one in enumerate(messages) if one["role"] == "assistant" and not _is_off(one)]
+    if turns == "each":
+        return [on[turn][1]]
+    return [text for i, text in on if turns == "all" or i == last]
+
+
+def _is_off(message: Row) -> bool:
+    return any(message.get(key) == 0 for key in ("weight", "train", "loss"))
 
 
 # --- masks

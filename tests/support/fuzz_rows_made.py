@@ -7,8 +7,8 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "gpt", "human", "")
 
 @dataclass(frozen=True)
 class Rows:
-    """A file of rows: where it is, its kind, and how many rows are in it, bad ones counted; None where none knows."""
+    """A file of rows: where it is, and how many rows are in it, bad ones counted; None where none knows.
+
+    `plain`: by their line, rows that are as people have them.
+    """
 
     path: Path
     count: int | None
+    plain: Mapping[int, Made] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -236,18 +240,21 @@ def _turn_roles(draw: random.Random, objects: Sequence[Made]) -> None:
 
 
 def _as_line(draw: random.Random, record: Made) -> bytes:
-    """JSON on one line, few of them not as they should be."""
+    """JSON on one line."""
     line = json.dumps(record, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
-    fate = draw.random()
-    if fate < 0.01:
-        return line[: draw.randrange(len(line))]
-    if fate < 0.02:
-        return line.replace(b"{", b'{"id": 1, "id": 2, ', 1)
-    if fate < 0.03:
-        return line + b" " + line
-    if fate < 0.05:
-        return draw.choice((b"", b" \r", b"null", b"[]", b"\xff", b"3"))
     return line + draw.choice((b"", b"", b"\r"))
+
+
+def _spoiled(draw: random.Random, line: bytes) -> bytes:
+    """A line that is not as it should be."""
+    return draw.choice(
+        (
+            line[: draw.randrange(len(line))],
+            line.replace(b"{", b'{"id": 1, "id": 2, ', 1),
+            line.strip() + b" " + line,
+            *(b"", b" \r", b"null", b"[]", b"\xff", b"3"),
+        )
+    )
 
 
 def _skipped(draw: random.Random) -> bytes:
@@ -261,34 +268,39 @@ def _zst(draw: random.Random, data: bytes) -> bytes:
     return b"".join(draw.choice((b"", _skipped(draw))) + part for part in parts) + draw.choice((b"", _skipped(draw)))
 
 
-def write_rows(draw: random.Random, folder: Path, name: str, records: Sequence[Made]) -> Rows:
-    """A file of these rows, of a kind that is drawn."""
+def write_rows(draw: random.Random, folder: Path, name: str, records: Sequence[Made], plain: Set[int]) -> Rows:
+    """A file of these rows, of a kind that is drawn; `plain`: which of them, from 0, are as people have them."""
     kind = draw.choices(("jsonl", "json", "jsonl.gz", "jsonl.zst", "json.zst", "parquet"), weights=(10, 3, 1, 1, 1, 3))[
         0
     ]
+    known = {i + 1: records[i] for i in sorted(plain)}
     path = folder / f"{name}.{kind}"
     if kind == "parquet" and (packed := _columns(records)) is not None:
         path.write_bytes(packed)
-        return Rows(path, len(records))
+        return Rows(path, len(records), known)
     if kind.startswith("json") and not kind.startswith("jsonl"):
         data = json.dumps(list(records), indent=draw.choice((None, 0, 2))).encode("utf-8", "surrogatepass")
         count: int | None = len(records)
     else:
         lines = [_as_line(draw, record) for record in records]
+        for i in (i for i in range(len(lines)) if draw.random() < 0.05):
+            lines[i] = _spoiled(draw, lines[i])
+            known.pop(i + 1, None)
         data, count = b"\n".join(lines) + draw.choice((b"", b"\n", b"\n\n")), sum(bool(one.strip()) for one in lines)
         path = folder / f"{name}.jsonl{kind.partition('jsonl')[2]}"
     packed = {"gz": gzip.compress, "st": lambda data: _zst(draw, data)}.get(path.name[-2:], lambda data: data)(data)
     if draw.random() < 0.04:
-        packed, count = damaged(draw, packed, data), None
+        packed, count, known = damaged(draw, packed, data), None, {}
     path.write_bytes(packed)
-    return Rows(path, count)
+    return Rows(path, count, known)
 
 
 def _columns(records: Sequence[Made]) -> bytes | None:
     """The rows as Parquet; None where their types do not make columns."""
     sink = io.BytesIO()
     try:
-        parquet.write_table(pa.Table.from_pylist(list(records)), sink, row_group_size=3)
+        columns = pa.RecordBatch.from_struct_array(pa.array(list(records)))  # those of all rows, not of the first alone
+        parquet.write_table(pa.Table.from_batches([columns]), sink, row_group_size=3)
     except (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError):
         return None
     return sink.getvalue()
@@ -309,11 +321,19 @@ def make_rows(
     makers = PAIRS if pairs else SFT
     maker = draw.choice(makers)
     share, records = draw.choice((0.0, 0.1, 0.1, 0.4)) * (not calm or draw.random() < 0.2), list[Made]()
+    plain = set[int]()
     for i in range(draw.randrange(1 if calm or draw.random() < 0.1 else 2, most + 1)):
         made = (maker if draw.random() < 0.9 else draw.choice(makers))(draw)
-        made = copy.deepcopy(draw.choice(material.records)) if draw.random() < 0.06 else made
         made |= {"id": draw.choice((i, f"r{i}", "same"))} if draw.random() < 0.3 else {}
-        while draw.random() < share:
+        if draw.random() < 0.06:
+            made = copy.deepcopy(draw.choice(material.records))
+        elif draw.random() >= share:
+            plain.add(i)
+            records.append(made)
+            continue
+        while True:
             made = changed(draw, made, material.records)
+            if draw.random() >= share:
+                break
         records.append(made)
-    return write_rows(draw, folder, name, records)
+    return write_rows(draw, folder, name, records, plain)

@@ -25,12 +25,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import fuzz_flags
 import torch
-from corpus import save_corpus_models
+from corpus import corpus_tokenizer, save_corpus_models
 from forks import Forks, within
-from fuzz_oracle import CODES, Fell, Stored, check_counts, check_export, check_mask, hold, said, stored
+from fuzz_oracle import CODES, Fell, Stored, check_answers, check_counts, check_export, check_mask, hold, said, stored
 from fuzz_rows_made import Material, Rows, make_rows
 from light import light_scorer
 from tiny_files import Ended, command, contents
@@ -39,6 +40,9 @@ from alphatoken_curate.rows.files import legible
 
 LIMIT = 60.0
 """Seconds that a command may take: a hundred times what most do."""
+STAY = "The values are scored and stay"
+"""What is said where a scoring is whole and gives no such mask."""
+KNOWN = "rows whose answers are known"
 REAL, FORKED = 0.2, 0.06
 """Shares of rounds scored by a real tiny model, and of those whose commands are processes of their own."""
 
@@ -51,6 +55,7 @@ class Bench:
     models: dict[str, str]
     material: Material
     forks: Forks
+    tokenizer: Any
     codes: Counter[str] = field(default_factory=Counter)
 
 
@@ -93,7 +98,7 @@ class Round:
         ended = self.command(*arguments)
         after = contents(self.run) if self.run.exists() else {}
         finished = "manifest.json" in before
-        if ended.code and finished:
+        if ended.code and finished and STAY not in ended.err:
             changed = sorted(name for name in before | after if before.get(name) != after.get(name))
             hold(not changed, f"refused, and changed {changed}")
         kept = [name for name in before if name.startswith(("values/", "train/")) and before[name] != after.get(name)]
@@ -124,7 +129,11 @@ class Round:
         draw, most = self.draw, 4 if self.forked else 12
         pairs = draw.random() < 0.25
         make = {"draw": draw, "material": self.bench.material, "folder": self.folder, "pairs": pairs}
-        data = [make_rows(name=f"rows{i}", most=most, **make) for i in range(draw.choice((1, 1, 1, 2)))]
+        place = self.folder / "data"
+        place.mkdir()
+        data = [
+            make_rows(name=f"rows{i}", most=most, **make | {"folder": place}) for i in range(draw.choice((1, 1, 1, 2)))
+        ]
         beside = fuzz_flags.Beside(self.bench.models, folder=self.folder)
         for name, share in (("target", 0.5), ("retention", 0.12), ("prompts", 0.1)):
             if draw.random() < share:
@@ -136,6 +145,8 @@ class Round:
         """Whether there is a run."""
         data, flags = self.rows()
         paths = [str(one.path) for one in data]
+        if self.draw.random() < 0.1:
+            paths = [self.draw.choice((str(self.folder / "data"), str(self.folder / "data" / "*.*")))]
         self.score = ["score", *paths, *flags, "-o", str(self.run)]
         checked = self.command("check", *paths, *flags) if self.draw.random() < 0.3 else None
         ended = self.on_run(*self.score)
@@ -159,13 +170,14 @@ class Round:
             hold(
                 (to_score, target) == (counts["scored"] + counts["failed"], len_target(found, counts, target)), "check"
             )
+        self.bench.codes[KNOWN] += check_answers(found, data, self.bench.tokenizer, flags)
         self._check_mask(found, ended)
         return True
 
     def _check_refused(self, ended: Ended) -> None:
         """There is no run, or one whose values gave no such mask, and that gives another."""
         if (self.run / "manifest.json").exists():
-            hold("The values are scored and stay" in ended.err, f"refused, and there is a run: {ended.err}")
+            hold(STAY in ended.err, f"refused, and there is a run: {ended.err}")
             ended = self.on_run("mask", self.run)
             hold(ended.code == 0, f"no mask at all: {ended.err}")
             self._check_mask(stored(self.run), ended)
@@ -248,15 +260,19 @@ class Round:
             self._check_mask(found, ended)
 
     def again(self) -> None:
-        """The same scoring again leaves all as it is, but may make its own mask the newest no more."""
+        """The same scoring again leaves all as it is; of a run with more generations, its mask takes the newest."""
         before = contents(self.run)
         ended = self.on_run(*self.score)
-        hold(ended.code == 0 and contents(self.run) == before, f"again: {ended.code} {ended.out} {ended.err}")
+        hold(ended.code == 0, f"again: {ended.err}")
+        if self.masks()[1] == 1:
+            hold(contents(self.run) == before, f"again: {ended.out}")
+        else:
+            self._check_mask(stored(self.run), ended)
 
     def other(self) -> None:
         """A scoring by other settings, or of rows that were edited, in the same folder."""
         if self.draw.random() < 0.5:
-            path = Path(self.score[1])
+            path = min((self.folder / "data").iterdir())
             held, when = path.read_bytes(), path.stat()
             path.write_bytes(held + b'\n{"prompt": "more", "completion": " of it"}\n')
             ended = self.on_run(*self.score)
@@ -272,7 +288,8 @@ class Round:
     def replay(self) -> None:
         """The run's own config gives the same values in another folder."""
         other = self.folder / f"replay-{len(self.commands)}"
-        ended = self.command("score", "-c", self.run / "config.yaml", "-o", other)
+        reuse = ["--reuse", self.run] if self.draw.random() < 0.3 else []
+        ended = self.command("score", "-c", self.run / "config.yaml", *reuse, "-o", other)
         hold(ended.code == 0, f"its own config: {ended.err}")
         one, two = (contents(folder / "values" / "generation=0") for folder in (self.run, other))
         hold(one == two, "its own config gives other values")
@@ -288,7 +305,7 @@ def len_target(found: Stored, counts: dict[str, int], told: int) -> int:
 
 def bench(folder: Path) -> Bench:
     """A bench in a folder, whose server of processes has not begun."""
-    return Bench(folder, save_corpus_models(folder / "models"), Material.of_corpus(), Forks(folder))
+    return Bench(folder, save_corpus_models(folder / "models"), Material.of_corpus(), Forks(folder), corpus_tokenizer())
 
 
 def tried(on: Bench, seed: int, keep: bool = False) -> str | None:
@@ -336,7 +353,14 @@ def main() -> int:
                 done, fell = done + 1, fell + (found is not None)
                 if found is not None:
                     print(f"{found}\nagain: python tests/support/fuzz_runs.py --seed {seed} --rounds 1", flush=True)
-    told = {"rounds": done, "fell": fell, "commands": sum(on.codes.values()), "codes": dict(sorted(on.codes.items()))}
+    known = on.codes.pop(KNOWN, 0)
+    told = {
+        "rounds": done,
+        "fell": fell,
+        "known": known,
+        "commands": sum(on.codes.values()),
+        "codes": dict(sorted(on.codes.items())),
+    }
     print(json.dumps(told | {"seconds": round(time.monotonic() - began, 1)}))
     return fell > 0
 
