@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .lines import tell_version
+from .lines import tell_json, tell_version
 
 
 @click.command(name="compare")
@@ -31,11 +31,7 @@ def command(run: Path, other: Path | None, generations: str | None, changed: int
             tell_version(one)
     found = compare(run, other, generations=_numbers(generations), changed=changed)
     if as_json:
-        from dataclasses import asdict
-
-        import orjson
-
-        click.echo(orjson.dumps(asdict(found), option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2).decode())
+        tell_json(found)
         return
     from rich.console import Console
 

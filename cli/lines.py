@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import click
 
@@ -69,6 +71,14 @@ class Lines:
         left = f", {(self._total - self._done) / rate:.0f} s left" if self._done < self._total else ""
         share = self._done / max(1, self._total)
         click.echo(f"{self._name}: {share:.0%} of {count(self._total, 'token')}, {rate:,.0f} tokens/s{left}", err=True)
+
+
+def tell_json(found: Any) -> None:
+    """Print a dataclass as one JSON object with sorted keys, in which what a terminal would obey is escaped."""
+    import orjson
+
+    # As a dict: keys of a dataclass are not sorted.
+    click.echo(legible(orjson.dumps(asdict(found), option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2).decode()))
 
 
 def tell_version(run: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .lines import tell_version
+from .lines import tell_json, tell_version
 
 if TYPE_CHECKING:
     from alphatoken_curate.reading.stats import Stats
@@ -32,12 +32,7 @@ def command(run: Path, generation: int | None, as_json: bool, svg: Path | None, 
     found = stats(run, generation=generation)
     _draw(found, run, svg, png)
     if as_json:
-        from dataclasses import asdict
-
-        import orjson
-
-        # As a dict: keys of a dataclass are not sorted.
-        click.echo(orjson.dumps(asdict(found), option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2).decode())
+        tell_json(found)
     elif svg is None and png is None:
         from rich.console import Console
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import MaskSummary, make_mask
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs import card, manifest
@@ -24,12 +25,24 @@ def mask(run: Path | str, config: MaskConfig, progress: Progress | None = None) 
 
 
 def mask_and_card(run: Path, config: MaskConfig, *, stale: bool) -> tuple[MaskSummary, Manifest]:
-    """Make the mask, then the card where it is `stale` or names another mask. Callers hold the run."""
-    made = make_mask(run, config)
+    """Make the mask, then the card where it is `stale` or names another mask. Callers hold the run.
+
+    The card is made, too, where the values give no such mask: they stay. Raises as `make_mask`.
+    """
+    try:
+        made = make_mask(run, config)
+    except UsageError as error:
+        _write_card(run, stale=stale)
+        told = " The values are scored and stay: give the mask other settings, by `alphatoken-curate mask`."
+        raise (UsageError(f"{str(error).rstrip('.')}.{told}") if stale else error) from error
+    return made, _write_card(run, stale=stale)
+
+
+def _write_card(run: Path, *, stale: bool) -> Manifest:
     stored = manifest.read(run)
     if stale or not card.is_current(run, stored):
         card.write(run, stored)
-    return made, stored
+    return stored
 
 
 def mend(run: Path, progress: Progress) -> None:

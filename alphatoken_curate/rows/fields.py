@@ -83,12 +83,18 @@ def _message(name: str, entry: Any) -> Message:
     return {"role": role, "content": _content(f"{name}.{content_key}", content, role), **others}
 
 
-def _calls(name: str, value: Any) -> Any:
-    """Calls as objects, where they, or the list of them, are JSON as text."""
-    calls = unpacked(name, value, "no JSON")
+def _calls(name: str, value: Any) -> list[dict[str, Any]]:
+    """Calls as objects, where they, or the list of them, are JSON as text. Raises RowFault for what is none."""
+    calls = unpacked(name, value, "no JSON") or []
     if not isinstance(calls, list):
-        return calls
-    return [unpacked(f"{name}[{i}]", call, "no JSON") for i, call in enumerate(calls)]
+        raise wrong(name, "a list of calls", calls)
+    calls = [unpacked(f"{name}[{i}]", call, "no JSON") for i, call in enumerate(calls)]
+    for i, call in enumerate(calls):
+        if not isinstance(call, dict):
+            raise wrong(f"{name}[{i}]", "an object", call)
+        if call.get("function") is not None and not isinstance(call["function"], dict):
+            raise wrong(f"{name}[{i}].function", "an object", call["function"])
+    return calls
 
 
 def _content(name: str, value: Any, role: str) -> str:

@@ -25,6 +25,10 @@ from alphatoken_curate.tokens.kept import check_calls, check_kept, left_out_note
 from alphatoken_curate.tokens.marks import Leaf, MarkedChat, Render, Rendering, read_marks
 from alphatoken_curate.tokens.refusals import excerpt, not_splittable, parted, shared
 
+_NO_KNOWN_STOP = (
+    "the chat template writes its generation prompt behind every chat, and no token that the model stops at: answers"
+    " end with the first special token"
+)
 _QUESTION = {"role": "user", "content": "x"}
 _EDGE = re.compile(r"\s|[<\[]")
 _TAG_BEGUN = re.compile(r"[<\[][^<>\[\]\s]*$")
@@ -276,7 +280,7 @@ class _Turn:
             if not is_last:
                 there = self._same_place(through, start, anchor)
         self.said = at
-        tail = through.text[there:]
+        tail = self._without_prompt(through.text[there:])
         agreed = shared(tail, text[at:])
         runs = self._runs(at, at + agreed)
         if runs and places and not self.message.get("tool_calls"):
@@ -292,6 +296,25 @@ class _Turn:
         if not runs:
             self.notes.append("the chat template writes no token to stop at behind an answer")
         return runs[-1][0] if runs else at + agreed
+
+    def _without_prompt(self, tail: str) -> str:
+        """What ends the chat behind this answer, without the generation prompt that some templates always write.
+
+        The release of Llama 3 did: there the header of a turn to come stands in one run with what closes this one.
+        """
+        ends = [found.end() for found in self.specials.finditer(tail)]
+        stops = [found.end() for found in self.specials.finditer(tail) if found[0] in self.stops]
+        if not stops and self.message.get("tool_calls"):
+            return tail
+        cut = (stops or ends or [len(tail)])[0]
+        if not tail[cut:].strip():
+            return tail
+        front = self._front() + self.plain[: self.index]
+        before = self.render(front)
+        if not before.endswith(tail[cut:]) or before != self.render(front, prompt=True):
+            return tail
+        self.notes += [] if stops else [_NO_KNOWN_STOP]
+        return tail[:cut]
 
     def _front(self) -> list[dict[str, Any]]:
         """A question, where no message stands before the answer: some templates ask for one."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+
 import pytest
 
 from alphatoken_curate.cli import lines
-from alphatoken_curate.cli.lines import Lines
+from alphatoken_curate.cli.lines import Lines, tell_json
+from alphatoken_curate.rows.files import legible
 
 
 def test_a_stage_is_told_where_it_begins_and_where_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,3 +45,16 @@ def test_what_needs_attention_is_marked_and_nothing_commands_a_terminal(capsys: 
     told.note("8 rows are held out\x1b[2J")
     told.warn("Memory ran out")
     assert capsys.readouterr().err == "8 rows are held out\\u001b[2J\n! Memory ran out\n"
+
+
+def test_json_is_legible_and_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass
+    class Found:
+        text: str
+        number: float
+
+    text = "é\x9b\x7f\u202e\u2028\x1b[2J\\u202e \U000e0001"
+    tell_json(Found(text, 0.5))
+    printed = capsys.readouterr().out
+    assert printed == legible(printed) and "é" in printed
+    assert json.loads(printed) == {"text": text, "number": 0.5}

@@ -277,7 +277,9 @@ def test_rows_command_no_terminal(tmp_path: Path) -> None:
     made = hostile_run(tmp_path / "run")
     shows = [("show", made, "--row", row) for row in range(0, len(PAYLOADS) + 1, 5)]
     tables = [("show", made, "--row", len(PAYLOADS) - 1, "--tokens"), ("show", made, "--search", "a")]
-    for arguments in (*shows, *tables, ("stats", made), ("compare", made, made), ("verify", made), ("mask", made)):
+    as_json = [("stats", made, "--json"), ("compare", made, made, "--json")]
+    others = [("stats", made), ("compare", made, made), ("verify", made), ("mask", made)]
+    for arguments in (*shows, *tables, *as_json, *others):
         ended = command(*arguments)
         for out in (ended.out, ended.err):
             assert out == legible(out), arguments

@@ -96,6 +96,20 @@ def assert_same_signals(found: pl.DataFrame, wanted: pl.DataFrame, tolerance: fl
             assert np.nanmax(np.abs(a - b)) <= tolerance * np.nanmax(np.abs(b)), name
 
 
+def test_values_that_give_no_such_mask_stay_and_give_another(settings: dict[str, Any], tmp_path: Path) -> None:
+    about = ("score", settings["data"], "--model", settings["model"], "--layers", 1, "-o", tmp_path / "run")
+    asked = ("--keep", 0.5, "--by", "LN(nll - nll)")
+    ended = command(*about, *asked)
+    assert ended.code == 2 and "gives no finite float32" in ended.err
+    assert "The values are scored and stay: give the mask other settings, by `alphatoken-curate mask`." in ended.err
+    assert verify(tmp_path / "run") == []
+    before = contents(tmp_path / "run")
+    again = command(*about, *asked)
+    assert again.code == 2 and "gives no finite float32" in again.err and contents(tmp_path / "run") == before
+    ended = command("mask", tmp_path / "run", "--keep", 0.5, "--by", "nll")
+    assert ended.code == 0 and verify(tmp_path / "run") == []
+
+
 # --- parity with the released code
 
 

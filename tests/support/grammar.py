@@ -24,6 +24,7 @@ PARTS = {
     "opened": ["", "<think>\n"],
     "calls": ["<call>{name}({arguments})</call>", "<call>{arguments} of {name}</call>\n", ""],
     "generation": ["", "marked"],
+    "prompt": ["asked for", "always"],
 }
 """What each part of a template may be, the most usual first."""
 
@@ -65,8 +66,10 @@ def template_of(parts: dict[str, str]) -> str:
         + closing
         + end
         + "{% else %}"
-        "{{ m.content }}" + literal(parts["close"]) + "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}" + prompt + "{% endif %}"
+        "{{ m.content }}"
+        + literal(parts["close"])
+        + "{% endif %}{% endfor %}"
+        + (prompt if parts["prompt"] == "always" else "{% if add_generation_prompt %}" + prompt + "{% endif %}")
     )
 
 

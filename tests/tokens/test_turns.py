@@ -79,6 +79,36 @@ def test_a_template_that_turns_text_to_ascii_shows_its_answers_whatever_escapes_
     assert {*(text for row in good for text in responses(tokenizer, row))} == {'"b"<|im_end|>'}
 
 
+LLAMA3_AT_RELEASE = (
+    "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + END }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + (c.function.arguments | tojson) + END }}{% endfor %}"
+    "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+"""It writes its generation prompt behind every chat, right behind the end of the answer."""
+
+
+@pytest.mark.parametrize("turns", ["all", "last", "each"])
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<|END_RESPONSE|><|eot_id|>"])
+def test_the_header_of_a_turn_to_come_is_in_no_mask_where_it_always_stands(end: str, turns: str) -> None:
+    tokenizer = tokenizer_of(LLAMA3_AT_RELEASE.replace("END", repr(end)) + "<|eot_id|>")
+    tokenizer.chat_template = LLAMA3_AT_RELEASE.replace("END", repr(end))
+    good, bad = run(tokenizer, Messages(messages=KINDS["several"]), turns=turns)
+    assert not bad
+    wanted = [f"First thing.{end}", f"Second thing.{end}"][turns == "last" :]
+    assert [text for row in good for text in responses(tokenizer, row)] == wanted
+
+
+def test_a_stop_that_nobody_names_is_told_where_a_header_may_stand_behind_it() -> None:
+    tokenizer = tokenizer_of(LLAMA3_AT_RELEASE.replace("END", "'<|end_of_text|>'") + "<|im_end|>")
+    tokenizer.chat_template = LLAMA3_AT_RELEASE.replace("END", "'<|end_of_text|>'")
+    told: Counter[str] = Counter()
+    good, _ = run(tokenizer, Messages(messages=KINDS["single"]), told=told)
+    assert responses(tokenizer, good[0]) == ["It is this.<|end_of_text|>"]
+    assert [what.partition(", and")[0] for what in told] == [
+        "the chat template writes its generation prompt behind every chat"
+    ]
+
+
 # --- a small grammar
 
 
