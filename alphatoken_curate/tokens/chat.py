@@ -25,12 +25,14 @@ from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
 from alphatoken_curate.tokens.advice import Adviser
 from alphatoken_curate.tokens.blocks import GENERATION, answers_of_blocks
+from alphatoken_curate.tokens.bounded import Bounded
 from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.each import with_its_thought
 from alphatoken_curate.tokens.forms import PART, TEMPLATE_ERROR, as_borne, written_as_list
 from alphatoken_curate.tokens.kept import THOUGHT, left_out_notes
 from alphatoken_curate.tokens.marks import RESERVED
-from alphatoken_curate.tokens.refusals import NOT_SPLITTABLE, excerpt, not_splittable
+from alphatoken_curate.tokens.meter import RunawayError
+from alphatoken_curate.tokens.refusals import NOT_SPLITTABLE, RUNAWAY, excerpt, not_splittable
 from alphatoken_curate.tokens.turns import closing, find_answers
 
 Tokenizer = Any
@@ -40,7 +42,7 @@ Tokenizer = Any
 MARK = "\ufdd2"
 _ESCAPED_MARK = r"\ufdd2"  # as a template writes it that turns text to ASCII
 # what a template can raise that is written for other rows, or in bad faith; it runs in a sandbox
-_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
 
 
 class RenderedText(NamedTuple):
@@ -161,7 +163,9 @@ class ChatTemplate:
             other = ChatTemplate(self._tokenizer, self._of_tokenizer, turns=turns, chats=chats)
             try:
                 other._shown(record)
-            except RowFault:
+            except RowFault as fault:
+                if fault.reason == RUNAWAY:
+                    raise
                 return False
             return True
 
@@ -300,16 +304,20 @@ class ChatTemplate:
             settings = {**settings, **more}
 
         try:
-            text = str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    **settings,
+            with Bounded([messages, tools, settings]):
+                text = str(
+                    self._tokenizer.apply_chat_template(
+                        messages,
+                        tools=tools,
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=prompt,
+                        **settings,
+                    )
                 )
-            )
+        except (RunawayError, MemoryError) as error:
+            why = visible(str(error)) or "memory ran out"
+            raise RowFault(RUNAWAY, f"the chat template runs away: {why}; {_TAME}") from error
         except (*_TEMPLATE_FAULTS, jinja2.TemplateError) as error:
             raise RowFault(TEMPLATE_ERROR, f"the chat template fails: {visible(str(error))}") from error
         if written_as_list(text):
@@ -331,6 +339,7 @@ def _partner(special: str) -> str:
     return special[0] + special[2:] if special[1:2] == "/" else special[0] + "/" + special[1:]
 
 
+_TAME = "name another with --chat-template FILE"
 _NOT_ASKED = "answers begin before the end of the generation prompt, as the template has them"
 _APART = re.compile(rf"\S?{MARK}\S{{0,30}}")
 
