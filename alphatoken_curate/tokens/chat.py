@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+from alphatoken_curate.errors import ModelError
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
@@ -137,11 +138,25 @@ class ChatTemplate:
 
     def render(self, record: Messages) -> list[RenderedText]:
         """The chat as text with its response spans: one text, by `each` one for each answer. Raises RowFault."""
-        if not self._tokenizer.chat_template:
+        if not self._templated:
             if record.plain is None:
                 raise _no_template()
             return [joined(record.plain)]
         return self._or_advised(record)
+
+    @cached_property
+    def _templated(self) -> bool:
+        """Whether the tokenizer has a chat template. Raises ModelError where that is no text."""
+        found = self._tokenizer.chat_template
+        named = found if isinstance(found, dict) else {"default": found} if found else {}
+        if named and not (
+            isinstance(named.get("default"), str) and all(isinstance(one, str) for one in named.values())
+        ):
+            raise ModelError(
+                f"the tokenizer's chat template is not text, or none of several ({', '.join(map(str, named))}) is the"
+                " default. Name one with --chat-template FILE."
+            )
+        return bool(named)
 
     def _or_advised(self, record: Messages | Prompt) -> list[RenderedText]:
         try:
@@ -218,7 +233,7 @@ class ChatTemplate:
 
     def render_prompt(self, record: Prompt) -> RenderedText:
         """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
-        if not self._tokenizer.chat_template:
+        if not self._templated:
             if record.plain is None:
                 raise _no_template()
             return unanswered(record.plain)
