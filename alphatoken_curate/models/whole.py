@@ -23,6 +23,7 @@ from alphatoken_curate.wording import count
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _EXPERTS = re.compile(r"^(num|n)_(\w+_)?experts$")
 _MOST_EXPERTS = 100_000
+_FEW = 1000  # blocks that are soon made
 _HARMLESS = re.compile(r"inv_freq$|rotary|\b(attn|attention)\.bias$|masked_bias$|position_ids$|_extra_state$")
 """Tensors that older releases kept in files, and that are worked out."""
 
@@ -85,7 +86,7 @@ def refuse_depth(name: str, config: dict[str, Any], files: list[Path]) -> None:
         for key, value in told.items() if isinstance(told, dict) else ():
             if not isinstance(value, int) or isinstance(value, bool):
                 continue
-            if (key in _BLOCKS and value > tensors > 0) or (_EXPERTS.match(key) and value > _MOST_EXPERTS):
+            if (key in _BLOCKS and value > max(tensors, _FEW)) or (_EXPERTS.match(key) and value > _MOST_EXPERTS):
                 raise ModelError(
                     f"{name}: its config.json says {key} {value:,}, and its files hold {count(tensors, 'tensor')}."
                     " Put back the config.json that belongs to them."
