@@ -19,11 +19,12 @@ ORDER = """
     : errors wording settings together config progress
     runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary card watched
         artifacts
-    models: releases formats tensors folders adapters devices load likeness checkpoints
+    models: releases formats tensors whole vocabularies folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign below blocks
         caches capture value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs columns read
-    tokens: dates refusals marks kept turns blocks each forms advice chat pieces likeness speller tokenise plan draws
+    tokens: meter sandbox bounded dates refusals marks kept turns blocks each forms advice chat pieces likeness speller
+        tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
         optimisers trainee shelves rehearsal groups
     signals: paths influence composite preference stored rehearsed

@@ -23,7 +23,8 @@ from alphatoken_curate.models.folders import (
     refuse_empty,
     refuse_pickles,
 )
-from alphatoken_curate.models.tensors import shapes
+from alphatoken_curate.models.tensors import dtypes, shapes
+from alphatoken_curate.models.whole import reason
 from alphatoken_curate.wording import count
 
 _REPEATABLE = ("True", "False", "None", "gaussian", "orthogonal", "eva", "pissa", "olora")
@@ -34,7 +35,10 @@ _EMBEDDINGS = re.compile(
 )
 """Tensors of an adapter that know how many tokens its base had: `lora_embedding_A` by its columns, others by rows."""
 
-_REFUSALS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, re.error)
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_LARGEST_SCALE = 1e6
+
+_REFUSALS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, re.error)
 """What peft raises where an adapter is not what it should be."""
 
 _HARMLESS = (
@@ -123,8 +127,8 @@ def merge_adapter(model: Any, folder: Path, name: str) -> Any:
         except (*_REFUSALS, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = " ".join(str(error).split("\n\t")[:2])  # of a list of tensors, the first
-            raise ModelError(f"{name}: peft cannot merge it into its base: {reason}") from error
+            told = " ".join(str(error).split("\n\t")[:2])  # of a list of tensors, the first
+            raise ModelError(f"{name}: peft cannot merge it into its base: {reason(RuntimeError(told))}") from error
     _refuse_warnings(said, Path(peft.__file__).parent, name)
     if left := [n for n, m in merged.named_modules() if type(m).__module__.startswith("peft.")]:
         raise ModelError(
@@ -144,6 +148,8 @@ def _peft(name: str) -> Any:
 
 def _merge(peft: Any, model: Any, folder: Path, name: str) -> Any:
     _refuse_unknown(peft, folder)
+    _refuse_settings(folder / ADAPTER_CONFIG)
+    _refuse_quantised(folder)
     config = peft.LoraConfig.from_pretrained(str(folder))
     if str(config.init_lora_weights) not in _REPEATABLE:
         raise ModelError(
@@ -156,6 +162,7 @@ def _merge(peft: Any, model: Any, folder: Path, name: str) -> Any:
     report = adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
     _refuse_keys(name, "match nothing in its base", report.unexpected_keys)
     _refuse_keys(name, f"are not in its {ADAPTER_WEIGHTS}", report.missing_keys)
+    _refuse_keys(name, f"are not in its {ADAPTER_WEIGHTS}", _missing_biases(peft, adapted, folder))
     _refuse_shared(adapted, name)
     return adapted.merge_and_unload(safe_merge=True)
 
@@ -181,6 +188,44 @@ def _refuse_unknown(peft: Any, folder: Path) -> None:
         raise ModelError(
             f"{path}: peft {peft.__version__} does not know {', '.join(unknown)}. Run: pip install -U peft."
         )
+
+
+def _refuse_settings(path: Path) -> None:
+    """What peft takes for a number or a switch whatever it is; and a scale by which the adapter does nothing."""
+    config = json_object(path)
+    for key, value in config.items():
+        if key.startswith(("use_", "lora_bias", "fan_in_")) and not isinstance(value, bool | None):
+            raise ModelError(f"{path}: {key} is {value!r}. Write true or false, as it was trained.")
+    patterns = config.get("alpha_pattern") or {}
+    scales = {"lora_alpha": config.get("lora_alpha", 8)}
+    scales |= {f"alpha_pattern {key}": value for key, value in patterns.items()} if isinstance(patterns, dict) else {}
+    for key, value in scales.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not value
+            or not abs(value) < _LARGEST_SCALE
+        ):
+            raise ModelError(
+                f"{path}: {key} is {value!r}, with which the adapter does nothing, or none knows what. Write the number"
+                " with which it was trained."
+            )
+
+
+def _refuse_quantised(folder: Path) -> None:
+    """Whole numbers would be taken for weights, without the scale that they belong to."""
+    found = sorted((name, kind) for name, kind in dtypes([folder / ADAPTER_WEIGHTS]).items() if kind not in _FLOATS)
+    if found:
+        raise ModelError(
+            f"{folder / ADAPTER_WEIGHTS}: {count(len(found), 'tensor')} in it quantised (the first: {found[0][0]},"
+            f" {found[0][1]}), and nothing says of what scale. Save the adapter in float32, bfloat16 or float16."
+        )
+
+
+def _missing_biases(peft: Any, adapted: Any, folder: Path) -> set[str]:
+    """Biases that were trained beside the adapter and are not in its file: those of the base would stand for them."""
+    saved = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {key for key in saved if key.endswith(".bias")} - shapes([folder / ADAPTER_WEIGHTS]).keys()
 
 
 def _refuse_keys(name: str, why: str, keys: Iterable[str]) -> None:

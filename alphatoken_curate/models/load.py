@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +30,8 @@ from alphatoken_curate.models.folders import (
     names_a_path,
 )
 from alphatoken_curate.models.releases import before, in_memory, keep_soft_caps, name_stops, unmapped
+from alphatoken_curate.models.vocabularies import refuse_endless, refuse_odd
+from alphatoken_curate.models.whole import Readable, refuse_depth, refuse_other
 
 if TYPE_CHECKING:
     import torch
@@ -309,15 +310,15 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     home = tokenizer_source(source)
     if not home.gguf and not any(p.name.startswith(TOKENIZER_FILES) for p in home.folder.iterdir()):
         return None
-    try:
-        with _quiet_loading(), _gguf_needed(source):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                home.folder, trust_remote_code=trust_remote_code, **home.load_options
-            )
-            if home.gguf and before("5.18"):
-                name_stops(tokenizer, home.folder / home.gguf)
-    except _unreadable() as error:
-        raise ModelError(f"{source.name}: transformers cannot load its tokenizer: {error!r}") from error
+    refuse_endless(source.name, home.folder)
+    what = Readable(f"{source.name}: transformers cannot load its tokenizer", home.gguf)
+    with what, _quiet_loading(), _gguf_needed(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            home.folder, trust_remote_code=trust_remote_code, **home.load_options
+        )
+        if home.gguf and before("5.18"):
+            name_stops(tokenizer, home.folder / home.gguf)
+    refuse_odd(source.name, home.folder, tokenizer)
     return tokenizer
 
 
@@ -338,25 +339,20 @@ def load_model(
 
 
 def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    try:
-        with _quiet_loading(), _gguf_needed(source), unmapped():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **source.load_options,
-            )
-    except _unreadable() as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        told = str(error) if isinstance(error, OSError | RuntimeError | SafetensorError) else repr(error)
-        raise ModelError(f"{source.name}: transformers cannot load it: {told}") from error
+    config, files = ({} if source.gguf else model_config(source)), replace(source, adapter=None).weight_files()
+    refuse_depth(source.name, config, files)
+    what = Readable(f"{source.name}: transformers cannot load it", source.gguf)
+    with what, _quiet_loading(), _gguf_needed(source), unmapped():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **source.load_options,
+        )
     model, report = loaded
     keep_soft_caps(model)
     if missing := sorted(report["missing_keys"]):
@@ -365,16 +361,8 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
             f"{source.name}: its files lack {missing[0]} ({len(missing)} in all of {type(model).__name__})."
             " Name a whole causal language model."
         )
+    refuse_other(source.name, model, report["unexpected_keys"], config, files)
     return model
-
-
-def _unreadable() -> tuple[type[Exception], ...]:
-    """What transformers and its readers raise of files that are not what they should be."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    builtin = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
-    return (*builtin, TypeError, ValueError, struct.error, SafetensorError, StrictDataclassError)
 
 
 @contextmanager

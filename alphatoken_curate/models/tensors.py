@@ -38,17 +38,25 @@ def header_problems(path: Path) -> Iterator[str]:
 
 def shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors of safetensors files, by name. A file without a header gives none: its loader says so."""
-    found: dict[str, tuple[int, ...]] = {}
+    return {name: tuple(told["shape"]) for name, told in _told(files) if isinstance(told.get("shape"), list)}
+
+
+def dtypes(files: Iterable[Path]) -> dict[str, str]:
+    """The kinds of numbers of all their tensors, by name, as safetensors calls them (`BF16`)."""
+    return {name: str(told.get("dtype")) for name, told in _told(files) if name != "__metadata__"}
+
+
+def _told(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What headers say of each tensor."""
     for path in files:
         try:
             _, header = _header(path) or (0, b"{}")
             tensors: Any = orjson.loads(header)
         except (orjson.JSONDecodeError, OSError):
             continue
-        for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
-            if isinstance(tensor, dict) and isinstance(shape := tensor.get("shape"), list):
-                found[name] = tuple(shape)
-    return found
+        for name, told in tensors.items() if isinstance(tensors, dict) else ():
+            if isinstance(told, dict):
+                yield name, told
 
 
 def opened(path: Path) -> Any:

@@ -38,9 +38,14 @@ class Adviser:
         """The fault with what to do about it."""
         kind = re.sub(r"'.*'|\d+", "", fault.message), _traits(record)
         if kind not in self._known:
-            found = next(self._found(record), _NOTHING) if len(self._known) < _MOST_KINDS else _NOTHING
-            self._known[kind] = found
+            self._known[kind] = self._first(record) if len(self._known) < _MOST_KINDS else _NOTHING
         return RowFault(fault.reason, f"{fault.message}; {self._known[kind]}")
+
+    def _first(self, record: Messages | Prompt) -> str:
+        try:
+            return next(self._found(record), _NOTHING)
+        except RowFault:  # the template runs away at what is tried
+            return _NOTHING
 
     def _found(self, record: Messages | Prompt) -> Iterator[str]:
         """All that helps."""

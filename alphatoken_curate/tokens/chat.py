@@ -20,17 +20,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+from alphatoken_curate.errors import ModelError
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
 from alphatoken_curate.tokens.advice import Adviser
 from alphatoken_curate.tokens.blocks import GENERATION, answers_of_blocks
+from alphatoken_curate.tokens.bounded import Bounded
 from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.each import with_its_thought
 from alphatoken_curate.tokens.forms import PART, TEMPLATE_ERROR, as_borne, written_as_list
 from alphatoken_curate.tokens.kept import THOUGHT, left_out_notes
 from alphatoken_curate.tokens.marks import RESERVED
-from alphatoken_curate.tokens.refusals import NOT_SPLITTABLE, excerpt, not_splittable
+from alphatoken_curate.tokens.meter import RunawayError
+from alphatoken_curate.tokens.refusals import NOT_SPLITTABLE, RUNAWAY, excerpt, not_splittable
 from alphatoken_curate.tokens.turns import closing, find_answers
 
 Tokenizer = Any
@@ -40,7 +43,7 @@ Tokenizer = Any
 MARK = "\ufdd2"
 _ESCAPED_MARK = r"\ufdd2"  # as a template writes it that turns text to ASCII
 # what a template can raise that is written for other rows, or in bad faith; it runs in a sandbox
-_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
 
 
 class RenderedText(NamedTuple):
@@ -135,11 +138,25 @@ class ChatTemplate:
 
     def render(self, record: Messages) -> list[RenderedText]:
         """The chat as text with its response spans: one text, by `each` one for each answer. Raises RowFault."""
-        if not self._tokenizer.chat_template:
+        if not self._templated:
             if record.plain is None:
                 raise _no_template()
             return [joined(record.plain)]
         return self._or_advised(record)
+
+    @cached_property
+    def _templated(self) -> bool:
+        """Whether the tokenizer has a chat template. Raises ModelError where that is no text."""
+        found = self._tokenizer.chat_template
+        named = found if isinstance(found, dict) else {"default": found} if found else {}
+        if named and not (
+            isinstance(named.get("default"), str) and all(isinstance(one, str) for one in named.values())
+        ):
+            raise ModelError(
+                f"the tokenizer's chat template is not text, or none of several ({', '.join(map(str, named))}) is the"
+                " default. Name one with --chat-template FILE."
+            )
+        return bool(named)
 
     def _or_advised(self, record: Messages | Prompt) -> list[RenderedText]:
         try:
@@ -161,7 +178,9 @@ class ChatTemplate:
             other = ChatTemplate(self._tokenizer, self._of_tokenizer, turns=turns, chats=chats)
             try:
                 other._shown(record)
-            except RowFault:
+            except RowFault as fault:
+                if fault.reason == RUNAWAY:
+                    raise
                 return False
             return True
 
@@ -214,7 +233,7 @@ class ChatTemplate:
 
     def render_prompt(self, record: Prompt) -> RenderedText:
         """The chat as text up to where the answer would begin; nothing responds. Raises RowFault."""
-        if not self._tokenizer.chat_template:
+        if not self._templated:
             if record.plain is None:
                 raise _no_template()
             return unanswered(record.plain)
@@ -300,16 +319,20 @@ class ChatTemplate:
             settings = {**settings, **more}
 
         try:
-            text = str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    **settings,
+            with Bounded([messages, tools, settings]):
+                text = str(
+                    self._tokenizer.apply_chat_template(
+                        messages,
+                        tools=tools,
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=prompt,
+                        **settings,
+                    )
                 )
-            )
+        except (RunawayError, MemoryError) as error:
+            why = visible(str(error)) or "memory ran out"
+            raise RowFault(RUNAWAY, f"the chat template runs away: {why}; {_TAME}") from error
         except (*_TEMPLATE_FAULTS, jinja2.TemplateError) as error:
             raise RowFault(TEMPLATE_ERROR, f"the chat template fails: {visible(str(error))}") from error
         if written_as_list(text):
@@ -331,6 +354,7 @@ def _partner(special: str) -> str:
     return special[0] + special[2:] if special[1:2] == "/" else special[0] + "/" + special[1:]
 
 
+_TAME = "name another with --chat-template FILE"
 _NOT_ASKED = "answers begin before the end of the generation prompt, as the template has them"
 _APART = re.compile(rf"\S?{MARK}\S{{0,30}}")
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import orjson
 
 from alphatoken_curate.rows.containers import RowFault
+from alphatoken_curate.tokens.refusals import RUNAWAY
 
 TEMPLATE_ERROR = "template_error"
 """The reason of a row that the chat template itself fails at."""
@@ -35,6 +36,8 @@ def as_borne(messages: list[Any], render: Callable[[list[Any]], Rendered]) -> Re
         try:
             return render(form)
         except RowFault as fault:
+            if fault.reason == RUNAWAY:
+                raise
             faults.append(fault)
     raise min(faults, key=lambda fault: fault.reason == TEMPLATE_ERROR)
 

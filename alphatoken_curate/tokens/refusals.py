@@ -11,6 +11,9 @@ _BEFORE, _EXCERPT = 20, 60
 NOT_SPLITTABLE = "template_not_splittable"
 """The reason of such a row."""
 
+RUNAWAY = "template_runs_away"
+"""The reason of a row at which the chat template takes or makes more than any real one does."""
+
 
 def not_splittable(why: str) -> RowFault:
     """The fault of such a row; `why` says what its chat template does."""

@@ -16,6 +16,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from alphatoken_curate.errors import ModelError
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.pairs import BRANCHES
@@ -23,12 +24,14 @@ from alphatoken_curate.rows.read import BadRow, Row
 from alphatoken_curate.rows.shapes import AnyRecord, Messages, Pair, Passage, Prompt, PromptCompletion, Record, Tokens
 from alphatoken_curate.runs.schema import IGNORE_INDEX
 from alphatoken_curate.tokens.chat import ChatSettings, RenderedText, Tokenizer, joined, unanswered
+from alphatoken_curate.tokens.refusals import RUNAWAY
 from alphatoken_curate.tokens.speller import Spelled, Speller, closing_stops
 
 _BATCH_ROWS = 1000
 _EXCERPT_TOKENS = 100
 
 _CUT_AWAY = "truncated_away"
+_MOST_RUNAWAYS = 20
 
 NO_TOKENIZER = "no_tokenizer"
 """The reason of a row of text where the model has no tokenizer."""
@@ -167,8 +170,14 @@ def _spelled(
 ) -> Iterator[tuple[Row, list[Spelled | RowFault]]]:
     """Every row with the tokens of each of its branches or turns, or why there are none."""
     waiting = iter(rows)
+    runaways = 0
     while batch := list(islice(waiting, _BATCH_ROWS)):
-        prepared = [_items(row.record, speller, stop_ids) for row in batch]
+        prepared = []
+        for row in batch:
+            prepared.append(_items(row.record, speller, stop_ids))
+            if ran := [item for item in prepared[-1] if isinstance(item, RowFault) and item.reason == RUNAWAY]:
+                runaways += 1
+                _refuse_runaways(runaways, row, ran[0])
         texts = [item for items in prepared for item in items if isinstance(item, RenderedText)]
         encoded = iter(speller.encode(texts) if speller else ())
         for row, items in zip(batch, prepared, strict=True):
@@ -180,6 +189,15 @@ def _spelled(
 
 def _records(record: AnyRecord) -> tuple[Record, ...]:
     return (record.chosen, record.rejected) if isinstance(record, Pair) else (record,)
+
+
+def _refuse_runaways(count: int, row: Row, fault: RowFault) -> None:
+    """Raise ModelError where a template runs away at too many rows: each takes about a second."""
+    if count == _MOST_RUNAWAYS:
+        raise ModelError(
+            f"{row.source}:{row.line}: {fault.message}. It ran away at {count - 1} rows before it, too, and no more"
+            " are tried."
+        )
 
 
 _Item = Spelled | RenderedText | RowFault

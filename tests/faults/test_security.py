@@ -388,8 +388,8 @@ _NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "
 _NETWORK |= {"huggingface_hub", "datasets", "wandb", "posthog", "sentry_sdk", "opentelemetry", "ctypes", "cffi", "pty"}
 _MAY = {
     "models/folders": {"huggingface_hub"},  # a model that the user names by its Hub id
-    "models/load": {"huggingface_hub"},  # the name of an error
     "models/releases": {"huggingface_hub"},
+    "models/whole": {"huggingface_hub"},  # the name of an error
     "rows/hub": {"datasets", "huggingface_hub"},  # a data set that the user names by its Hub name
     "trainers/dataset": {"datasets"},  # rows of a mask as `datasets` holds them, from memory
     "trainers/current": {"datasets"},
@@ -408,7 +408,7 @@ def test_the_network_is_asked_in_two_places_only(path: Path) -> None:
 
 
 def test_where_the_network_may_be_asked_it_is() -> None:
-    for name in ("models/folders", "models/load", "rows/hub"):
+    for name in ("models/folders", "models/whole", "rows/hub"):
         wanted = _MAY[name]
         assert set(imports(LIBRARY / f"{name}.py")) & _NETWORK == wanted
 

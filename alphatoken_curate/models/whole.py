@@ -1,0 +1,169 @@
+"""Whether a model that transformers loaded is the one that its files hold.
+
+transformers leaves out what it has no place for, with a warning at most: a bias that config.json turns off, blocks
+beyond the number that it names, the scales of quantised weights. What is left is another model, whose numbers
+look as good as any.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from alphatoken_curate.errors import ModelError
+from alphatoken_curate.models.tensors import dtypes, shapes
+from alphatoken_curate.wording import count
+
+_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_EXPERTS = re.compile(r"^(num|n)_(\w+_)?experts$")
+_MOST_EXPERTS = 100_000
+_FEW = 1000  # blocks that are soon made
+_HARMLESS = re.compile(r"inv_freq$|rotary|\b(attn|attention)\.bias$|masked_bias$|position_ids$|_extra_state$")
+"""Tensors that older releases kept in files, and that are worked out."""
+
+_QUANTISED = re.compile(r"^([IU]\d+|BOOL|F8\w*|F4\w*|F6\w*)$")
+_DEPTH = re.compile(rb"\.block_count([\x00-\x05\x0a\x0b])\0\0\0(.{8})", re.DOTALL)
+_GGUF_BLOCK = re.compile(rb"\bblk\.(\d{1,9})\.")
+_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 10: 8, 11: 8}  # of GGUF's kinds of whole numbers
+_METADATA = 1 << 26  # bytes of a GGUF file in which its metadata is looked for
+_LONGEST = 300
+
+
+class Readable(AbstractContextManager["Readable"]):
+    """What transformers and its readers raise within it, of files that are not what they should be, is a ModelError.
+
+    `what` begins its message. Memory that ran out is let through.
+    """
+
+    def __init__(self, what: str, gguf: str | None) -> None:
+        self._what, self._gguf = what, gguf
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        from huggingface_hub.errors import StrictDataclassError
+        from safetensors import SafetensorError
+        from torch import OutOfMemoryError
+
+        builtin = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+        known = (*builtin, TypeError, ValueError, struct.error, SafetensorError, StrictDataclassError)
+        # Whatever is wrong with a tokenizer.json, `tokenizers` raises an Exception of no kind.
+        if isinstance(error, OutOfMemoryError) or not (isinstance(error, known) or kind is Exception):
+            return
+        again = (
+            " It is damaged, cut, or of a kind that transformers does not read: fetch it again." if self._gguf else ""
+        )
+        raise ModelError(f"{self._what}: {reason(error)}{again}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What a reader of model files says, in one line that is not long: some say all that they read."""
+    told = str(error) if isinstance(error, OSError | RuntimeError) or type(error) is Exception else repr(error)
+    if "ignore_mismatched_sizes" in told:
+        return "the shapes of its weights are not those that its configuration says"
+    line = " ".join(told.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+
+
+def refuse_depth(name: str, config: dict[str, Any], files: list[Path]) -> None:
+    """Raise ModelError where a config.json has more blocks than its files have tensors, or experts without end.
+
+    transformers would first build them all. A GGUF, which has no config.json, must have as many blocks as it says.
+    """
+    for path in files:
+        if path.suffix == ".gguf":
+            return _refuse_gguf_depth(path)
+    tensors = len(shapes(files))
+    for told in (config, config.get("text_config")):
+        for key, value in told.items() if isinstance(told, dict) else ():
+            if not isinstance(value, int) or isinstance(value, bool):
+                continue
+            if (key in _BLOCKS and value > max(tensors, _FEW)) or (_EXPERTS.match(key) and value > _MOST_EXPERTS):
+                raise ModelError(
+                    f"{name}: its config.json says {key} {value:,}, and its files hold {count(tensors, 'tensor')}."
+                    " Put back the config.json that belongs to them."
+                )
+
+
+def _refuse_gguf_depth(path: Path) -> None:
+    if not path.stat().st_size:
+        raise ModelError(f"{path}: it is empty. Fetch it again.")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        named = [
+            int.from_bytes(one[2][: _BYTES[one[1][0]]], "little") for one in [_DEPTH.search(data, 0, _METADATA)] if one
+        ]
+        held = {int(number) for number in _GGUF_BLOCK.findall(data, 0, _METADATA)}
+    if named and held and named[0] != max(held) + 1:
+        raise ModelError(
+            f"{path}: its metadata say {count(named[0], 'block')}, and it holds {max(held) + 1:,}. It is damaged, or"
+            " was made wrongly: fetch or convert it again."
+        )
+
+
+def refuse_other(name: str, model: Any, keys: Iterable[str], config: dict[str, Any], files: list[Path]) -> None:
+    """Raise ModelError where tensors of a model's files have no place in it, and would change what it says.
+
+    `keys` are all that transformers had no use for: other heads, images and what older releases stored among them. Nor
+    may weights be whole numbers, or of 8 bits, where `config` does not say of what scale.
+    """
+    _refuse_unused(name, model, keys)
+    if not config.get("quantization_config"):
+        _refuse_quantised(name, model, files)
+
+
+def _refuse_unused(name: str, model: Any, keys: Iterable[str]) -> None:
+    lists = _Lists(model)
+    if unused := sorted(key for key in keys if lists.misses(key, keys)):
+        raise ModelError(
+            f"{name}: {count(len(unused), 'tensor')} of its files have no place in a {type(model).__name__} as its"
+            f" configuration describes it (the first: {unused[0]}), so it would be another model. Put back the"
+            " configuration that belongs to the weights (blocks, biases, quantization_config), or save the model again"
+            " with save_pretrained."
+        )
+
+
+def _refuse_quantised(name: str, model: Any, files: list[Path]) -> None:
+    own = {key for key, _ in model.named_parameters()}
+    found = sorted((key, kind) for key, kind in dtypes(files).items() if _QUANTISED.match(kind) and key in own)
+    if found:
+        raise ModelError(
+            f"{name}: {count(len(found), 'weight')} in its files quantised (the first: {found[0][0]}, {found[0][1]}),"
+            " and its config.json has no quantization_config that says how. Name the model before it was quantised."
+        )
+
+
+class _Lists:
+    """The lists of blocks, and other modules, of a model."""
+
+    def __init__(self, model: Any) -> None:
+        self._modules = dict(model.named_modules())
+        self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def misses(self, key: str, keys: Iterable[str]) -> bool:
+        """Whether the model lacks a tensor by which it would say something else."""
+        if _HARMLESS.search(key):
+            return False
+        for name in (key, self._prefix + key, key.removeprefix(self._prefix)):
+            parts = name.split(".")
+            for i, part in enumerate(parts[:-1]):
+                blocks = self._modules.get(".".join(parts[:i])) if part.isdecimal() else None
+                if blocks is not None and type(blocks).__name__ == "ModuleList":
+                    return int(part) < len(blocks) or self._is_block(blocks, key, parts[i:], keys)
+            parent = self._modules.get(".".join(parts[:-1]))
+            if parent is not None and any(True for _ in parent.parameters(recurse=False)):
+                return True
+        return False
+
+    def _is_block(self, blocks: Any, key: str, rest: list[str], keys: Iterable[str]) -> bool:
+        """Whether what is beyond the last block is one more: those that predict further tokens have more to them."""
+        front = key[: len(key) - len(".".join(rest))] + rest[0] + "."
+        held = {one.removeprefix(front) for one in keys if one.startswith(front) and not _HARMLESS.search(one)}
+        return any(held <= {name for name, _ in block.named_parameters()} for block in blocks)
