@@ -65,21 +65,6 @@ def columns(
     return found
 
 
-def value_error(columns: Mapping[str, NDArray[np.float64]], stability_weight: float) -> NDArray[np.float64]:
-    """Standard error of the value, (N,): adaptation and stability come of rows of their own.
-
-    An objective that knows of no error (NaN: a single group, or the drift) adds none; without any it is NaN.
-    """
-    adaptation, stability = (
-        columns["adapt_error"],
-        columns.get("stab_error", np.full_like(columns["adapt_error"], np.nan)),
-    )
-    squares = [adaptation**2, (stability_weight * stability) ** 2]
-    known = np.where(np.isnan(squares), 0.0, squares)
-    error: NDArray[np.float64] = np.sqrt(known.sum(axis=0))
-    return np.where(np.isnan(squares).all(axis=0), np.nan, error)
-
-
 def _by_path(orders: Sequence[Values]) -> dict[str, list[NDArray[np.float64]]]:
     """Of each order (n, N), by the name that columns end with."""
     found = {"influence": [one.value for one in orders], "denominator": [one.denominator for one in orders]}
