@@ -63,7 +63,7 @@ class MaskConfig:
         kind="scope",
     )
     weights: str = _option(
-        "binary", "Loss weights of kept tokens.", _MASK, choices=("binary", "rank", "sigmoid", "relu")
+        "binary", "Loss weights of kept tokens; `tilt`: 1 + C v / sd of --by.", _MASK, kind="weights"
     )
     stability_weight: float = _option(
         1.5, "Weight of stability against adaptation in the value.", _MASK, kind="float", bounds=(-1e6, 1e6)

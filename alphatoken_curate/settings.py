@@ -61,7 +61,8 @@ def read_setting(field_: Field[Any], value: Any) -> Any:
         read = None
     if read is None or (choices and read not in choices):
         takes = ", ".join(choices) if choices else _TAKES[kind]
-        raise UsageError(f"--{field_.name.replace('_', '-')} {value!r}: it takes {takes}.")
+        hint = _meant(value) if kind == "keep" else ""
+        raise UsageError(f"--{field_.name.replace('_', '-')} {value!r}: it takes {takes}.{hint}")
     if (bounds := field_.metadata["bounds"]) and not bounds[0] <= read <= bounds[1]:
         raise UsageError(
             f"--{field_.name.replace('_', '-')} {value!r}: it takes a number from {bounds[0]:g} to {bounds[1]:g};"
@@ -103,11 +104,44 @@ def _keep(value: Any) -> float | str | None:
     return share if share is not None and 0 < share <= 1 else None
 
 
+def _meant(value: Any) -> str:
+    """What a share may have been meant by that was given in percent."""
+    try:
+        percent = _finite(str(value).removesuffix("%"))
+    except ValueError:
+        percent = None
+    return f" Did you mean {percent / 100:g}?" if percent is not None and 1 < percent <= 100 else ""
+
+
 def _scope(value: Any) -> str | None:
     if value in ("global", "row"):
         return str(value)
     word, _, rows = str(value).partition(":")
     return str(value) if word == "batch" and rows.isdecimal() and int(rows) > 0 else None
+
+
+WEIGHTS = ("binary", "rank", "sigmoid", "relu")
+"""`--weights` by their name alone; besides there is tilt:C."""
+
+MOST_TILT = 100.0
+
+
+def parse_weights(value: str) -> tuple[str, float | None] | None:
+    """`relu` and None, or `tilt` and its number C above 0 and up to 100; None where it is neither."""
+    if value in WEIGHTS:
+        return value, None
+    kind, _, text = value.partition(":")
+    try:
+        strength = _positive(text) if kind == "tilt" and text.isascii() else None
+    except ValueError:
+        strength = None
+    return (kind, strength) if strength is not None and strength <= MOST_TILT else None
+
+
+def _weights(value: Any) -> str | None:
+    """In one form, so that tilt:.250 is the mask of tilt:0.25."""
+    found = parse_weights(value) if isinstance(value, str) else None
+    return found and (found[0] if found[1] is None else f"tilt:{str(found[1]).removesuffix('.0')}")
 
 
 def _data(value: Any) -> tuple[str, ...] | None:
@@ -167,6 +201,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
     "generation": _generation,
     "keep": _keep,
     "scope": _scope,
+    "weights": _weights,
     "data": _data,
     "device": _device,
     "file": lambda value: value if isinstance(value, str) and value else None,
@@ -188,6 +223,7 @@ _TAKES = {
     "generation": "latest, all, or numbers separated by commas",
     "keep": "a share above 0 and up to 1, or positive",
     "scope": "global, row, or batch:N with N rows",
+    "weights": f"{', '.join(WEIGHTS)}, or tilt:C with C above 0 and up to {MOST_TILT:g}, such as tilt:0.25",
     "data": "files, folders, globs or a dataset name",
     "device": "auto, cpu, cuda or cuda:N",
     "file": "a file",

@@ -21,6 +21,7 @@ C = TypeVar("C", bound=MaskConfig)
 _METAVARS = {
     "keep": "SHARE|positive",
     "scope": "global|row|batch:N",
+    "weights": "binary|rank|sigmoid|relu|tilt:C",
     "all_count": "K|all",
     "auto_count": "N|auto",
     "count": "N",

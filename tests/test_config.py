@@ -24,7 +24,11 @@ METHOD_FLAGS = {
 BAD: list[tuple[str, Any]] = [
     *(("keep", value) for value in (0, -0.1, 1.01, "half", "nan", "inf", True, None, [0.5])),
     *(("scope", value) for value in ("rows", "batch", "batch:", "batch:0", "batch:-1", "batch:x", 3, None)),
-    *(("weights", value) for value in ("soft", "", 1, None)),
+    *(
+        ("weights", value)
+        for value in ("soft", "", 1, None, "tilt", "tilt:", "tilt:x", "tilt:0", "tilt:-1", "tilt:nan")
+    ),
+    *(("weights", value) for value in ("tilt:inf", "tilt:100.01", "tilt:1:2", "Tilt:1", "tilt:\u0661", {"tilt": 1})),
     *(("by", value) for value in ("", 3, None)),
     *(("always_keep", value) for value in ("", True, None)),
     *(("stability_weight", value) for value in ("x", "nan", math.inf, True, None, {})),
@@ -134,6 +138,10 @@ def test_a_bad_value_is_refused_in_python_by_the_name_of_its_flag(name: str, val
         ("keep", 1, 1.0),
         ("keep", "positive", "positive"),
         ("scope", "batch:8", "batch:8"),
+        ("weights", "tilt:.250", "tilt:0.25"),
+        ("weights", "tilt:1.0", "tilt:1"),
+        ("weights", "tilt:100", "tilt:100"),
+        ("weights", "tilt:1e-7", "tilt:1e-07"),
         ("layers", "all", "all"),
         ("layers", "2", 2),
         ("batch_tokens", "auto", "auto"),
@@ -155,6 +163,23 @@ def test_a_bad_value_is_refused_in_python_by_the_name_of_its_flag(name: str, val
 def test_values_are_read_as_a_command_line_gives_them(name: str, value: Any, read: Any) -> None:
     found = getattr(score_config(**{name: value}), name)
     assert found == read and type(found) is type(read)
+
+
+def test_weights_that_cannot_be_used_are_told_what_there_is() -> None:
+    with pytest.raises(
+        UsageError, match=r"it takes binary, rank, sigmoid, relu, or tilt:C with C above 0 and up to 100"
+    ):
+        MaskConfig(weights="tilt:200")
+
+
+@pytest.mark.parametrize(("given", "meant"), [(50, "0.5"), ("50%", "0.5"), ("2.5", "0.025"), (100, "1")])
+def test_a_share_in_percent_is_told_what_was_meant(given: Any, meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"a share above 0 and up to 1, or positive\. Did you mean {meant}\?"):
+        MaskConfig(keep=given)
+    for other in (101, "half", -1, None):
+        with pytest.raises(UsageError) as caught:
+            MaskConfig(keep=other)  # type: ignore[arg-type]
+        assert "Did you mean" not in str(caught.value)
 
 
 def test_masks_and_run_configs_from_before_always_keep_nothing() -> None:

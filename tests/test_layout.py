@@ -17,7 +17,8 @@ import alphatoken_curate
 
 ORDER = """
     : errors wording settings together config progress
-    runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary card watched
+    runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary
+        direction card watched
         artifacts
     models: releases formats tensors whole vocabularies folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign below blocks
@@ -27,11 +28,11 @@ ORDER = """
         tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
         optimisers trainee shelves rehearsal groups
-    signals: paths influence composite preference stored rehearsed
-    masks: language expression criteria choose always responses ranked remask mask
+    signals: paths influence composite preference stored rehearsed student
+    masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources prepare idle outcome spec reference scorer trial job rehearse
         beside changes loop refresh memory estimate check finished score
-    reading: words scan rules verify row search histogram sums counting stats compare trainset
+    reading: words scan rules verify row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
     exports: form settle hf llamafactory swift shifted unshifted verl_dataset originals messages guide verify export
@@ -254,6 +255,7 @@ def test_every_source_module_has_its_tests() -> None:
         "scoring.folder": "scoring/test_score",
         "scoring.identity": "scoring/test_prepare",
         "scoring.loop": "scoring/test_score",
+        "masks.formulas": "masks/test_choose",
         "masks.mask": "masks/test_remask",
         "scoring.beside": "scoring/test_refresh",
         "scoring.check": "cli/test_main",

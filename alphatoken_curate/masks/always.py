@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.masks import choose, criteria
+from alphatoken_curate.masks import choose, criteria, formulas
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.manifest import Manifest
-from alphatoken_curate.runs.schema import SFT, VOCABULARY, VOCABULARY_COLUMNS, Components, Layout, absent
+from alphatoken_curate.runs.schema import PREFERENCE, SFT, VOCABULARY, VOCABULARY_COLUMNS, Components, Layout, absent
 from alphatoken_curate.wording import nearest
 
 END_OF_TURN = "end_of_turn"
@@ -56,13 +56,18 @@ def check(name: str, components: Components, layout: Layout = SFT) -> None:
         _columns(name, components, layout)
 
 
+def depends_on_value(name: str) -> bool:
+    """Whether the stability settings of a mask change what it always keeps."""
+    return name not in _WORDS and criteria.depends_on_value(criteria.as_number(name, PREFERENCE))
+
+
 def always_kept(run: Path, stored: Manifest, config: MaskConfig) -> Always | None:
     """What the mask of these settings always keeps; None where it drops nothing, or end-of-turn tokens are not stored.
 
     Raises `UsageError` for what cannot be told of this run, `StoredDataError` where its vocabulary is damaged.
     """
     name = config.always_keep
-    if name == "none" or (choose.parse_keep(config.keep) == 1 and config.weights != "relu"):
+    if name == "none" or (choose.parse_keep(config.keep) == 1 and not formulas.drops(config.weights)):
         return None
     if name == "end-of-turn":
         return None if END_OF_TURN in absent(stored.schema_version) else Always(name=name, columns=(END_OF_TURN,))

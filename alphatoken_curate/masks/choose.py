@@ -18,25 +18,15 @@ a block of about a million tokens takes: a scope that is larger, such as `batch:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate.errors import CurateError, UsageError
-from alphatoken_curate.signals import composite
-
-Scores = NDArray[np.floating[Any]]
-Ints = NDArray[np.integer[Any]]
-Bools = NDArray[np.bool_]
-Formula = Callable[[slice], NDArray[np.float64]]
-"""Weights of a block of tokens, chosen or not."""
-
-_BLOCK = 1 << 20
-"""Tokens that are looked at together, where one row or scope has not more."""
+from alphatoken_curate.masks import formulas
+from alphatoken_curate.masks.formulas import Bools, Formula, Ints, Scores, blocks_of, places_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,7 +90,7 @@ def kept(
     """
     _check(score, lengths, always)
     chosen, _ = _choose(score, lengths, parse_keep(keep), parse_scope(scope), always)
-    for part, rows in _blocks(lengths):
+    for part, rows in blocks_of(lengths):
         mine = None if always is None else always[part]
         alive = chosen[part] if mine is None else chosen[part] & ~mine
         if not allow_empty_rows:
@@ -129,6 +119,7 @@ def weighed(
     | rank | its ascending rank among all n response tokens of its scope (1 .. n), divided by n |
     | sigmoid | 1 / (1 + exp(-score / RMS)), RMS of the score over all response tokens (0.5 where RMS is 0) |
     | relu | max(score, 0) |
+    | tilt:C | 1 + C score / sd, sd the standard deviation of the score over all response tokens, clipped to [0, 3] |
 
     A row left without any weight above 0 gets its best token back (unless `allow_empty_rows`): with that token's weight
     by the formula, or where that is 0 the smallest weight above 0 of the run, or 1 if there is none. No weight above 0
@@ -141,11 +132,10 @@ def weighed(
     """
     _check(score, lengths, always)
     size, share = parse_scope(scope), parse_keep(keep)
-    if weights not in _FORMULAS:
-        raise UsageError(f"weights: found {weights!r}; give one of {', '.join(_FORMULAS)}")
+    formula = formulas.named(weights)
     chosen, over = _choose(score, lengths, share, size, always)
-    raw = _Raw(_FORMULAS[weights](score, lengths, size), chosen, always)
-    for part, rows in _blocks(lengths):
+    raw = _Raw(formula(score, lengths, size), chosen, always)
+    for part, rows in blocks_of(lengths):
         if allow_empty_rows:
             raw.leave_empty(part, lengths[rows])
         else:
@@ -174,17 +164,6 @@ def _check(score: Scores, lengths: Ints, always: Bools | None) -> None:
         raise CurateError(f"scored row {row}, response token {token}: its score is {float(score[at])}")
 
 
-def _blocks(lengths: Ints, size: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Tokens and rows of one block after the other, each of whole scopes of `size` rows."""
-    ends, row, start = np.cumsum(lengths), 0, 0
-    while row < len(lengths):
-        within = int(np.searchsorted(ends, start + _BLOCK, side="right")) - row
-        last = min(len(lengths), row + max(size, within - within % size))
-        stop = int(ends[last - 1])
-        yield slice(start, stop), slice(row, last)
-        row, start = last, stop
-
-
 def _choose(score: Scores, lengths: Ints, share: Fraction | None, size: int, always: Bools | None) -> tuple[Bools, int]:
     """(n,) which tokens are kept by their score, and by how many those that are `always` kept exceed the shares alone.
 
@@ -202,8 +181,8 @@ def _choose(score: Scores, lengths: Ints, share: Fraction | None, size: int, alw
             _add_top(chosen, score, quota - taken, ~always)
             over = max(0, taken - quota)
         return chosen, over
-    for part, rows in _blocks(lengths, size):
-        order, place, count = _places(score[part], lengths[rows], size)
+    for part, rows in blocks_of(lengths, size):
+        order, place, count = places_of(score[part], lengths[rows], size)
         sizes, which = np.unique(count, return_inverse=True)
         quotas = np.array([_quota(int(n), share) for n in sizes], np.int64)[which]
         stays: Bools = place < quotas
@@ -231,21 +210,12 @@ def _add_top(chosen: Bools, score: Scores, k: int, may: Bools | None = None) -> 
     threshold = among[len(among) - k]
     del among
     for best in (np.greater, np.equal):  # of those at the threshold the first ones, as many as there is room for
-        for start in range(0, len(score), _BLOCK):
-            part = slice(start, start + _BLOCK)
+        for start in range(0, len(score), formulas.BLOCK):
+            part = slice(start, start + formulas.BLOCK)
             found = best(score[part], threshold)
             places = np.flatnonzero(found if may is None else found & may[part])[:k]
             chosen[start + places] = True
             k -= len(places)
-
-
-def _places(score: Scores, lengths: Ints, size: int) -> tuple[Ints, Ints, Ints]:
-    """`order` (n,): tokens by scope, best first; in that order `place` in the scope, from 0, and its size `count`."""
-    scope = np.repeat(np.arange(len(lengths)) // size, lengths)
-    order = np.lexsort((-score, scope))
-    starts = np.flatnonzero(np.diff(scope, prepend=-1))
-    counts = np.diff(starts, append=len(scope))
-    return order, np.arange(len(scope)) - np.repeat(starts, counts), np.repeat(counts, counts)
 
 
 def _in_lost_rows(lengths: Ints, alive: Bools) -> Bools:
@@ -316,7 +286,7 @@ class _Raw:
 
 
 def _mean_one(raw: _Raw, lengths: Ints) -> NDArray[np.float32]:
-    blocks = list(_blocks(lengths))
+    blocks = list(blocks_of(lengths))
     weight = np.zeros(blocks[-1][0].stop if blocks else 0, np.float32)
     least, largest, total, count = np.inf, 0.0, 0.0, 0
     for part, _ in blocks:
@@ -354,37 +324,3 @@ def _with_row_means(found: NDArray[np.float64], added: Bools, lengths: Ints) -> 
         counts = np.bincount(row, weights=found > 0, minlength=len(lengths))
         found[added] = np.divide(totals, counts, out=np.full(len(lengths), np.nan), where=counts > 0)[row[added]]
     return found
-
-
-def _binary(score: Scores, _lengths: Ints, _size: int) -> Formula:
-    return lambda part: np.ones(len(score[part]))
-
-
-def _rank(score: Scores, lengths: Ints, size: int) -> Formula:
-    place = np.empty(len(score), np.min_scalar_type(len(score)))
-    if size == 0:
-        place[np.argsort(-score, kind="stable")] = np.arange(len(score), dtype=place.dtype)
-        return lambda part: (len(score) - place[part].astype(np.int64)) / len(score)
-    count = np.empty_like(place)
-    for part, rows in _blocks(lengths, size):
-        order, found, counts = _places(score[part], lengths[rows], size)
-        place[part][order], count[part][order] = found, counts
-    return lambda part: (count[part] - place[part]) / count[part]
-
-
-def _sigmoid(score: Scores, _lengths: Ints, _size: int) -> Formula:
-    rms = composite.rms(*(score[start : start + _BLOCK] for start in range(0, len(score), _BLOCK))) or 1.0
-    tiny = np.finfo(np.float64).tiny  # a sigmoid is never 0
-    return lambda part: np.maximum(np.exp(-np.logaddexp(0.0, -(score[part].astype(np.float64) / rms))), tiny)
-
-
-def _relu(score: Scores, _lengths: Ints, _size: int) -> Formula:
-    return lambda part: np.maximum(score[part], 0).astype(np.float64)
-
-
-_FORMULAS: dict[str, Callable[[Scores, Ints, int], Formula]] = {
-    "binary": _binary,
-    "rank": _rank,
-    "sigmoid": _sigmoid,
-    "relu": _relu,
-}

@@ -33,6 +33,11 @@ from alphatoken_curate.wording import count
 
 Columns = Mapping[str, NDArray[Any]]
 
+_ERROR_PARTS = ("adapt_error", "stab_error")
+
+_RECOMBINED = ("value", "value_error")
+"""What is made of stored parts anew for the stability settings of each mask."""
+
 
 def known_columns(layout: Layout) -> tuple[str, ...]:
     """What `by` may name in a run of this layout, in stored order: ids, signals, and numbers of the pair."""
@@ -45,16 +50,17 @@ def columns_needed(by: str, components: Components, layout: Layout = SFT) -> tup
         return ("row_id", "turn", "position")
     known = known_columns(layout)
     named = _named(by, layout, components)
-    if "value" in named:
-        named = (named - {"value"}) | set(components.of_value)
+    for made, parts in _made_of(components).items():
+        if made in named:
+            named = (named - {made}) | set(parts)
     return tuple(name for name in known if name in named)
 
 
 def depends_on_value(by: str) -> bool:
     """Whether the stability settings change what `by` selects."""
     if by == "random" or by in known_columns(PREFERENCE):  # names that need not be expressions: `position` is none
-        return by == "value"
-    return "value" in _read(by).columns
+        return by in _RECOMBINED
+    return not _read(by).columns.isdisjoint(_RECOMBINED)
 
 
 def is_readable(by: str) -> bool:
@@ -99,9 +105,9 @@ def selection(
 ) -> NDArray[np.float32]:
     """The number to select on, one per response token: (n,) float32, finite.
 
-    `by` is `value` (recombined from the stored components with this stability weight and these scales), `random` (a
-    draw in [0, 1] keyed by seed, row_id, turn, position and branch), a stored column, one of `EXPRESSIONS`, or an
-    `expression` of all these but `random`.
+    `by` is `value` or `value_error` (recombined from what is stored with this stability weight and these scales),
+    `random` (a draw in [0, 1] keyed by seed, row_id, turn, position and branch), a stored column, one of `EXPRESSIONS`,
+    or an `expression` of all these but `random`.
     `columns` holds at least `columns_needed(by, components, layout)`, each (n,), of the branch with that index in the
     layout; `components` are those of the run's estimator. Raises `UsageError` for an expression that cannot be read,
     names a column that is unknown or was not computed, or does not give one finite number per token; `StoredDataError`
@@ -127,10 +133,14 @@ def named_columns(
     """The columns that `by` names, the value recombined: all that `evaluated` needs. Arguments as of `selection`."""
     known = known_columns(layout)
     named = _named(by, layout, components)
-    used = {name: columns[name] for name in known if name in named and name != "value"}
-    if "value" in named:
-        with np.errstate(over="ignore"):
+    used = {name: columns[name] for name in known if name in named and name not in _RECOMBINED}
+    with np.errstate(over="ignore"):
+        if "value" in named:
             used["value"] = composite.value(columns, components, stability_weight=stability_weight, scales=scales)
+        if "value_error" in named:
+            for name in _ERROR_PARTS:
+                _check_whole(name, columns[name])
+            used["value_error"] = composite.value_error(columns, stability_weight, scales=scales)
     for name, column in used.items():
         _check_column(name, column, optional=name in NOT_COMPUTED and name not in components.always)
     return used
@@ -161,11 +171,21 @@ def _named(by: str, layout: Layout, components: Components) -> frozenset[str]:
     return named
 
 
+def _made_of(components: Components) -> dict[str, tuple[str, ...]]:
+    """The stored columns that each of `_RECOMBINED` is made of."""
+    return dict(zip(_RECOMBINED, (components.of_value, _ERROR_PARTS), strict=True))
+
+
 def _check_column(name: str, column: NDArray[Any], *, optional: bool) -> None:
-    missing = np.isnan(column)
-    if optional and len(column) and missing.all():
+    if optional and len(column) and np.isnan(column).all():
         raise UsageError(f"by: {name} was not computed, or not in every generation averaged: {NOT_COMPUTED[name]}")
-    if missing.any():
+    _check_whole(name, column, none=False)
+
+
+def _check_whole(name: str, column: NDArray[Any], *, none: bool = True) -> None:
+    """Raise `StoredDataError` where only some tokens have a number; `none`: no token need have one."""
+    missing = np.isnan(column)
+    if missing.any() and not (none and missing.all()):
         raise StoredDataError(
             f"column {name} has no value at {int(missing.sum())} of {count(len(column), 'response token')};"
             " run `verify`"

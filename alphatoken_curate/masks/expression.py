@@ -28,6 +28,7 @@ from alphatoken_curate.masks.language import (
     NOT,
     OF_MANY,
     OF_ONE,
+    OF_ROW,
     ORDERED,
     PARTITIONS,
     SINGLE,
@@ -259,7 +260,7 @@ class _Reader(Words):
         if name == "COUNT":
             self.need("(", "*", ")")
             return self._of_many(name, [], place)
-        arguments = self._arguments(name, OF_ONE.get(name) or OF_MANY[name])
+        arguments = self._arguments(name, {**OF_ONE, **OF_MANY, **OF_ROW}[name])
         return self._of_one(name, arguments, place) if name in OF_ONE else self._of_many(name, arguments, place)
 
     def _arguments(self, name: str, takes: tuple[int, int]) -> list[Expression]:
@@ -326,12 +327,12 @@ class _Reader(Words):
         twice = 0
         if name in ("MAX", "MEDIAN", "MIN", "QUANTILE_CONT") and not of[0].is_leaf:  # polars passes NaN over
             expr, twice = pl.when(of[0].expr.is_nan().any()).then(float("nan")).otherwise(expr), 1
-        if not self.take("OVER"):
+        if name not in OF_ROW and not self.take("OVER"):
             if any(one.reach > 1 for one in of):
                 self.fail(place, f"{name} of another function of all tokens; give that one an OVER (...)")
             return self._made(expr, *of, twice=twice, reach=2, per_token=False)
         self._of_single_tokens(name, of, place)
-        partition, order = self._window()
+        partition, order = (["row_id"], None) if name in OF_ROW else self._window()
         if order:
             self.fail(place, f"{name} takes no ORDER BY: that is for {', '.join(ORDERED)}")
         return self._over(name, expr, partition, of, twice)

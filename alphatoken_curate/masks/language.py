@@ -40,13 +40,16 @@ OF_MANY: Mapping[str, tuple[int, int]] = {
 }
 """Functions of all tokens, or of those that a PARTITION BY puts together."""
 
+OF_ROW: Mapping[str, tuple[int, int]] = dict.fromkeys(("ROW_MEAN", "ROW_SUM"), (1, 1))
+"""AVG and SUM OVER (PARTITION BY row_id), by a name of their own."""
+
 ORDERED: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("DENSE_RANK", "RANK", "ROW_NUMBER"), (0, 0)),
     **dict.fromkeys(("LAG", "LEAD"), (1, 2)),
 }
 """Functions that need an ORDER BY."""
 
-FUNCTIONS = tuple(sorted((*OF_ONE, *OF_MANY, *ORDERED)))
+FUNCTIONS = tuple(sorted((*OF_ONE, *OF_MANY, *OF_ROW, *ORDERED)))
 
 PARTITIONS = ("row_id", "turn", "position", "token_id")
 """Columns that PARTITION BY takes."""
@@ -97,6 +100,8 @@ SINGLE: Mapping[str, Callable[[pl.Expr], pl.Expr]] = {
     "MEDIAN": pl.Expr.median,
     "MIN": pl.Expr.min,
     "STDDEV": pl.Expr.std,
+    "ROW_MEAN": pl.Expr.mean,
+    "ROW_SUM": pl.Expr.sum,
     "SUM": pl.Expr.sum,
     "VARIANCE": pl.Expr.var,
 }
@@ -116,6 +121,7 @@ HINTS = {
     "IS": "COALESCE(a, b) gives b where a is none",
     "SELECT": "it takes one expression, and reads no tables",
     "FROM": "it takes one expression, and reads no tables",
+    "OVER": "OVER (...) follows a function of many tokens; ROW_MEAN and ROW_SUM are over their row as they are",
     "FILTER": "put a CASE inside the function",
     "RANDOM": "`random` is a draw by itself, and no part of an expression",
 }

@@ -177,7 +177,7 @@ def _fields(config: MaskConfig, generations: Sequence[Generation], version: int)
     }
     if len(generations) > 1:
         about["aggregate"] = config.aggregate
-    if criteria.depends_on_value(config.by):
+    if _is_by_value(config):
         about |= {"stability_weight": float(config.stability_weight), "stability_scale": config.stability_scale}
     if config.always_keep != "none":
         about["always_keep"] = config.always_keep
@@ -279,7 +279,12 @@ def _ranked(
 
 
 def _is_scaled(config: MaskConfig) -> bool:
-    return config.stability_scale == "rms" and criteria.depends_on_value(config.by)
+    return config.stability_scale == "rms" and _is_by_value(config)
+
+
+def _is_by_value(config: MaskConfig) -> bool:
+    """Whether the stability settings decide: by what is selected on, or by what is always kept."""
+    return criteria.depends_on_value(config.by) or always.depends_on_value(config.always_keep)
 
 
 def _choice(config: MaskConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from alphatoken_curate.page.markup import (
 )
 from alphatoken_curate.page.numbers import Floats, overlaid, symmetric_edges
 from alphatoken_curate.page.tokens import RunTokens
+from alphatoken_curate.reading.errors import Beyond
 from alphatoken_curate.reading.row import rejects
 from alphatoken_curate.reading.stats import Stats
 from alphatoken_curate.reading.sums import objectives
@@ -51,6 +53,9 @@ NAMES = {
     "nll": "loss (nll)",
     "entropy": "entropy",
     "reference_nll": "reference loss (nll)",
+    "adapt_error": "standard error of adaptation",
+    "stab_error": "standard error of stability",
+    "value_error": "standard error of the value",
     "loss_weight": "loss weight",
     "value": "value",
 }
@@ -84,6 +89,7 @@ def what_was_run(run: Path, tokens: RunTokens, found: Stats) -> Html:
         ("Model", foreign(tokens.generation.checkpoint)),
         ("Reference", _reference(tokens)),
         ("Estimator", f"{found.estimator}; layers: {settings.get('layers', NONE)}"),
+        *([("Values", f"of a rehearsed training: {found.rehearsed}")] if found.rehearsed else []),
         ("Stability", _stability(tokens)),
         ("Mask", _mask(tokens)),
     ]
@@ -241,7 +247,17 @@ def how_distributed(tokens: RunTokens, found: Stats) -> Html:
     for name in names:
         if name in tokens.signals:
             figures.append(_distribution(tokens, name, tokens.signals[name]))
+        if name == "value" and found.beyond:
+            figures.append(_beyond(found.beyond))
     return joined([_key(tokens), tag("div", *figures, class_="charts")])
+
+
+def _beyond(found: Beyond) -> Html:
+    told, *rest = found.lines()
+    # Not the folder: a page is handed on to others.
+    command = " ".join(["alphatoken-curate mask RUN", *map(shlex.quote, found.command[3:])])
+    answer = f"{told[0].upper()}{told[1:]}: {rest[0]}"
+    return figure("beyond", "Which values are below 0 beyond their error?", answer, tag("p", tag("code", command)))
 
 
 def _key(tokens: RunTokens) -> Html | None:

@@ -24,6 +24,7 @@ from alphatoken_curate.reading.row import read_row
 from alphatoken_curate.reading.scan import choose_generation
 from alphatoken_curate.reading.stats import newest_settings
 from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs.direction import direction
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.manifest import Generation, Manifest
 from alphatoken_curate.runs.schema import rows_and_turns
@@ -46,6 +47,7 @@ class Side:
     generation: int
     checkpoint: str
     estimator: str
+    direction: str
     mask_settings: Mapping[str, Json]
 
 
@@ -197,6 +199,7 @@ class _Scoring:
             generation=self.generation.generation,
             checkpoint=self.generation.checkpoint,
             estimator=str(self.stored.settings["estimator"]),
+            direction=direction(self.stored),
             mask_settings={name: getattr(config, name) for name in _SETTINGS},
         )
 

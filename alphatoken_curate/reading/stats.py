@@ -14,12 +14,13 @@ from typing import Any
 
 from alphatoken_curate.config import MaskConfig, settings_of_mask
 from alphatoken_curate.errors import StoredDataError
-from alphatoken_curate.masks import choose, criteria, remask, responses
+from alphatoken_curate.masks import choose, criteria, formulas, remask, responses
 from alphatoken_curate.reading.counting import GroupStats, counted
+from alphatoken_curate.reading.errors import Beyond, beyond
 from alphatoken_curate.reading.histogram import Histogram
 from alphatoken_curate.reading.scan import choose_generation
 from alphatoken_curate.reading.sums import PairStats, Sums
-from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs import direction, manifest
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.manifest import Generation, Manifest, Mask
 from alphatoken_curate.runs.schema import STATUSES, Layout
@@ -69,10 +70,12 @@ class MaskStats:
 class Stats:
     """A run in numbers: one `generation` and the newest mask. Of preference rows, tokens are those of both branches.
 
-    `kind`: `sft` or `preference`. `rows`: read, and by status. `tokens`, `response_tokens`: of every status;
-    `scored_tokens`: response tokens of scored rows, of which `kept_tokens` (None without a mask); `rows_left_out`:
-    scored rows that are not in the mask, since another of its generations did not score them. `branches`: `chosen` and
-    `rejected`, empty in SFT runs; `pairs` None there; `sources`: by the name of the file that scored rows are from.
+    `kind`: `sft` or `preference`. `direction`: what values are along, `gradient` or `rehearsal`, of which `rehearsed`
+    tells the training; `beyond`: values below 0 beyond their error, None where there are no errors. `rows`: read, and
+    by status. `tokens`, `response_tokens`: of every status; `scored_tokens`: response tokens of scored rows, of which
+    `kept_tokens` (None without a mask); `rows_left_out`: scored rows that are not in the mask, since another of its
+    generations did not score them. `branches`: `chosen` and `rejected`, empty in SFT runs; `pairs` None there;
+    `sources`: by the name of the file that scored rows are from.
     `histograms`: of each signal computed, over the scored tokens; those of `branches`, `sources` and `generations` are
     of the value and have its edges. `rms`: root mean square over the scored tokens of each signal
     that `estimator` gives along a direction, of `adaptation` and `stability` (the sums of their components) and of
@@ -86,6 +89,9 @@ class Stats:
 
     kind: str
     estimator: str
+    direction: str = "gradient"
+    rehearsed: str | None = None
+    beyond: Beyond | None = None
     generation: int
     rows: Mapping[str, int]
     sequences: int | None = None
@@ -118,6 +124,8 @@ class Stats:
             return "keeps every token, so stability decides nothing in it"
         if not criteria.is_readable(str(self.masks[-1].settings.get("by", "value"))):
             return "selects by SQL that --by does not take, so what stability decides in it is not told"
+        if formulas.drops(str(self.masks[-1].settings.get("weights"))) and self.masks[-1].settings.get("keep") == 1:
+            return "drops tokens by their weight alone, so what stability decides in it is not told"
         return "does not select by value, so stability decides nothing in it"
 
 
@@ -147,6 +155,9 @@ def stats(run: str | Path, *, generation: int | None = None) -> Stats:
     return Stats(
         kind=layout.kind,
         estimator=str(stored.settings["estimator"]),
+        direction=direction.direction(stored),
+        rehearsed=direction.rehearsed(stored),
+        beyond=beyond(folder, generation),
         generation=shown.generation,
         rows={"read": counts.read, **{status: sums.rows[status] for status in STATUSES}},
         sequences=counts.sequences if stored.settings.get("turns") == "each" else None,

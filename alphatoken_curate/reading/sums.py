@@ -15,11 +15,14 @@ from alphatoken_curate.masks import responses
 from alphatoken_curate.reading.histogram import edges_for
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.manifest import Generation, Manifest
-from alphatoken_curate.runs.schema import PAIR_COLUMNS, SIGNALS, Components, Layout
+from alphatoken_curate.runs.schema import ERRORS, PAIR_COLUMNS, SIGNALS, Components, Layout
 from alphatoken_curate.signals import composite
 
 MEANS = ("nll", "entropy", "reference_nll")
 """Signals whose mean is told."""
+
+_SPREADS = (*MEANS, *ERRORS)
+"""Signals that are 0 or above."""
 
 _CORE = 0.98
 """Share of the values that the closed bins of a histogram are to cover, at least."""
@@ -51,10 +54,10 @@ class Sums:
         self.objectives = objectives(components)
         self.signals = (*components.of_value, *components.upstream, *components.drift, "value")
         self.squares: dict[str, list[float]] = {name: [] for name in (*self.signals, *self.objectives)}
-        self.totals: dict[str, list[float]] = {name: [] for name in (*MEANS, *PAIR_COLUMNS)}
+        self.totals: dict[str, list[float]] = {name: [] for name in (*_SPREADS, *PAIR_COLUMNS)}
         self.present: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
-        self.sizes = {name: np.zeros(1 << 12, np.int64) for name in (*self.signals, *MEANS)}
+        self.sizes = {name: np.zeros(1 << 12, np.int64) for name in (*self.signals, *_SPREADS)}
 
     @classmethod
     def of(cls, run: Path, stored: Manifest, generation: Generation) -> Sums:
@@ -62,7 +65,7 @@ class Sums:
         layout, sums = manifest.layout(stored), cls(manifest.components(stored))
         names = [name for name in ("row_id", "status", *PAIR_COLUMNS) if name in layout.values.names]
         for shard in generation.shards:
-            for tokens in responses.load(run, [[shard]], (*sums.signals, *MEANS), layout).branches:
+            for tokens in responses.load(run, [[shard]], (*sums.signals, *_SPREADS), layout).branches:
                 sums.add(tokens.columns)
             table = shards.read_shard(run, shard, layout.values, names)
             sums.rows.update(shards.rows_by_status(*(table[name].to_pylist() for name in names[:2])))
@@ -74,11 +77,11 @@ class Sums:
 
     def add(self, columns: Mapping[str, NDArray[np.float32]]) -> None:
         """Count the tokens of a branch of a shard."""
-        wide = {name: columns[name].astype(np.float64) for name in (*self.signals, *MEANS)}
+        wide = {name: columns[name].astype(np.float64) for name in (*self.signals, *_SPREADS)}
         wide |= {name: composite.objective(wide, parts) for name, parts in self.objectives.items()}
         for name in self.squares:
             self._count(name, np.square(wide[name]), self.squares)
-        for name in MEANS:
+        for name in _SPREADS:
             self._count(name, wide[name], self.totals)
         for name in self.sizes:
             # The upper 12 bits of a positive float32, sign left out: 16 sizes for each power of two.
@@ -129,4 +132,4 @@ class Sums:
 
     def edges(self) -> dict[str, tuple[float, ...]]:
         """The edges of a histogram of each signal computed, from -reach to reach, or from 0 where none is below it."""
-        return {name: edges_for(self.core(name), signed=name not in MEANS) for name in self.computed()}
+        return {name: edges_for(self.core(name), signed=name not in _SPREADS) for name in self.computed()}

@@ -9,6 +9,7 @@ import orjson
 import pyarrow as pa
 
 from alphatoken_curate.runs.atomic import atomic_file
+from alphatoken_curate.runs.direction import rehearsed
 from alphatoken_curate.runs.manifest import Manifest, Mask, components, layout
 from alphatoken_curate.runs.schema import SIGNALS, Layout, lacks, units_of, with_units
 from alphatoken_curate.wording import end_of_turn
@@ -63,8 +64,7 @@ def _body(manifest: Manifest) -> Iterator[str]:
     yield ""
     yield (
         "Made by alphatoken-curate with the AlphaToken method ([arXiv 2606.01635](https://arxiv.org/abs/2606.01635))."
-        " Every response token of the rows was given a value: how much a training step on it helps the target task,"
-        " and brings the model back toward its reference."
+        f" Every response token of the rows was given a value: {_meaning(manifest)}"
     )
     yield from ("", "## Rows and tokens", "", *_counts(manifest))
     columns = layout(manifest)
@@ -87,6 +87,15 @@ def _body(manifest: Manifest) -> Iterator[str]:
     )
     yield from _columns(columns.values, [prefix + name for prefix in columns.branches for name in absent])
     yield from ("", "## What was run", "", *_run(manifest))
+
+
+def _meaning(manifest: Manifest) -> str:
+    if (training := rehearsed(manifest)) is None:
+        return "how much a training step on it helps the target task, and brings the model back toward its reference."
+    return (
+        "how much a larger loss weight on it helps the target task, and holds the model to what it knew, at the end of"
+        f" a rehearsed training: {training}."
+    )
 
 
 def _train(manifest: Manifest, columns: Layout) -> pa.Schema:

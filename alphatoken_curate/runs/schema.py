@@ -324,7 +324,7 @@ spares what a reference trained on clean rows thinks less likely than the model 
 
 def units_of(by: str, stability_scale: str) -> str:
     """Units of the number that tokens are selected by, of `--by` and `--stability-scale`."""
-    if by == "value" and stability_scale == "rms":
+    if by in ("value", "value_error") and stability_scale == "rms":
         return "multiples of the RMS of an objective"
     if by == "random":
         return "0 to 1"

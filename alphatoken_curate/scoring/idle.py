@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
+from alphatoken_curate.masks import always
 from alphatoken_curate.masks.criteria import depends_on_value
 
 
@@ -52,7 +53,10 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
         lambda config, _: config.rehearses and config.rehearse_optimizer == "sgd",
     ),
     "beta": ("for preference rows", lambda _, kind: kind == "preference"),
-    "stability_scale": ("where --by depends on value", lambda config, _: depends_on_value(config.by)),
+    "stability_scale": (
+        "where --by depends on value",
+        lambda config, _: depends_on_value(config.by) or always.depends_on_value(config.always_keep),
+    ),
     "aggregate": (
         "with several of --generation",
         lambda config, _: config.generation == "all" or "," in config.generation,

@@ -111,7 +111,7 @@ class RehearsalScorer(ShardScorer):
         kept = self.spec.store.require(REHEARSAL, part=_COLUMNS)
         found = {name: tensor.numpy() for name, tensor in kept.items()}
         if "adapt_error" in found:
-            found["value_error"] = composite.value_error(found, config.stability_weight).astype(np.float32)
+            found["value_error"] = composite.value_error(found, config.stability_weight)
         known = BY_ESTIMATOR[config.estimator]
         if known.adaptation[0] in found:
             found["value"] = composite.value(found, known, stability_weight=config.stability_weight)

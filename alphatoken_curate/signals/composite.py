@@ -44,19 +44,20 @@ def value(
     return (adaptation + stability_weight * stability).astype(np.float32)
 
 
-def value_error(columns: Mapping[str, NDArray[np.floating[Any]]], stability_weight: float) -> NDArray[np.float64]:
-    """Standard error of the value, (N,): adaptation and stability come of rows of their own.
+def value_error(
+    signals: Mapping[str, NDArray[np.floating[Any]]], stability_weight: float, *, scales: Scales = PUBLISHED
+) -> Floats:
+    """Standard error of `value`: sqrt((adapt_error / scale)^2 + (stability_weight * stab_error / scale)^2).
 
-    An objective that knows of no error (NaN: a single group, or the drift) adds none; without any it is NaN.
+    Adaptation and stability come of rows of their own, so that their errors add up as squares. `signals`: float arrays
+    of one shape, without `stab_error` where nothing is known of it -> float32 of that shape. An objective that knows of
+    no error (NaN: a single group, or the drift) adds none; NaN where neither does. Computed in float64, rounded once.
     """
-    adaptation, stability = (
-        columns["adapt_error"],
-        columns.get("stab_error", np.full_like(columns["adapt_error"], np.nan)),
-    )
-    squares = [adaptation**2, (stability_weight * stability) ** 2]
-    known = np.where(np.isnan(squares), 0.0, squares)
-    error: NDArray[np.float64] = np.sqrt(known.sum(axis=0))
-    return np.where(np.isnan(squares).all(axis=0), np.nan, error)
+    adaptation = signals["adapt_error"].astype(np.float64) / scales.adaptation
+    stability = signals.get("stab_error", np.full_like(adaptation, np.nan)).astype(np.float64) / scales.stability
+    parts = np.stack([adaptation, stability_weight * stability])
+    error = np.sqrt(np.square(np.where(np.isnan(parts), 0.0, parts)).sum(axis=0))
+    return np.where(np.isnan(parts).all(axis=0), np.nan, error).astype(np.float32)
 
 
 def objective(signals: Mapping[str, NDArray[np.floating[Any]]], names: Sequence[str]) -> NDArray[np.float64]:

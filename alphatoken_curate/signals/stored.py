@@ -128,7 +128,7 @@ def _errors(
         found[f"{prefix}_error"] = mean_and_error(summed, tokens)[1] * (1.0 if signs is None else np.abs(signs))
         first += len(tokens)
     stored: RowSignals = {name: column.astype(np.float32) for name, column in found.items()}
-    return stored | {"value_error": composite.value_error(stored, stability_weight).astype(np.float32)}
+    return stored | {"value_error": composite.value_error(stored, stability_weight)}
 
 
 def _paths(signals: Signals) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ def compare_lines(found: Comparison, width: int) -> Iterator[Text | Table]:
 
     for name, side in (("first ", found.first), ("second", found.second)):
         place = f"{visible(side.run)}, generation {side.generation}, at {visible(side.checkpoint)}"
-        yield Text(f"{name}  ", "bold").append(f"{place} ({side.estimator})", "not bold")
+        yield Text(f"{name}  ", "bold").append(f"{place} ({_along(side)})", "not bold")
     apart = (
         f"; {count(found.rows_apart, 'row')} {'is' if found.rows_apart == 1 else 'are'} not, or differ"
         if found.rows_apart
@@ -44,6 +44,11 @@ def compare_lines(found: Comparison, width: int) -> Iterator[Text | Table]:
         yield Text("\ntokens that changed most; rank: the share of tokens below it", "bold")
         yield _changed(found.changed, width)
         yield Text(f"{SYMBOLS}.", "dim")
+
+
+def _along(side: Side) -> str:
+    """By which estimator its values are, and of what where that is not the published gradient."""
+    return side.estimator if side.direction == "gradient" else f"{side.estimator}, {side.direction}"
 
 
 def _table(*heads: str, left: Sequence[str] = ("",)) -> Table:

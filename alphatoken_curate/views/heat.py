@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.criteria import is_expression
-from alphatoken_curate.runs.schema import units_of
+from alphatoken_curate.runs.schema import ERRORS, units_of
 
 LEVELS = 17
 MIDDLE = 8
@@ -122,7 +122,7 @@ def unit_of(column: str, scale: float) -> Unit:
     digits = int(np.floor(np.log10(scale)))
     exponent = 0 if -1 <= digits <= 2 else digits // 3 * 3
     decimals = 3 if digits < exponent else 2 if digits - exponent < 2 else 1
-    return Unit(name=name, exponent=exponent, decimals=decimals)
+    return Unit(name=name, exponent=exponent, decimals=decimals, signed=column not in ERRORS)
 
 
 # ---------------------------------------------------------------------------------------------------- text to be seen

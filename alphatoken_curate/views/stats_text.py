@@ -44,6 +44,10 @@ def stats_lines(found: Stats, width: int) -> Iterator[Text | Table]:
     yield Text("\n" + "\n".join(_filled(line, width) for line in notes))
     if found.stability_is_zero and found.scored_tokens:
         yield Text(_filled(_no_stability(found), width), "yellow")
+    if found.beyond:
+        yield Text(f"\nvalues beyond their error{shown}", "bold")
+        told, *command = found.beyond.lines()
+        yield Text("\n".join([_filled(told, width), *command]))
     yield Text("\ngenerations and masks", "bold")
     yield _generation_table(found)
     if several:
@@ -79,6 +83,8 @@ def _counts(found: Stats) -> Table:
         "rows": f"{found.rows['read']:,} read: {rows}{in_sequences(found.sequences)}",
         "tokens": f"{found.tokens:,}, of them {found.response_tokens:,} in responses; {found.scored_tokens:,} scored",
     }
+    if found.rehearsed:
+        lines["values"] = f"of a rehearsed training: {found.rehearsed}"
     if found.kept_tokens is not None and found.masks:
         lines["kept"] = f"{_kept(found)} by mask {found.masks[-1].mask}"
     lines |= {f"  {name}": _kept(branch) for name, branch in found.branches.items()}

@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from small_run import VOCABULARY, published, small_run, value_rows, write_pieces
 from tiny_files import command, contents
 
-from alphatoken_curate import MaskConfig, mask
+from alphatoken_curate import MaskConfig, mask, scan_tokens
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.masks.always import always_kept, check
 from alphatoken_curate.reading.compare import compare
@@ -62,6 +63,13 @@ def test_nothing_is_always_kept_where_nothing_is_dropped(tmp_path: Path) -> None
         assert not made.created and made.end_of_turn_kept == made.end_of_turn_tokens
     assert contents(run) == before
     assert mask(run, MaskConfig(weights="relu", by="nll")).created, "relu drops what is 0 or below"
+    assert mask(run, MaskConfig(weights="tilt:2", by="nll")).created, "so does a tilt far below"
+    mask(run, MaskConfig(weights="tilt:100", by="-nll"))
+    ends = stored_of(run, "end_of_turn", "sft")
+    pairs = [pair for row in zip(ends, weights_of(run), strict=True) for pair in zip(*row, strict=True)]
+    assert all(weight > 0 for closes, weight in pairs if closes)
+    response = [responds for row in stored_of(run, "response", "sft") for responds in row]
+    assert any(responds and not weight for responds, (_, weight) in zip(response, pairs, strict=True))
 
 
 def test_special_tokens_are_those_of_the_vocabulary(tmp_path: Path) -> None:
@@ -204,6 +212,29 @@ def test_what_is_always_kept_is_another_mask_and_named_in_its_footers(tmp_path: 
     settings = [one.settings.get("always_keep") for one in manifest.read(run).masks[1:]]
     assert settings == [None, "end-of-turn", "special", "nll > 1"]
     assert not any(mask(run, replace(ALL, always_keep=stays)).created for stays in ("none", "end-of-turn"))
+
+
+def test_what_is_always_kept_by_the_value_is_another_mask_by_other_stability_settings(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", value_rows(20))
+    one = replace(ALL, always_keep="value > 0.5")
+    made = [mask(run, given).mask for given in (one, replace(one, stability_weight=-1.5))]
+    value = {w: scan_value(run, w) for w in (1.5, -1.5)}
+    assert made == [1, 2]
+    for number, weight in zip(made, (1.5, -1.5), strict=True):
+        kept = [branch.loss_weight for row in open_train(run, number).rows() for branch in row.branches]
+        assert (np.concatenate(kept)[np.concatenate(stored_of(run, "response", "sft"))] > 0)[value[weight] > 0.5].all()
+    assert mask(run, replace(one, stability_scale="rms")).mask == 3
+    assert not mask(run, one).created
+    by_nll = replace(ALL, always_keep="nll > 1")
+    assert mask(run, by_nll).mask == mask(run, replace(by_nll, stability_weight=9.0)).mask
+
+
+def scan_value(run: Path, weight: float) -> np.ndarray:
+    """Of all response tokens, in order."""
+    tokens = scan_tokens(run).collect()
+    adaptation, stability = ("adapt_direct", "adapt_causal"), ("stab_direct", "stab_causal")
+    parts = [sum(tokens[name].to_numpy().astype(np.float64) for name in names) for names in (adaptation, stability)]
+    return np.asarray(parts[0] + weight * parts[1])
 
 
 def test_an_answer_without_an_end_is_said_to_have_none(tmp_path: Path) -> None:

@@ -3,15 +3,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from decimal import ROUND_CEILING, Decimal
+from fractions import Fraction
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from alphatoken_curate.errors import CurateError, UsageError
-from alphatoken_curate.masks import choose
+from alphatoken_curate.masks import choose, formulas
 
 Token = tuple[float, int, int]
 """score, row, position."""
@@ -20,7 +21,7 @@ SCORE = st.one_of(st.sampled_from([-1.0, -0.5, 0.0, -0.0, 0.5, 1.0]), st.floats(
 KEEP = st.one_of(st.sampled_from(["positive", 1.0, 0.1, 0.3, 0.5, 0.7]), st.decimals("0.01", "1", places=2).map(float))
 SCOPE = st.sampled_from(["global", "row", "batch:1", "batch:2", "batch:3"])
 BLOCK = st.sampled_from([1, 2, 3, 7, 1 << 20])
-WEIGHTS = st.sampled_from(["binary", "rank", "sigmoid", "relu"])
+WEIGHTS = st.sampled_from(["binary", "rank", "sigmoid", "relu", "tilt:0.25", "tilt:2", "tilt:100"])
 
 
 @st.composite
@@ -118,13 +119,28 @@ def plain_weights_with_always(
 def plain_formula(found: list[Token], scope: str, kind: str) -> Callable[[Token], float]:
     rms = math.sqrt(math.fsum(t[0] ** 2 for t in found) / len(found)) or 1.0 if found else 1.0
     places = plain_places(found, scope)
-    formulas: dict[str, Callable[[Token], float]] = {
+    by_name: dict[str, Callable[[Token], float]] = {
         "binary": lambda t: 1.0,
         "rank": lambda t: 1 - places[t][0] / places[t][1],
         "sigmoid": lambda t: 1 / (1 + math.exp(-t[0] / rms)),
         "relu": lambda t: max(t[0], 0.0),
     }
-    return formulas[kind]
+    if kind.startswith("tilt:"):
+        strength, spread = float(kind.removeprefix("tilt:")), plain_spread([t[0] for t in found])
+        if not spread:
+            return lambda t: 1.0
+        assume(all(abs(1 + strength * t[0] / spread) > 1e-9 for t in found))  # beside 0 the last bit decides
+        return lambda t: min(max(1 + strength * t[0] / spread, 0.0), 3.0)
+    return by_name[kind]
+
+
+def plain_spread(numbers: list[float]) -> float:
+    """Standard deviation, from exact fractions."""
+    if not numbers:
+        return 0.0
+    exact = [Fraction(one) for one in numbers]
+    mean = sum(exact) / len(exact)
+    return math.sqrt(sum((one - mean) ** 2 for one in exact) / len(exact))
 
 
 def plain_weights(found: list[Token], keep: float | str, scope: str, kind: str, allow: bool) -> dict[Token, float]:
@@ -142,7 +158,7 @@ def plain_weights(found: list[Token], keep: float | str, scope: str, kind: str, 
 @settings(max_examples=300, deadline=None)
 def test_kept_is_what_sorting_says(found: list[Token], keep: float | str, scope: str, allow: bool, block: int) -> None:
     found = [(float(np.float32(score)), row, position) for score, row, position in found]
-    with patch.object(choose, "_BLOCK", block):
+    with patch.object(formulas, "BLOCK", block):
         got = choose.kept(*columns(found), keep=keep, scope=scope, allow_empty_rows=allow)
     want = plain_kept(found, keep, scope)
     want |= set() if allow else plain_best(found, want)
@@ -155,7 +171,7 @@ def test_weights_are_what_the_formulas_say(
     found: list[Token], keep: float | str, scope: str, kind: str, allow: bool, block: int
 ) -> None:
     found = [(float(np.float32(score)), row, position) for score, row, position in found]
-    with patch.object(choose, "_BLOCK", block):
+    with patch.object(formulas, "BLOCK", block):
         got = choose.weighed(*columns(found), keep=keep, scope=scope, weights=kind, allow_empty_rows=allow).weight
     want = plain_weights(found, keep, scope, kind, allow)
     assert got.dtype == np.float32
@@ -182,7 +198,7 @@ def test_kept_with_what_is_always_kept_is_what_sorting_says(
 ) -> None:
     found, always = drawn
     given = flags(*drawn)
-    with patch.object(choose, "_BLOCK", block):
+    with patch.object(formulas, "BLOCK", block):
         got = choose.kept(*columns(found), keep=keep, scope=scope, allow_empty_rows=allow, always=given)
     chosen, _ = plain_with_always(found, keep, scope, always)
     others = chosen - always
@@ -204,7 +220,7 @@ def test_weights_with_what_is_always_kept_are_what_the_formulas_say(
     given = flags(*drawn)
     want = plain_weights_with_always(found, keep, scope, kind, allow, always)
     how = {"keep": keep, "scope": scope, "weights": kind, "allow_empty_rows": allow, "always": given}
-    with patch.object(choose, "_BLOCK", block):
+    with patch.object(formulas, "BLOCK", block):
         if not want and always and keep != "positive":
             with pytest.raises(
                 UsageError, match="nothing is left to train: tokens that are always kept take up the share"
@@ -303,6 +319,34 @@ def test_weights_neither_vanish_nor_overflow() -> None:
     assert (got > 0).all()
 
 
+def test_tilted_weights_by_hand() -> None:
+    score = np.array([-4, -1, 0, 1, 4], np.float32)  # of mean 0 and variance 34 / 5
+    sd = math.sqrt(6.8)
+    got = choose.weighed(score, lengths(0, 0, 0, 0, 0), keep=1.0, scope="global", weights="tilt:2")
+    raw = np.array([0, 1 - 2 / sd, 1, 1 + 2 / sd, 3])
+    np.testing.assert_allclose(got.weight, raw / raw[1:].mean(), rtol=1e-6)
+    mild = choose.weighed(score, lengths(0, 0, 0, 0, 0), keep=0.6, scope="global", weights="tilt:0.25")
+    raw = np.array([0, 0, 1, 1 + 0.25 / sd, 1 + 1 / sd])  # by the spread of all of them, dropped ones too
+    np.testing.assert_allclose(mild.weight, raw / raw[2:].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("number", [0.1, -0.1, 1e-45, -3e38, 0.0])
+def test_scores_without_a_spread_weigh_one(number: float) -> None:
+    # The mean of a million times 0.1 is another number than 0.1, by which all would seem far from it.
+    score = np.full(10**6, number, np.float32)
+    got = choose.weighed(score, np.array([10**6]), keep=1.0, scope="global", weights="tilt:100")
+    assert (got.weight == 1).all() and got.given_back == 0
+    assert not choose.weighed(score[:0], np.empty(0, np.int64), keep=1.0, scope="row", weights="tilt:1").weight.size
+
+
+def test_tilted_weights_of_the_largest_and_smallest_numbers() -> None:
+    for score in ([3.4e38, -3.4e38, 0.0], [1e-45, -1e-45, 0.0]):
+        found = np.array(score, np.float32)
+        got = choose.weighed(found, np.array([3]), keep=1.0, scope="global", weights="tilt:0.5").weight
+        raw = np.array([1 + 0.5 * math.sqrt(1.5), 1 - 0.5 * math.sqrt(1.5), 1])
+        np.testing.assert_allclose(got, raw, rtol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_no_number_is_an_error(bad: float) -> None:
     with pytest.raises(CurateError, match="scored row 2, response token 1"):
@@ -331,5 +375,6 @@ def test_a_scope_that_cannot_be_used_is_refused(scope: str) -> None:
 
 def test_unknown_weights_are_refused() -> None:
     empty = np.empty(0, np.float32), np.empty(0, np.int64)
-    with pytest.raises(UsageError, match="weights: found"):
-        choose.weighed(*empty, keep=0.5, scope="row", weights="softmax")
+    for weights in ("softmax", "tilt", "tilt:0", "tilt:101"):
+        with pytest.raises(UsageError, match=r"weights: found .* or tilt:C such as tilt:0.25"):
+            choose.weighed(*empty, keep=0.5, scope="row", weights=weights)

@@ -154,7 +154,51 @@ def test_numbers_of_the_pair_are_columns_of_preference_runs_alone() -> None:
 
 
 def test_whatever_can_be_named_is_said_to_depend_on_the_value_or_not() -> None:
-    assert [name for name in criteria.known_columns(PREFERENCE) if criteria.depends_on_value(name)] == ["value"]
+    found = [name for name in criteria.known_columns(PREFERENCE) if criteria.depends_on_value(name)]
+    assert found == ["value", "value_error"]
+
+
+def with_errors() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(8)
+    return stored() | {name: rng.uniform(0.1, 2, 50).astype(np.float32) for name in ("adapt_error", "stab_error")}
+
+
+def test_the_error_of_the_value_is_recombined_with_it() -> None:
+    found = with_errors()
+    c = {name: column.astype(np.float64) for name, column in found.items()}
+    adaptation, stability = c["adapt_direct"] + c["adapt_causal"], c["stab_direct"] + c["stab_causal"]
+    value, error = adaptation + 0.7 * stability, np.sqrt(c["adapt_error"] ** 2 + (0.7 * c["stab_error"]) ** 2)
+    np.testing.assert_allclose(selected("value_error", found, stability_weight=0.7), error, rtol=1e-6)
+    got = selected("value + 1.895 * value_error", found, stability_weight=0.7)
+    np.testing.assert_allclose(got, value + 1.895 * error, rtol=1e-5, atol=1e-6)
+    scales = composite.Scales(adaptation=4.0, stability=0.25)
+    scaled = np.sqrt((c["adapt_error"] / 4) ** 2 + (0.7 * c["stab_error"] / 0.25) ** 2)
+    np.testing.assert_allclose(selected("value_error", found, stability_weight=0.7, scales=scales), scaled, rtol=1e-6)
+    np.testing.assert_array_equal(selected("adapt_error", found), found["adapt_error"])
+    errors = ("adapt_error", "stab_error")
+    assert criteria.columns_needed("value_error", PARTED) == errors
+    assert criteria.columns_needed("value + 2 * value_error", PARTED) == (*COMPONENTS, *errors)
+    assert criteria.depends_on_value("1 - value_error") and not criteria.depends_on_value("adapt_error")
+
+
+def test_stability_without_an_error_adds_none() -> None:
+    found = with_errors() | {"stab_error": np.full(50, np.nan, np.float32)}
+    np.testing.assert_array_equal(selected("value_error", found), found["adapt_error"])
+    with pytest.raises(UsageError, match=r"by: stab_error was not computed.*--retention FILE"):
+        selected("value - stab_error", found)
+
+
+def test_errors_that_were_not_computed_are_explained_and_those_of_some_tokens_are_damage() -> None:
+    nothing = np.full(50, np.nan, np.float32)
+    found = stored() | {"adapt_error": nothing, "stab_error": nothing}
+    for by in ("value_error", "value + 1.895 * value_error", "adapt_error"):
+        with pytest.raises(UsageError, match=r"_error was not computed.*--target-groups 8"):
+            selected(by, found)
+    for name in ("adapt_error", "stab_error"):
+        hurt = with_errors()
+        hurt[name][7] = np.nan
+        with pytest.raises(StoredDataError, match=f"column {name} has no value at 1 of 50"):
+            selected("value_error", hurt)
 
 
 def test_the_branches_of_a_pair_are_drawn_apart() -> None:
@@ -241,6 +285,7 @@ def test_a_column_that_is_near_is_suggested(by: str, near: str) -> None:
             (by, False)
             for by in ("nll - avg(nll)", "rank() over (order by nll)", "sum(nll) over (partition by row_id)")
         ),
+        *((by, False) for by in ("row_sum(nll)", "nll - row_mean(nll)")),
         *((by, False) for by in ("nll / count(*)", "nll - lag(nll) over (order by position)")),
     ],
 )

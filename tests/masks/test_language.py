@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import polars as pl
 import pytest
@@ -31,7 +34,7 @@ def ours(by: str) -> np.ndarray:
     return FRAME.select(read(by, NAMES, {}).expr).to_series().cast(pl.Float64).to_numpy()
 
 
-def each_row(numbers: np.ndarray) -> np.ndarray:
+def each_row(numbers: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.repeat(numbers, 10)
 
 
@@ -82,6 +85,13 @@ WANTED = {
     f"VARIANCE(nll) {OVER}": each_row(ROWS.var(1, ddof=1)),
     f"COUNT(*) {OVER}": np.full(N, 10),
     f"QUANTILE_CONT(nll, 0.9) {OVER}": each_row(np.quantile(ROWS, 0.9, axis=1)),
+    "ROW_SUM(nll)": each_row([math.fsum(row) for row in ROWS]),
+    "row_mean(nll - 2 * entropy)": each_row([math.fsum(row) / 10 for row in (A - 2 * B).reshape(6, 10)]),
+    "nll - row_mean(nll)": A - each_row(ROWS.mean(1)),
+    "row_sum(CAST(nll > entropy AS INT)) / row_sum(ABS(entropy))": each_row(
+        (A > B).reshape(6, 10).sum(1) / B.reshape(6, 10).sum(1)
+    ),
+    "nll - AVG(ROW_SUM(nll))": A - ROWS.sum(1).mean(),
     "nll - AVG(nll)": A - A.mean(),
     "nll / MEDIAN(nll)": A / np.median(A),
     "nll - MAX(nll) OVER ()": A - A.max(),
@@ -191,6 +201,12 @@ def test_what_is_read_is_what_polars_reads(by: str) -> None:
         ("nll entropy", 5, "found 'entropy'; not an expression of --by. It takes columns, numbers"),
         ("", 0, "ends too early"),
         ("SELECT nll FROM x", 0, "reads no tables"),
+        ("row_sum(nll) OVER (PARTITION BY turn)", 14, "ROW_MEAN and ROW_SUM are over their row as they are"),
+        ("nll + row_sum", 7, "names no column 'row_sum'"),
+        ("row_sums(nll)", 0, "there is no function 'row_sums'. Did you mean ROW_SUM?"),
+        ("row_sum(nll, 2)", 8, "ROW_SUM takes 1, and not 2 numbers"),
+        ("row_sum(row_mean(nll))", 0, "give it one of single tokens"),
+        ("row_mean(nll > 1)", 10, "a condition where a number has to stand"),
         ("(SELECT nll)", 2, "reads no tables"),
     ],
 )

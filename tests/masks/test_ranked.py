@@ -16,7 +16,7 @@ from small_run import published, small_run, value_row, value_rows
 from tiny_files import save_models
 
 from alphatoken_curate import MaskConfig, ScoreConfig
-from alphatoken_curate.masks import choose, criteria
+from alphatoken_curate.masks import criteria, formulas
 from alphatoken_curate.masks.ranked import ranked, sizes
 from alphatoken_curate.masks.remask import make_mask, spreads
 from alphatoken_curate.masks.responses import aligned, chosen_generations, load
@@ -104,7 +104,7 @@ def most(work: Callable[[], object]) -> int:
 def grows(work: Callable[[Path], object], runs: list[Path]) -> float:
     """Bytes held for each response token more. Blocks are small, as those of a large run are beside it."""
     counts = [manifest.read(run).counts.response_tokens for run in runs]
-    with patch.object(choose, "_BLOCK", 2000):
+    with patch.object(formulas, "BLOCK", 2000):
         for run in runs:
             work(run)  # what is there afterwards is not counted
         low, high = (most(lambda run=run: work(run)) for run in runs)  # type: ignore[misc]
@@ -130,6 +130,7 @@ MORE = 10_000 / (SHARD * LENGTH / 2)
         ({"keep": "positive", "weights": "relu"}, 10),
         ({"scope": "batch:16", "allow_empty_rows": True}, 10),
         ({"weights": "sigmoid", "stability_scale": "rms"}, 10),
+        ({"weights": "tilt:0.25"}, 10),
         ({"weights": "rank", "scope": "row"}, 25),
         ({"weights": "rank"}, 25),
     ],

@@ -116,3 +116,26 @@ def test_what_is_stored_beside_the_components_is_no_part_of_the_value(found: Com
     each = len(found.adaptation)
     assert composite.value(signals, found, stability_weight=10).tolist() == [11 * each, 11 * each]
     assert set(composite.sizes([signals], found).spreads) == set(found.of_value)
+
+
+def test_errors_of_objectives_add_up_as_those_of_rows_of_their_own() -> None:
+    (three, four, nan) = arrays([3.0], [4.0], [np.nan])
+    both = {"adapt_error": three, "stab_error": four}
+    assert composite.value_error(both, 2.0).tolist() == [pytest.approx(math.sqrt(9 + 64))]
+    assert composite.value_error(both, -2.0).tolist() == [pytest.approx(math.sqrt(9 + 64))]
+    assert composite.value_error({"adapt_error": three, "stab_error": nan}, 2.0).tolist() == [3.0]
+    assert composite.value_error({"adapt_error": nan, "stab_error": four}, 2.0).tolist() == [8.0]
+    assert composite.value_error({"adapt_error": three}, 2.0).tolist() == [3.0]
+    assert np.isnan(composite.value_error({"adapt_error": nan, "stab_error": nan}, 2.0)[0])
+    scaled = composite.value_error(both, 2.0, scales=Scales(adaptation=10.0, stability=0.5))
+    assert scaled.tolist() == [pytest.approx(math.hypot(0.3, 16))] and scaled.dtype == np.float32
+
+
+@given(st.integers(0, 99), st.floats(-3, 3))
+def test_the_error_of_a_value_is_its_spread_over_draws(seed: int, weight: float) -> None:
+    """Independent draws of adaptation and stability: the variance of a weighed sum is that of its parts."""
+    rng = np.random.default_rng(seed)
+    adaptation, stability = rng.uniform(0.1, 3, 2)
+    draws = rng.normal(0, adaptation, 100_000) + weight * rng.normal(0, stability, 100_000)
+    told = {"adapt_error": np.array([adaptation]), "stab_error": np.array([stability])}
+    assert composite.value_error(told, weight)[0] == pytest.approx(draws.std(), rel=0.02)

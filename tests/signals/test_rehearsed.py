@@ -16,7 +16,7 @@ from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, me
 from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
-from alphatoken_curate.signals.rehearsed import columns, exact_paths, value_error
+from alphatoken_curate.signals.rehearsed import columns, exact_paths
 
 pytestmark = pytest.mark.usefixtures("all_float64")
 
@@ -112,15 +112,6 @@ def test_columns_of_paths_leave_the_denominator_out() -> None:
     np.testing.assert_allclose(found["adapt_direct"], np.average(one.direct[:3], axis=0, weights=[1, 2, 3]))
     np.testing.assert_allclose(found["stab_upstream"], one.own[3] - one.direct[3])
     np.testing.assert_allclose(found["adapt_error"], mean_and_error((one.direct + one.causal)[:3], [10, 20, 30])[1])
-
-
-def test_errors_of_objectives_add_up_as_those_of_rows_of_their_own() -> None:
-    nan = np.array([np.nan])
-    three, four = np.array([3.0]), np.array([4.0])
-    assert value_error({"adapt_error": three, "stab_error": four}, 2.0)[0] == np.sqrt(9 + 64)
-    assert value_error({"adapt_error": three, "stab_error": nan}, 2.0)[0] == 3.0
-    assert value_error({"adapt_error": three}, 2.0)[0] == 3.0
-    assert np.isnan(value_error({"adapt_error": nan, "stab_error": nan}, 2.0)[0])
 
 
 def _direction(trainee: Trainee, by_name: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.masks.remask import make_mask
 from alphatoken_curate.runs import card, manifest
 from alphatoken_curate.runs.documents import sealed
+from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.manifest import Facts, Input, Plan
 from alphatoken_curate.runs.schema import LAYOUTS, SCHEMA_VERSION, components
 from alphatoken_curate.runs.shards import Branch, Footer, ValueRow, shard_name, values_folder, write_values
@@ -45,8 +46,10 @@ def tokens(row_id: int, length: int, number: int = 0) -> Branch:
     return Branch(input_ids=ids.astype(np.int32), response=response, end_of_turn=closes(response))
 
 
-def scored(row: ValueRow, *, reference: bool = True, seed: int = 0, estimator: str = "published") -> ValueRow:
-    """The row with signals drawn by the seed: another seed stands for another checkpoint."""
+def scored(
+    row: ValueRow, *, reference: bool = True, seed: int = 0, estimator: str = "published", errors: bool = False
+) -> ValueRow:
+    """The row with signals drawn by the seed, and `errors` of them: another seed stands for another checkpoint."""
     branches, found = [], components(estimator)
     for number, branch in enumerate(row.branches):
         draws, signals = np.random.default_rng((seed, row.row_id, number)), {}
@@ -54,6 +57,11 @@ def scored(row: ValueRow, *, reference: bool = True, seed: int = 0, estimator: s
             drawn = draws.normal(size=len(branch.response))
             signals[name] = np.where(branch.response, drawn, np.nan).astype(np.float32)
         signals["value"] = composite.value(signals, found, stability_weight=1.5)
+        for name in ("adapt_error", "stab_error") if errors else ():
+            drawn = np.abs(draws.normal(size=len(branch.response))) / 4
+            signals[name] = np.where(branch.response, drawn, np.nan).astype(np.float32)
+        if errors:
+            signals["value_error"] = composite.value_error(signals, 1.5)
         branches.append(replace(branch, signals=signals))
     row = replace(row, status="scored", branches=tuple(branches))
     return row if len(branches) == 1 else paired(row)
@@ -109,13 +117,36 @@ def estimator_of(rows: list[ValueRow]) -> str:
     )
 
 
-def facts(rows: int, kind: str = "sft", checkpoint: str = "base", estimator: str = "published") -> Facts:
-    """Facts of a run of one input file."""
-    settings = {"kind": kind, "estimator": estimator, "stability_weight": 1.5, "data": ["rows.jsonl"]}
+REHEARSAL: dict[str, Json] = {
+    "direction": "rehearsal",
+    "rehearse_lr": 3e-5,
+    "rehearse_epochs": 2,
+    "rehearse_rows_per_step": 4,
+    "rehearse_optimizer": "adamw",
+    "target_groups": 8,
+    "groups": 8,
+}
+"""Settings of a run whose values are of a rehearsed training, with errors."""
+
+
+def facts(
+    rows: int,
+    kind: str = "sft",
+    checkpoint: str = "base",
+    estimator: str = "published",
+    more: Mapping[str, Json] | None = None,
+) -> Facts:
+    """Facts of a run of one input file; `more` settings."""
+    settings: dict[str, Json] = {
+        "kind": kind,
+        "estimator": estimator,
+        "stability_weight": 1.5,
+        "data": ["rows.jsonl"],
+    }
     return Facts(
         inputs=(Input(source="rows.jsonl", digest="sha256:" + "0" * 64, bytes=100, rows=rows),),
         digests={"model": "sha256:" + "1" * 64, "reference": None},
-        settings=settings | ({"beta": BETA} if kind == "preference" else {}),
+        settings=settings | ({"beta": BETA} if kind == "preference" else {}) | dict(more or {}),
         versions={"alphatoken-curate": "0", "numpy": np.__version__},
         checkpoint=checkpoint,
         plan=Plan(batch_tokens=4096, halvings=1),
@@ -125,11 +156,16 @@ def facts(rows: int, kind: str = "sft", checkpoint: str = "base", estimator: str
 
 
 def write_generation(
-    run: Path, rows: list[ValueRow], per_shard: int = 5, number: int = 0, read: int | None = None
+    run: Path,
+    rows: list[ValueRow],
+    per_shard: int = 5,
+    number: int = 0,
+    read: int | None = None,
+    more: Mapping[str, Json] | None = None,
 ) -> None:
     """values/ of these rows (of either kind), of `read` in the input (default: all of them), at checkpoint-NUMBER."""
     kind = kind_of(rows)
-    told = facts(read or len(rows), kind, f"checkpoint-{number}" if number else "base", estimator_of(rows))
+    told = facts(read or len(rows), kind, f"checkpoint-{number}" if number else "base", estimator_of(rows), more)
     metadata = Footer(fields={**FIELDS, "kind": kind, "generation": number}, facts=told.as_json())
     for index, start in enumerate(range(0, len(rows), per_shard)):
         path = values_folder(run, number) / shard_name(index)
@@ -174,17 +210,19 @@ def small_run(
     kind: str = "sft",
     estimator: str = "published",
     generations: Sequence[int] = (0,),
+    settings: Mapping[str, Json] | None = None,
 ) -> Path:
     """A whole run with one mask of its newest generation; returns its folder.
 
     `rows` (default: `value_rows` of `kind` and `estimator`) are those of the first generation; the others hold the
-    same rows with the signals of another seed, the number of the generation.
+    same rows with the signals of another seed, the number of the generation. `settings`: more that the run was told.
     """
     first = value_rows(kind=kind, estimator=estimator) if rows is None else rows
     for place, number in enumerate(generations):
-        how = {"seed": number, "estimator": estimator_of(first)}
+        errors = any("value_error" in one.signals for row in first for one in row.branches)
+        how: dict[str, Any] = {"seed": number, "estimator": estimator_of(first), "errors": errors}
         again = [scored(row, **how) if row.status == "scored" else row for row in first]
-        write_generation(run, again if place else first, per_shard, number)
+        write_generation(run, again if place else first, per_shard, number, more=settings)
     write_vocabulary(run)
     (run / "config.yaml").write_text("keep: 0.5\n")
     (run / "rejects.jsonl").write_text("{}\n")
@@ -192,6 +230,12 @@ def small_run(
     make_mask(run, config or published())
     card.write(run, manifest.read(run))
     return run
+
+
+def run_with_errors(run: Path, count: int = 30, kind: str = "sft", **how: Any) -> Path:
+    """A run of rehearsed values, each with its error."""
+    rows = value_rows(count, kind=kind, estimator="influence" if kind == "sft" else "published", errors=True)
+    return small_run(run, rows, kind=kind, settings={**REHEARSAL, **how.pop("settings", {})}, **how)
 
 
 def changed(row: ValueRow, change: Callable[[str, np.ndarray], np.ndarray]) -> ValueRow:

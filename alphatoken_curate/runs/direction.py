@@ -1,0 +1,50 @@
+"""What the values of a run are of, in words: a rehearsed training, where it is not the gradient of the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from alphatoken_curate.runs.fingerprint import Json
+from alphatoken_curate.runs.manifest import Manifest
+from alphatoken_curate.wording import count
+
+_OPTIMISERS = {"adamw": "AdamW", "sgd": "SGD"}
+
+
+def direction(stored: Manifest) -> str:
+    """`gradient` or `rehearsal`: the setting, which runs of the published gradient do not have."""
+    return str(stored.settings.get("direction") or "gradient")
+
+
+def rehearsed(stored: Manifest) -> str | None:
+    """`16 steps of AdamW at 3e-05, ...`: the training that was rehearsed; None where none was."""
+    return ", ".join(_parts(stored)) if direction(stored) == "rehearsal" else None
+
+
+def _parts(stored: Manifest) -> Iterator[str]:
+    settings, counts = stored.settings, stored.counts
+    epochs, of_step = (int(_number(settings, name, 1)) for name in ("rehearse_epochs", "rehearse_rows_per_step"))
+    rows = counts.sequences if settings.get("turns") == "each" and counts.sequences else counts.scored
+    optimiser = str(settings.get("rehearse_optimizer", "adamw"))
+    named = _OPTIMISERS.get(optimiser, optimiser)
+    yield f"{count(epochs * -(-rows // of_step), 'step')} of {named} at {_number(settings, 'rehearse_lr', 0):g}"
+    yield f"{count(of_step, 'row')} each"
+    if epochs > 1:
+        yield f"{epochs:,} epochs"
+    if (schedule := settings.get("rehearse_schedule", "constant")) != "constant":
+        yield f"{schedule} schedule"
+    if warmup := int(_number(settings, "rehearse_warmup", 0)):
+        yield f"{count(warmup, 'step')} of warm-up"
+    if clip := _number(settings, "rehearse_clip", 0):
+        yield f"gradients clipped at {clip:g}"
+    if decay := _number(settings, "rehearse_weight_decay", 0):
+        yield f"weight decay {decay:g}"
+    if momentum := _number(settings, "rehearse_momentum", 0):
+        yield f"momentum {momentum:g}"
+    if (orders := int(_number(settings, "rehearse_seeds", 1))) > 1:
+        yield f"the mean over {orders} orders of the rows"
+
+
+def _number(settings: Mapping[str, Json], name: str, default: float) -> float:
+    found = settings.get(name)
+    return float(found) if isinstance(found, int | float) else default

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_run import run_with_errors, small_run, value_rows
+from tiny_files import command
+
+from alphatoken_curate import scan_tokens
+from alphatoken_curate.errors import StoredDataError, UsageError
+from alphatoken_curate.reading.errors import Beyond, beyond
+from alphatoken_curate.reading.stats import stats
+
+
+def by_hand(run: Path, factor: float, generation: int | None = None) -> list[bool]:
+    tokens = scan_tokens(run, generation=generation).collect()
+    return [v + factor * e < 0 for v, e in zip(tokens["value"], tokens["value_error"], strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_values_beyond_their_error_are_what_a_loop_counts(tmp_path: Path, kind: str) -> None:
+    run = run_with_errors(tmp_path / "run", kind=kind)
+    found, wanted = beyond(run), by_hand(run, 1.895)
+    assert found is not None and found == stats(run).beyond
+    assert (found.tokens, found.below, found.groups, found.factor) == (len(wanted), sum(wanted), 8, 1.895)
+    assert found.by_chance == pytest.approx(0.05 * len(wanted)) and 0 < found.below < found.tokens
+
+
+@pytest.mark.parametrize("weight", [1.5, 0.5])
+def test_the_command_that_is_told_makes_the_mask_without_them(tmp_path: Path, weight: float) -> None:
+    run = run_with_errors(tmp_path / "a run", settings={"groups": 3})
+    if weight != 1.5:
+        run = run_with_errors(tmp_path / "other", settings={"stability_weight": weight})
+    found = beyond(run)
+    assert found is not None
+    lines = list(found.lines())
+    told = shlex.split(" ".join(lines[2:]).replace("\\ ", ""))
+    assert told == list(found.command) and told[:3] == ["alphatoken-curate", "mask", str(run)]
+    assert ("--stability-weight" in told) == (weight != 1.5)
+    command(*told[1:], "--always-keep", "none", "--allow-empty-rows")
+    tokens = scan_tokens(run).collect()
+    if weight == 1.5:
+        below = np.array(by_hand(run, 2.92))
+        assert (tokens["kept"].to_numpy() == ~below).all() and below.sum() == found.below
+    assert all(len(line) <= 100 for line in lines[3:])
+
+
+def test_what_is_told_says_chance_and_whether_there_is_much_to_cut(tmp_path: Path) -> None:
+    few = Beyond(
+        generation=0,
+        tokens=2000,
+        below=90,
+        by_chance=100.0,
+        groups=8,
+        factor=1.895,
+        command=("a", "mask", "b c", "--x"),
+    )
+    first, second, *_ = few.lines()
+    assert first == (
+        "90 of 2,000 response tokens (4.5%) lie below 0 beyond their error (1.895 standard errors, of 8 groups"
+        " of target rows); chance alone would let 100 (5%) pass"
+    )
+    assert second.startswith("that is no more than chance")
+    run = run_with_errors(tmp_path / "run")
+    found = beyond(run)
+    assert found is not None and found.below > found.by_chance
+    assert list(found.lines())[1:] == [
+        "to train on all tokens but those:",
+        f"  alphatoken-curate mask {shlex.quote(str(run))} \\",
+        '    --by "value + 1.895 * value_error" --keep positive',
+    ]
+
+
+def test_another_generation_is_named_in_its_command(tmp_path: Path) -> None:
+    run = run_with_errors(tmp_path / "run", generations=(0, 3))
+    newest, first = beyond(run), beyond(run, 0)
+    assert newest is not None and first is not None and newest == beyond(run, 3)
+    assert (newest.below, first.below) == (sum(by_hand(run, 1.895)), sum(by_hand(run, 1.895, 0)))
+    assert newest.below != first.below
+    assert first.command[-2:] == ("--generation", "0") and "--generation" not in newest.command
+    with pytest.raises(UsageError, match="no generation 7"):
+        beyond(run, 7)
+
+
+def test_without_errors_there_is_nothing_to_tell(tmp_path: Path) -> None:
+    assert beyond(small_run(tmp_path / "plain")) is None
+    assert beyond(small_run(tmp_path / "one", settings={"groups": 1})) is None
+    assert beyond(small_run(tmp_path / "asked", settings={"groups": 8})) is None, "no errors are stored"
+
+
+def test_an_error_that_some_tokens_lack_is_damage(tmp_path: Path) -> None:
+    rows = value_rows(8, errors=True) + [row for row in value_rows(12) if row.row_id >= 8]
+    run = small_run(tmp_path, rows, settings={"groups": 8})
+    with pytest.raises(StoredDataError, match=r"column value_error has no value at .* run `verify`"):
+        beyond(run)
