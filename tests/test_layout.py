@@ -23,7 +23,7 @@ ORDER = """
     models: releases formats tensors whole vocabularies folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign below blocks
         caches capture value_rows
-    rows: files containers arrays batches saved hub tables marks fields padding shapes pairs columns read
+    rows: files containers arrays batches saved hub tables marks fields padding shapes pairs beside columns read
     tokens: meter sandbox bounded dates refusals marks kept turns blocks each forms advice chat pieces likeness speller
         tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters

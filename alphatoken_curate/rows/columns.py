@@ -6,16 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.rows.padding import BESIDE
+from alphatoken_curate.rows.beside import BESIDE_SHAPES
+from alphatoken_curate.rows.fields import SYSTEM
+from alphatoken_curate.rows.padding import BESIDE, MASKS
 from alphatoken_curate.rows.pairs import PREFERENCE, PROMPT_LIKE
 from alphatoken_curate.rows.shapes import OPEN, SFT, SIDE
 from alphatoken_curate.wording import nearest
-
-UNWANTED = ("label", "kto_tag")
-"""Keys that are false where an answer is not to be learnt from (KTO)."""
-
-BRANCHED = ("rejected_response", "rejected_messages", "rejected")
-"""Keys that hold another answer: beside one answer, a row is a pair or none."""
 
 _SHAPES = (SFT, PREFERENCE, OPEN, *SIDE.values())
 
@@ -23,10 +19,10 @@ NAMES = frozenset(
     {
         *(key for shapes in _SHAPES for keys in shapes for key in keys),
         *PROMPT_LIKE,
-        *UNWANTED,
-        *BRANCHED,
-        *(prefix + name for prefix in ("", "chosen_", "rejected_") for name in BESIDE),
-        *("id", "tools", "system", "input", "history", "chat_template_kwargs"),
+        *BESIDE_SHAPES,
+        *(prefix + name for prefix in ("", "chosen_", "rejected_") for name in (*BESIDE, *MASKS)),
+        *SYSTEM,
+        *("id", "tools", "chat_template_kwargs"),
     }
 )
 """Every key that is looked at."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from alphatoken_curate.rows.containers import RowFault, parse_json
@@ -18,9 +19,23 @@ TEMPLATE_RESERVED = {
 }
 """What a chat template is told by the rows, and transformers by us, and no setting of a template may name."""
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
+_OTHER_ROLES = {
+    **{"human": "user", "gpt": "assistant", "model": "assistant"},
+    **dict.fromkeys(("function", "observation", "tool_response"), "tool"),
+}
+"""Roles by the names that ShareGPT, Gemini, OpenAI's functions and ms-swift have for them."""
+
+_CALLERS = ("function_call", "tool_call")
+"""Roles of an answer that is nothing but calls, as JSON (LLaMA-Factory, ms-swift)."""
+
+SYSTEM = ("system", "system_prompt")
+"""Keys of a row that hold the text of its system message."""
 
 Message = dict[str, Any]
+
+
+class _Call(Message):
+    """A message that is nothing but calls, by its role."""
 
 
 def wrong(name: str, wanted: str, value: Any) -> RowFault:
@@ -55,7 +70,20 @@ def messages_of(record: dict[str, Any], key: str) -> list[Message]:
         raise wrong(key, "a list of messages", value)
     if not value:
         raise RowFault("no_response", f"{key} is an empty list")
-    return [_message(f"{key}[{i}]", entry) for i, entry in enumerate(value)]
+    return _joined(_message(f"{key}[{i}]", entry) for i, entry in enumerate(value))
+
+
+def _joined(messages: Iterable[Message]) -> list[Message]:
+    """Messages, where calls that had one of their own stand in that of the answer before them: they are one turn."""
+    joined: list[Message] = []
+    for message in messages:
+        before = joined[-1] if joined else {}
+        if isinstance(message, _Call) and before.get("role") == "assistant" and message.get(OFF) == before.get(OFF):
+            calls: list[Any] = before.get("tool_calls", [])
+            joined[-1] = {**before, "tool_calls": [*calls, *message["tool_calls"]]}
+        else:
+            joined.append(dict(message))
+    return joined
 
 
 def _message(name: str, entry: Any) -> Message:
@@ -67,10 +95,10 @@ def _message(name: str, entry: Any) -> Message:
     sharegpt = "from" in entry and "role" not in entry
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     role = entry.get(role_key)
-    if sharegpt and isinstance(role, str):
-        role = _SHAREGPT_ROLES.get(role, role)
+    calls = isinstance(role, str) and role in _CALLERS
+    role = "assistant" if calls else _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
-        known = ", ".join(ROLES + tuple(_SHAREGPT_ROLES) if sharegpt else ROLES)
+        known = ", ".join((*ROLES, *_OTHER_ROLES, *_CALLERS))
         raise RowFault("unknown_role", f"{name}.{role_key} is {visible(repr(role), 40)}; it must be one of {known}")
     entry, off = without_marks(name, entry, role)
     others = {key: item for key, item in entry.items() if item is not None and key not in (role_key, content_key)}
@@ -78,9 +106,23 @@ def _message(name: str, entry: Any) -> Message:
         others["tool_calls"] = _calls(f"{name}.tool_calls", others["tool_calls"])
     others |= {OFF: 0} if off and role == "assistant" else {}
     content = entry.get(content_key)
+    if calls:
+        return _Call({"role": role, "tool_calls": _own_calls(f"{name}.{content_key}", content), **others})
     if content is None and role == "assistant" and others.get("tool_calls"):
         return {"role": role, **others}
+    if content is None and role == "assistant" and others.get("refusal"):
+        raise RowFault("wrong_type", f"{name}.{content_key} is null beside a refusal; give what was said as content")
     return {"role": role, "content": _content(f"{name}.{content_key}", content, role), **others}
+
+
+def _own_calls(name: str, value: Any) -> list[dict[str, Any]]:
+    """The calls that a message's content is: an object or a list of them, or that as JSON text. Raises RowFault."""
+    found = unpacked(name, value, "no JSON, as calls are")
+    calls = _calls(name, found if isinstance(found, list) else [found])
+    for i, call in enumerate(calls):
+        if not isinstance((call.get("function") or call).get("name"), str):
+            raise RowFault("wrong_type", f"{name}: call {i} has no name; it must be an object with name and arguments")
+    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
 
 
 def _calls(name: str, value: Any) -> list[dict[str, Any]]:
@@ -120,11 +162,25 @@ def unmarked(messages: list[Message]) -> list[Message]:
     return [{key: item for key, item in message.items() if key != OFF} for message in messages]
 
 
+def system_of(record: dict[str, Any]) -> str:
+    """The system text of the row itself, empty where it has none. Raises RowFault."""
+    given = {key: text_of(record, key) for key in SYSTEM if record.get(key)}
+    if len({" ".join(text.split()) for text in given.values()}) > 1:
+        raise RowFault("ambiguous_shape", f"{' and '.join(given)} are different texts; leave one of them")
+    return next(iter(given.values()), "")
+
+
 def with_system(record: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages behind the row's `system` text, where it has one and they do not begin with their own."""
-    if not record.get("system") or messages[0]["role"] == "system":
+    """The messages behind the row's system text, where it has one. Raises RowFault where they begin with another."""
+    text = system_of(record)
+    if not text:
         return messages
-    return [said("system", text_of(record, "system")), *messages]
+    if messages[0]["role"] != "system":
+        return [said("system", text), *messages]
+    if " ".join(text.split()) not in " ".join(messages[0]["content"].split()):
+        message = "the row's system text is not that of the system message it begins with; leave one of them"
+        raise RowFault("ambiguous_shape", message)
+    return messages
 
 
 def history_of(record: dict[str, Any]) -> list[Message]:

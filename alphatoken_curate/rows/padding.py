@@ -7,11 +7,13 @@ itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.fields import wrong
+from alphatoken_curate.rows.files import visible
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 BORDERS = ("cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_start_id")
@@ -20,6 +22,11 @@ LENGTHS = ("seq_lens", "seq_lengths", "seqlens", "sequence_lengths")
 """Keys that hold how long sequences are."""
 SEGMENTS = ("segment_ids", "sequence_ids", "document_ids")
 """Keys that hold of each token the sequence it is of."""
+
+MASKED = ("assistant_masks", "completion_mask")
+"""Masks that say by themselves which tokens respond (TRL); where there are several, those that all leave in."""
+MASKS = (*MASKED, "assistant_mask", "loss_mask", "loss_weight", "loss_weights", "loss_scale")
+"""Keys that hold of each token whether it trains, or its weight, which is 0 where it does not."""
 
 BESIDE = (MASK, POSITIONS, *BORDERS, *LENGTHS, *SEGMENTS)
 """Keys that are looked at beside `input_ids`."""
@@ -48,6 +55,28 @@ def own_tokens(record: dict[str, Any], prefix: str, length: int) -> slice:
         if given[name] is not None:
             _check_single(name, f"{prefix}{name}", integers(record, f"{prefix}{name}"), length, own)
     return own
+
+
+def masked_out(record: dict[str, Any], prefix: str, length: int) -> tuple[list[bool], list[str]]:
+    """Which of the `length` tokens some mask leaves out, empty where there is no mask, and its keys. Raises RowFault.
+
+    One number under `loss_weight` or `loss_scale` is the whole row's.
+    """
+    names = [prefix + name for name in MASKS]
+    given = {name: record[name] for name in names if record.get(name) is not None}
+    given = {name: value for name, value in given.items() if "mask" in name or isinstance(value, list)}
+    for name, value in given.items():
+        if not isinstance(value, list):
+            raise wrong(name, "a list of 0 and 1, or of weights", value)
+        _check_length(name, value, length)
+        for i, one in enumerate(value):
+            if not isinstance(one, int | float) or not 0 <= one < math.inf:
+                found = visible(repr(one), 40)
+                raise RowFault(
+                    "wrong_type", f"{name}[{i}] is {found}; it must be 0, where a token does not train, or 1"
+                )
+    out = [not all(ones) for ones in zip(*given.values(), strict=True)]
+    return out, list(given)
 
 
 def _attended(record: dict[str, Any], name: str, length: int) -> slice:
@@ -98,7 +127,7 @@ def _check_single(kind: str, name: str, found: Sequence[int], length: int, own: 
         raise RowFault("length_mismatch", f"{name} says {sum(found)} tokens, and the row has {own.stop - own.start}")
 
 
-def _check_length(name: str, found: Sequence[int], length: int) -> None:
+def _check_length(name: str, found: Sequence[Any], length: int) -> None:
     if len(found) != length:
         raise RowFault("length_mismatch", f"{len(found)} {name} and {length} tokens; they must pair up")
 

@@ -9,13 +9,13 @@ from itertools import takewhile
 from typing import Any
 
 from alphatoken_curate.rows.containers import RowFault
-from alphatoken_curate.rows.fields import messages_of, said, text_of, unmarked, with_system, wrong
+from alphatoken_curate.rows.fields import SYSTEM, messages_of, said, text_of, unmarked, with_system, wrong
 from alphatoken_curate.rows.shapes import Messages, Pair, PromptCompletion, Record, Shapes, asked, chat, tokens_of
 
 BRANCHES = ("chosen", "rejected")
 """Names of the branches of a pair, in the order of the fields of Pair."""
 
-PROMPT_LIKE = ("instruction", "question", "query", "input", "context", "system")
+PROMPT_LIKE = ("instruction", "question", "query", "input", "context", *SYSTEM)
 """Keys that hold what belongs to the prompt in some data sets: a prompt is never guessed beside one of them."""
 
 _ANSWERS, _ASKS = "\n\nAssistant:", "\n\nHuman:"
@@ -178,7 +178,7 @@ def _from_messages_and_rejected(record: dict[str, Any]) -> tuple[str, Pair]:
     *before, last = messages_of(record, "messages")
     if last["role"] != "assistant" or not before:
         raise RowFault("no_response", "messages beside rejected_response must end with the answer that is preferred")
-    return "preference", _beside(record, before, [last])
+    return "preference", _beside(record, with_system(record, before), [last])
 
 
 def _from_texts_and_rejected(record: dict[str, Any]) -> tuple[str, Pair]:

@@ -1,7 +1,7 @@
 """Read every row into its normal form, setting bad ones aside.
 
-Shapes, found by their keys (others are left alone, except `id`, `tools` and, for chats not made of `messages`, a
-`system` text that becomes the first message):
+Shapes, found by their keys (others are left alone, except `id`, `tools`, a `system` text, or `system_prompt`, that
+becomes the first message, and what `beside` looks at):
 
 | keys | becomes |
 |---|---|
@@ -11,11 +11,12 @@ Shapes, found by their keys (others are left alone, except `id`, `tools` and, fo
 | `prompt` + `response`, both text | Messages: one user turn, one assistant turn |
 | `prompt` + `completion` or `response`, both lists of messages | Messages; only the turns of the second list respond |
 | `instruction` (+ `input`) + `output` | Messages; `input` follows the instruction after a blank line |
-| `input_ids` + `labels` | Tokens, without what `attention_mask` leaves out at either end |
+| `input_ids` + `labels`, `assistant_masks` or `completion_mask` | Tokens, without what `attention_mask` leaves out at \
+either end; those respond that labels and every mask (`loss_mask`, `loss_weight` and such too) leave in |
 
 `history`, pairs of what was asked and answered, comes before a question that is text, as turns that respond like the
 others. An answer of which the message says `weight` 0, or false under `train`, `loss` or `trainable`, is context. A row
-whose `label` is false (KTO) is a bad one: its answer is not to be learnt.
+whose `label` is false or 0 (KTO), or `weight` 0, is a bad one: its answer is not to be learnt.
 
 Preference rows become a Pair of two of these:
 
@@ -64,11 +65,13 @@ from itertools import islice
 from typing import Any, Literal
 
 from alphatoken_curate.errors import InputError
-from alphatoken_curate.rows.columns import BRANCHED, NAMES, UNWANTED, mapped, unmet
+from alphatoken_curate.rows.beside import check_keys, check_made, notes
+from alphatoken_curate.rows.columns import NAMES, mapped, unmet
 from alphatoken_curate.rows.containers import Meter, RawRow, RowFault, without_nulls
 from alphatoken_curate.rows.fields import wrong
 from alphatoken_curate.rows.files import find_files, visible
-from alphatoken_curate.rows.pairs import BRANCHES, PREFERENCE
+from alphatoken_curate.rows.padding import MASKED
+from alphatoken_curate.rows.pairs import PREFERENCE
 from alphatoken_curate.rows.shapes import OPEN, SFT, SIDE, Also, AnyRecord, Messages, Pair, Shapes, Tokens
 from alphatoken_curate.rows.tables import raw_rows
 from alphatoken_curate.wording import count, ranges
@@ -292,16 +295,16 @@ def kind_of(rows: Sequence[Row]) -> Literal["sft", "preference"]:
 def normalise(record: dict[str, Any], also: tuple[Also, ...] = ()) -> tuple[str, AnyRecord]:
     """The name of the shape and the normal form of one row as read. Raises RowFault."""
     whole, side = _shapes(also)
-    given = {key for key, value in record.items() if value is not None}
-    if given.issuperset(("messages", "chosen", "rejected")) and record["messages"] == record["chosen"]:
-        given.remove("messages")
+    given = _given(record)
     fitting = [keys for keys in whole if given.issuperset(keys)] or [keys for keys in side if given.issuperset(keys)]
     if len(fitting) > 1:
         fitting = [keys for keys in fitting if not any(set(keys) < set(others) for others in fitting)]
     known = {**whole, **side}
     if len(fitting) == 1:
-        _check_beside(record, fitting[0])
-        return known[fitting[0]](record)
+        check_keys(record, fitting[0])
+        shape, made = known[fitting[0]](record)
+        check_made(record, fitting[0], made)
+        return shape, made
     found = visible(", ".join(record) or "none")
     if fitting:
         both = " and ".join(" + ".join(keys) for keys in fitting)
@@ -315,31 +318,14 @@ def normalise(record: dict[str, Any], also: tuple[Also, ...] = ()) -> tuple[str,
     raise RowFault("unknown_shape", message)
 
 
-def _check_beside(record: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Raise RowFault for keys beside those of the shape that say what the row would be read without."""
-    shape = " + ".join(keys)
-    if keys in SFT:
-        for key in UNWANTED:
-            if record.get(key) is False:
-                message = f"{key} is false: an answer that is not to be learnt from (KTO). Drop the row"
-                raise RowFault("unwanted_answer", f"{message}, or put it under rejected beside a chosen answer")
-    if keys not in PREFERENCE:
-        for key in BRANCHED:
-            if isinstance(record.get(key), str | list) and record[key]:
-                message = f"{key} beside {shape}: which answer it stands against is not known; give the pair as chosen"
-                raise RowFault("ambiguous_shape", f"{message} and rejected")
-    if isinstance(history := record.get("history"), list) and history and not _reads_history(record, keys):
-        message = f"history beside {shape}: where its turns belong is not known; put them among messages"
-        raise RowFault("ambiguous_shape", message)
-
-
-def _reads_history(record: dict[str, Any], keys: tuple[str, ...]) -> bool:
-    """Whether a row of this shape is a question as text, with an answer that is."""
-    if keys == BRANCHES and record.get("prompt") is None:
-        return False
-    asks = ("prompt", *BRANCHES) if keys == BRANCHES else keys
-    questions = (("instruction", "output"), ("prompt", "response"), ("prompt", "response", "rejected_response"))
-    return asks in (*questions, ("prompt", *BRANCHES)) and all(isinstance(record[key], str) for key in asks)
+def _given(record: dict[str, Any]) -> set[str]:
+    """The keys with a value by which a row's shape is found."""
+    given = {key for key, value in record.items() if value is not None}
+    if given.issuperset(("messages", "chosen", "rejected")) and record["messages"] == record["chosen"]:
+        given.remove("messages")
+    if given.issuperset(("input_ids", "labels")):
+        return given.difference(MASKED)  # then they only take away
+    return given.difference(MASKED[1:]) if given.issuperset(("input_ids", MASKED[0])) else given
 
 
 def _notes(given: Mapping[str, Any], record: AnyRecord) -> Iterator[str]:
@@ -353,6 +339,7 @@ def _notes(given: Mapping[str, Any], record: AnyRecord) -> Iterator[str]:
     found = sum(len(part.input_ids) for part in parts if isinstance(part, Tokens))
     if names and isinstance(parts[0], Tokens) and found < sum(len(given[key]) for key in names):
         yield "padding that attention_mask leaves out is trimmed"
+    yield from notes(dict(given), record)
 
 
 @cache

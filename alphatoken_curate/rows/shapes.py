@@ -15,6 +15,7 @@ from alphatoken_curate.rows.fields import (
     kwargs_of,
     messages_of,
     said,
+    system_of,
     text_of,
     tools_of,
     unmarked,
@@ -22,7 +23,7 @@ from alphatoken_curate.rows.fields import (
     wrong,
 )
 from alphatoken_curate.rows.marks import OFF
-from alphatoken_curate.rows.padding import integers, own_tokens
+from alphatoken_curate.rows.padding import MASKED, integers, masked_out, own_tokens
 from alphatoken_curate.runs.schema import IGNORE_INDEX
 
 
@@ -131,12 +132,17 @@ def chat(
 
 
 def tokens_of(record: dict[str, Any], prefix: str = "") -> Tokens:
-    """The tokens and labels under the keys of that prefix, without padding. Raises RowFault."""
+    """The tokens and labels under the keys of that prefix, without padding. Raises RowFault.
+
+    Where there are no labels every token is its own; those do not respond that a mask leaves out.
+    """
     names = f"{prefix}input_ids", f"{prefix}labels"
-    tokens, labels = (integers(record, name) for name in names)
+    tokens = integers(record, names[0])
+    labels = tokens if record.get(names[1]) is None else integers(record, names[1])
     if len(tokens) != len(labels):
         message = f"{len(tokens)} {names[0]} and {len(labels)} {names[1]}; they must pair up"
         raise RowFault("length_mismatch", message)
+    out, masks = masked_out(record, prefix, len(tokens))
     own = own_tokens(record, prefix, len(tokens))
     tokens, labels, first = tokens[own], labels[own], own.start
     if tokens and not (min(tokens) >= 0 and max(tokens) < 2**31):
@@ -148,8 +154,10 @@ def tokens_of(record: dict[str, Any], prefix: str = "") -> Tokens:
         found = f"{names[1]}[{first + i}] is {labels[i]}"
         must = f"it must be -100 or {names[0]}[{first + i}], {tokens[i]}, not shifted"
         raise RowFault("label_mismatch", f"{found}; {must}")
+    labels = [IGNORE_INDEX if off else label for off, label in zip(out[own], labels, strict=True)] if out else labels
     if all(label == IGNORE_INDEX for label in labels[1:]):
-        raise RowFault("no_response", f"all {names[1]} after the first are -100: nothing responds")
+        by = "".join(f", or left out by {name}" for name in masks)
+        raise RowFault("no_response", f"all {names[1]} after the first are -100{by}: nothing responds")
     return Tokens(input_ids=tokens, labels=[IGNORE_INDEX, *labels[1:]])
 
 
@@ -157,7 +165,7 @@ def tokens_of(record: dict[str, Any], prefix: str = "") -> Tokens:
 
 
 def _from_messages(record: dict[str, Any]) -> tuple[str, Record]:
-    return "messages", chat(record, messages_of(record, "messages"))
+    return "messages", chat(record, with_system(record, messages_of(record, "messages")))
 
 
 def _from_conversations(record: dict[str, Any]) -> tuple[str, Record]:
@@ -170,6 +178,11 @@ def _from_prompt_completion(record: dict[str, Any]) -> tuple[str, Record]:
     prompt, completion = text_of(record, "prompt"), text_of(record, "completion")
     if not completion.strip():
         raise RowFault("no_response", "completion is empty: nothing responds")
+    if system_of(record).strip():
+        message = (
+            "a system text beside prompt + completion, text that continues text: put it into the prompt, or make a"
+        )
+        raise RowFault("ambiguous_shape", f"{message} chat of the row by --map completion=response")
     return "prompt_completion", PromptCompletion(prompt=prompt, completion=completion)
 
 
@@ -218,7 +231,7 @@ def _from_prompt(record: dict[str, Any]) -> tuple[str, Record]:
     text = text_of(record, "prompt")
     if not text.strip():
         raise RowFault("no_prompt", "prompt is empty")
-    plain = None if record.get("system") else text
+    plain = None if system_of(record) else text
     messages = with_system(record, [said("user", text)])
     return "prompt", Prompt(messages=messages, tools=tools_of(record), plain=plain, template_kwargs=kwargs_of(record))
 
@@ -226,7 +239,7 @@ def _from_prompt(record: dict[str, Any]) -> tuple[str, Record]:
 def _from_open_messages(record: dict[str, Any]) -> tuple[str, Record]:
     messages = messages_of(record, "messages")
     is_answered = messages[-1]["role"] == "assistant"
-    return _from_messages(record) if is_answered else _open_chat(record, messages)
+    return _from_messages(record) if is_answered else _open_chat(record, with_system(record, messages))
 
 
 def _from_open_conversations(record: dict[str, Any]) -> tuple[str, Record]:
@@ -249,6 +262,7 @@ SFT: Shapes = {
     ("prompt", "response"): _from_prompt_response,
     ("instruction", "output"): _from_instruction,
     ("input_ids", "labels"): _from_tokens,
+    **{("input_ids", mask): _from_tokens for mask in MASKED},
 }
 """Rows with one answer."""
 

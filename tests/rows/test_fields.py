@@ -9,9 +9,10 @@ import pytest
 
 from alphatoken_curate.rows.containers import RawRow
 from alphatoken_curate.rows.read import RowStream, rows_of
-from alphatoken_curate.rows.shapes import Messages, Pair
+from alphatoken_curate.rows.shapes import Messages, Pair, Prompt
 
-USER, ANSWER = {"role": "user", "content": "W?"}, {"role": "assistant", "content": "It is 5."}
+USER: dict[str, Any] = {"role": "user", "content": "W?"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "It is 5."}
 CALL = {"type": "function", "function": {"name": "w", "arguments": {"city": "Oslo"}}}
 CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 TOOLS = [{"type": "function", "function": {"name": "w"}}]
@@ -23,7 +24,7 @@ def read(record: dict[str, Any]) -> Any:
     return found.rows[0].record if found.rows else found.bad[0]
 
 
-WHOLE = {"messages": [USER, CALLED, ANSWER], "tools": TOOLS}
+WHOLE: dict[str, Any] = {"messages": [USER, CALLED, ANSWER], "tools": TOOLS}
 PACKED: dict[str, dict[str, Any]] = {
     "messages": {"messages": json.dumps([USER, CALLED, ANSWER])},
     "each message": {"messages": [json.dumps(one) for one in (USER, CALLED, ANSWER)]},
@@ -127,3 +128,109 @@ def test_history_beside_another_shape_is_ambiguous(record: dict[str, Any]) -> No
     assert bad.reason == "ambiguous_shape" and bad.message.startswith("history beside ")
     # A column of that name which holds no turns says nothing.
     assert read(record | {"history": "imported"}) == read(record)
+
+
+# --- roles by other names, calls that are messages of their own
+
+
+@pytest.mark.parametrize(("role", "answers"), [("human", "gpt"), ("user", "model"), ("human", "assistant")])
+def test_roles_by_other_names(role: str, answers: str) -> None:
+    made = read({"messages": [{"role": role, "content": "W?"}, {"role": answers, "content": "It is 5."}]})
+    assert made == Messages(messages=[USER, ANSWER])
+    sharegpt = [{"from": role, "value": "W?"}, {"from": answers, "value": "It is 5."}]
+    assert read({"conversations": sharegpt}) == made
+
+
+CALL_TEXT = '{"name": "w", "arguments": {"city": "Oslo"}}'
+
+
+@pytest.mark.parametrize(("caller", "result"), [("function_call", "observation"), ("tool_call", "tool_response")])
+@pytest.mark.parametrize("packed", [CALL_TEXT, json.dumps(CALL), f"[{CALL_TEXT}]", json.loads(CALL_TEXT)])
+def test_calls_that_are_messages_of_their_own(caller: str, result: str, packed: Any) -> None:
+    turns = [("human", "W?"), (caller, packed), (result, "5"), ("gpt", "It is 5.")]
+    wanted: list[dict[str, Any]] = [
+        USER,
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "content": "5"},
+        ANSWER,
+    ]
+    made = read({"conversations": [{"from": role, "value": text} for role, text in turns], "tools": TOOLS})
+    assert made == Messages(messages=wanted, tools=TOOLS) and made.responding() == [1, 3]
+    assert read({"messages": [{"role": role, "content": text} for role, text in turns], "tools": TOOLS}) == made
+
+
+def test_calls_in_a_row_and_behind_text_are_one_turn() -> None:
+    call = {"role": "tool_call", "content": CALL_TEXT}
+    made = read({"messages": [USER, {"role": "assistant", "content": "Let me see."}, call, call]})
+    assert made.messages == [USER, {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, CALL]}]
+    off = read({"messages": [USER, {"role": "assistant", "content": "No.", "weight": 0}, call]})
+    assert len(off.messages) == 3 and off.responding() == [2]  # a mark is that of its own message
+    own = {"role": "assistant", "tool_calls": [CALL]}
+    assert read({"messages": [USER, ANSWER, own]}).messages == [USER, ANSWER, own]
+
+
+@pytest.mark.parametrize("content", ["hello", "3", "{}", '{"name": 3}', '{"function": {"name": null}}', None, "[1]"])
+def test_a_call_that_is_none_is_named(content: Any) -> None:
+    bad = read({"messages": [USER, {"role": "function_call", "content": content}]})
+    assert bad.reason == "wrong_type" and bad.message.startswith("messages[1].content")
+
+
+def test_a_refusal_is_named() -> None:
+    bad = read({"messages": [USER, {"role": "assistant", "content": None, "refusal": "I cannot."}]})
+    assert bad.message == "messages[1].content is null beside a refusal; give what was said as content"
+
+
+# --- the system text of a row
+
+SYSTEM, NO = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "No."}
+SHAPES: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [USER, ANSWER]},
+    "conversations": {"conversations": [USER, ANSWER]},
+    "texts": {"prompt": "W?", "response": "It is 5."},
+    "lists": {"prompt": [USER], "completion": [ANSWER]},
+    "instruction": {"instruction": "W?", "output": "It is 5."},
+}
+PAIRS: dict[str, dict[str, Any]] = {
+    "texts": {"prompt": "W?", "chosen": "It is 5.", "rejected": "No."},
+    "chats": {"chosen": [USER, ANSWER], "rejected": [USER, NO]},
+    "rejected_response": {"messages": [USER, ANSWER], "rejected_response": "No."},
+    "rejected_messages": {"messages": [USER, ANSWER], "rejected_messages": [USER, NO]},
+}
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_every_shape_of_a_chat_reads_the_system_text_of_its_row(key: str) -> None:
+    for name, record in SHAPES.items():
+        assert read(record | {key: "Be kind."}).messages == [SYSTEM, USER, ANSWER], name
+        assert read(record | {key: ""}) == read(record | {key: None}) == read(record), name
+    for name, record in PAIRS.items():
+        pair = read(record | {key: "Be kind."})
+        assert isinstance(pair, Pair) and isinstance(pair.chosen, Messages), name
+        assert pair.chosen.messages == [SYSTEM, USER, ANSWER] and pair.chosen.responding() == [2], name
+        assert isinstance(pair.rejected, Messages) and pair.rejected.messages[:2] == [SYSTEM, USER], name
+
+
+def test_a_system_message_is_said_once_and_another_is_refused() -> None:
+    whole = {"messages": [SYSTEM, USER, ANSWER]}
+    for told in ("Be kind.", " Be  kind.\n", "kind"):
+        assert read(whole | {"system": told}) == read(whole)
+    assert read(SHAPES["messages"] | {"system": "Be kind.", "system_prompt": "Be kind."}) == read(whole)
+    for beside in ({"system": "Be rude."}, {"system_prompt": "Be kind. Be rude."}):
+        bad = read(whole | beside)
+        assert bad.reason == "ambiguous_shape" and "is not that of the system message" in bad.message
+    bad = read(SHAPES["messages"] | {"system": "Be kind.", "system_prompt": "Be rude."})
+    assert bad.message == "system and system_prompt are different texts; leave one of them"
+    assert read(SHAPES["messages"] | {"system": ["Be kind."]}).reason == "wrong_type"
+
+
+def test_text_that_continues_text_has_no_system_message() -> None:
+    record = {"prompt": "a", "completion": " b"}
+    assert read(record | {"system": " "}) == read(record)
+    bad = read(record | {"system": "Be kind."})
+    assert bad.reason == "ambiguous_shape" and "--map completion=response" in bad.message
+
+
+def test_prompts_have_the_system_text_too() -> None:
+    for record in ({"messages": [USER]}, {"conversations": [USER]}, {"prompt": [USER]}, {"prompt": "W?"}):
+        found = rows_of([record | {"system_prompt": "Be kind."}], "a.jsonl", ("prompt",)).rows[0].record
+        assert isinstance(found, Prompt) and found.messages == [SYSTEM, USER] and found.plain is None

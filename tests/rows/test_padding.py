@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from alphatoken_curate.rows.containers import RawRow
-from alphatoken_curate.rows.padding import BESIDE
+from alphatoken_curate.rows.padding import BESIDE, MASKED, MASKS
 from alphatoken_curate.rows.read import RowStream, normalise, rows_of
 from alphatoken_curate.rows.shapes import Pair, Tokens
 
@@ -137,3 +137,56 @@ def test_what_is_neither_is_named(name: str) -> None:
 def test_a_chat_may_have_such_a_column() -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert normalise({"messages": messages, "attention_mask": [0, 1]}) == normalise({"messages": messages})
+
+
+# --- masks
+
+
+@pytest.mark.parametrize("key", MASKS)
+@pytest.mark.parametrize("on", [1, True, 1.0, 0.25])
+def test_a_mask_takes_away_from_labels(key: str, on: Any) -> None:
+    mask = [on, on, type(on)(0), on]
+    assert read(input_ids=IDS, labels=LABELS, **{key: mask}).labels == [-100, -100, -100, 8]
+    assert read(input_ids=IDS, labels=IDS, **{key: mask}).labels == [-100, 6, -100, 8]
+    both = {key: mask} | ({"loss_mask": [0, 0, 1, 1]} if key != "loss_mask" else {"completion_mask": [0, 0, 1, 1]})
+    assert read(input_ids=IDS, labels=IDS, **both).labels == [-100, -100, -100, 8]
+    # Padding goes with its mask.
+    row = padded(2, 1) | {"labels": [2, 2, *IDS, 2], key: [on, on, *mask, on]}
+    assert read(**row).labels == [-100, 6, -100, 8]
+
+
+def test_masks_stand_in_for_labels() -> None:
+    for key in MASKED:
+        assert read(input_ids=IDS, **{key: [0, 0, 1, 1]}) == PLAIN
+        assert read(input_ids=IDS, labels=None, **{key: [0, 0, 1, 1]}) == PLAIN
+    two = read(input_ids=IDS, assistant_masks=[0, 1, 0, 1], completion_mask=[0, 0, 1, 1])
+    assert two.labels == [-100, -100, -100, 8]
+
+
+def test_branches_have_masks_of_their_own() -> None:
+    texts = {"chosen_input_ids": IDS, "chosen_labels": IDS, "rejected_input_ids": IDS, "rejected_labels": IDS}
+    pair = read(**texts, chosen_completion_mask=[0, 0, 1, 1], rejected_loss_mask=[0, 0, 0, 1])
+    assert (pair.chosen.labels, pair.rejected.labels) == (LABELS, [-100, -100, -100, 8])
+
+
+BAD_MASKS: dict[str, tuple[Any, str, str]] = {
+    "too short": ([1, 1], "length_mismatch", "2 loss_mask and 4 tokens"),
+    "no list": (1, "wrong_type", "loss_mask is an integer; it must be a list of 0 and 1"),
+    "text": ([1, 1, 1, "1"], "wrong_type", "loss_mask[3] is '1'"),
+    "below 0": ([1, 1, 1, -1], "wrong_type", "loss_mask[3] is -1"),
+    "null": ([1, 1, 1, None], "wrong_type", "loss_mask[3] is None"),
+    "nothing left": ([1, 0, 0, 0], "no_response", "all labels after the first are -100, or left out by loss_mask"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_a_mask_that_is_none_is_named(name: str) -> None:
+    mask, reason, told = BAD_MASKS[name]
+    bad = read(input_ids=IDS, labels=LABELS, loss_mask=mask)
+    assert bad.reason == reason and bad.message.startswith(told)
+
+
+def test_two_ways_to_say_one_row_are_two_shapes() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert read(messages=messages, input_ids=IDS, assistant_masks=[0, 0, 1, 1]).reason == "ambiguous_shape"
+    assert read(messages=messages, input_ids=IDS) == read(messages=messages)

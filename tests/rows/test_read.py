@@ -519,7 +519,7 @@ BAD_RECORDS = {
     "prompt alone answers": ({"prompt": [USER, ANSWER], "completion": [USER]}, "no_response"),
     "empty completion": ({"prompt": "a", "completion": ""}, "no_response"),
     "empty output": ({"instruction": "a", "output": ""}, "no_response"),
-    "unknown role": ({"messages": [{"role": "gpt", "content": "a"}, ANSWER]}, "unknown_role"),
+    "unknown role": ({"messages": [{"role": "critic", "content": "a"}, ANSWER]}, "unknown_role"),
     "role of a wrong type": ({"messages": [{"role": ["user"], "content": "a"}, ANSWER]}, "unknown_role"),
     "unknown sender": ({"conversations": [{"from": "bot", "value": "a"}]}, "unknown_role"),
     "message that is text": ({"messages": ["a", "b"]}, "wrong_type"),
@@ -668,7 +668,7 @@ def test_preference_tokens(tmp_path: Path) -> None:
 
 def test_preference_columns(tmp_path: Path) -> None:
     chats = {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}
-    extra = {"score_chosen": 1.0, "images": ["x"], "margin": 2}
+    extra = {"score_chosen": 1.0, "images": [], "margin": 2}
     result = read_rows([str(_parquet(tmp_path, [{**chats, **extra, "messages": chats["chosen"]}] * 2))])
     assert [row.record for row in result.rows] == [pair_of_chats([USER], [ANSWER], [OTHER])] * 2
     guessed = read_rows([str(_parquet(tmp_path, [{"question": "q", "chosen": "It is 1", "rejected": "It is 2"}]))])
@@ -1023,8 +1023,11 @@ def test_an_id_that_is_none(tmp_path: Path, given: Any) -> None:
 def test_an_answer_not_to_be_learnt_is_refused(tmp_path: Path, record: dict[str, Any], key: str) -> None:
     bad = one(tmp_path, {**record, key: False})
     assert bad.reason == "unwanted_answer" and bad.message.startswith(f"{key} is false: an answer that is not to be")
-    # One that is wanted is plain SFT; numbers and words are classes of something else.
-    for value in (True, None, 0, 1, "bad"):
+    for zero in (0, 0.0):  # as columns of numbers hold it
+        bad = one(tmp_path, {**record, key: zero})
+        assert bad.reason == "unwanted_answer" and f"Where {key} says something else, leave it out" in bad.message
+    # One that is wanted is plain SFT; other numbers, words and objects are classes of something else.
+    for value in (True, None, 1, 1.0, 3, "bad", {"class": 0}):
         assert one(tmp_path, {**record, key: value}) == one(tmp_path, record)
 
 
