@@ -34,6 +34,11 @@ def in_sequences(sequences: int | None) -> str:
     return f" in {count(sequences, 'sequence')}, one for each answer" if sequences else ""
 
 
+def sequences_are(of_turns: object) -> tuple[str, str]:
+    """What the sequences of a run are called, one and several: answers where each is one of its own, else rows."""
+    return ("answer", "answers") if of_turns else ("row", "rows")
+
+
 def end_of_turn(tokens: int | None, kept: int | None) -> str | None:
     """How many of the tokens that end an answer train; None where it is not known which they are."""
     if not tokens:

@@ -11,7 +11,7 @@ import click
 
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.rows.files import legible
-from alphatoken_curate.wording import count, end_of_turn, over_share
+from alphatoken_curate.wording import count, end_of_turn, over_share, sequences_are
 
 from .grouped import Grouped
 from .lines import tell_version
@@ -73,15 +73,17 @@ def summary(made: Any) -> Iterator[str]:
         yield f"          {told}"
     if made.over_share:
         yield f"          {over_share(made.over_share)}"
+    one, several = sequences_are(made.of_turns)
     if made.rows_given_back:
-        words = ("branch", "branches") if made.branches else ("row", "rows")
+        words = ("branch", "branches") if made.branches else (one, several)
         yield f"          {count(made.rows_given_back, *words)} that would have lost every token got the best one back"
     if made.generations != (0,):
         many = len(made.generations) > 1
         numbers = ", ".join(map(str, made.generations))
         yield f"  values  the mean of generations {numbers}" if many else f"  values  generation {numbers}"
     if made.rows_left_out:
-        yield f"          {count(made.rows_left_out, 'row is', 'rows are')} left out: scored in only some of them"
+        left_out = count(made.rows_left_out, f"{one} is", f"{several} are")
+        yield f"          {left_out} left out: scored in only some of them"
 
 
 def _kept(counts: Any) -> str:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from alphatoken_curate.wording import count, end_of_turn, nearest, over_share, ranges
+from alphatoken_curate.wording import count, end_of_turn, nearest, over_share, ranges, sequences_are
 
 
 def test_one_is_no_plural() -> None:
@@ -26,6 +26,11 @@ def test_a_name_that_is_near_is_told() -> None:
 )
 def test_lines_are_told_in_ranges(numbers: list[int], most: int, told: str) -> None:
     assert ranges(numbers, most) == told
+
+
+def test_sequences_are_rows_unless_they_are_answers() -> None:
+    assert count(1, *sequences_are(0)) == "1 row" and count(2, *sequences_are(None)) == "2 rows"
+    assert count(1, *sequences_are(9)) == "1 answer" and count(2, *sequences_are(True)) == "2 answers"
 
 
 def test_what_trains_of_the_ends_of_answers_is_told_where_it_is_known() -> None:

@@ -49,7 +49,8 @@ class MaskSummary:
     Tokens, and rows that got their best token back, are counted over all branches; `branches`: of preference rows,
     `chosen` and `rejected`. `rows_left_out`: scored in only some of the `generations` that the mask averages.
     `end_of_turn_tokens`: those that end an answer, and of them kept; None where the run does not say which they are.
-    `over_share`: by how many the tokens that are always kept exceed the share by themselves.
+    `over_share`: by how many the tokens that are always kept exceed the share by themselves. `of_turns`: each answer is
+    a sequence of its own (`--turns each`), and the counts of rows are of these.
     """
 
     mask: int
@@ -66,6 +67,7 @@ class MaskSummary:
     end_of_turn_tokens: int | None
     end_of_turn_kept: int | None
     over_share: int
+    of_turns: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,6 +344,7 @@ def _summary(run: Path, mask: Mask, stored: Manifest, *, created: bool, left_out
         end_of_turn_tokens=mask.end_of_turn_tokens,
         end_of_turn_kept=mask.end_of_turn_kept,
         over_share=mask.over_share or 0,
+        of_turns=stored.settings.get("turns") == "each",
     )
 
 

@@ -34,7 +34,7 @@ from alphatoken_curate.reading.stats import Stats
 from alphatoken_curate.reading.sums import objectives
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.runs.schema import STATUSES, lacks
-from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share
+from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share, sequences_are
 
 NATS = "nats per unit step"
 
@@ -199,7 +199,8 @@ def _kept_table(tokens: RunTokens, found: Stats, weight: Floats) -> Html:
         f" they hold {share(of_loss)} of the loss."
     )
     if found.rows_left_out:
-        rows_out = count(found.rows_left_out, "row is", "rows are")
+        one, several = sequences_are(found.sequences)
+        rows_out = count(found.rows_left_out, f"{one} is", f"{several} are")
         answer += f" {rows_out} left out: not each generation of the mask scored them."
     newest = found.masks[-1]
     if told := end_of_turn(newest.end_of_turn_tokens, newest.end_of_turn_kept):

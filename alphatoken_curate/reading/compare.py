@@ -102,6 +102,7 @@ class Step:
 class Comparison:
     """Two scorings: `tokens` in `rows` that are in both; `rows_apart`: scored in either, and not alike in both.
 
+    Where each answer is a sequence of its own, a row is among the first by one of them, and among the others too.
     `correlations`: Spearman's of each signal that both have, None where one side is constant; `rms` of the signal in
     each. `changed`: tokens, that first whose rank by value changed most. `steps`: between generations of one run, from
     each to the next.
@@ -260,8 +261,8 @@ class _Both:
         parts = [[_only(branch, alike) for branch in side] for side in (one, other)]
         first, second = ({name: np.concatenate([part[name] for part in side]) for name in side[0]} for side in parts)
         branch = np.repeat(np.arange(len(parts[0])), [len(part["sequence"]) for part in parts[0]])
-        apart = len(np.union1d(seen[0], seen[1])) - len(alike)
-        return cls(columns=(first, second), branch=branch, rows=len(alike), rows_apart=apart)
+        apart = np.setdiff1d(np.union1d(*seen), alike)
+        return cls(columns=(first, second), branch=branch, rows=_rows(alike), rows_apart=_rows(apart))
 
     @property
     def tokens(self) -> int:
@@ -287,6 +288,11 @@ class _Both:
             jaccard=both / either if either else None,
             by_chance=together / (int(first.sum()) + int(second.sum()) - together) if either else None,
         )
+
+
+def _rows(keys: NDArray[np.int64]) -> int:
+    """How many rows these sequences are of."""
+    return len(np.unique(rows_and_turns(keys)[0]))
 
 
 def _same(one: Columns, other: Columns, keys: NDArray[np.int64]) -> Bools:

@@ -68,7 +68,7 @@ def _body(manifest: Manifest) -> Iterator[str]:
     )
     yield from ("", "## Rows and tokens", "", *_counts(manifest))
     columns = layout(manifest)
-    answers = "rows" if columns.kind == "sft" else "answers"
+    answers = "rows" if columns.kind == "sft" and manifest.settings.get("turns") != "each" else "answers"
     for mask in manifest.masks[-1:]:
         yield from (
             "",

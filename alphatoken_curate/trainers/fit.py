@@ -5,7 +5,7 @@ Rows of `as_dataset` know their run by the description of their dataset, which g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +47,10 @@ def check_model(model: Any, processing_class: Any, rows: Any) -> None:
 
     The tokenizer is `processing_class`, and that of the folder or Hub id the model is from, where it is on this
     machine: of that one tokens count that both have. Where the run of the rows is not known, or has no vocabulary, the
-    embeddings must be enough; of rows that a `datasets.IterableDataset` streams nothing is known.
+    embeddings must be enough. Rows are looked for in the wrappers of torch, and where `datasets` streams them from memory;
+    of others that are streamed nothing is known.
     """
-    for one in rows.values() if isinstance(rows, Mapping) else [rows]:
+    for one in _parts(rows):
         runs, ids = _runs(one), _ids(one)
         if ids is None and not runs:
             continue
@@ -117,6 +118,35 @@ def _scored(run: Path) -> str:
     return manifest.read(run).generations[0].checkpoint
 
 
+def _parts(rows: Any) -> Iterator[Any]:
+    """The sets of rows that these are made of: by name, or as the wrappers of torch and `datasets` hold them."""
+    if isinstance(rows, Mapping):
+        inner = list(rows.values())
+    elif several := getattr(rows, "datasets", None):  # torch's ConcatDataset and ChainDataset
+        inner = list(several.values()) if isinstance(several, Mapping) else list(several)
+    elif (one := getattr(rows, "dataset", None)) is not None and not isinstance(one, str):  # torch's Subset
+        inner = [one]
+    else:
+        inner = _streamed(rows)
+    if not inner:
+        yield rows
+    for one in inner:
+        yield from _parts(one)
+
+
+def _streamed(rows: Any) -> list[Any]:
+    """The sets in memory that a `datasets.IterableDataset` reads from, through whatever is done to their rows."""
+    found: list[Any] = []
+    left = [getattr(rows, "_ex_iterable", None)]
+    while left:
+        if (one := left.pop()) is None:
+            continue
+        left += [getattr(one, "ex_iterable", None), *(getattr(one, "ex_iterables", None) or ())]
+        shards = (getattr(one, "kwargs", None) or {}).get("shards") or ()
+        found += [shard for shard in shards if hasattr(shard, "column_names")]
+    return found
+
+
 def _runs(rows: Any) -> list[Path]:
     """The runs that rows are of, as far as they know and the runs are there."""
     if isinstance(run := getattr(rows, "run", None), Path):
@@ -128,9 +158,23 @@ def _runs(rows: Any) -> list[Path]:
 
 def _ids(rows: Any) -> NDArray[np.integer] | None:
     """The token ids that rows use, ascending; None where they are not in memory or mapped."""
+    if isinstance(rows, list | tuple):
+        return _of_list(rows)
     table = getattr(rows, "data", None)
     names = [name for name in getattr(rows, "column_names", None) or () if name in _IDS]
     return _unique([table.select(names).table]) if table is not None and names else None
+
+
+def _of_list(rows: Sequence[Any]) -> NDArray[np.integer] | None:
+    """The token ids of rows that are objects, ascending; None where some are none, or have none."""
+    found: set[int] = set()
+    for row in rows:
+        lists = [np.asarray(row[name]) for name in _IDS if name in row] if isinstance(row, Mapping) else []
+        if not lists or any(ids.dtype.kind not in "iu" and ids.size for ids in lists):
+            return None
+        for ids in lists:
+            found.update(np.unique(ids).tolist())
+    return np.array(sorted(found), np.int64) if found else None
 
 
 def _of_run(run: Path) -> NDArray[np.integer]:

@@ -13,7 +13,7 @@ from alphatoken_curate.reading.stats import SCALES, GenerationStats, Stats
 from alphatoken_curate.reading.sums import MEANS, objectives
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share
+from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share, sequences_are
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,9 +95,8 @@ def _counts(found: Stats) -> Table:
         lines[name] = lines_told + over
     if found.rows_left_out:
         numbers = ", ".join(map(str, found.masks[-1].generations))
-        lines["left out"] = (
-            f"{count(found.rows_left_out, 'row')}: not each of generations {numbers} of the mask scored them"
-        )
+        left_out = count(found.rows_left_out, *sequences_are(found.sequences))
+        lines["left out"] = f"{left_out}: not each of generations {numbers} of the mask scored them"
     if found.truncated_rows:
         lines["cut"] = (
             f"{count(found.truncated_tokens, 'token')} of {count(found.truncated_rows, 'row')}, by --max-length"

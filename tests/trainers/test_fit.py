@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from tiny import tiny_model
 from tiny_files import command, contents, token_records, write_jsonl
+from torch.utils.data import ChainDataset, ConcatDataset, Subset, random_split
 from trainer_runs import NO_CHECKPOINTING, WORDS, settings, step, tiny, tokenizer, train_run
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, SFTConfig
@@ -27,6 +29,7 @@ from alphatoken_curate.trainers import (
     WeightedTrainer,
     as_dataset,
 )
+from alphatoken_curate.trainers.fit import check_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -132,6 +135,35 @@ def test_rows_know_their_run_wherever_datasets_takes_them(tmp_path: Path) -> Non
     assert weighted(tiny(), rows, tmp_path, processing_class=tokenizer(SWAPPED)) is not None
 
 
+def test_rows_are_looked_for_in_what_wraps_them(tmp_path: Path) -> None:
+    rows = as_dataset(train_run(tmp_path / "run"))
+    bare = Dataset.from_list([rows[0]], features=rows.features)
+    stream = rows.to_iterable_dataset(num_shards=2)
+    ways: dict[str, Any] = {
+        "a part": Subset(rows, [0, 1]),
+        "a part of a part": Subset(Subset(rows, [0, 1]), [0]),
+        "split": random_split(rows, [1, len(rows) - 1])[0],
+        "put together": ConcatDataset([bare, Subset(rows, [0])]),
+        "one behind the other": ChainDataset([stream]),
+        "streamed": stream,
+        "streamed and changed": stream.shuffle(seed=1).map(lambda row: row).filter(lambda row: True).take(3),
+        "streamed in turn": interleave_datasets([bare.to_iterable_dataset(), stream]),
+    }
+    for name, found in ways.items():
+        with pytest.raises(ModelError, match="token 7 is '<7>' there"):
+            check_model(tiny(), tokenizer(SWAPPED), found)
+            pytest.fail(name)
+        check_model(tiny(), tokenizer(), found)
+    with pytest.raises(ModelError, match="token 7 is '<7>' there"):
+        weighted(tiny(), ways["a part"], tmp_path, processing_class=tokenizer(SWAPPED))
+    for odd in (IterableDataset.from_generator(_one_row), type("Own", (), {"dataset": "tulu"})(), None):
+        check_model(tiny(), tokenizer(SWAPPED), odd)
+
+
+def _one_row() -> Iterator[dict[str, Any]]:
+    yield {"input_ids": [1]}
+
+
 def _kept(rows: Dataset, folder: Path) -> Dataset:
     rows.save_to_disk(folder)
     return Dataset.load_from_disk(folder)
@@ -153,7 +185,12 @@ def test_where_no_tokenizer_is_known_embeddings_must_be_enough(models: dict[str,
     bare = Dataset.from_list([dict(row) for row in as_dataset(run)])  # an export, say
     with pytest.raises(UsageError, match=rf"of {largest} tokens, and the rows use token {largest}\. Train the model"):
         weighted(few[largest], bare, tmp_path)
-    assert weighted(few[largest], [dict(row) for row in as_dataset(run)], tmp_path) is not None  # nothing to look at
+    listed = [dict(row) for row in as_dataset(run)]
+    for rows in (listed, Subset(listed, [0]), {"a": listed}, [{"input_ids": torch.tensor([1, largest])}]):
+        with pytest.raises(UsageError, match=rf"and the rows use token {largest}\. Train the model"):
+            weighted(few[largest], rows, tmp_path)
+    for odd in ([], [3], [{"text": "a"}], [{"input_ids": "a"}], [*listed, None]):  # nothing to look at
+        assert weighted(few[largest], odd, tmp_path) is not None
 
 
 # --- rounds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny import tiny_model
 from tiny_files import command, perturbed, quiet, write_jsonl
 
 from alphatoken_curate import ScoreConfig, UsageError, compare, mask, refresh, scan, scan_tokens, score, verify
+from alphatoken_curate.cli.mask import summary
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.exports.export import export
 from alphatoken_curate.page.report import render
@@ -183,6 +185,22 @@ def test_masks_are_made_by_turn(run: Path) -> None:
     later = mask(run, MaskConfig(keep="positive", by="turn"))
     by_turn = scan_tokens(run, mask=later.mask).collect()
     assert by_turn.filter(pl.col("turn") > 0)["kept"].all()
+
+
+def test_counts_say_what_they_count(run: Path, tmp_path: Path) -> None:
+    """Ten answers of five rows: each of them may lose every token, or be left out."""
+    rare = MaskConfig(keep=0.01, always_keep="none")
+    made = mask(run, rare)
+    assert made.of_turns and made.rows_given_back > 5
+    lines = [line.strip() for line in summary(made)]
+    assert f"{made.rows_given_back} answers that would have lost every token got the best one back" in lines
+    lines = [line.strip() for line in summary(replace(made, rows_left_out=1))]
+    assert "1 answer is left out: scored in only some of them" in lines
+    lines = [line.strip() for line in summary(replace(made, of_turns=False, rows_left_out=2))]
+    assert "2 rows are left out: scored in only some of them" in lines
+    assert f"{made.rows_given_back:,} answers that had lost every token" in (run / "README.md").read_text()
+    found = compare(run, run)
+    assert (found.rows, found.rows_apart) == (5, 0)
 
 
 def test_trainers_find_each_turn(run: Path) -> None:
