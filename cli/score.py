@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     for line in summary(mask):
         click.echo(line)
     click.echo(f"  values  {done.run}/values/generation=0/   mask {mask.mask}: {mask.path}/")
+    for line in _errors(done.run):
+        click.echo(line)
     if not done.has_stability:
         click.echo("  stability is 0, as model and reference are the same; --reference or --retention change that")
     click.echo(
@@ -57,8 +60,24 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
         for line in older(done.run, mask.mask):
             click.echo(line)
     elif mask.kept_tokens == mask.response_tokens and not mask.branches:
-        click.echo("Every token trains until you make another mask. Only where tokens may be wrong, for example:")
-        click.echo(f"  alphatoken-curate mask {done.run} --by '7 - surprise' --keep positive")
+        why, how = _SUGGESTED["rehearsal" if config.rehearses else "gradient"]
+        click.echo(f"Every token trains until you make another mask. {why}, for example:")
+        click.echo(f"  alphatoken-curate mask {done.run} {how}")
+
+
+_SUGGESTED = {
+    "gradient": ("Only where tokens may be wrong", "--by '7 - surprise' --keep positive"),
+    "rehearsal": ("A mild use of these values", "--weights tilt:0.25"),
+}
+"""By the direction of the values: when another mask may pay, and which."""
+
+
+def _errors(run: Path) -> Iterator[str]:
+    """What values are below 0 beyond their error, where they have one."""
+    from alphatoken_curate.reading.errors import beyond
+
+    for n, line in enumerate(found.lines() if (found := beyond(run)) else ()):
+        yield f"  {'' if n else 'errors':<8}{line}"
 
 
 def _aside(counts: Any) -> list[tuple[str, int]]:
