@@ -146,7 +146,8 @@ def _check(folder: Path, rows: Iterator[Kept], asked: Asked) -> None:
 
 
 def _columns(told: Told) -> Iterator[str]:
-    yield f"- `{BY_MESSAGE}`: `messages`, with `weight` 0 or 1 on each assistant message; `tools` and `chat_template_kwargs` of a row"
+    yield f"- `{BY_MESSAGE}`: `messages`, with `weight` 0 or 1 on each assistant message; `tools` and"
+    yield "  `chat_template_kwargs` where a row has them"
     yield f"- `{BY_ROW}`: `messages`, `tools`, and a float `weight` on the row; 0 on answers not to respond"
 
 
