@@ -62,7 +62,11 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
 
 
 def _aside(counts: Any) -> list[tuple[str, int]]:
-    return [("held out as target", counts.target), ("failed", counts.failed), ("rejected", counts.rejected)]
+    return [
+        ("held out as target", counts.target),
+        ("failed", counts.failed),
+        ("rejected, named in rejects.jsonl", counts.rejected),
+    ]
 
 
 def _first(done: Any) -> int:
