@@ -10,11 +10,11 @@ from typing import Any
 import click
 
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.rows.files import legible
+from alphatoken_curate.rows.files import legible, visible
 from alphatoken_curate.wording import count, end_of_turn, over_share
 
 from .grouped import Grouped
-from .lines import tell_version
+from .lines import first_row, tell_version
 from .options import config_options, read_config
 
 _EPILOG = """\b
@@ -48,6 +48,7 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
         made = mask(run, config, listener)
     verb = "Wrote" if made.created else "Already there:"
     click.echo(legible(f"{verb} mask {made.mask} in {made.path}/"))
+    click.echo(f"  by      {_settings(config)}")
     for line in summary(made):
         click.echo(line)
     if made.end_of_turn_tokens is None and config.always_keep == "end-of-turn":
@@ -55,6 +56,16 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
     if not made.newest:
         for line in older(run, made.mask):
             click.echo(line)
+    else:
+        here = f"alphatoken-curate {{}} {legible(shlex.quote(str(run)))}"
+        click.echo(f"Next: {here.format('show')} --row {first_row(run)}   or   {here.format('export')} --for trl")
+
+
+def _settings(config: MaskConfig) -> str:
+    """What was selected by, and how, in the words of the flags."""
+    how = ["keep", "scope", "weights", *(["always_keep"] if config.always_keep != "end-of-turn" else [])]
+    told = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in how)
+    return visible(f"{config.by}; {told}", 300)
 
 
 def older(run: Path, mask: int) -> Iterator[str]:

@@ -81,7 +81,11 @@ def _errors(run: Path) -> Iterator[str]:
 
 
 def _aside(counts: Any) -> list[tuple[str, int]]:
-    return [("held out as target", counts.target), ("failed", counts.failed), ("rejected", counts.rejected)]
+    return [
+        ("held out as target", counts.target),
+        ("failed", counts.failed),
+        ("rejected, named in rejects.jsonl", counts.rejected),
+    ]
 
 
 def _first(done: Any) -> int:
