@@ -251,10 +251,10 @@ class Speller:
                 text, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
             )
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of Rust; no module has its class
-                raise
-            why = f"the tokenizer breaks off at it: {visible(str(error), 60)}"
-            raise RowFault("tokenizer_fails", f"{why}; look at the patterns in its tokenizer.json") from None
+            if type(error).__name__ == "PanicException":  # of Rust; no module has its class
+                why = f"the tokenizer breaks off at it: {visible(str(error), 60)}"
+                raise RowFault("tokenizer_fails", f"{why}; look at the patterns in its tokenizer.json") from None
+            raise
 
     def _spells(self, tokens: list[int], span: tuple[int, int], text: str) -> bool:
         """Do the tokens of the span decode to `text`, up to the tokenizer's Unicode normal form?"""
