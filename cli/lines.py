@@ -93,11 +93,3 @@ def tell_version(run: Path) -> None:
         return  # of which the command speaks itself
     if absent:
         click.echo(f"{run}: {absent}", err=True)
-
-
-def first_row(run: Path) -> int:
-    """A row of the newest mask, to look at."""
-    from alphatoken_curate.reading.scan import scan
-
-    rows = scan(run, "train").select("row_id").head(1).collect()
-    return int(rows.item()) if len(rows) else 0

@@ -12,8 +12,8 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.wording import in_sequences
 
 from .grouped import Grouped
-from .mask import older, summary
 from .options import config_options, read_config
+from .told import first_row, older, summary
 
 
 @click.command(cls=Grouped)
@@ -54,7 +54,7 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     if not done.has_stability:
         click.echo("  stability is 0, as model and reference are the same; --reference or --retention change that")
     click.echo(
-        f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {_first(done)}"
+        f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {first_row(done.run)}"
     )
     if not mask.newest:
         for line in older(done.run, mask.mask):
@@ -86,11 +86,3 @@ def _aside(counts: Any) -> list[tuple[str, int]]:
         ("failed", counts.failed),
         ("rejected, named in rejects.jsonl", counts.rejected),
     ]
-
-
-def _first(done: Any) -> int:
-    """A scored row to look at."""
-    from alphatoken_curate.reading.scan import scan
-
-    rows = scan(done.run).filter(status="scored").select("row_id").head(1).collect()
-    return int(rows.item()) if len(rows) else 0
