@@ -17,7 +17,7 @@ from tiny import tiny_model
 from tiny_files import command, perturbed, quiet, write_jsonl
 
 from alphatoken_curate import ScoreConfig, UsageError, compare, mask, refresh, scan, scan_tokens, score, verify
-from alphatoken_curate.cli.mask import summary
+from alphatoken_curate.cli.told import summary
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.exports.export import export
 from alphatoken_curate.page.report import render
