@@ -47,8 +47,8 @@ def check_model(model: Any, processing_class: Any, rows: Any) -> None:
 
     The tokenizer is `processing_class`, and that of the folder or Hub id the model is from, where it is on this
     machine: of that one tokens count that both have. Where the run of the rows is not known, or has no vocabulary, the
-    embeddings must be enough. Rows are looked for in wrappers of torch, and where `datasets` streams from memory; of others
-    that are streamed nothing is known.
+    embeddings must be enough. Rows are looked for in torch's wrappers too, and where `datasets` streams from memory; of
+    others that are streamed nothing is known.
     """
     for one in _parts(rows):
         runs, ids = _runs(one), _ids(one)
