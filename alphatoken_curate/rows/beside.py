@@ -108,7 +108,7 @@ def _check_marks(record: dict[str, Any], keys: tuple[str, ...], made: AnyRecord)
             message = f"{key} is a list beside {' + '.join(keys)}: of what is not known; put it into the messages"
             raise RowFault("message_weight", message)
         number = _weight(record, key) if key in WEIGHTS or isinstance(value, bool) else None
-        if number is not None and not 0 <= number < math.inf:
+        if number is not None and number < 0:
             raise RowFault("message_weight", f"{key} is {_written(value)}; a row trains by 1 and does not by 0")
         if number == 0:
             message = f"{key} is {_written(value)}: the whole row is marked off, and nothing responds. Drop the row"
