@@ -89,7 +89,7 @@ class Round:
         told = ended.out + ended.err
         hold(ended.code in CODES and "Traceback" not in told, f"{name} ended with {ended.code}: {told[-3000:]}")
         hold(ended.code == 0 or bool(ended.err.strip()), f"{name} ended with {ended.code} and said nothing")
-        hold("\x1b" not in told and (name == "show" or told == legible(told)), f"{name} commands a terminal: {told!r}")
+        hold(told == legible(told), f"{name} commands a terminal: {told!r}")
         return ended
 
     def on_run(self, *arguments: object) -> Ended:
