@@ -40,8 +40,8 @@ def campaign(*arguments: object, timeout: float) -> dict[str, Any]:
 
 
 def test_some_whole_runs() -> None:
-    found = campaign("--seed", 0, "--rounds", 12, timeout=300)
-    assert found["rounds"] == 12 and found["codes"]["verify 0"] > 5 and found["codes"]["score 0"] > 2
+    found = campaign("--seed", 0, "--rounds", 8, timeout=300)
+    assert found["rounds"] == 8 and found["codes"]["verify 0"] > 5 and found["codes"]["score 0"] > 1
 
 
 @pytest.mark.stress
