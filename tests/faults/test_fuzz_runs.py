@@ -154,6 +154,8 @@ def test_the_oracle_sees_rows_that_are_refused_for_nothing() -> None:
         return check_answers(*_answered(record, "a", "a", status="rejected"), flags)
 
     odd = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "<|im_end|>"}]}
+    same = {"instruction": "a", "input": "\n", "output": "\n"}
+    assert refused(same) == refused(same | {"input": "\ufdd0", "output": "b"}) == 1
     assert refused(odd) == refused(CHAT, "--max-length", "8") == refused(CHAT, "--assistant-specials", "refuse") == 1
     for record in (CHAT, TOKENS, {"prompt": "a", "response": "b"}):
         with pytest.raises(Fell, match="is refused"):

@@ -138,8 +138,8 @@ def is_usual(record: Row) -> bool:
     if "labels" in record:
         return any(label != -100 for label in record["labels"][1:])
     messages = record.get("messages") or record.get("conversations") or [record]
-    texts = [text for one in messages for text in one.values() if isinstance(text, str)]
-    texts = [text for text in texts if text != record.get("input")]
+    parts = [part for one in messages for part in one.items() if isinstance(part[1], str)]
+    texts = [text for key, text in parts if key != "input" or text]
     is_odd = any(not text.strip() or any(odd in text for odd in ODD_TEXTS if odd.strip()) for text in texts)
     is_answered = messages == [record] or any("assistant" in one.values() or "gpt" in one.values() for one in messages)
     is_pair = any(key.startswith(("chosen", "rejected")) for key in record)
