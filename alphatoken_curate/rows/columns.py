@@ -26,7 +26,7 @@ NAMES = frozenset(
         *UNWANTED,
         *BRANCHED,
         *(prefix + name for prefix in ("", "chosen_", "rejected_") for name in BESIDE),
-        *("id", "tools", "system", "input", "history", "chat_template_kwargs"),
+        *("id", "tools", "functions", "system", "input", "history", "chat_template_kwargs"),
     }
 )
 """Every key that is looked at."""
