@@ -39,6 +39,8 @@ def answers_of_blocks(
     def render_blocks(chat: list[Any]) -> str:
         pieces = _BLOCK.split(render(chat, template=tagged))
         bare = [piece.strip(_OPEN + _CLOSE) for piece in pieces]
+        if any(piece.count(_OPEN) > 1 for piece in pieces):
+            raise not_splittable("it marks an answer within an answer, one {% generation %} inside another")
         spans[:] = _spans(pieces, bare)
         return "".join(bare)
 

@@ -12,7 +12,7 @@ import torch
 
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.scoring import scorer
+from alphatoken_curate.scoring import reference, scorer
 from alphatoken_curate.signals import composite
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches
@@ -38,7 +38,7 @@ def light_scorer() -> Iterator[None]:
             "gradient": lambda self, kind, *_: save(self.spec.store, kind),
             "curvature": lambda self, *_: None,
         },
-        scorer.ReferencePass: {
+        reference.ReferencePass: {
             "weights": lambda self: None,
             "fisher": lambda self, *_: save(self.spec.store, artifacts.FISHER),
             "answers": lambda self, part, rows, *_: list(rows),
