@@ -115,7 +115,7 @@ def _check(chat: MarkedChat, index: int, spans: list[Span]) -> list[str]:
                 f"it marks {excerpt(marked)} of answer {index}, but not {excerpt(stands[-len(leaf.text) :])}"
             )
     keys = check_kept(chat, index, spans[0][0])
-    check_calls(chat.messages[index], index, "".join(chat.whole.text[a:b] for a, b in spans))
+    check_calls(chat, index, spans)
     return keys
 
 
