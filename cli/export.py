@@ -55,7 +55,11 @@ class _Trainer(click.Choice[str]):
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--for", "trainer", type=_Trainer(TRAINERS), required=True, help="Who is to read the files.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", required=True, help="A new folder for them."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A new folder for them. Default: RUN's name with TRAINER's: a.trl.",
 )
 @click.option("--mask", type=int, metavar="N", help="The mask to export. Default: the newest.")
 @click.option(
@@ -66,13 +70,15 @@ class _Trainer(click.Choice[str]):
 )
 @click.option("--strict", is_flag=True, help="Of hf: input_ids, attention_mask and labels alone (Axolotl, Together).")
 @click.option("--binarize", is_flag=True, help="Make every weight above 0 a 1, for trainers that destroy other ones.")
-def command(run: Path, **asked: Any) -> None:
+def command(run: Path, trainer: str, output: Path | None, **asked: Any) -> None:
     """Export, and say what was written."""
     from alphatoken_curate.exports.export import export
 
     tell_version(run)
-    done = export(run, **asked)
-    click.echo(f"Wrote {done.path}/ for {done.trainer}, of mask {done.mask}")
+    place = output or Path(f"{run.resolve().name.removesuffix('.alphatoken')}.{trainer}")
+    done = export(run, trainer=trainer, output=place, **asked)
+    own = "" if done.trainer == trainer else f" ({done.trainer})"
+    click.echo(f"Wrote {done.path}/ for {trainer}{own}, of mask {done.mask}")
     for line in _summary(done):
         click.echo(line)
 

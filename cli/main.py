@@ -61,12 +61,7 @@ class _Lazy(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(
-    cls=_Lazy,
-    help=_HELP,
-    epilog=EXIT_CODES,
-    context_settings=HELP,
-)
+@click.group(cls=_Lazy, help=_HELP, epilog=EXIT_CODES, context_settings=HELP)
 @click.version_option(package_name="alphatoken-curate", message="%(package)s %(version)s")
 def cli() -> None:
     """All of the commands."""
@@ -89,10 +84,13 @@ def _run() -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except CurateError as error:
+    except (CurateError, PermissionError) as error:
+        told = (
+            f"{error.filename}: {error.strerror}; check its permissions" if isinstance(error, OSError) else str(error)
+        )
         click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-        click.echo(legible(str(error)), err=True)
-        return error.exit_code
+        click.echo(legible(told), err=True)
+        return error.exit_code if isinstance(error, CurateError) else 1
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; keep Python from complaining when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

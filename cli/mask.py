@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.rows.files import legible
-from alphatoken_curate.wording import count, end_of_turn, over_share
+from alphatoken_curate.rows.files import legible, visible
 
 from .grouped import Grouped
 from .lines import tell_version
 from .options import config_options, read_config
+from .told import first_row, older, summary
 
 _EPILOG = """\b
 --by takes a column of values/ (see `show --help`), row_id, position, token_id,
@@ -48,6 +47,7 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
         made = mask(run, config, listener)
     verb = "Wrote" if made.created else "Already there:"
     click.echo(legible(f"{verb} mask {made.mask} in {made.path}/"))
+    click.echo(f"  by      {_settings(config)}")
     for line in summary(made):
         click.echo(line)
     if made.end_of_turn_tokens is None and config.always_keep == "end-of-turn":
@@ -55,34 +55,13 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
     if not made.newest:
         for line in older(run, made.mask):
             click.echo(line)
+    else:
+        here = f"alphatoken-curate {{}} {legible(shlex.quote(str(run)))}"
+        click.echo(f"Next: {here.format('show')} --row {first_row(run)}   or   {here.format('export')} --for trl")
 
 
-def older(run: Path, mask: int) -> Iterator[str]:
-    """Lines that say how to name a mask that is not the newest."""
-    yield "Readers take the newest mask; name this one by its number:"
-    yield f"  alphatoken-curate export {shlex.quote(str(run))} --mask {mask} --for trl -o DIR"
-    yield f"  in Python: scan({str(run)!r}, 'train', mask={mask}), as_dataset({str(run)!r}, {mask})"
-
-
-def summary(made: Any) -> Iterator[str]:
-    """Lines that say what a `MaskSummary` keeps, and of what."""
-    yield f"  tokens  {_kept(made)} response tokens kept ({made.kept_tokens / max(1, made.response_tokens):.1%})"
-    if made.branches:
-        yield f"          {', '.join(f'{name} {_kept(counts)}' for name, counts in made.branches.items())} kept"
-    if told := end_of_turn(made.end_of_turn_tokens, made.end_of_turn_kept):
-        yield f"          {told}"
-    if made.over_share:
-        yield f"          {over_share(made.over_share)}"
-    if made.rows_given_back:
-        words = ("branch", "branches") if made.branches else ("row", "rows")
-        yield f"          {count(made.rows_given_back, *words)} that would have lost every token got the best one back"
-    if made.generations != (0,):
-        many = len(made.generations) > 1
-        numbers = ", ".join(map(str, made.generations))
-        yield f"  values  the mean of generations {numbers}" if many else f"  values  generation {numbers}"
-    if made.rows_left_out:
-        yield f"          {count(made.rows_left_out, 'row is', 'rows are')} left out: scored in only some of them"
-
-
-def _kept(counts: Any) -> str:
-    return f"{counts.kept_tokens:,} of {counts.response_tokens:,}"
+def _settings(config: MaskConfig) -> str:
+    """What was selected by, and how, in the words of the flags."""
+    how = ["keep", "scope", "weights", *(["always_keep"] if config.always_keep != "end-of-turn" else [])]
+    told = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in how)
+    return visible(f"{config.by}; {told}", 300)

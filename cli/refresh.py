@@ -10,7 +10,7 @@ import click
 
 from alphatoken_curate.runs.folder import check_is_run
 
-from .mask import summary
+from .told import summary
 
 if TYPE_CHECKING:
     from alphatoken_curate import RefreshSummary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.wording import in_sequences
 
 from .grouped import Grouped
-from .mask import older, summary
 from .options import config_options, read_config
+from .told import first_row, older, summary
 
 
 @click.command(cls=Grouped)
@@ -48,26 +49,40 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     for line in summary(mask):
         click.echo(line)
     click.echo(f"  values  {done.run}/values/generation=0/   mask {mask.mask}: {mask.path}/")
+    for line in _errors(done.run):
+        click.echo(line)
     if not done.has_stability:
         click.echo("  stability is 0, as model and reference are the same; --reference or --retention change that")
     click.echo(
-        f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {_first(done)}"
+        f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {first_row(done.run)}"
     )
     if not mask.newest:
         for line in older(done.run, mask.mask):
             click.echo(line)
     elif mask.kept_tokens == mask.response_tokens and not mask.branches:
-        click.echo("Every token trains until you make another mask. Only where tokens may be wrong, for example:")
-        click.echo(f"  alphatoken-curate mask {done.run} --by '7 - surprise' --keep positive")
+        why, how = _SUGGESTED["rehearsal" if config.rehearses else "gradient"]
+        click.echo(f"Every token trains until you make another mask. {why}, for example:")
+        click.echo(f"  alphatoken-curate mask {done.run} {how}")
+
+
+_SUGGESTED = {
+    "gradient": ("Only where tokens may be wrong", "--by '7 - surprise' --keep positive"),
+    "rehearsal": ("A mild use of these values", "--weights tilt:0.25"),
+}
+"""By the direction of the values: when another mask may pay, and which."""
+
+
+def _errors(run: Path) -> Iterator[str]:
+    """What values are below 0 beyond their error, where they have one."""
+    from alphatoken_curate.reading.errors import beyond
+
+    for n, line in enumerate(found.lines() if (found := beyond(run)) else ()):
+        yield f"  {'' if n else 'errors':<8}{line}"
 
 
 def _aside(counts: Any) -> list[tuple[str, int]]:
-    return [("held out as target", counts.target), ("failed", counts.failed), ("rejected", counts.rejected)]
-
-
-def _first(done: Any) -> int:
-    """A scored row to look at."""
-    from alphatoken_curate.reading.scan import scan
-
-    rows = scan(done.run).filter(status="scored").select("row_id").head(1).collect()
-    return int(rows.item()) if len(rows) else 0
+    return [
+        ("held out as target", counts.target),
+        ("failed", counts.failed),
+        ("rejected, named in rejects.jsonl", counts.rejected),
+    ]

@@ -21,7 +21,8 @@ _EPILOG = """\b
 surprise, reference_ratio, SQL of single tokens, and what the run's estimator
 gives of adapt_direct, adapt_causal, adapt_upstream, adapt_influence,
 stab_direct, stab_causal, stab_upstream, stab_influence, drift_direct,
-drift_causal, drift_influence, and adapt_error, stab_error, value_error.
+drift_causal, drift_influence; with groups of target rows adapt_error, stab_error,
+value_error.
 
 Colours need a terminal of 256 colours or more; elsewhere, and where NO_COLOR is set, values are written beside the
 tokens. To page with colours: FORCE_COLOR=1 alphatoken-curate show RUN --row 0 | less -R

@@ -206,7 +206,7 @@ def test_errors_are_neither_swallowed_nor_asserted(path: Path) -> None:
 def test_every_command_is_a_file_of_its_own() -> None:
     from alphatoken_curate.cli.main import COMMANDS
 
-    helpers = {"__init__", "__main__", "grouped", "interrupts", "lines", "main", "options", "terminal"}
+    helpers = {"__init__", "__main__", "grouped", "interrupts", "lines", "main", "options", "terminal", "told"}
     assert {path.stem for path in modules(CLI)} - helpers == set(COMMANDS)
 
 

@@ -108,10 +108,15 @@ def _records(
         {**message, "weight": int(i in alive)} if message["role"] == "assistant" else message
         for i, message in enumerate(chat.messages)
     ]
-    rest = {"tools": chat.tools} if chat.tools else {}
+    rest: dict[str, Any] = {"tools": chat.tools} if chat.tools else {}
+    if chat.template_kwargs:
+        rest["chat_template_kwargs"] = chat.template_kwargs
     mean = float(weight[original.response].mean(dtype=np.float64))
-    # what the user marked off stays so where a message has no other weight
-    plain = [{**message, "weight": 0} if i in chat.context else message for i, message in enumerate(chat.messages)]
+    # By the row's weight every answer would train: what was not to respond is kept out of it.
+    plain = [
+        {**message, "weight": 0} if message["role"] == "assistant" and i not in turns else message
+        for i, message in enumerate(chat.messages)
+    ]
     return {"messages": messages, **rest}, {"messages": plain, **rest, "weight": mean}
 
 
@@ -141,8 +146,9 @@ def _check(folder: Path, rows: Iterator[Kept], asked: Asked) -> None:
 
 
 def _columns(told: Told) -> Iterator[str]:
-    yield f"- `{BY_MESSAGE}`: `messages`, with `weight` 0 or 1 on each assistant message; `tools` where there are some"
-    yield f"- `{BY_ROW}`: `messages`, `tools`, and a float `weight` on the row; `weight` 0 stays where a message had it"
+    yield f"- `{BY_MESSAGE}`: `messages`, with `weight` 0 or 1 on each assistant message; `tools` and"
+    yield "  `chat_template_kwargs` where a row has them"
+    yield f"- `{BY_ROW}`: `messages`, `tools`, and a float `weight` on the row; 0 on answers not to respond"
 
 
 def _use(told: Told) -> Iterator[str]:

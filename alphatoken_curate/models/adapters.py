@@ -23,7 +23,7 @@ from alphatoken_curate.models.folders import (
     refuse_empty,
     refuse_pickles,
 )
-from alphatoken_curate.models.tensors import dtypes, shapes
+from alphatoken_curate.models.tensors import FLOATS, dtypes, shapes
 from alphatoken_curate.models.whole import reason
 from alphatoken_curate.wording import count
 
@@ -35,7 +35,6 @@ _EMBEDDINGS = re.compile(
 )
 """Tensors of an adapter that know how many tokens its base had: `lora_embedding_A` by its columns, others by rows."""
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _LARGEST_SCALE = 1e6
 
 _REFUSALS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, re.error)
@@ -214,7 +213,7 @@ def _refuse_settings(path: Path) -> None:
 
 def _refuse_quantised(folder: Path) -> None:
     """Whole numbers would be taken for weights, without the scale that they belong to."""
-    found = sorted((name, kind) for name, kind in dtypes([folder / ADAPTER_WEIGHTS]).items() if kind not in _FLOATS)
+    found = sorted((name, kind) for name, kind in dtypes([folder / ADAPTER_WEIGHTS]).items() if kind not in FLOATS)
     if found:
         raise ModelError(
             f"{folder / ADAPTER_WEIGHTS}: {count(len(found), 'tensor')} in it quantised (the first: {found[0][0]},"

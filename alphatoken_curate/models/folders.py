@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ _TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_st
 _NO_WEIGHT = "_extra_state"
 """How the names of tensors end that hold no weight, and may be empty."""
 _TORCHTUNE = " (torchtune: safe_serialization=True of its checkpointer)"
+
+
+@contextmanager
+def permitted() -> Iterator[None]:
+    """What the system does not let be read is a ModelError that names it."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ModelError(f"{error.filename}: cannot be read ({error.strerror}). Check its permissions.") from error
 
 
 def names_a_path(name: str) -> bool:
@@ -91,7 +101,8 @@ def refuse_empty(folder: Path, files: Iterable[Path]) -> None:
 def json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelError where it holds something else."""
     try:
-        found = orjson.loads(path.read_bytes())
+        with permitted():
+            found = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
         raise ModelError(f"{path}: not JSON ({error}).") from error
     if not isinstance(found, dict):

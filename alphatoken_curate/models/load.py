@@ -28,6 +28,7 @@ from alphatoken_curate.models.folders import (
     last_name,
     model_weights,
     names_a_path,
+    permitted,
 )
 from alphatoken_curate.models.releases import before, in_memory, keep_soft_caps, name_stops, unmapped
 from alphatoken_curate.models.vocabularies import refuse_endless, refuse_odd
@@ -80,7 +81,8 @@ def find_model(name: str, *, base: ModelSource | None = None, local: bool = Fals
     An adapter is put on the model that its record names, or on `base` once that is known to be the same model. `local`
     asks nothing of the network. ModelError says what was tried.
     """
-    return _find(name, base=base, local=local)
+    with permitted():
+        return _find(name, base=base, local=local)
 
 
 def _find(
@@ -214,7 +216,7 @@ def digest_files(files: Iterable[Path]) -> str:
     for path in files:
         name = GGUF if path.suffix == GGUF else path.name
         digest.update(name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
-        with path.open("rb") as file:
+        with permitted(), path.open("rb") as file:
             while block := file.read(_CHUNK_BYTES):
                 digest.update(block)
     return f"sha256:{digest.hexdigest()}"

@@ -10,6 +10,9 @@ import orjson
 
 from alphatoken_curate.models.releases import reads_without_maps
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Numbers that need no scale, as safetensors calls them."""
+
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors itself refuses more
 
 

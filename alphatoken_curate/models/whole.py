@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.models.tensors import dtypes, shapes
+from alphatoken_curate.models.tensors import FLOATS, dtypes, shapes
 from alphatoken_curate.wording import count
 
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -27,7 +27,6 @@ _FEW = 1000  # blocks that are soon made
 _HARMLESS = re.compile(r"inv_freq$|rotary|\b(attn|attention)\.bias$|masked_bias$|position_ids$|_extra_state$")
 """Tensors that older releases kept in files, and that are worked out."""
 
-_QUANTISED = re.compile(r"^([IU]\d+|BOOL|F8\w*|F4\w*|F6\w*)$")
 _DEPTH = re.compile(rb"\.block_count([\x00-\x05\x0a\x0b])\0\0\0(.{8})", re.DOTALL)
 _GGUF_BLOCK = re.compile(rb"\bblk\.(\d{1,9})\.")
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 10: 8, 11: 8}  # of GGUF's kinds of whole numbers
@@ -132,7 +131,7 @@ def _refuse_unused(name: str, model: Any, keys: Iterable[str]) -> None:
 
 def _refuse_quantised(name: str, model: Any, files: list[Path]) -> None:
     own = {key for key, _ in model.named_parameters()}
-    found = sorted((key, kind) for key, kind in dtypes(files).items() if _QUANTISED.match(kind) and key in own)
+    found = sorted((key, kind) for key, kind in dtypes(files).items() if kind not in FLOATS and key in own)
     if found:
         raise ModelError(
             f"{name}: {count(len(found), 'weight')} in its files quantised (the first: {found[0][0]}, {found[0][1]}),"

@@ -17,6 +17,7 @@ from alphatoken_curate.masks import criteria
 from alphatoken_curate.reading.scan import choose_generation
 from alphatoken_curate.reading.words import read_vocabulary, spelled
 from alphatoken_curate.runs import manifest, shards
+from alphatoken_curate.runs.atomic import unread
 from alphatoken_curate.runs.manifest import Generation, Manifest, Mask
 from alphatoken_curate.runs.schema import NOT_COMPUTED, PAIR_COLUMNS, SFT, SIGNALS, Components, Layout, components
 
@@ -263,7 +264,7 @@ def rejects(run: Path, stored: Manifest) -> list[dict[str, Any]]:
     try:
         found = [orjson.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, orjson.JSONDecodeError) as error:
-        raise StoredDataError(f"{path}: damaged ({error}); run `verify`") from error
+        raise unread(path, error) or StoredDataError(f"{path}: damaged ({error}); run `verify`") from error
     return [record for record in found if isinstance(record, dict)]
 
 

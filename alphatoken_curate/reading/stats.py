@@ -155,9 +155,7 @@ def stats(run: str | Path, *, generation: int | None = None) -> Stats:
     return Stats(
         kind=layout.kind,
         estimator=str(stored.settings["estimator"]),
-        direction=direction.direction(stored),
-        rehearsed=direction.rehearsed(stored),
-        beyond=beyond(folder, generation),
+        **_direction(folder, stored, generation),
         generation=shown.generation,
         rows={"read": counts.read, **{status: sums.rows[status] for status in STATUSES}},
         sequences=counts.sequences if stored.settings.get("turns") == "each" else None,
@@ -180,6 +178,14 @@ def stats(run: str | Path, *, generation: int | None = None) -> Stats:
         generations=tuple(generations),
         masks=tuple(_mask(one) for one in stored.masks),
     )
+
+
+def _direction(run: Path, stored: Manifest, generation: int | None) -> dict[str, Any]:
+    return {
+        "direction": direction.direction(stored),
+        "rehearsed": direction.rehearsed(stored),
+        "beyond": beyond(run, generation),
+    }
 
 
 def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str, Any]:

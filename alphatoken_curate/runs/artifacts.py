@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alphatoken_curate.errors import StoredDataError
-from alphatoken_curate.runs.atomic import atomic_file
+from alphatoken_curate.runs.atomic import atomic_file, unread
 from alphatoken_curate.runs.fingerprint import Json, canonical, differing
 from alphatoken_curate.runs.watched import Watched
 
@@ -139,7 +139,7 @@ class Store:
             with safe_open(path, framework="pt") as file:
                 about = orjson.loads((file.metadata() or {}).get(_ABOUT, "null"))
         except (SafetensorError, OSError, orjson.JSONDecodeError) as error:
-            raise _damaged(path, str(error)) from error
+            raise unread(path, error) or _damaged(path, str(error)) from error
         return isinstance(about, dict) and not differing(about.get("fields", {}), self._fields_of(kind))
 
     def has(self, kind: str, part: int | None = None) -> bool:
@@ -196,7 +196,7 @@ class Store:
                 about = orjson.loads((file.metadata() or {}).get(_ABOUT, "null"))
                 tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
         except (SafetensorError, OSError, orjson.JSONDecodeError) as error:
-            raise _damaged(path, str(error)) from error
+            raise unread(path, error) or _damaged(path, str(error)) from error
         if not isinstance(about, dict) or about.get("sha256") != _digest(tensors) or "fields" not in about:
             raise _damaged(path, "it is not as it was written")
         if differing(about["fields"], self._fields_of(kind)):

@@ -24,6 +24,8 @@ from pathlib import Path
 
 from alphatoken_curate.errors import BusyError, CurateError, StoredDataError
 
+_NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+
 KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 
@@ -123,6 +125,14 @@ def atomic_file(path: Path) -> Iterator[Sink]:
             _sync_folder(path.parent)
     finally:
         _remove(temporary)  # gone already where it was renamed
+
+
+def unread(path: Path, error: Exception) -> StoredDataError | None:
+    """The error where the system did not let a file be read, which says nothing of the file; None for any other."""
+    number = getattr(error, "errno", None)
+    if number not in _NOT_OF_THE_FILE:
+        return None
+    return StoredDataError(f"{path}: cannot be read ({os.strerror(number)}); check its permissions")
 
 
 def digest(path: Path) -> tuple[int, str]:

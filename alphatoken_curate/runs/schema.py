@@ -175,7 +175,7 @@ def _signal(name: str, doc: str, units: str = "nats per unit step") -> pa.Field:
     return _field(name, _floats, units=units, doc=doc)
 
 
-_TURN = "which answer of the chat the sequence ends with, from 0, by --turns each; else 0"
+_TURN = "which of the chat's responding answers the sequence ends with, from 0, by --turns each; else 0"
 
 _ROW = [
     _field("row_id", pa.int64(), units="row", doc="position of the row among all rows read, from 0"),

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alphatoken_curate.errors import StoredDataError
-from alphatoken_curate.runs.atomic import Sink
+from alphatoken_curate.runs.atomic import Sink, unread
 from alphatoken_curate.runs.fingerprint import Json, canonical, fingerprint
 from alphatoken_curate.runs.schema import SCHEMA_VERSION, VERSIONS
 
@@ -61,6 +61,8 @@ def opened(path: Path, use: Callable[[pq.ParquetFile], T]) -> T:
     except FileNotFoundError as error:
         raise StoredDataError(f"{path}: missing; restore it, or delete the run folder and score again") from error
     except _READ_ERRORS as error:
+        if (refused := unread(path, error)) is not None:
+            raise refused from error
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise damaged(path, first) from error
 

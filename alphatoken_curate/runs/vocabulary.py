@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs.atomic import unread
 from alphatoken_curate.runs.schema import VOCABULARY, VOCABULARY_COLUMNS, absent
 
 
@@ -33,7 +34,8 @@ def sound(run: Path) -> Iterator[None]:
         manifest.check_file(run, manifest.read(run), VOCABULARY)
         yield
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise StoredDataError(f"{run / VOCABULARY}: damaged ({error}); {do}") from error
+        lost = StoredDataError(f"{run / VOCABULARY}: damaged ({error}); {do}")
+        raise unread(run / VOCABULARY, error) or lost from error
 
 
 def is_whole(schema: pa.Schema) -> bool:

@@ -24,7 +24,7 @@ from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.models.load import DEMO_MODEL
 from alphatoken_curate.rows.files import saved_folder
 from alphatoken_curate.runs import manifest
-from alphatoken_curate.runs.atomic import atomic_file
+from alphatoken_curate.runs.atomic import atomic_file, unread
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.runs.schema import VOCABULARY
 from alphatoken_curate.scoring.prepare import Prepared
@@ -82,7 +82,8 @@ def read_side_rows(run: Path, stored: Manifest, name: str) -> list[TokenRow]:
     try:
         table = pq.read_table(path, schema=_SIDE)
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise StoredDataError(f"{path}: missing or damaged ({error}); score the run again to have it") from error
+        lost = StoredDataError(f"{path}: missing or damaged ({error}); score the run again to have it")
+        raise unread(path, error) or lost from error
     return [
         TokenRow(
             row_id=row["row_id"],

@@ -71,7 +71,10 @@ class Speller:
     def encode(self, items: Sequence[RenderedText]) -> Iterator[Spelled | RowFault]:
         """Tokens and response mask of each text, in order."""
         whole = [item for item in items if not item.marked] if self._tokenizer.is_fast else []
-        encoded = self._call([item.text for item in whole], return_offsets_mapping=True) if whole else {}
+        try:
+            encoded = self._call([item.text for item in whole], return_offsets_mapping=True) if whole else {}
+        except RowFault:  # told of the texts that it is of, each by itself
+            whole, encoded = [], {}
         ready = zip(encoded.get("input_ids", ()), encoded.get("offset_mapping", ()), strict=True)
         for item in items:
             tokens, offsets = next(ready) if whole and not item.marked else ([], [])
@@ -243,7 +246,15 @@ class Speller:
         return list(self._call(text, **options)["input_ids"]) if text else []
 
     def _call(self, text: str | list[str], **options: Any) -> Any:
-        return self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+        try:
+            return self._tokenizer(
+                text, add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+            )
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # of Rust; no module has its class
+                why = f"the tokenizer breaks off at it: {visible(str(error), 60)}"
+                raise RowFault("tokenizer_fails", f"{why}; look at the patterns in its tokenizer.json") from None
+            raise
 
     def _spells(self, tokens: list[int], span: tuple[int, int], text: str) -> bool:
         """Do the tokens of the span decode to `text`, up to the tokenizer's Unicode normal form?"""

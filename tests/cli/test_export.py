@@ -66,8 +66,18 @@ def test_a_full_folder_is_left_alone(tmp_path: Path) -> None:
     before = contents(tmp_path)
     again = command("export", run, "--for", "tinker", "-o", tmp_path / "out")
     assert again.code == 2 and "not empty" in again.err and contents(tmp_path) == before
-    missing = command("export", run, "--for", "tinker")
-    assert missing.code == 2 and "'--output'" in missing.err
+
+
+def test_the_folder_is_named_after_the_run_and_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_run(tmp_path / "runs" / "my.alphatoken")
+    monkeypatch.chdir(tmp_path)
+    done = command("export", run, "--for", "trl")
+    assert done.code == 0 and done.out.splitlines()[0] == "Wrote my.trl/ for trl (hf), of mask 0"
+    assert read("hf", tmp_path / "my.trl") == truth(run)
+    assert command("export", run, "--for", "trl").code == 2, "nothing is overwritten"
+    monkeypatch.chdir(tmp_path / "runs")
+    (tmp_path / "runs" / "plain").symlink_to(run)
+    assert command("export", "plain", "--for", "hf").out.startswith("Wrote my.hf/ for hf, of mask 0")
 
 
 def test_a_damaged_run_is_refused(tmp_path: Path) -> None:

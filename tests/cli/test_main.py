@@ -395,12 +395,18 @@ def test_a_mask_that_is_there_prints_the_command_that_uses_it(run: Path, tmp_pat
     again = command("mask", run, "--keep", 0.5)
     assert again.code == 0 and "Already there: mask 1" in again.out
     (line,) = [line.strip() for line in again.out.splitlines() if " export " in line]
+    assert "Next:" not in again.out, "the newest mask is another"
     assert line == f"alphatoken-curate export '{run}' --mask 1 --for trl -o DIR"
     words = [str(tmp_path / "out") if word == "DIR" else word for word in shlex.split(line)[1:]]
     exported = command(*words)
     assert exported.code == 0 and "of mask 1" in exported.out
     assert f"  in Python: scan('{run}', 'train', mask=1), as_dataset('{run}', 1)\n" in again.out
-    assert "export" not in command("mask", run, "--keep", 0.7).out
+    newest = command("mask", run, "--keep", 0.7, "--by", "nll - row_mean(nll)", "--always-keep", "none").out
+    assert "--mask" not in newest
+    assert "  by      nll - row_mean(nll); --keep 0.7, --scope global, --weights binary, --always-keep none\n" in newest
+    (line,) = [line.removeprefix("Next: ") for line in newest.splitlines() if line.startswith("Next: ")]
+    for words in line.split("   or   "):
+        assert command(*shlex.split(words)[1:], *(["-o", tmp_path / "next"] if " export " in words else [])).code == 0
 
 
 def test_a_reason_is_told_once_with_the_lines_it_holds_for(tmp_path: Path, models: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.masks.remask import make_mask
 from alphatoken_curate.reading.row import BranchView, read_row
 from alphatoken_curate.reading.stats import stats as compute
-from alphatoken_curate.runs.schema import SIGNALS, components
+from alphatoken_curate.runs.schema import ERRORS, SIGNALS, components
 from alphatoken_curate.tokens.pieces import Piece
 from alphatoken_curate.views.stats_picture import svg as draw
 
@@ -97,7 +97,7 @@ def test_show_tables_of_both_branches(pairs: Path) -> None:
     ):
         lines = part.split("\n\n")[1].splitlines()
         assert len(lines) == 2 + branch.response.sum()
-        assert len(lines[-1].split()) == 4 + len(components("published").signals) - 5
+        assert len(lines[-1].split()) == 4 + len(set(components("published").signals) - set(ERRORS)) - 2
         assert lines[-1].split()[0] == str(np.flatnonzero(branch.response)[-1])
     assert out.count("value and its parts in nats") == 1
 
@@ -190,8 +190,8 @@ def test_show_tokens_through_a_pipe_leaves_nothing_out(run: Path) -> None:
     lines = out.split("\n\n")[1].splitlines()
     (branch,) = read_row(run, row=8).branches
     assert len(lines) == 2 + branch.response.sum()
-    # Neither the drift was computed beside stability, nor any error.
-    assert len(lines[-1].split()) == 4 + len(components("published").signals) - 5
+    # The drift was not computed beside stability.
+    assert len(lines[-1].split()) == 4 + len(set(components("published").signals) - set(ERRORS)) - 2
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

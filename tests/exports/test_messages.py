@@ -126,7 +126,9 @@ def test_tools_system_and_other_shapes_become_messages(tmp_path: Path) -> None:
 
 def test_only_the_last_turn_responds_where_the_run_says_so(tmp_path: Path) -> None:
     run = chat_run(tmp_path, [{"messages": TWO}] * 2, [[(8, 12)]] * 2, "row_id >= 0", turns="last")
-    assert [weights(row) for row in exported(run, tmp_path / "out")[0]] == [[None, 0, None, 1]] * 2
+    by_message, by_row = exported(run, tmp_path / "out")
+    assert [weights(row) for row in by_message] == [[None, 0, None, 1]] * 2
+    assert [weights(row) for row in by_row] == [[None, 0, None, None]] * 2, "nor by the weight of the row"
 
 
 def test_answers_and_runs_of_tokens_that_do_not_match_are_refused(tmp_path: Path) -> None:
@@ -287,7 +289,7 @@ def test_what_a_user_marked_off_stays_off_and_reads_back_as_it_was_written(model
         [None, 0, None, None],
         [None, None, None, 0],
         [None, None],
-        [None, None, None, 0, None, None],
+        [None, 0, None, 0, None, None],
     ]
     # Every answer trains that was to respond, and none else: as it was read, it is read again.
     assert command("score", tmp_path / "out" / "messages.jsonl", *flags, "-o", tmp_path / "two").code == 0

@@ -152,6 +152,26 @@ def test_watch_killed_again_and_again_ends_the_same(forks: Forks, run: Path, who
     assert killed_then_whole(forks, kills, ("refresh", run, "--watch", out, *EVERY), run, whole["sft"]) >= 7, kills
 
 
+@pytest.mark.parametrize(
+    "count", [pytest.param(n, marks=() if n in (4, 17) else pytest.mark.stress) for n in range(1, FILES + 1)]
+)
+def test_watch_killed_at_each_of_its_files_ends_the_same(
+    count: int, forks: Forks, run: Path, whole: dict[str, Path], out: Path
+) -> None:
+    kind = POINTS[count % len(POINTS)]
+    kills = [{"kill_at": f"{kind}:{count * 3 if kind == 'mid-write' else count}"}]
+    assert killed_then_whole(forks, kills, ("refresh", run, "--watch", out, *EVERY), run, whole["sft"]) == 1
+
+
+@pytest.mark.parametrize("place", [pytest.param(n, marks=() if n == 2 else pytest.mark.stress) for n in range(1, 7)])
+@pytest.mark.parametrize("kind", ["before-manifest", "after-manifest"])
+def test_watch_killed_at_each_manifest_ends_the_same(
+    kind: str, place: int, forks: Forks, run: Path, whole: dict[str, Path], out: Path
+) -> None:
+    kills = [{"kill_at": f"{kind}:{place}"}]
+    assert killed_then_whole(forks, kills, ("refresh", run, "--watch", out, *EVERY), run, whole["sft"]) == 1
+
+
 @pytest.mark.parametrize("point", daily(["before-manifest:1", "mid-write:1"], ["mid-write:1"]))
 def test_refresh_killed_thrice_at_the_same_step_ends_the_same(
     point: str, forks: Forks, run: Path, whole: dict[str, Path], out: Path

@@ -87,6 +87,47 @@ def test_a_disk_that_is_really_full(bench: Bench, small_disk: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("mask", "RUN", "--keep", "0.2"),
+        ("report", "RUN"),
+        *(
+            pytest.param(arguments, marks=pytest.mark.long)
+            for arguments in (
+                ("refresh", "RUN", "--checkpoint", "base"),
+                ("report", "RUN", "-o", "DISK/page.html"),
+                ("stats", "RUN", "--svg", "DISK/x.svg"),
+                ("export", "RUN", "--for", "trl", "-o", "DISK/export"),
+                ("export", "RUN", "--for", "llamafactory", "-o", "DISK/export"),
+            )
+        ),
+    ],
+    ids="-".join,
+)
+def test_nothing_is_lost_on_a_full_disk_and_all_is_well_when_there_is_room(
+    arguments: tuple[str, ...], bench: Bench, small_disk: Path
+) -> None:
+    run, ballast = small_disk / "run", small_disk / "ballast"
+    shutil.copytree(bench.whole("score"), run)
+    before = contents(run)
+    meant = {"RUN": str(run), "base": bench.models["base"]}
+    command = [meant.get(one, one.replace("DISK", str(small_disk))) for one in arguments]
+    for left in (0, 8192):
+        free = os.statvfs(small_disk)
+        ballast.write_bytes(bytes(free.f_bavail * free.f_frsize - left))
+        ended = bench.forks.run(*command, fake=True)
+        assert ended.code == 1 and "Traceback" not in ended.err, ended.err
+        assert os.strerror(REFUSALS["write"]) in ended.err and temporaries(small_disk) == []
+        assert before.items() <= contents(run).items() or left, "nothing of what was there may change"
+        assert_readable(run)
+        ballast.unlink()
+    ended = bench.forks.run(*command, fake=True)
+    assert ended.code == 0, ended.err
+    assert bench.forks.run("verify", run).code == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_a_disk_that_really_is_read_only(bench: Bench, small_disk: Path) -> None:
     run = small_disk / "run"
     shutil.copytree(bench.whole("score"), run)

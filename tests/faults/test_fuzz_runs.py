@@ -40,8 +40,8 @@ def campaign(*arguments: object, timeout: float) -> dict[str, Any]:
 
 
 def test_some_whole_runs() -> None:
-    found = campaign("--seed", 0, "--rounds", 12, timeout=300)
-    assert found["rounds"] == 12 and found["codes"]["verify 0"] > 5 and found["codes"]["score 0"] > 2
+    found = campaign("--seed", 0, "--rounds", 8, timeout=300)
+    assert found["rounds"] == 8 and found["codes"]["verify 0"] > 5 and found["codes"]["score 0"] > 1
 
 
 @pytest.mark.stress
@@ -154,6 +154,8 @@ def test_the_oracle_sees_rows_that_are_refused_for_nothing() -> None:
         return check_answers(*_answered(record, "a", "a", status="rejected"), flags)
 
     odd = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "<|im_end|>"}]}
+    same = {"instruction": "a", "input": "\n", "output": "\n"}
+    assert refused(same) == refused(same | {"input": "\ufdd0", "output": "b"}) == 1
     assert refused(odd) == refused(CHAT, "--max-length", "8") == refused(CHAT, "--assistant-specials", "refuse") == 1
     for record in (CHAT, TOKENS, {"prompt": "a", "response": "b"}):
         with pytest.raises(Fell, match="is refused"):

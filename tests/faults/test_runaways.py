@@ -33,7 +33,7 @@ def records(*texts: str) -> list[dict[str, Any]]:
     return [{"messages": [user(text), answer("yes")]} for text in texts]
 
 
-@pytest.mark.parametrize("name", ["nested loops", "text times a number", "sum", "tree as JSON", "wide loop"])
+@pytest.mark.parametrize("name", ["nested loops", "text times a number", "sum", "tree as JSON"])
 def test_a_row_at_which_a_template_runs_away_is_a_bad_row(name: str) -> None:
     tokenizer = tokenizer_of("x")
     tokenizer.chat_template = RUNAWAYS[name] + CHATML
@@ -56,7 +56,7 @@ def test_other_rows_are_kept() -> None:
 
 
 def test_a_template_that_runs_away_at_all_rows_ends_the_run() -> None:
-    tokenizer, began = tokenizer_of(RUNS + CHATML), time.thread_time()
+    tokenizer, began = tokenizer_of("{{ 'x' * 10**10 }}" + CHATML), time.thread_time()
     with pytest.raises(
         ModelError, match=r"^a\.jsonl:20: the chat template runs away: .* It ran away at 19 rows before"
     ):

@@ -497,8 +497,8 @@ def test_the_command_tells_of_branches_and_generations(tmp_path: Path) -> None:
     kept, response = ([len(stored_kept(tmp_path / "a", 0, prefix)) for prefix in PREFERENCE.branches],
                       [len(plain_values(value_rows(kind="preference"), number)) for number in (0, 1)])  # fmt: skip
     lost = [int(one.response.sum()) for one in value_rows(kind="preference")[4].branches]
-    assert f"  tokens  {sum(kept)} of {made.response_tokens} response tokens kept" in lines[1]
-    assert lines[2].strip() == ", ".join(
+    assert f"  tokens  {sum(kept)} of {made.response_tokens} response tokens kept" in lines[2]
+    assert lines[3].strip() == ", ".join(
         f"{name} {part} of {whole - gone}"
         for name, part, whole, gone in zip(("chosen", "rejected"), kept, response, lost, strict=True)
     ) + " kept"  # fmt: skip

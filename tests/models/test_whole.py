@@ -49,6 +49,9 @@ def test_quantised_weights_need_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"lm_head\.weight, I8"):
         refuse_other("x", model, [], {}, [tmp_path / "a.safetensors"])
     refuse_other("x", model, [], {"quantization_config": {"quant_method": "x"}}, [tmp_path / "a.safetensors"])
+    for kind in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        save_file({"lm_head.weight": torch.zeros(4, dtype=kind)}, tmp_path / "a.safetensors")
+        refuse_other("x", model, [], {}, [tmp_path / "a.safetensors"])
     save_file({"lm_head.ids": torch.zeros(4, dtype=torch.int64)}, tmp_path / "a.safetensors")
     refuse_other("x", model, [], {}, [tmp_path / "a.safetensors"])
 

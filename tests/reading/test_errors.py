@@ -4,11 +4,12 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 from small_run import run_with_errors, small_run, value_rows
 from tiny_files import command
 
-from alphatoken_curate import scan_tokens
+from alphatoken_curate import report, scan_tokens
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.reading.errors import Beyond, beyond
 from alphatoken_curate.reading.stats import stats
@@ -59,8 +60,8 @@ def test_what_is_told_says_chance_and_whether_there_is_much_to_cut(tmp_path: Pat
     )
     first, second, *_ = few.lines()
     assert first == (
-        "90 of 2,000 response tokens (4.5%) lie below 0 beyond their error (1.895 standard errors, of 8 groups"
-        " of target rows); chance alone would let 100 (5%) pass"
+        "90 of 2,000 response tokens (4.5%) lie below 0 beyond their error (1.895 standard errors, of 8 groups of"
+        " target rows); chance alone would let 100 (5%) pass"
     )
     assert second.startswith("that is no more than chance")
     run = run_with_errors(tmp_path / "run")
@@ -95,3 +96,43 @@ def test_an_error_that_some_tokens_lack_is_damage(tmp_path: Path) -> None:
     run = small_run(tmp_path, rows, settings={"groups": 8})
     with pytest.raises(StoredDataError, match=r"column value_error has no value at .* run `verify`"):
         beyond(run)
+
+
+def test_stats_tell_the_direction_and_the_errors(tmp_path: Path) -> None:
+    run = run_with_errors(tmp_path / "run")
+    out = command("stats", run).out
+    assert "of a rehearsed training: 14 steps of AdamW at 3e-05, 4 rows each, 2 epochs" in " ".join(out.split())
+    found = beyond(run)
+    assert found is not None
+    told, *rest = found.lines()
+    assert "values beyond their error" in out and told in " ".join(out.split())
+    assert all(line in out for line in (rest[0], rest[-1]))
+    told_json = orjson.loads(command("stats", run, "--json").out)
+    assert (told_json["direction"], told_json["beyond"]["below"]) == ("rehearsal", found.below)
+    histograms = stats(run).histograms
+    tokens = scan_tokens(run).collect()
+    for name in ("adapt_error", "stab_error", "value_error"):
+        assert sum(histograms[name].count) == len(tokens) and histograms[name].edges[0] == 0
+        assert name in out
+    plain = small_run(tmp_path / "plain")
+    out = command("stats", plain).out
+    assert "rehearsed" not in out and "error" not in out
+    told_json = orjson.loads(command("stats", plain, "--json").out)
+    assert (told_json["direction"], told_json["rehearsed"], told_json["beyond"]) == ("gradient", None, None)
+
+
+def test_show_compare_and_report_name_them(tmp_path: Path) -> None:
+    run, plain = run_with_errors(tmp_path / "run"), small_run(tmp_path / "plain", value_rows(30, estimator="influence"))
+    out = command("compare", run, plain).out
+    assert "(influence, rehearsal)" in " ".join(out.split()) and "(influence)" in " ".join(out.split())
+    out = command("show", run, "--row", 0, "--by", "value + 1.895 * value_error", "--by", "value_error").out
+    assert "value + 1.895 * value_error" in out and "~text:value_error~ is dropped" in " ".join(out.split())
+    table = command("show", run, "--row", 0, "--tokens").out
+    assert "error" in table.splitlines()[4]
+    page = report(run).read_text()
+    assert "of a rehearsed training: 14 steps of AdamW" in page
+    assert "Which values are below 0 beyond their error?" in page and "standard error of the value" in page
+    assert "alphatoken-curate mask RUN --by &#x27;value + 1.895 * value_error&#x27; --keep positive" in page
+    assert str(tmp_path) not in page
+    page = report(plain).read_text()
+    assert "rehearsed" not in page and "beyond their error" not in page

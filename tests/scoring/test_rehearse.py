@@ -287,3 +287,17 @@ def test_preference_rows_are_refused(files: dict[str, str], tmp_path: Path) -> N
     pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(UsageError, match=r"--direction rehearsal: .*p\.jsonl holds preference rows"):
         score(config(files, data=(pairs,), model="smollm2-135m", dtype="auto"), tmp_path / "run")
+
+
+def test_score_says_how_many_lie_below_zero_beyond_their_error(files: dict[str, str], tmp_path: Path) -> None:
+    flags = ["--target", files["target"], "--model", files["base"], "--direction", "rehearsal", "--layers", "1"]
+    ended = command("score", files["data"], *flags, "--rehearse-lr", "0.01", "-o", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    found = stored(tmp_path / "run", "value", "value_error")
+    below = int((found["value"] + 2.132 * found["value_error"] < 0).sum())  # Student, one-sided 95%, 4 degrees
+    told = ended.out.split("  errors  ")[1].splitlines()
+    assert told[0].startswith(f"{below} of {len(found['value'])} response tokens")
+    assert "2.132 standard errors, of 5 groups of target rows" in told[0]
+    assert "A mild use of these values" in ended.out and "--weights tilt:0.25" in ended.out
+    made = command("mask", tmp_path / "run", "--by", "value + 2.132 * value_error", "--keep", "positive")
+    assert f"{len(found['value']) - below} of {len(found['value'])} response tokens kept" in made.out or below == 0

@@ -78,7 +78,9 @@ def _rows(run: Path, shards: list[Row]) -> Iterator[Row]:
 def check_counts(found: Stored) -> dict[str, int]:
     """Rows read and what became of them: the same in manifest and shards, each row once. Returns them by status."""
     rows = found.values[max(found.values)]
-    status = {row["row_id"]: row["status"] for row in rows}
+    # A row of several turns is the last of these that one of its turns is.
+    order = ("rejected", "failed", "target", "scored")
+    status = {row["row_id"]: row["status"] for row in sorted(rows, key=lambda row: order.index(row["status"]))}
     counts = {name: sum(one == name for one in status.values()) for name in ("scored", "target", "failed", "rejected")}
     told = found.manifest["counts"]
     hold({name: told[name] for name in counts} == counts, f"counts {told} of the manifest are not those of {counts}")
@@ -136,8 +138,8 @@ def is_usual(record: Row) -> bool:
     if "labels" in record:
         return any(label != -100 for label in record["labels"][1:])
     messages = record.get("messages") or record.get("conversations") or [record]
-    texts = [text for one in messages for text in one.values() if isinstance(text, str)]
-    texts = [text for text in texts if text != record.get("input")]
+    parts = [part for one in messages for part in one.items() if isinstance(part[1], str)]
+    texts = [text for key, text in parts if key != "input" or text]
     is_odd = any(not text.strip() or any(odd in text for odd in ODD_TEXTS if odd.strip()) for text in texts)
     is_answered = messages == [record] or any("assistant" in one.values() or "gpt" in one.values() for one in messages)
     is_pair = any(key.startswith(("chosen", "rejected")) for key in record)

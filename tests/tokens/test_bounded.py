@@ -57,6 +57,9 @@ def test_every_template_writes_the_same_within_bounds() -> None:
     assert compared > 300
 
 
+SLOWER = ("calls in loops", "wide loop", "blocks of calls")
+"""Those that take a second or two."""
+
 ODD = (
     "{{ 1 + 2 }}{{ 2 ** 3 * 4 % 5 }}{{ [1] + [2] }}{{ 'a' ~ 1 ~ none }}{{ 'ab' * 2 }}{{ 1.5 + 1 }}{{ nothing }}",
     "{{ '%s-%5.2f' % ('é', 1.234) }}{{ '{:>6}|{a!r}'.format(1, a='b') }}{{ '%d%%' % 3 }}{{ '{}'.format('²') }}",
@@ -91,7 +94,9 @@ def test_whatever_a_template_may_use_is_the_same_within_bounds(template: str) ->
         assert outcome(tokenizer, CHATS[0]) == plain
 
 
-@pytest.mark.parametrize("name", RUNAWAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in SLOWER else ()) for name in RUNAWAYS]
+)
 def test_a_template_that_runs_away_ends_soon_and_small(name: str) -> None:
     tokenizer = tokenizer_of("x")
     tokenizer.chat_template = RUNAWAYS[name]

@@ -6,12 +6,14 @@ import re
 from typing import Any
 
 import pytest
-from chats import CHATML, responses, run
+from chats import CHATML, answer, chat, responses, run, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import KINDS, record_of
 from matrix import cell, rendered
-from templates import family_tokenizer
+from templates import family_tokenizer, tokenizer_of
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Sequence, Split
 from tokenizers_made import LOSSY, MAKERS, made_tokenizer
 
 from alphatoken_curate.rows.containers import RowFault
@@ -120,3 +122,13 @@ def test_white_space_that_a_control_token_takes_in_is_no_part_of_an_answer() -> 
     assert tokenizer.decode([token for token, inside in zip(tokens, mask, strict=True) if inside]) == (
         "padded \n<|end|>new line<|end|>"
     )
+
+
+def test_a_text_at_which_the_tokenizer_breaks_off_is_a_bad_row() -> None:
+    tokenizer = tokenizer_of(CHATML)
+    endless = Split(Regex("(x+x+)+y"), "isolated")  # takes for ever at many x, which its library breaks off
+    made = tokenizer.backend_tokenizer
+    made.pre_tokenizer = Sequence([endless, made.pre_tokenizer])
+    rows = [chat(user(text), answer("yes")) for text in ("a", "x" * 40, "b")]
+    good, (bad,) = run(tokenizer, *rows)
+    assert [row.row_id for row in good] == [0, 2] and (bad.row_id, bad.reason) == (1, "tokenizer_fails"), bad

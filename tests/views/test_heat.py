@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.reading.row import COLUMNS
-from alphatoken_curate.runs.schema import SIGNALS
+from alphatoken_curate.runs.schema import ERRORS, SIGNALS
 from alphatoken_curate.views.heat import (
     LEVELS,
     MIDDLE,
@@ -123,7 +123,9 @@ def test_every_column_has_a_unit() -> None:
     assert set(SIGNALS) < set(COLUMNS)
     for column in COLUMNS:
         assert unit_of(column, 1.0).label in ("nats", "nats per unit step", "multiples of the mean")
-        assert unit_of(column, 1.0).signed == (unit_of(column, 1.0).label == "nats per unit step")
+        is_signed = unit_of(column, 1.0).label == "nats per unit step" and column not in ERRORS
+        assert unit_of(column, 1.0).signed == is_signed
+    assert unit_of("value_error", 2e-5).write(3.1e-5) == "31.00", "a size, in the unit of values"
 
 
 def test_zero_and_missing_numbers() -> None:

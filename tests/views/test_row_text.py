@@ -15,7 +15,7 @@ from small_run import small_run, value_rows
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.reading.row import BranchView, RowView, read_row
 from alphatoken_curate.reading.search import Hit
-from alphatoken_curate.runs.schema import SIGNALS, Components, components
+from alphatoken_curate.runs.schema import ERRORS, SIGNALS, Components, components
 from alphatoken_curate.views.heat import PALETTE
 from alphatoken_curate.views.row_text import (
     branch_title,
@@ -51,7 +51,9 @@ PARTED = components("published")
 
 def signals_of(known: Components, value: np.ndarray) -> dict[str, np.ndarray]:
     """The same numbers for each signal of an estimator, NaN for those of others, as a row is read."""
-    return {name: value if name in known.signals else np.full_like(value, np.nan) for name in SIGNALS}
+    return {
+        name: value if name in known.signals and name not in ERRORS else np.full_like(value, np.nan) for name in SIGNALS
+    }
 
 
 def branch_of(texts: list[str], values: list[float | None], kept: list[bool], name: str = "") -> BranchView:
@@ -270,7 +272,7 @@ def test_the_table_has_a_line_per_response_token_and_every_signal() -> None:
         ["5", ".⏎", "yes", "2.00", "+0.25"],
         ["6", "Bye", "no", "0.00", "0"],
     ]
-    assert all(len(line.split()) == 4 + len(PARTED.signals) for line in lines[2:])
+    assert all(len(line.split()) == 4 + len(set(PARTED.signals) - set(ERRORS)) for line in lines[2:])
     assert left_out == ()
     assert "Too narrow" not in table_note(SMALL, left_out)
 
