@@ -103,7 +103,7 @@ class _Turn:
         if self.index == 0:
             start = self._start_of_chat()
         else:
-            head = read_marks(self.render(self.chat.messages[: self.index], prompt=True))
+            head = self._head()
             anchor = max(self._in_both(head, self.chat.before(self.index)), default=anchor)
             start = self._start(head, *anchor)
         self.left_out = check_kept(self.chat, self.index, anchor[1])
@@ -119,6 +119,16 @@ class _Turn:
         return [(there, here) for there, here in places if there is not None and here is not None]
 
     # --- start
+
+    def _head(self) -> Rendering:
+        """The messages before this one with the generation prompt, which templates may write by how a text ends."""
+        head = read_marks(self.render(self.chat.messages[: self.index], prompt=True))
+        plain = self.render(self.plain[: self.index], prompt=True)
+        if head.text == plain:
+            return head
+        if not plain.startswith((before := self._before()).text):
+            raise not_splittable(f"it writes what stands before answer {self.index} by how texts end")
+        return Rendering(text=plain, firsts=before.firsts, lasts=before.lasts)
 
     def _start(self, head: Rendering, at_head: int, at_whole: int) -> int:
         """`at_head` and `at_whole`: where the last text of earlier messages ends that both have."""

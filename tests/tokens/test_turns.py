@@ -208,6 +208,22 @@ def test_the_header_of_an_answer_stays_out_of_its_mask_where_the_prompt_names_an
     assert "names another role before answers than in its generation prompt" in said_
 
 
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_a_generation_prompt_that_looks_at_how_a_question_ends_is_read_as_it_is(turns: str) -> None:
+    """A thought that it opens for some questions alone, and that history always has, is no part of the answer."""
+    thought = "{{ '<think>' }}"
+    template = CHATML.replace("BODY", "").replace(
+        "m.role + '\n'", "m.role + '\n' + ('<think>' if m.role[0] == 'a' else '')"
+    )
+    asked = "{% if messages[-1].content.endswith('/no') %}" + thought + "{% endif %}"
+    template = template.replace("assistant\n' }}{% endif %}", "assistant\n' }}" + asked + "{% endif %}")
+    chat = [{**m, "content": m["content"] + (" /no" if m["role"] == "user" else "")} for m in KINDS["several"]]
+    found, told = by(template, *chat, turns=turns)
+    assert found == ["First thing.<|im_end|>", "Second thing.<|im_end|>"][-1 if turns == "last" else 0 :] and not told
+    found, _ = by(template, *KINDS["several"], turns=turns)
+    assert all(one.startswith("<think>") for one in found), "the model writes it where the prompt does not"
+
+
 def test_keys_that_no_template_knows_are_told() -> None:
     thought = "Let me add the two."
     keys = {"thoughts": thought, "reasoning_details": [{"type": "t", "text": thought}], "think": f" {thought}\n"}
