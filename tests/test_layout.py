@@ -24,8 +24,8 @@ ORDER = """
     engine: tangents tangent_rules precision probabilities attention tangent_attention experts foreign below blocks
         caches capture value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs beside columns read
-    tokens: meter sandbox bounded dates refusals marks kept turns blocks each forms advice chat pieces likeness speller
-        tokenise plan draws
+    tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
+        speller tokenise plan draws
     directions: losses selection target fisher generate precondition drift parameters
         optimisers trainee shelves rehearsal groups
     signals: paths influence composite preference stored rehearsed student

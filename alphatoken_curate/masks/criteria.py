@@ -194,8 +194,14 @@ def _check_whole(name: str, column: NDArray[Any], *, none: bool = True) -> None:
 
 def _evaluate(by: str, used: Columns) -> NDArray[np.float32]:
     frame = pl.DataFrame(dict(used)).cast({cs.integer(): pl.Float64})  # so that nothing wraps
+    read = _read(by)
+    if read.across_turns and used["turn"].any():
+        raise UsageError(
+            f"by: {by!r} orders the tokens of a row by position, and each of its turns counts from 0 here (--turns"
+            " each); write PARTITION BY row_id, turn"
+        )
     try:
-        found = frame.select(_read(by).expr).to_series()
+        found = frame.select(read.expr).to_series()
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise UsageError(f"by: {by!r} cannot be computed ({error}); give one number per response token") from error
     return found.cast(pl.Float64).cast(pl.Float32, strict=False).fill_null(float("nan")).to_numpy()

@@ -8,6 +8,7 @@ a comparison with what is no number (a logarithm of -1) is neither true nor fals
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Literal, NoReturn
 
@@ -86,6 +87,7 @@ class _Reader(Words):
             "columns": frozenset[str]().union(*(one.columns for one in parts)),
             "reach": max((one.reach for one in parts), default=0),
             "per_token": any(one.per_token for one in parts),
+            "across_turns": any(one.across_turns for one in parts),
         }
         return Expression(expr=expr, parts=size, depth=deep, **{**about, **more})  # type: ignore[arg-type]
 
@@ -343,8 +345,10 @@ class _Reader(Words):
         self.need("OVER")
         partition, order = self._window()
         if order is None:
-            self.fail(place, f"{name} takes OVER (PARTITION BY row_id ORDER BY position), or another ORDER BY")
+            self.fail(place, f"{name} takes OVER (PARTITION BY row_id, turn ORDER BY position), or another order")
         key, descending = order
+        across = "row_id" in partition and "position" in key.columns and "turn" not in {*partition, *key.columns}
+        key = replace(key, columns=key.columns | {"turn"}, across_turns=True) if across else key
         self._of_single_tokens(name, [*of, key], place)
         self._looks_at_columns(f"ORDER BY of {name}", [key], place)
         if name in ("LAG", "LEAD"):
@@ -356,7 +360,7 @@ class _Reader(Words):
         methods = {"RANK": "min", "DENSE_RANK": "dense", "ROW_NUMBER": "ordinal"}
         sure = self._sure(key)
         ranked = sure.expr.rank(methods[name], descending=descending).cast(pl.Float64)
-        return self._over(name, ranked, partition, [sure])
+        return self._over(name, ranked, partition, [replace(sure, across_turns=across, columns=key.columns)])
 
     def _over(self, name: str, expr: pl.Expr, partition: list[str], of: list[Expression], twice: int = 0) -> Expression:
         columns = self._all(of, None, partition)

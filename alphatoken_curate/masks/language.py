@@ -133,7 +133,8 @@ class Expression:
 
     `columns`: that it names; `reach`: 0 where it tells each token alone, 1 with a function OVER others, 2 with one of
     all tokens; `is_truth`: a condition, no number; `per_token`: more than one number for all; `parts`, `depth`: its
-    size; `is_leaf`: a column or a number, which is never NaN.
+    size; `is_leaf`: a column or a number, which is never NaN; `across_turns`: it orders the tokens of a row by position
+    alone, and each of its turns counts from 0.
     """
 
     expr: pl.Expr
@@ -144,6 +145,7 @@ class Expression:
     parts: int = 1
     depth: int = 1
     is_leaf: bool = False
+    across_turns: bool = False
 
 
 class Words:

@@ -22,7 +22,7 @@ NAMES = frozenset(
         *BESIDE_SHAPES,
         *(prefix + name for prefix in ("", "chosen_", "rejected_") for name in (*BESIDE, *MASKS)),
         *SYSTEM,
-        *("id", "tools", "chat_template_kwargs"),
+        *("id", "tools", "functions", "chat_template_kwargs"),
     }
 )
 """Every key that is looked at."""

@@ -16,6 +16,7 @@ TEMPLATE_RESERVED = {
     *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
+    *("sanitize_control_tokens", "conversations", "self"),
 }
 """What a chat template is told by the rows, and transformers by us, and no setting of a template may name."""
 
@@ -104,6 +105,8 @@ def _message(name: str, entry: Any) -> Message:
     others = {key: item for key, item in entry.items() if item is not None and key not in (role_key, content_key)}
     if "tool_calls" in others:
         others["tool_calls"] = _calls(f"{name}.tool_calls", others["tool_calls"])
+    if role == "assistant" and "function_call" in others:
+        others = _with_call(name, others)
     others |= {OFF: 0} if off and role == "assistant" else {}
     content = entry.get(content_key)
     if calls:
@@ -137,6 +140,21 @@ def _calls(name: str, value: Any) -> list[dict[str, Any]]:
         if call.get("function") is not None and not isinstance(call["function"], dict):
             raise wrong(f"{name}[{i}].function", "an object", call["function"])
     return calls
+
+
+def _with_call(name: str, others: Message) -> Message:
+    """The keys of an answer with its `function_call`, OpenAI's before there were several, as its one call."""
+    kept = {key: item for key, item in others.items() if key != "function_call"}
+    call = unpacked(f"{name}.function_call", others["function_call"], "no JSON")
+    if not call and call in ("", {}):
+        return kept
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise wrong(f"{name}.function_call", "an object with a name", call)
+    if not kept.get("tool_calls"):
+        return kept | {"tool_calls": [{"type": "function", "function": call}]}
+    if [one.get("function") for one in kept["tool_calls"]] != [call]:
+        raise RowFault("wrong_type", f"{name} has function_call and tool_calls, which differ; leave one of them")
+    return kept
 
 
 def _content(name: str, value: Any, role: str) -> str:
@@ -205,7 +223,14 @@ def unpacked(name: str, value: Any, unless: str) -> Any:
 
 
 def tools_of(record: dict[str, Any]) -> list[Any] | None:
-    """Tools for the template: a list of objects; it, or each of them, may be JSON as text."""
+    """Tools for the template: a list of objects; it, or each of them, may be JSON as text. Raises RowFault."""
+    tools, functions = _tools(record), _functions(record.get("functions"))
+    if tools and functions and tools not in (functions, [one["function"] for one in functions]):
+        raise RowFault("wrong_type", "the row has tools and functions, which differ; leave one of them")
+    return tools or functions or None
+
+
+def _tools(record: dict[str, Any]) -> list[Any] | None:
     tools = unpacked("tools", record.get("tools"), "not a JSON list")
     if not tools and tools in (None, [], ""):
         return None
@@ -214,6 +239,17 @@ def tools_of(record: dict[str, Any]) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise wrong("tools", "a list of objects", tools)
     return tools
+
+
+def _functions(value: Any) -> list[Any]:
+    """OpenAI's `functions` as tools, where they are such: other columns may have that name."""
+    try:
+        found = unpacked("functions", value, "no JSON")
+        found = [unpacked("functions", one, "no JSON") for one in found] if isinstance(found, list) else []
+    except RowFault:
+        return []
+    named = all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in found)
+    return [{"type": "function", "function": one} for one in found] if named else []
 
 
 def kwargs_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ def answers_of_blocks(
     def render_blocks(chat: list[Any]) -> str:
         pieces = _BLOCK.split(render(chat, template=tagged))
         bare = [piece.strip(_OPEN + _CLOSE) for piece in pieces]
+        if any(piece.count(_OPEN) > 1 for piece in pieces):
+            raise not_splittable("it marks an answer within an answer, one {% generation %} inside another")
         spans[:] = _spans(pieces, bare)
         return "".join(bare)
 
@@ -113,7 +115,7 @@ def _check(chat: MarkedChat, index: int, spans: list[Span]) -> list[str]:
                 f"it marks {excerpt(marked)} of answer {index}, but not {excerpt(stands[-len(leaf.text) :])}"
             )
     keys = check_kept(chat, index, spans[0][0])
-    check_calls(chat.messages[index], index, "".join(chat.whole.text[a:b] for a, b in spans))
+    check_calls(chat, index, spans)
     return keys
 
 

@@ -27,14 +27,15 @@ from alphatoken_curate.rows.shapes import Messages, Prompt, PromptCompletion
 from alphatoken_curate.tokens.advice import Adviser
 from alphatoken_curate.tokens.blocks import GENERATION, answers_of_blocks
 from alphatoken_curate.tokens.bounded import Bounded
+from alphatoken_curate.tokens.closings import closing, of_turns, partner
 from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.each import with_its_thought
 from alphatoken_curate.tokens.forms import PART, TEMPLATE_ERROR, as_borne, written_as_list
-from alphatoken_curate.tokens.kept import THOUGHT, left_out_notes
+from alphatoken_curate.tokens.kept import THOUGHT, left_out_notes, tools_notes
 from alphatoken_curate.tokens.marks import RESERVED
 from alphatoken_curate.tokens.meter import RunawayError
 from alphatoken_curate.tokens.refusals import NOT_SPLITTABLE, RUNAWAY, excerpt, not_splittable
-from alphatoken_curate.tokens.turns import closing, find_answers
+from alphatoken_curate.tokens.turns import find_answers
 
 Tokenizer = Any
 """A tokenizer of transformers; not imported here, since that takes seconds."""
@@ -204,8 +205,9 @@ class ChatTemplate:
                 text = render(chat)
                 found = find_answers(text, chat, respond, render, specials=self._specials, stops=self._stops)
             ends = zip(found.said, (end for _, end in found.spans), strict=True)
-            closings = tuple(len(closing(self._specials, text, *one)) for one in ends)
-            return _rendered(text, found.spans, marked, notes + found.notes)._replace(closings=closings)
+            closings = tuple(self._closed_by(closing(self._specials, text, *one)) for one in ends)
+            said = [*notes, *found.notes, *tools_notes(told["tools"], text)]
+            return _rendered(text, found.spans, marked, said)._replace(closings=closings)
 
         if self._turns != "each":
             return [rendered(messages, respond)]
@@ -281,6 +283,22 @@ class ChatTemplate:
             return {self._marked(key, known): self._marked(item, known) for key, item in value.items()}
         return value
 
+    def _closed_by(self, run: list[re.Match[str]]) -> int:
+        """How many of the special tokens that an answer ends with, the last one first, close its turn."""
+        known = all(special[0] in self._stops for special in run)
+        return len(run if known else of_turns(run, self._stops | self._closes))
+
+    @cached_property
+    def _closes(self) -> frozenset[str]:
+        """What closes answers of words alone, the last one of a chat and others."""
+        chat = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+        try:
+            text = self._apply(chat)
+            found = find_answers(text, chat, [1, 3], self._apply, specials=self._specials, stops=self._stops)
+        except RowFault:
+            return frozenset()
+        return frozenset(one[0] for start, end in found.spans for one in closing(self._specials, text, start, end))
+
     @cached_property
     def _spoken(self) -> frozenset[str]:
         """Special tokens that the template itself writes within answers, as those around a thought or a call.
@@ -297,10 +315,9 @@ class ChatTemplate:
             return frozenset()
         ((start, end),) = found.spans
         outside = self._specials.findall("\n".join([text[:start], text[end:], prompt]))
-        closes = {special[0] for special in closing(self._specials, text, start, end)}
         # A generation prompt may open a thought, and close it.
-        paired = {name for name in outside if _partner(name) in template}
-        return frozenset(self._specials.findall(template)) - ({*outside} - paired) - closes - self._stops
+        paired = {name for name in outside if partner(name) in template}
+        return frozenset(self._specials.findall(template)) - ({*outside} - paired) - self._closes - self._stops
 
     def _apply(
         self,
@@ -347,11 +364,6 @@ def _rendered(text: str, spans: list[tuple[int, int]], marked: bool, notes: Sequ
             f"it escapes the characters of text that spells a special token, {excerpt(text[max(0, at - 20) :])}"
         )
     return RenderedText(text=text, spans=spans, marked=marked, notes=tuple(dict.fromkeys(notes)))
-
-
-def _partner(special: str) -> str:
-    """`</think>` of `<think>`, and the other way round; of another token, one that no template has."""
-    return special[0] + special[2:] if special[1:2] == "/" else special[0] + "/" + special[1:]
 
 
 _TAME = "name another with --chat-template FILE"

@@ -23,6 +23,9 @@ RESERVED = re.compile("[\ufdd0-\ufddf]")
 NAME = "name"
 """The key of a text that is the name of a call."""
 
+BARE = ("type", "id", "name")
+"""Keys within calls whose texts are not marked: templates look at them."""
+
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 """Keys under which templates read a thought."""
 
@@ -134,7 +137,7 @@ def _marked_message(message: dict[str, Any], index: int, keys: Sequence[str], le
             return [walk(item, key) for item in value]
         if isinstance(value, dict):
             before = len(leaves)
-            made = {name: item if name in ("type", "id", "name") else walk(item, key) for name, item in value.items()}
+            made = {name: item if name in BARE else walk(item, key) for name, item in value.items()}
             if key == "tool_calls" and isinstance(value.get("name"), str) and len(leaves) == before:
                 made["name"] = mark(value["name"], NAME)  # of a call whose arguments are no texts
             return made

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
 
 _BEFORE, _EXCERPT = 20, 60
-
+_OURS = re.compile("[\ufdd0-\ufddf]")  # set into chats by this package; nobody sees them
 
 NOT_SPLITTABLE = "template_not_splittable"
 """The reason of such a row."""
@@ -21,8 +23,8 @@ def not_splittable(why: str) -> RowFault:
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a text, in quotes."""
-    return f"'{visible(text, _EXCERPT)}'".replace("\\u000a", "\\n")
+    """The beginning of a text, in quotes, without what this package set into it."""
+    return f"'{visible(_OURS.sub('', text), _EXCERPT)}'".replace("\\u000a", "\\n")
 
 
 def parted(one: str, other: str) -> tuple[str, str]:

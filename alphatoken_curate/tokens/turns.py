@@ -21,16 +21,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alphatoken_curate.tokens.closings import ends_in_a_row
 from alphatoken_curate.tokens.kept import check_calls, check_kept, left_out_notes
-from alphatoken_curate.tokens.marks import Leaf, MarkedChat, Render, Rendering, read_marks
+from alphatoken_curate.tokens.marks import NAME, Leaf, MarkedChat, Render, Rendering, read_marks
 from alphatoken_curate.tokens.refusals import excerpt, not_splittable, parted, shared
 
 _NO_KNOWN_STOP = (
     "the chat template writes its generation prompt behind every chat, and no token that the model stops at: answers"
     " end with the first special token"
 )
+_OTHER_ROLE = "the chat template names another role before answers than in its generation prompt"
 _QUESTION = {"role": "user", "content": "x"}
 _EDGE = re.compile(r"\s|[<\[]")
+_WORD = re.compile(r"\w+(?=\W)")
 _TAG_BEGUN = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -71,17 +74,6 @@ def find_answers(
     return Answers(spans=spans, said=said, notes=notes)
 
 
-def closing(specials: re.Pattern[str], text: str, said: int, end: int) -> list[re.Match[str]]:
-    """The special tokens, one behind the other, that end what stands from `said` to `end`; the last one first."""
-    found, place = list[re.Match[str]](), said + len(text[said:end].rstrip())
-    for special in reversed(list(specials.finditer(text, said, end))):
-        if special.end() != place:
-            break
-        found.append(special)
-        place = special.start()
-    return found
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Template:
     """How chats are rendered, and the special tokens in them."""
@@ -117,7 +109,8 @@ class _Turn:
         self.left_out = check_kept(self.chat, self.index, anchor[1])
         end = self._end(start, anchor)
         self._check_alone(start, end)
-        check_calls(self.message, self.index, self.whole.text[start:end])
+        self._check_once(start, end)
+        check_calls(self.chat, self.index, [(start, end)])
         return start, end
 
     def _in_both(self, other: Rendering, leaves: Sequence[Leaf]) -> list[tuple[int, int]]:
@@ -142,6 +135,9 @@ class _Turn:
             agreed = self._edge(tail, agreed)
             self._check_header(head, agreed - len(tail), text[at_whole:])
             start = at_whole + agreed if first is None else min(at_whole + agreed, first)
+            if first is not None and _other_role(tail[agreed:], text[start:first]):
+                self.notes.append(_OTHER_ROLE)
+                start = first
             within = (one for one in self._specials_of(at_whole, len(text)) if one.start() < start < one.end())
             return next((one.start() for one in within), start)
         if first is not None and text[start:first].strip() and head.text == self._before().text:
@@ -340,8 +336,8 @@ class _Turn:
     def _other_closing(self, at: int, tail: str) -> int:
         """History closes a turn otherwise: by as many special tokens as `tail` does, as far as they stand in a row."""
         text = self.whole.text
-        wanted = len(list(_run(self.specials, tail, len(tail) - len(tail.lstrip()))))
-        ends = list(_run(self.specials, text, len(text) - len(text[at:].lstrip())))[: max(1, wanted)]
+        wanted = len(list(ends_in_a_row(self.specials, tail, len(tail) - len(tail.lstrip()))))
+        ends = list(ends_in_a_row(self.specials, text, len(text) - len(text[at:].lstrip())))[: max(1, wanted)]
         if ends:
             return ends[-1]
         if at == self._end_of_text(self.index) and self._goes_on(at):
@@ -376,9 +372,19 @@ class _Turn:
                     f"the turn of answer {self.index} holds message {leaf.message}, {excerpt(leaf.text)}"
                 )
 
+    def _check_once(self, start: int, end: int) -> None:
+        """What stands behind a special token once more is another turn; no model would write it."""
+        for leaf in self.mine:
+            first, last = (places.get(leaf.number, start) for places in (self.whole.firsts, self.whole.lasts))
+            again = last - len(leaf.text)
+            if leaf.key == NAME or not start < first <= again or last > end:
+                continue
+            if found := next(self._specials_of(first, again), None):
+                told = f"{excerpt(leaf.text)}, again behind {excerpt(found[0])}"
+                raise not_splittable(f"it writes answer {self.index}, {told}")
 
-def _run(specials: re.Pattern[str], text: str, at: int) -> Iterator[int]:
-    """The ends of special tokens that stand one behind the other from `at` on."""
-    while found := specials.match(text, at):
-        at = found.end()
-        yield at
+
+def _other_role(prompt: str, header: str) -> bool:
+    """Whether a generation prompt goes on as a header does, but for the word it begins with."""
+    one, other = _WORD.match(prompt), _WORD.match(header)
+    return one is not None and other is not None and prompt[one.end() :] == header[other.end() :]

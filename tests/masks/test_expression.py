@@ -92,7 +92,7 @@ def selected(by: str) -> np.ndarray:
         ("RANK() OVER (ORDER BY nll - AVG(nll))", "give it one of single tokens"),
         ("SUM(nll) OVER (PARTITION BY nll)", "PARTITION BY takes row_id, turn, position, token_id"),
         ("SUM(nll) OVER (PARTITION BY row_id ORDER BY position)", "SUM takes no ORDER BY"),
-        ("RANK() OVER (PARTITION BY row_id)", "RANK takes OVER (PARTITION BY row_id ORDER BY position)"),
+        ("RANK() OVER (PARTITION BY row_id)", "RANK takes OVER (PARTITION BY row_id, turn ORDER BY position)"),
         ("LAG(nll)", "it ends where OVER has to stand"),
         ("nll - LAG(nll, 0) OVER (ORDER BY position)", "LAG takes a whole number from 1"),
         ("SUM(nll) FILTER (WHERE nll > 1)", "found 'FILTER'; put a CASE inside the function"),
@@ -104,6 +104,32 @@ def test_what_is_refused_says_where_and_why(by: str, why: str) -> None:
     with pytest.raises(UsageError) as caught:
         selected(by)
     assert why in str(caught.value) and str(caught.value).startswith("by: ")
+
+
+@pytest.mark.parametrize("function", ["LAG(nll)", "LEAD(nll, 2)", "ROW_NUMBER()", "RANK()", "DENSE_RANK()"])
+def test_an_order_by_position_does_not_mix_the_turns_of_a_row(function: str) -> None:
+    turns = STORED | {"row_id": np.repeat(np.arange(3), 20), "turn": np.tile(np.repeat([0, 1], 10), 3)}
+
+    def of(window: str, found: dict[str, np.ndarray]) -> np.ndarray:
+        by = f"nll + COALESCE({function} OVER ({window}), 0)"
+        assert {"turn", "row_id", "position"} <= {*criteria.columns_needed(by, KNOWN)}
+        return criteria.selection(by, found, components=KNOWN, stability_weight=1.5)
+
+    for window in ("PARTITION BY row_id ORDER BY position", "PARTITION BY row_id ORDER BY 2 * position DESC"):
+        with pytest.raises(UsageError, match="write PARTITION BY row_id, turn"):
+            of(window, turns)
+    named = of("PARTITION BY row_id, turn ORDER BY position", turns)
+    np.testing.assert_array_equal(named, of("PARTITION BY row_id ORDER BY position", STORED))
+    np.testing.assert_array_equal(named, of("PARTITION BY row_id, turn ORDER BY position", STORED))
+    ordered = of("PARTITION BY row_id ORDER BY 1000 * turn + position", turns)
+    assert (ordered != named).any()  # across the turns, as it says
+
+
+def test_the_rank_of_a_number_within_its_row_is_over_all_turns() -> None:
+    turns = STORED | {"row_id": np.repeat(np.arange(3), 20), "turn": np.tile(np.repeat([0, 1], 10), 3)}
+    by = "RANK() OVER (PARTITION BY row_id ORDER BY nll)"
+    found = criteria.selection(by, turns, components=KNOWN, stability_weight=1.5)
+    np.testing.assert_array_equal(found, STORED["nll"].reshape(3, 20).argsort(1).argsort(1).reshape(-1) + 1)
 
 
 LARGE = {

@@ -234,3 +234,70 @@ def test_prompts_have_the_system_text_too() -> None:
     for record in ({"messages": [USER]}, {"conversations": [USER]}, {"prompt": [USER]}, {"prompt": "W?"}):
         found = rows_of([record | {"system_prompt": "Be kind."}], "a.jsonl", ("prompt",)).rows[0].record
         assert isinstance(found, Prompt) and found.messages == [SYSTEM, USER] and found.plain is None
+
+
+ARGUMENTS = '{"city":"Rome"}'
+OLD = {"name": "w", "arguments": ARGUMENTS}
+OF_OLD = [{"type": "function", "function": OLD}]
+LEGACY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "beside text": ({"content": "Let me look.", "function_call": OLD}, {"content": "Let me look."}),
+    "without content": ({"content": None, "function_call": OLD}, {}),
+    "as text": ({"content": None, "function_call": json.dumps(OLD)}, {}),
+    "beside the same call": ({"content": "", "function_call": OLD, "tool_calls": OF_OLD}, {"content": ""}),
+    "beside no calls": ({"content": "", "function_call": OLD, "tool_calls": []}, {"content": ""}),
+}
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_a_function_call_is_a_call_of_a_tool(name: str) -> None:
+    given, content = LEGACY[name]
+    result = {"content": "21", "name": "w"}
+    found = read({"messages": [USER, {"role": "assistant", **given}, {"role": "function", **result}, ANSWER]})
+    called = {"role": "assistant", **content, "tool_calls": OF_OLD}
+    assert found == Messages(messages=[USER, called, {"role": "tool", **result}, ANSWER])
+    assert json.dumps(found.messages[1]["tool_calls"])
+
+
+@pytest.mark.parametrize("empty", [{}, "", None, {"name": None, "arguments": None}])
+def test_an_empty_function_call_is_none(empty: object) -> None:
+    assert read({"messages": [USER, ANSWER | {"function_call": empty}]}) == Messages(messages=[USER, ANSWER])
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (["w"], "messages[1].function_call is a list; it must be an object with a name"),
+        ({"arguments": "{}"}, "messages[1].function_call is an object; it must be an object with a name"),
+        ("w", "messages[1].function_call is text that is no JSON"),
+    ],
+)
+def test_a_function_call_that_is_none_is_named(call: object, told: str) -> None:
+    assert told in read({"messages": [USER, ANSWER | {"function_call": call}]}).message
+
+
+def test_two_different_calls_are_refused() -> None:
+    bad = read({"messages": [USER, {"role": "assistant", "function_call": OLD, "tool_calls": [CALL]}, ANSWER]})
+    assert bad.message == "messages[1] has function_call and tool_calls, which differ; leave one of them"
+
+
+@pytest.mark.parametrize("functions", [[{"name": "w"}], json.dumps([{"name": "w"}]), [json.dumps({"name": "w"})]])
+@pytest.mark.parametrize("tools", [None, [], TOOLS, [{"name": "w"}]])
+def test_functions_are_tools(functions: object, tools: object) -> None:
+    found = read({"messages": [USER, ANSWER], "functions": functions, "tools": tools})
+    assert found.tools == (tools or TOOLS)
+
+
+def test_functions_beside_other_tools_are_refused() -> None:
+    bad = read({"messages": [USER, ANSWER], "functions": [{"name": "v"}], "tools": TOOLS})
+    assert bad.message == "the row has tools and functions, which differ; leave one of them"
+
+
+@pytest.mark.parametrize("other", ["sin and cos", ["sin"], 3, [{"sin": 1}], "[", None, []])
+def test_another_column_of_that_name_is_none(other: object) -> None:
+    assert read({"messages": [USER, ANSWER], "functions": other}).tools is None
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "self", "conversations"])
+def test_what_a_row_may_not_tell_its_template_is_named(name: str) -> None:
+    bad = read({"messages": [USER, ANSWER], "chat_template_kwargs": {name: True}})
+    assert bad.message == f"chat_template_kwargs names {name}, which is not the row's to set"

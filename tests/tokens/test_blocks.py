@@ -51,6 +51,20 @@ def test_an_answer_that_is_not_marked_is_refused_and_only_if_it_is_to_respond() 
     assert "it marks '<|im_end|>' of answer 1, but not 'First thing.'" in said(half, *chat)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "Sure: {% generation %}{{ m.content }}{% endgeneration %}",
+        "{% generation %}{{ m.content }}{% endgeneration %} so",
+        "{% generation %}{{ m.content }}{% endgeneration %}{% generation %} so{% endgeneration %}",
+    ],
+)
+def test_a_mark_within_a_mark_is_refused_in_letters_that_are_seen(body: str) -> None:
+    found = said(of_answers("{% generation %}" + body + "{% endgeneration %}" + END), *KINDS["several"])
+    assert "marks an answer within an answer, one {% generation %} inside another" in found
+    assert isinstance(found, str) and found.isascii()
+
+
 def test_a_mark_round_a_question_is_refused() -> None:
     inner = "{% generation %}{{ m.content }}" + END + "{% endgeneration %}"
     assert "it marks messages [0] as one answer, 'One?<|im_end|>'" in said(inner, *KINDS["several"])

@@ -22,16 +22,16 @@ OTHER_RENDERING = {"phi3_training", "phi3_5_training"}
 """They mark an end of text behind the whole chat, too, which no answer needs."""
 
 ENDS: dict[str, dict[str, list[str]]] = {
-    "qwen2_5": {"several": ["<|im_end|>", "<|im_end|>"], "call": ["</tool_call><|im_end|>", "<|im_end|>"]},
+    "qwen2_5": {"several": ["<|im_end|>", "<|im_end|>"], "call": ["<|im_end|>", "<|im_end|>"]},
     "qwen3": {"several": ["<|im_end|>", "<|im_end|>"], "inline thoughts": ["<|im_end|>", "<|im_end|>"]},
     "llama3_1": {"several": ["<|eot_id|>", "<|eot_id|>"]},
     "gemma3": {"letters": ["<end_of_turn>", "<end_of_turn>"]},
-    # The end of a thought within an answer ends no answer.
+    # The end of a thought within an answer ends no answer, nor does that of a call.
     "gptoss": {"echoes": ["<|end|>", "<|return|>"], "call as text": ["<|call|>", "<|return|>"]},
     "cohere2": {"several": ["<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"] * 2},
     "deepseekv3": {"several": ["<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]},
     # It closes no turn, and writes nothing behind the last one.
-    "glm4moe": {"several": ["<|user|>", ""], "call": ["</tool_call><|observation|>", ""]},
+    "glm4moe": {"several": ["<|user|>", ""], "call": ["<|observation|>", ""]},
     # White space that is marked too stands behind the stop; both texts are in `letters` part of the stop's own name.
     "idefics3_training": {"letters": ["<end_of_utterance>", "<end_of_utterance>"]},
     "glm4moe_training": {"names": ["<|user|>", "<|user|>"]},

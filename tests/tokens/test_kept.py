@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -56,8 +57,87 @@ def test_more_is_refused_with_what_is_lost(message: dict[str, Any], write: Any, 
     assert said in raised.value.message
 
 
+def check_written(message: dict[str, Any], write: Any) -> None:
+    messages = [user("a"), message]
+
+    def render(chat: list[dict[str, Any]], **_: Any) -> str:
+        return str(chat[0]["content"]) + write(chat[1])
+
+    chat = MarkedChat.of(render(messages), messages, render)
+    check_calls(chat, 1, [(1, len(chat.whole.text))])
+
+
 def test_each_call_is_named_in_its_turn() -> None:
-    message = {"tool_calls": [call({}), call({}, "get_time")]}
-    check_calls(message, 1, "get_weather() get_time()")
+    message = {"role": "assistant", "tool_calls": [call({}), call({}, "get_time")]}
+    check_written(message, lambda m: " ".join(one["function"]["name"] + "()" for one in m["tool_calls"]))
     with pytest.raises(RowFault, match=r"get_weather\({}\), get_time\({}\)"):
-        check_calls(message, 1, "get_weather()")
+        check_written(message, lambda m: m["tool_calls"][0]["function"]["name"] + "()")
+    twice = {"role": "assistant", "tool_calls": [call({}), call({})]}
+    with pytest.raises(RowFault, match="does not write the tool_calls"):
+        check_written(twice, lambda m: m["tool_calls"][0]["function"]["name"] + "()")
+
+
+def by_json(given: Any) -> str:
+    return json.dumps(given, ensure_ascii=False)
+
+
+def by_python(given: Any) -> str:
+    return repr(given)
+
+
+def by_lines(given: Any) -> str:
+    """As templates of XML write it."""
+    items = ((key, value if isinstance(value, str) else by_json(value)) for key, value in given.items())
+    return "".join(f"<parameter={key}>{value}</parameter>" for key, value in items)
+
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "a number": {"n": 5},
+    "a number beside a text": {"s": "x", "n": 5},
+    "numbers": {"n": -5, "x": 0.5, "y": 1e-7, "z": 1e22, "m": 9_223_372_036_854_775_807},
+    "a number twice": {"n": 5, "m": 5},
+    "booleans": {"flag": True, "other": False},
+    "a list": {"l": [1, [2, None], {"k": 3}]},
+    "what is empty": {"s": "", "l": [], "o": {}, "b": " "},
+    "a key to escape": {'\u00e9 "k"': ""},
+}
+
+
+@pytest.mark.parametrize("write", [by_json, by_python, by_lines])
+@pytest.mark.parametrize("name", GIVEN)
+def test_arguments_that_are_no_texts_are_found_where_they_are_written(name: str, write: Any) -> None:
+    message = answer("On 5 of 5, so true.") | {"tool_calls": [call(GIVEN[name], "f_5")]}
+
+    def wrote(m: dict[str, Any]) -> str:
+        function = m["tool_calls"][0]["function"]
+        return f"{m['content']}<call>{function['name']} {write(function['arguments'])}</call>"
+
+    check_written(message, wrote)
+
+
+NOT_TEXT = [name for name in GIVEN if "key" not in name]
+
+
+@pytest.mark.parametrize("name", NOT_TEXT)
+def test_arguments_that_are_no_texts_are_missed_where_they_are_not(name: str) -> None:
+    """The template writes those that are texts; the answer's own words hold the same numbers."""
+    message = answer("On 5 of 5, so true, 1 and null.") | {"tool_calls": [call(GIVEN[name], "f_5")]}
+
+    def wrote(m: dict[str, Any]) -> str:
+        function = m["tool_calls"][0]["function"]
+        texts = [value for value in function["arguments"].values() if isinstance(value, str)]
+        return f"{m['content']}<call>{function['name']} {texts}</call>"
+
+    with pytest.raises(RowFault, match="does not write the tool_calls of answer 1"):
+        check_written(message, wrote)
+
+
+def test_one_of_two_equal_numbers_is_missed() -> None:
+    message = answer("") | {"tool_calls": [call({"n": 5, "m": 5})]}
+    with pytest.raises(RowFault, match="does not write the tool_calls of answer 1"):
+        check_written(message, lambda m: 'get_weather {"n": 5}')
+
+
+def test_a_number_of_very_many_digits_is_none_of_the_arguments() -> None:
+    message = answer("") | {"tool_calls": [call({"n": 5})]}
+    check_written(message, lambda m: f"get_weather {'1' * 5000} {'-1.' + '9' * 5000}e999 5")

@@ -17,6 +17,10 @@ def test_excerpts_are_short_legible_and_begin_shortly_before_two_texts_part() ->
     assert one.startswith("'" + "y" * 20 + "First") and other == "'" + "y" * 20 + "Second'"
 
 
+def test_what_is_set_into_chats_here_is_not_shown() -> None:
+    assert excerpt("a\ufdd0<\ufdd2|im_end|>\ufdd3\ufdd5\ufdde") == "'a<|im_end|>'"
+
+
 def test_the_fault_says_what_a_template_does() -> None:
     fault = not_splittable("it leaves out answer 1, 'a'")
     assert fault.reason == NOT_SPLITTABLE

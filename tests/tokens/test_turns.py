@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,7 @@ from chats import answer, responses, run, user
 from grammar import CHATS, PARTS, template_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kinds import KINDS
+from kinds import KINDS, call
 from matrix import check_by_changes, rendered, responding, said
 from templates import templates, tokenizer_of
 
@@ -158,3 +159,95 @@ def test_most_templates_of_the_grammar_show_their_answers(kind: str) -> None:
             if isinstance(found, RowFault):
                 assert "call" in kind and parts["calls"] == "", (parts, found.message)
     assert shown[True] >= 20
+
+
+# --- templates that go another way than any real one does
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}BODY{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ENDS = "{{ '<|im_end|>\n' }}"
+
+
+def by(template: str, *messages: dict[str, Any], turns: str = "all", **options: Any) -> tuple[list[str], str]:
+    """What responds, and what is said of the row."""
+    tokenizer = tokenizer_of("<|im_start|><|im_end|><call></call>")
+    tokenizer.chat_template = template
+    tokenizer.eos_token = "<|im_end|>"
+    told: Counter[str] = Counter()
+    good, bad = run(tokenizer, Messages(messages=list(messages), **options), turns=turns, told=told)
+    return [one for row in good for one in responses(tokenizer, row)], bad[0].message if bad else "; ".join(told)
+
+
+@pytest.mark.parametrize("turns", ["all", "each", "last"])
+@pytest.mark.parametrize(
+    "body", ["<|im_start|>summary\n", "<|im_start|>", "\n<|im_start|>user\nSay it again.<|im_end|>\n"]
+)
+def test_an_answer_that_is_written_again_behind_its_stop_is_refused(body: str, turns: str) -> None:
+    again = "{% if m.role == 'assistant' %}{{ '<|im_end|>" + body.replace("\n", "\\n") + "' + m.content }}{% endif %}"
+    found, said_ = by(CHATML.replace("BODY", again), *KINDS["several"], turns=turns)
+    assert not found and "again behind '<|im_end|>'; " in said_
+    at_the_end = "{% set m = messages[-1] %}{% if m.role == 'assistant' %}{{ '<|im_start|>so\n' + m.content }}" + ENDS
+    found, said_ = by(CHATML.replace("BODY", "") + at_the_end + "{% endif %}", *KINDS["several"], turns=turns)
+    assert not found and "again behind '<|im_end|>'" in said_
+
+
+def test_an_answer_that_is_written_twice_within_its_turn_is_that() -> None:
+    body = "{% if m.role == 'assistant' %}{{ ', ' + m.content }}{% endif %}"
+    assert by(CHATML.replace("BODY", body), user("a"), answer("b")) == (["b, b<|im_end|>"], "")
+    front = "{% for m in messages %}{{ '* ' + m.content + '\n' }}{% endfor %}"
+    assert by(front + CHATML.replace("BODY", ""), user("a"), answer("b")) == (["b<|im_end|>"], "")
+
+
+@pytest.mark.parametrize("turns", ["all", "each", "last"])
+def test_the_header_of_an_answer_stays_out_of_its_mask_where_the_prompt_names_another_role(turns: str) -> None:
+    template = CHATML.replace("BODY", "").replace("assistant", "model")
+    found, said_ = by(template, *KINDS["several"], turns=turns)
+    assert found == ["First thing.<|im_end|>", "Second thing.<|im_end|>"][-1 if turns == "last" else 0 :]
+    assert "names another role before answers than in its generation prompt" in said_
+
+
+def test_keys_that_no_template_knows_are_told() -> None:
+    thought = "Let me add the two."
+    keys = {"thoughts": thought, "reasoning_details": [{"type": "t", "text": thought}], "think": f" {thought}\n"}
+    found, said_ = by(CHATML.replace("BODY", ""), user("a"), answer("b") | keys, answer("c") | {"n": 5, "empty": ""})
+    assert found == ["b<|im_end|>", "c<|im_end|>"]
+    assert sorted(said_.split("; ")) == [f"the chat template leaves out of answers {key}" for key in sorted(keys)]
+    wrote = "{% if m.think %}{{ m.think }}{% endif %}{% if m.reasoning_details %}{{ m.reasoning_details | tojson }}"
+    _, said_ = by(CHATML.replace("BODY", wrote + "{% endif %}"), user("a"), answer("b") | keys)
+    assert said_ == ""  # the same thought under each key
+
+
+def test_tools_that_are_not_written_are_told() -> None:
+    tools = [{"type": "function", "function": {"name": "get_weather"}}, {"name": "get_time"}]
+    found, said_ = by(CHATML.replace("BODY", ""), user("a"), answer("b"), tools=tools)
+    assert (found, said_) == (["b<|im_end|>"], "the chat template leaves out tools")
+    front = "{% for one in tools %}{{ one | tojson }}{% endfor %}"
+    assert by(front + CHATML.replace("BODY", ""), user("a"), answer("b"), tools=tools) == (["b<|im_end|>"], "")
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments"),
+    [
+        ("{{ c.function.name }}", {"n": 5}),
+        ("{{ c.function.name }}", {"s": ""}),
+        ("{{ c.function.name }}", '{"n": 5}'),
+        ("{{ c.function.name }}", {"flag": True, "l": [1, 2]}),
+        (
+            "{% for k, v in c.function.arguments.items() if v is string %}{{ k }}={{ v }}{% endfor %}",
+            {"s": "x", "n": 5},
+        ),
+        ("{{ c.function.name }}{{ c.function.arguments.keys() | list }}", {"n": 5}),
+        ("{{ c.function.name }}{{ c.function.arguments.x }}", {"x": "y", "name": "Bob"}),
+    ],
+)
+@pytest.mark.parametrize("turns", ["all", "each", "last"])
+def test_arguments_that_are_not_written_are_refused(body: str, arguments: Any, turns: str) -> None:
+    called = answer("") | {"tool_calls": [call(arguments)]}
+    template = CHATML.replace("BODY", "{% for c in m.tool_calls or [] %}<call>" + body + "</call>{% endfor %}")
+    found, said_ = by(template, user("a"), called, turns=turns)
+    assert not found and "it does not write the tool_calls of answer 1" in said_
+    whole = template.replace(body, "{{ c.function.name }} {{ c.function.arguments | tojson }}")
+    given_ = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    assert by(whole, user("a"), called, turns=turns) == ([f"<call>get_weather {given_}</call><|im_end|>"], "")
