@@ -109,8 +109,10 @@ def _message(name: str, entry: Any) -> Message:
         others = _with_call(name, others)
     others |= {OFF: 0} if off and role == "assistant" else {}
     content = entry.get(content_key)
+    if calls and others.get("tool_calls"):
+        raise RowFault("wrong_type", f"{name} is a call by its {role_key} and has tool_calls too; leave one of them")
     if calls:
-        return _Call({"role": role, "tool_calls": _own_calls(f"{name}.{content_key}", content), **others})
+        return _Call({"role": role, **others, "tool_calls": _own_calls(f"{name}.{content_key}", content)})
     if content is None and role == "assistant" and others.get("tool_calls"):
         return {"role": role, **others}
     if content is None and role == "assistant" and others.get("refusal"):

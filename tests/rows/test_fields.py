@@ -175,6 +175,11 @@ def test_a_call_that_is_none_is_named(content: Any) -> None:
     assert bad.reason == "wrong_type" and bad.message.startswith("messages[1].content")
 
 
+def test_a_call_has_no_calls_besides() -> None:
+    bad = read({"messages": [USER, {"role": "function_call", "content": CALL_TEXT, "tool_calls": [CALL]}]})
+    assert bad.reason == "wrong_type" and bad.message.startswith("messages[1] is a call by its role and has tool_calls")
+
+
 def test_a_refusal_is_named() -> None:
     bad = read({"messages": [USER, {"role": "assistant", "content": None, "refusal": "I cannot."}]})
     assert bad.message == "messages[1].content is null beside a refusal; give what was said as content"

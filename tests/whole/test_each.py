@@ -187,7 +187,7 @@ def test_masks_are_made_by_turn(run: Path) -> None:
     assert by_turn.filter(pl.col("turn") > 0)["kept"].all()
 
 
-def test_counts_say_what_they_count(run: Path, tmp_path: Path) -> None:
+def test_counts_say_what_they_count(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     """Ten answers of five rows: each of them may lose every token, or be left out."""
     rare = MaskConfig(keep=0.01, always_keep="none")
     made = mask(run, rare)
@@ -201,6 +201,12 @@ def test_counts_say_what_they_count(run: Path, tmp_path: Path) -> None:
     assert f"{made.rows_given_back:,} answers that had lost every token" in (run / "README.md").read_text()
     found = compare(run, run)
     assert (found.rows, found.rows_apart) == (5, 0)
+    changed = [record(chat, f"c{i}") for i, chat in enumerate(CHATS)]
+    changed[0] = json.loads(json.dumps(changed[0]).replace("Second", "Sekond"))
+    data = write_jsonl(tmp_path / "chats.jsonl", changed)
+    other = score(ScoreConfig(**{**settings, "data": data}), tmp_path / "other").run
+    found = compare(run, other)
+    assert (found.rows, found.rows_apart) == (5, 1)  # the other answers of that chat are in both
 
 
 def test_trainers_find_each_turn(run: Path) -> None:
@@ -250,7 +256,7 @@ def test_a_checkpoint_scores_the_same_turns(run: Path, models: dict[str, str], t
         assert first[name].equals(second[name])
     assert verify(copied) == []
     found = compare(copied)
-    assert found.rows == 10 and {(one.row_id, one.turn) for one in found.changed} <= {
+    assert found.rows == 5 and {(one.row_id, one.turn) for one in found.changed} <= {
         (i, turn) for i, chat in enumerate(CHATS) for turn in range(len(turns_of(chat)))
     }
 
