@@ -200,10 +200,8 @@ class Rehearsal:
                     self._back(first, after, told)
             done = self._finish()
         for k in self.course.borders:
-            self.states.drop(_ADJOINT.format(n, k))
+            self._drop_adjoints(k, len(outcomes))
         return done
-
-    # ------------------------------------------------------------------------------------------------------- forward
 
     def _forward(self, borders: list[int], told: Callable[[int], None]) -> None:
         """Train from the last border that was kept."""
@@ -235,8 +233,6 @@ class Rehearsal:
                 f" and its gradient is {'finite' if finite else 'not finite'}. {_GENTLER}"
             )
 
-    # ------------------------------------------------------------------------------------------------------ backward
-
     def _back(self, first: int, last: int, told: Callable[[int], None]) -> None:
         """Take the steps of a segment again, and go back through them."""
         self._load(first)
@@ -249,7 +245,7 @@ class Rehearsal:
             self._back_through(k, adjoints, sums)
             told(k)
         self._keep_adjoints(first, adjoints, sums)
-        self.states.drop(_ADJOINT.format(self._part, last))
+        self._drop_adjoints(last, len(adjoints))
         if not self._states_stay:
             self.states.drop(_STATE.format(last))
 
@@ -301,8 +297,6 @@ class Rehearsal:
                 " twice. Use --device cpu, and the same number of threads."
             )
 
-    # -------------------------------------------------------------------------------------------------------- states
-
     def _reached(self) -> int | None:
         """The border that the way back has come to; None where it has not begun."""
         return next((k for k in self.course.borders if self.states.has(_ADJOINT.format(self._part, k))), None)
@@ -350,16 +344,28 @@ class Rehearsal:
         self._keep_adjoints(len(self.course.steps), adjoints, sums)
 
     def _keep_adjoints(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
-        found = {"sums": torch.from_numpy(sums)}
+        """One by one, so that no more than one is held twice; the sums come last, by which all are there."""
+        name = _ADJOINT.format(self._part, k)
         for n, adjoint in enumerate(adjoints):
-            found |= {f"{n} {name}": tensor for name, tensor in self._named(adjoint).items()}
-        self.states.put(_ADJOINT.format(self._part, k), found)
+            self.states.put(f"{name}-{n}", self._named(adjoint))
+        self.states.put(name, {"sums": torch.from_numpy(sums)})
 
     def _take_adjoints(self, k: int) -> tuple[list[State], NDArray[np.float64]]:
-        found = self.states.get(_ADJOINT.format(self._part, k))
-        assert found is not None
-        each = range(found["sums"].shape[1])
-        return [self._from(found, f"{n} ").clone() for n in each], found["sums"].cpu().numpy().copy()
+        name = _ADJOINT.format(self._part, k)
+        sums = self.states.get(name)
+        assert sums is not None
+        adjoints = []
+        for n in range(sums["sums"].shape[1]):
+            kept = self.states.get(f"{name}-{n}")
+            if kept is None:
+                raise CurateError(f"What the rehearsal kept behind step {k} is not all there. Delete its files.")
+            adjoints.append(self._from(kept))
+        return adjoints, sums["sums"].cpu().numpy().copy()
+
+    def _drop_adjoints(self, k: int, outcomes: int) -> None:
+        name = _ADJOINT.format(self._part, k)
+        for one in (name, *(f"{name}-{n}" for n in range(outcomes))):
+            self.states.drop(one)
 
     def _finish(self) -> dict[str, Tensor]:
         """Keep the values."""

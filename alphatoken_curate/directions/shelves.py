@@ -22,7 +22,7 @@ class Shelf(Protocol):
         ...
 
     def get(self, name: str) -> dict[str, Tensor] | None:
-        """What was kept under a name; None where nothing was."""
+        """A copy of what was kept under a name; None where nothing was."""
         ...
 
     def has(self, name: str) -> bool:
@@ -45,8 +45,9 @@ class InMemory:
         self._held[name] = {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
     def get(self, name: str) -> dict[str, Tensor] | None:
-        """What was kept under a name; None where nothing was."""
-        return self._held.get(name)
+        """A copy of what was kept under a name; None where nothing was."""
+        found = self._held.get(name)
+        return None if found is None else {key: tensor.clone() for key, tensor in found.items()}
 
     def has(self, name: str) -> bool:
         """Whether something is kept under a name."""

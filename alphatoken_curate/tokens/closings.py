@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterator
 from itertools import takewhile
 
+from alphatoken_curate.tokens.refusals import shared
+
 
 def closing(specials: re.Pattern[str], text: str, said: int, end: int) -> list[re.Match[str]]:
     """The special tokens, one behind the other, that end what stands from `said` to `end`; the last one first."""
@@ -24,6 +26,15 @@ def of_turns(found: list[re.Match[str]], closes: Collection[str]) -> list[re.Mat
     `closes`: texts that close turns of words alone; where the last is another, all do.
     """
     return list(takewhile(lambda special: special[0] in closes, found)) or found
+
+
+def next_header(tail: str, before: str, role: str) -> int:
+    """Where the header of an answer to come begins in what stands behind an answer; at its end without one.
+
+    `before`: the chat before the answer, of a template that writes that header behind every chat, and no special token.
+    """
+    common = shared(tail[::-1], before[::-1])
+    return len(tail) - common if role in tail[len(tail) - common :] else len(tail)
 
 
 def ends_in_a_row(specials: re.Pattern[str], text: str, at: int) -> Iterator[int]:

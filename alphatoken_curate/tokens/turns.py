@@ -21,14 +21,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alphatoken_curate.tokens.closings import ends_in_a_row
+from alphatoken_curate.tokens.closings import ends_in_a_row, next_header
 from alphatoken_curate.tokens.kept import check_calls, check_kept, left_out_notes
 from alphatoken_curate.tokens.marks import NAME, Leaf, MarkedChat, Render, Rendering, read_marks
 from alphatoken_curate.tokens.refusals import excerpt, not_splittable, parted, shared
 
 _NO_KNOWN_STOP = (
     "the chat template writes its generation prompt behind every chat, and no token that the model stops at: answers"
-    " end with the first special token"
+    " end before it, with the first special token where there is one"
 )
 _OTHER_ROLE = "the chat template names another role before answers than in its generation prompt"
 _QUESTION = {"role": "user", "content": "x"}
@@ -312,12 +312,10 @@ class _Turn:
         stops = [found.end() for found in self.specials.finditer(tail) if found[0] in self.stops]
         if not stops and self.message.get("tool_calls"):
             return tail
-        cut = (stops or ends or [len(tail)])[0]
-        if not tail[cut:].strip():
-            return tail
         front = self._front() + self.plain[: self.index]
         before = self.render(front)
-        if not before.endswith(tail[cut:]) or before != self.render(front, prompt=True):
+        cut = (stops or ends or [next_header(tail, before, self.message["role"])])[0]
+        if not tail[cut:].strip() or not before.endswith(tail[cut:]) or before != self.render(front, prompt=True):
             return tail
         self.notes += [] if stops else [_NO_KNOWN_STOP]
         return tail[:cut]

@@ -28,8 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 def campaign(*arguments: object, timeout: float) -> dict[str, Any]:
     """What the fuzzer tells at its end, in a process of its own, where warnings of others are none of ours."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/support/fuzz_runs.py"), *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout, check=False, env=environment,

@@ -8,7 +8,7 @@ from kinds import KINDS, call
 from templates import tokenizer_of
 
 from alphatoken_curate.rows.shapes import Messages
-from alphatoken_curate.tokens.closings import closing, ends_in_a_row, of_turns, partner
+from alphatoken_curate.tokens.closings import closing, ends_in_a_row, next_header, of_turns, partner
 
 SPECIALS = re.compile("</s>|<e>|</call>")
 
@@ -58,3 +58,16 @@ def test_the_end_tokens_of_a_call_are_those_of_its_turn(ends: str, turns: str) -
             found = tokenizer.decode(row.input_ids[row.end_of_turn])
             assert found and found == ends * (len(found) // len(ends))
             assert all(row.response[row.end_of_turn])
+
+
+@pytest.mark.parametrize(
+    ("tail", "before", "at"),
+    [
+        ("\n[assistant] ", "[user] a\n[assistant] ", 0),
+        (" END\n[assistant] ", "[user] a\n[assistant] ", 4),
+        (" END", "[user] a END", 4),
+        ("", "[user] a", 0),
+    ],
+)
+def test_the_header_of_a_turn_to_come_begins_where_the_chat_before_has_it(tail: str, before: str, at: int) -> None:
+    assert next_header(tail, before, "assistant") == at
