@@ -47,8 +47,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["sft", "preference"])
-@pytest.mark.parametrize("name", SETTINGS)
+_EACH = [(kind, name) for kind in ("sft", "preference") for name in SETTINGS]
+_OFTEN = (("sft", "scaled"), ("sft", "published"), ("preference", "exact"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [one if one in _OFTEN else pytest.param(*one, marks=pytest.mark.long) for one in _EACH]
+)
 def test_errors_are_those_of_the_groups_values(name: str, kind: str, models: dict[str, str], tmp_path: Path) -> None:
     records = token_records(6, seed=2) if kind == "sft" else pair_records(4)
     data = write_jsonl(tmp_path / "rows.jsonl", records)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import make_row, tiny_model
-from tiny_files import NAN_TOKEN, Notes, command, contents, perturbed, quiet, token_records, write_jsonl
+from tiny_files import NAN_TOKEN, Notes, command, contents, pair_records, perturbed, quiet, token_records, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from unrolled import J, mean_over, values_by_autograd
@@ -120,7 +120,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+_OFTEN = ("default", "kept", "orders")
+
+
+@pytest.mark.parametrize("name", [x if x in _OFTEN else pytest.param(x, marks=pytest.mark.long) for x in SETTINGS])
 def test_a_run_holds_what_autograd_finds_through_the_unrolled_training(
     name: str, files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -208,14 +211,14 @@ def test_a_row_without_a_finite_loss_is_left_out_of_the_training(
 @pytest.mark.parametrize(
     "at",
     [
-        "mid-write@rehearsal-00000-losses.safetensors",
-        "after-rename@rehearsal-00000-0-state-2.safetensors",
+        pytest.param("mid-write@rehearsal-00000-losses.safetensors", marks=pytest.mark.long),
+        pytest.param("after-rename@rehearsal-00000-0-state-2.safetensors", marks=pytest.mark.long),
         "after-rename@rehearsal-00000-0-adjoint-0-3.safetensors",
-        "mid-write@rehearsal-00000-0-adjoint-0-2.safetensors",
-        "after-rename@rehearsal-00000-1-values-0.safetensors",
+        pytest.param("mid-write@rehearsal-00000-0-adjoint-0-2.safetensors", marks=pytest.mark.long),
+        pytest.param("after-rename@rehearsal-00000-1-values-0.safetensors", marks=pytest.mark.long),
         "mid-write@rehearsal-00000-columns.safetensors",
         "after-rename@rehearsal-00000-columns.safetensors",
-        "mid-write@part-00000.parquet",
+        pytest.param("mid-write@part-00000.parquet", marks=pytest.mark.long),
     ],
 )
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
@@ -284,9 +287,9 @@ def test_a_training_that_diverges_is_refused(files: dict[str, str], tmp_path: Pa
 
 
 def test_preference_rows_are_refused(files: dict[str, str], tmp_path: Path) -> None:
-    pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    pairs = write_jsonl(tmp_path / "p.jsonl", pair_records(3))
     with pytest.raises(UsageError, match=r"--direction rehearsal: .*p\.jsonl holds preference rows"):
-        score(config(files, data=(pairs,), model="smollm2-135m", dtype="auto"), tmp_path / "run")
+        score(config(files, data=(pairs,)), tmp_path / "run")
 
 
 def test_score_says_how_many_lie_below_zero_beyond_their_error(files: dict[str, str], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from matrix import (
     why_refused,
     written,
 )
+from packaging.version import Version
 from templates import AXOLOTL, axolotl_templates, family_tokenizer, templates, tokenizer_of
 
 from alphatoken_curate.rows.containers import RowFault
@@ -47,6 +48,16 @@ NO_STOP = "the chat template writes no token to stop at behind an answer"
 
 TRL = sorted(templates())
 RELEASE = version("trl")
+OFTEN = (
+    *("deepseekv3", "gemma3", "glm4moe", "gptoss", "llama3_1"),
+    *("phi3", "qwen2_5", "qwen3", "qwen3_training"),
+)
+"""Those that are tried each time; all of them by `-m long`."""
+
+OLDER = Version(version("transformers")) < Version("5.23")
+"""Whose mask lacks a token within an answer of many scripts (seen with 5.6)."""
+
+SOME = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in TRL]
 TRAINING = [name for name in TRL if name.endswith("_training")]
 AXOLOTLS = list(axolotl_templates()) or [pytest.param("", marks=pytest.mark.skip(f"{AXOLOTL} names no wheel"))]
 
@@ -90,7 +101,7 @@ def swallowed(tokenizer: Any, text: str) -> set[int]:
 
 
 @pytest.mark.parametrize("turns", [TURNS[0], *(pytest.param(one, marks=pytest.mark.long) for one in TURNS[1:])])
-@pytest.mark.parametrize("name", TRL)
+@pytest.mark.parametrize("name", SOME)
 def test_a_cell_is_right_or_refused_for_what_its_template_does(name: str, turns: str) -> None:
     for kind in KINDS:
         check_cell(name, kind, turns)
@@ -107,7 +118,7 @@ OTHERS = re.compile(r"^<\|turn>model\n|<\|tool_response>$|(?<=<\|end\|>)\n<\|end
 Phi-3's training forms mark behind the last answer."""
 
 
-@pytest.mark.parametrize("name", TRL)
+@pytest.mark.parametrize("name", SOME)
 def test_each_answer_is_what_the_model_is_asked_and_what_it_wrote(name: str) -> None:
     """Beside the template alone: the messages before an answer with the generation prompt, the answer, its stop."""
     tokenizer, compared = family_tokenizer(name), 0
@@ -163,7 +174,7 @@ def test_where_transformers_has_a_mask_it_is_ours(name: str) -> None:
     compared = 0
     for kind in KINDS:
         found, record = cell(name, kind), record_of(kind)
-        if isinstance(found, RowFault) or found.marked:
+        if isinstance(found, RowFault) or found.marked or (kind == "scripts" and OLDER):
             continue
         if swallowed(tokenizer, found.text) & {start for start, _ in found.spans}:
             continue  # theirs has the header's last token, too, which takes in the answer's first white space
@@ -213,7 +224,7 @@ def test_without_its_marks_a_training_template_gives_the_answers_it_marks(name: 
 # --- pairs
 
 
-@pytest.mark.parametrize("name", TRL)
+@pytest.mark.parametrize("name", SOME)
 def test_each_branch_of_a_pair_is_what_it_is_alone(name: str) -> None:
     tokenizer = family_tokenizer(name)
     for kind in ("single", "several", "system", "inline thoughts", "echoes", "call"):
@@ -306,7 +317,7 @@ def follow(name: str, record: Messages, told: str) -> RenderedText | RowFault:
     return rendered(tokenizer, Messages(messages=edited, tools=record.tools), "all")
 
 
-@pytest.mark.parametrize("name", TRL)
+@pytest.mark.parametrize("name", SOME)
 def test_a_refusal_shows_what_differs_and_its_advice_takes_the_row(name: str) -> None:
     for kind in KINDS:
         found = cell(name, kind)
@@ -361,6 +372,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.long
 def test_the_table_says_what_came_of_each_template(
     request: pytest.FixtureRequest, same_text: Callable[[Path, str], None]
 ) -> None:
