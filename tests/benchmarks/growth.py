@@ -37,7 +37,7 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.reading.verify import verify
 from alphatoken_curate.runs import shards
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
-from alphatoken_curate.scoring import identity, loop, prepare, scorer
+from alphatoken_curate.scoring import identity, loop, prepare, scorer, spec
 from alphatoken_curate.scoring.score import score
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import counted
@@ -137,7 +137,7 @@ def watched(clock: Clock, light: bool) -> ExitStack:
         (prepare, "find_model", START),
         (prepare, "load_tokenizer", START),
         (identity, "model_digest", START),
-        (scorer, "load_model", START),
+        (spec, "load_model", START),
         (loop, "write_beside", START),
         (prepare, "tokenise", "read, tokens"),
         (shards, "write_values", "write values"),
