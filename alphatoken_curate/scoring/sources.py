@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
@@ -49,10 +50,10 @@ def _inputs(config: ScoreConfig) -> Iterator[Source]:
     if config.chat_template is not None:
         path = Path(config.chat_template).expanduser()
         yield Source(what=_OF_FIELDS["chat_template"], files=(path,), digest=digest_of_one)
-    for named in (config.data, *([one] for one in (config.target, config.retention, config.fisher_prompts) if one)):
-        for file in find_files(named):
-            if not file.is_hub:
-                yield Source(what=_rows(file.path), files=(Path(file.path),), digest=digest_of_one)
+    beside = [find_files([one]) for one in (config.target, config.retention, config.fisher_prompts) if one]
+    for file in chain(find_files(config.data, config.subset, config.split), *beside):
+        if not file.is_hub:
+            yield Source(what=_rows(file.path), files=(Path(file.path),), digest=digest_of_one)
 
 
 def _rows(path: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,6 +105,18 @@ def test_a_scoring_ends_where_a_file_is_written_again(
     path.write_bytes(content)
     score(ScoreConfig(**settings), run)
     assert contents(run) == contents(whole)
+
+
+def test_the_rows_of_a_split_are_those_that_are_watched(settings: dict[str, Any], tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    parts = {"test": token_records(30), "validation": token_records(3)}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(saved)
+    settings |= {"data": str(saved), "split": "test"}
+    assert score(ScoreConfig(**settings), tmp_path / "run").manifest.counts.scored == 30
+    (file,) = (saved / "test").glob("*.arrow")
+    with pytest.raises(FingerprintError) as refused:
+        score(ScoreConfig(**settings), tmp_path / "other", Writes(file, in_place))
+    assert "test/data-00000" in str(refused.value) and refused.value.fields == ("rows",)
 
 
 @pytest.mark.parametrize("stage", ["reference losses", "target gradient", "scoring"])
