@@ -330,6 +330,13 @@ class ScoreConfig(MaskConfig):
         return self.parameters == "all" or self.rehearses
 
 
+OF_REHEARSAL = tuple(item.name for item in fields(ScoreConfig) if item.name.startswith("rehearse_"))
+"""The settings of a rehearsal."""
+
+OF_OPTIMISER = {"adamw": ("rehearse_betas", "rehearse_eps", "rehearse_root"), "sgd": ("rehearse_momentum",)}
+"""Those among them that one optimiser alone reads."""
+
+
 def settings_of_mask(stored: Mapping[str, Any]) -> MaskConfig:
     """The settings that a run keeps of a mask. Those from before --always-keep kept nothing always."""
     known = {item.name: stored[item.name] for item in fields(MaskConfig) if item.name in stored}

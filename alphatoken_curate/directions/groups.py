@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
+from alphatoken_curate.tokens.plan import response_tokens
 from alphatoken_curate.tokens.tokenise import TokenRow
 
 GROUPS = 8
@@ -29,13 +30,14 @@ def deal(rows: Sequence[TokenRow], groups: int, seed: int) -> list[list[TokenRow
     """
     turns = [-row.turn for row in rows]
     draws = keyed_uniform(seed, [row.row_id for row in rows], of_turn(GROUP_DRAW, turns))
-    order = sorted(range(len(rows)), key=lambda i: (-_tokens(rows[i]), draws[i]))
+    tokens = [response_tokens([row]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-tokens[i], draws[i]))
     dealt: list[list[int]] = [[] for _ in range(min(groups, len(rows)))]
     held = np.zeros(len(dealt), np.int64)
     for i in order:
         least = int(held.argmin())
         dealt[least].append(i)
-        held[least] += _tokens(rows[i])
+        held[least] += tokens[i]
     return [[rows[i] for i in sorted(group)] for group in dealt]
 
 
@@ -53,7 +55,3 @@ def mean_and_error(
         return mean, np.full_like(mean, np.nan)
     apart = (shares * (values - mean)) ** 2
     return mean, np.sqrt(apart.sum(axis=0) * len(values) / (len(values) - 1))
-
-
-def _tokens(row: TokenRow) -> int:
-    return int(row.response.sum())

@@ -23,7 +23,7 @@ from alphatoken_curate.models.folders import (
     refuse_empty,
     refuse_pickles,
 )
-from alphatoken_curate.models.tensors import FLOATS, dtypes, shapes
+from alphatoken_curate.models.tensors import quantised, shapes
 from alphatoken_curate.models.whole import reason
 from alphatoken_curate.wording import count
 
@@ -213,8 +213,7 @@ def _refuse_settings(path: Path) -> None:
 
 def _refuse_quantised(folder: Path) -> None:
     """Whole numbers would be taken for weights, without the scale that they belong to."""
-    found = sorted((name, kind) for name, kind in dtypes([folder / ADAPTER_WEIGHTS]).items() if kind not in FLOATS)
-    if found:
+    if found := quantised([folder / ADAPTER_WEIGHTS]):
         raise ModelError(
             f"{folder / ADAPTER_WEIGHTS}: {count(len(found), 'tensor')} in it quantised (the first: {found[0][0]},"
             f" {found[0][1]}), and nothing says of what scale. Save the adapter in float32, bfloat16 or float16."

@@ -10,7 +10,7 @@ import orjson
 
 from alphatoken_curate.models.releases import reads_without_maps
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 """Numbers that need no scale, as safetensors calls them."""
 
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors itself refuses more
@@ -44,9 +44,10 @@ def shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(told["shape"]) for name, told in _told(files) if isinstance(told.get("shape"), list)}
 
 
-def dtypes(files: Iterable[Path]) -> dict[str, str]:
-    """The kinds of numbers of all their tensors, by name, as safetensors calls them (`BF16`)."""
-    return {name: str(told.get("dtype")) for name, told in _told(files) if name != "__metadata__"}
+def quantised(files: Iterable[Path]) -> list[tuple[str, str]]:
+    """Name and kind (`I8`) of their tensors whose numbers need a scale, by name."""
+    kinds = {name: str(told.get("dtype")) for name, told in _told(files) if name != "__metadata__"}
+    return sorted((name, kind) for name, kind in kinds.items() if kind not in _FLOATS)
 
 
 def _told(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:

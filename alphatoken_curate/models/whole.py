@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.models.tensors import FLOATS, dtypes, shapes
+from alphatoken_curate.models.tensors import quantised, shapes
 from alphatoken_curate.wording import count
 
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -131,7 +131,7 @@ def _refuse_unused(name: str, model: Any, keys: Iterable[str]) -> None:
 
 def _refuse_quantised(name: str, model: Any, files: list[Path]) -> None:
     own = {key for key, _ in model.named_parameters()}
-    found = sorted((key, kind) for key, kind in dtypes(files).items() if kind not in FLOATS and key in own)
+    found = [(key, kind) for key, kind in quantised(files) if key in own]
     if found:
         raise ModelError(
             f"{name}: {count(len(found), 'weight')} in its files quantised (the first: {found[0][0]}, {found[0][1]}),"

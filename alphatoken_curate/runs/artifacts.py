@@ -109,6 +109,10 @@ class Store:
         stem = kind if number is None else f"{kind}-{number:05d}"
         return self.folder / (f"{stem}-{part}.safetensors" if isinstance(part, str) else f"{stem}.safetensors")
 
+    def parts(self, kind: str) -> list[Path]:
+        """The files of all parts with a name, of a kind that is made anew at each checkpoint."""
+        return sorted(self.folder.glob(f"{self.path(kind).stem}-*.safetensors"))
+
     def save(self, kind: str, tensors: Mapping[str, Tensor], part: int | str | None = None) -> None:
         """Commit tensors with the fields they were made from. The same tensors and fields give the same bytes.
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from alphatoken_curate.config import OF_OPTIMISER, OF_REHEARSAL
 from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError
 from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
@@ -30,11 +31,6 @@ _OF_CHATS = (
     *("turns", "max_length", "template_date", "map"),
 )
 
-_OF_REHEARSAL = (
-    *("lr", "epochs", "rows_per_step", "optimizer", "weight_decay", "schedule", "warmup", "clip", "denominator"),
-    "seeds",
-)
-
 _DECIDE_TOKENS = {
     "tokens": {"data", "subset", "split", "limit", "target", "target_rows", "seed", *_OF_CHATS},
     "target_tokens": {"data", "target", "target_rows", "seed", *_OF_CHATS},
@@ -42,8 +38,8 @@ _DECIDE_TOKENS = {
     "prompt_tokens": {"fisher", "fisher_prompts", *_OF_CHATS},
     "template": {"chat_template"},
     "groups": {"target_groups", "direction", "data", "target", "target_rows", "limit", "map", "subset", "split"},
-    **{f"rehearse_{name}": {"direction"} for name in _OF_REHEARSAL},
-    **{f"rehearse_{name}": {"direction", "rehearse_optimizer"} for name in ("betas", "eps", "root", "momentum")},
+    **{name: {"direction"} for name in OF_REHEARSAL},
+    **{name: {"direction", "rehearse_optimizer"} for names in OF_OPTIMISER.values() for name in names},
     "kind": {"data", "limit", "map", "subset", "split"},
     "data": {"limit", "subset", "split"},
     "beta": {"data"},

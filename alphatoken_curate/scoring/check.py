@@ -15,7 +15,7 @@ from alphatoken_curate.rows.read import BadRow
 from alphatoken_curate.runs.schema import components
 from alphatoken_curate.scoring.named import check_named, told_of_models
 from alphatoken_curate.scoring.prepare import Prepared, prepare
-from alphatoken_curate.tokens.plan import by_shard, cut_of, sequences
+from alphatoken_curate.tokens.plan import by_shard, cut_of, response_tokens, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
     prepared, found = _tried(config, progress or Silent(), estimated=estimated)
     rows = prepared.rows
     lengths = np.array([len(one.input_ids) for one in sequences(rows)])
-    responses = int(sum(one.response.sum() for one in sequences(rows)))
+    responses = response_tokens(rows)
     dealt = by_shard(rows, prepared.rows_read, config.rows_per_shard)
     budget, batches, padded = _planned(config, dealt, found)
     tokens, cut = int(lengths.sum()), cut_of(rows)

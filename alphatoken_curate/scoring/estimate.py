@@ -23,10 +23,8 @@ from alphatoken_curate.directions.fisher import fisher_diagonal
 from alphatoken_curate.directions.generate import answer_room, prompt_tokens, sample_answers
 from alphatoken_curate.directions.losses import row_means
 from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
-from alphatoken_curate.directions.rehearsal import Rehearsal, mean_loss
-from alphatoken_curate.directions.shelves import Artefacts, Scratch
+from alphatoken_curate.directions.rehearsal import mean_loss
 from alphatoken_curate.directions.target import target_gradient
-from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.errors import CurateError
 from alphatoken_curate.models.devices import resolve_device
@@ -36,12 +34,11 @@ from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.reference import ReferencePass
-from alphatoken_curate.scoring.rehearse import at_once, course_of
+from alphatoken_curate.scoring.rehearse import at_once, course_of, rehearsal_in, trainee_of
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
 from alphatoken_curate.scoring.trial import blank, find_budget, pays
 from alphatoken_curate.signals.influence import make_scorer
-from alphatoken_curate.signals.rehearsed import exact_paths
 from alphatoken_curate.signals.stored import plain_losses
 from alphatoken_curate.tokens.plan import Batch, by_shard, collate, plan_batches, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
@@ -209,19 +206,14 @@ class _Trials:
         self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
         model = scoring.model
         scoring.release_model()
-        trainee = self._timed(
-            "preparing the rehearsal",
-            lambda: Trainee(model, config.layers, config.parameters),  # type: ignore[arg-type]
-        )
+        trainee = self._timed("preparing the rehearsal", lambda: trainee_of(config, model))
         whole = course_of(config, rows, 0, self.budget)
         two = replace(whole, steps=whole.steps[:2])
         together = at_once(trainee, self.spec.outcomes, config)
         padded = [sum(len(rows[i].input_ids) for step in course.steps for i in step) for course in (whole, two)]
         self.progress.stage("estimate: rehearsal", 2 * padded[1])
-        paths = exact_paths(trainee) if config.estimator != "influence" else None
         with tempfile.TemporaryDirectory() as kept:
-            states = Artefacts(Store(folder=Path(kept), fields={}), trainee.device, prefix="0")
-            rehearsal = Rehearsal(trainee, two, states, steps=Scratch(Path(kept), trainee.device), paths=paths)
+            rehearsal = rehearsal_in(Store(folder=Path(kept), fields={}), "0", trainee, two, config)
             began = self.meter.now()
             rehearsal.run([mean_loss(target[:1], self.budget)] * together)
             tried = self.meter.now() - began

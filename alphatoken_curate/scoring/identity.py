@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alphatoken_curate.config import FISHER_MODES, ScoreConfig
+from alphatoken_curate.config import FISHER_MODES, OF_OPTIMISER, OF_REHEARSAL, ScoreConfig
 from alphatoken_curate.models.load import (
     TOKENIZER_FILES,
     ModelSource,
@@ -92,24 +92,9 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
 
 
 def _rehearsal_fields(config: ScoreConfig) -> dict[str, Json]:
-    adamw = config.rehearse_optimizer == "adamw"
-    return {
-        "direction": config.direction,
-        "rehearse_lr": config.rehearse_lr,
-        "rehearse_epochs": config.rehearse_epochs,
-        "rehearse_rows_per_step": config.rehearse_rows_per_step,
-        "rehearse_optimizer": config.rehearse_optimizer,
-        "rehearse_betas": config.rehearse_betas if adamw else None,
-        "rehearse_eps": config.rehearse_eps if adamw else None,
-        "rehearse_root": config.rehearse_root if adamw else None,
-        "rehearse_weight_decay": config.rehearse_weight_decay,
-        "rehearse_momentum": None if adamw else config.rehearse_momentum,
-        "rehearse_schedule": config.rehearse_schedule,
-        "rehearse_warmup": config.rehearse_warmup,
-        "rehearse_clip": config.rehearse_clip,
-        "rehearse_denominator": config.rehearse_denominator,
-        "rehearse_seeds": config.rehearse_seeds,
-    }
+    unread = {one for kind, names in OF_OPTIMISER.items() if kind != config.rehearse_optimizer for one in names}
+    told = {name: None if name in unread else getattr(config, name) for name in OF_REHEARSAL}
+    return {"direction": config.direction, **told}
 
 
 def dated(config: ScoreConfig, stored: Mapping[str, Json] | None) -> ScoreConfig:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 
-from alphatoken_curate.config import FISHER_MODES, ScoreConfig
+from alphatoken_curate.config import FISHER_MODES, OF_OPTIMISER, OF_REHEARSAL, ScoreConfig
 from alphatoken_curate.masks import always
 from alphatoken_curate.masks.criteria import depends_on_value
 
 
 def _has_drift(config: ScoreConfig) -> bool:
     return config.drift is not None or config.retention is None
+
+
+def _steps_by(optimiser: str, config: ScoreConfig, _: str) -> bool:
+    return config.rehearses and config.rehearse_optimizer == optimiser
 
 
 _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
@@ -35,23 +40,15 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
         lambda config, _: config.precondition in ("kfac", "ekfac"),
     ),
     **{
-        f"rehearse_{name}": ("with --direction rehearsal", lambda config, _: config.rehearses)
-        for name in (
-            *("epochs", "rows_per_step", "optimizer", "weight_decay", "schedule", "warmup", "clip", "denominator"),
-            "seeds",
-        )
+        name: ("with --direction rehearsal", lambda config, _: config.rehearses)
+        for name in OF_REHEARSAL
+        if name != "rehearse_lr"  # which goes with no other direction
     },
     **{
-        f"rehearse_{name}": (
-            "with --direction rehearsal and --rehearse-optimizer adamw",
-            lambda config, _: config.rehearses and config.rehearse_optimizer == "adamw",
-        )
-        for name in ("betas", "eps", "root")
+        name: (f"with --direction rehearsal and --rehearse-optimizer {kind}", partial(_steps_by, kind))
+        for kind, names in OF_OPTIMISER.items()
+        for name in names
     },
-    "rehearse_momentum": (
-        "with --direction rehearsal and --rehearse-optimizer sgd",
-        lambda config, _: config.rehearses and config.rehearse_optimizer == "sgd",
-    ),
     "beta": ("for preference rows", lambda _, kind: kind == "preference"),
     "stability_scale": (
         "where --by depends on value",

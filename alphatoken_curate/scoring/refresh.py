@@ -288,8 +288,7 @@ def _check_config(run: Path, stored: Manifest) -> None:
 
 def _forget(budget: Budget, store: Store) -> None:
     """Take away what was made for a checkpoint that cannot be scored."""
-    parts = store.folder.glob(f"{store.path(REHEARSAL).stem}-*.safetensors")
-    for path in (budget.path, *parts, *(store.path(kind) for kind in OF_MODEL)):
+    for path in (budget.path, *store.parts(REHEARSAL), *(store.path(kind) for kind in OF_MODEL)):
         path.unlink(missing_ok=True)
 
 

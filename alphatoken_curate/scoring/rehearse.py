@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.groups import deal
-from alphatoken_curate.directions.losses import at, positions, token_losses
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import (
     Course,
@@ -41,8 +41,8 @@ from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, counted
 from alphatoken_curate.signals import composite
 from alphatoken_curate.signals.rehearsed import columns, exact_paths
-from alphatoken_curate.signals.stored import RowResult, spread
-from alphatoken_curate.tokens.plan import sequences
+from alphatoken_curate.signals.stored import RowResult, losses_of, spread
+from alphatoken_curate.tokens.plan import response_tokens, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow
 from alphatoken_curate.wording import count
 
@@ -78,7 +78,7 @@ class RehearsalScorer(ShardScorer):
         if not store.is_made(REHEARSAL, _COLUMNS):
             found = self._made(progress, batch_tokens)
             store.save(REHEARSAL, {name: torch.from_numpy(column) for name, column in found.items()}, _COLUMNS)
-        for path in store.folder.glob(f"{store.path(REHEARSAL).stem}-*.safetensors"):
+        for path in store.parts(REHEARSAL):
             if path != store.path(REHEARSAL, _COLUMNS):
                 path.unlink()
 
@@ -143,10 +143,7 @@ class RehearsalScorer(ShardScorer):
             progress.stage("losses before the rehearsal", count_tokens(self.rows))
             found = np.empty((2, sum(s.stop - s.start for s in self._places.values())), np.float32)
             for batch in counted(self.rows, batch_tokens, progress):
-                ids = torch.from_numpy(batch.input_ids).to(scoring.device)
-                hidden = at(scoring.hidden(ids), positions(replace(batch, start=0), ids.device))
-                targets = torch.from_numpy(batch.target).to(ids.device)
-                losses = token_losses(scoring.head, hidden, targets, vocabulary=scoring.vocabulary, gradient=False)
+                losses = losses_of(scoring, batch)
                 places = [np.arange(s.start, s.stop) for s in (self._place(self.rows[i]) for i in batch.rows)]
                 found[:, np.concatenate(places)] = torch.stack([losses.nll, losses.entropy]).float().cpu().numpy()
             kept = {"nll": torch.from_numpy(found[0]), "entropy": torch.from_numpy(found[1])}
@@ -164,23 +161,20 @@ class RehearsalScorer(ShardScorer):
         scoring.release_model()
         del scoring
         free_memory()
-        trainee = Trainee(model, config.layers, config.parameters)  # type: ignore[arg-type]
+        trainee = trainee_of(config, model)
         groups = {"adapt": self._dealt(self.target)}
         if self.retention:
             groups["stab"] = self._dealt(self.retention)
         outcomes: list[Outcome] = [mean_loss(group, batch_tokens) for dealt in groups.values() for group in dealt]
-        counts = {name: [_tokens(group) for group in dealt] for name, dealt in groups.items()}
+        counts = {name: [response_tokens(group) for group in dealt] for name, dealt in groups.items()}
         if drift is not None:
             outcomes.append(drift_loss(*(trainee.of_direction(part) for part in drift)))
             counts["drift" if self.retention else "stab"] = [1]
         together = self._at_once(trainee, len(outcomes), own)
-        paths = exact_paths(trainee) if config.estimator != "influence" else None
         orders = []
         for n in range(config.rehearse_seeds):
             course = course_of(config, rows, n, batch_tokens)
-            states = Artefacts(own, trainee.device, prefix=str(n))
-            steps = Scratch(own.folder, trainee.device)
-            rehearsal = Rehearsal(trainee, course, states, steps=steps, paths=paths)
+            rehearsal = rehearsal_in(own, str(n), trainee, course, config)
             each = [sum(len(rows[i].input_ids) for i in step) for step in course.steps]
             order = f", order {n + 1} of {config.rehearse_seeds}" if config.rehearse_seeds > 1 else ""
             turns = 1 + math.ceil(len(outcomes) / together)
@@ -208,6 +202,18 @@ class RehearsalScorer(ShardScorer):
             kept = {"at_once": torch.tensor([at_once(trainee, outcomes, self.spec.config)])}
             own.save(REHEARSAL, kept, _PLAN)
         return int(kept["at_once"])
+
+
+def trainee_of(config: ScoreConfig, model: Any) -> Trainee:
+    """What trains in the rehearsal of a config."""
+    return Trainee(model, config.layers, config.parameters)  # type: ignore[arg-type]
+
+
+def rehearsal_in(store: Store, prefix: str, trainee: Trainee, course: Course, config: ScoreConfig) -> Rehearsal:
+    """A rehearsal that keeps its states in a store, with the paths that a config asks for."""
+    paths = None if config.estimator == "influence" else exact_paths(trainee)
+    states, steps = Artefacts(store, trainee.device, prefix=prefix), Scratch(store.folder, trainee.device)
+    return Rehearsal(trainee, course, states, steps=steps, paths=paths)
 
 
 def at_once(trainee: Trainee, outcomes: int, config: ScoreConfig) -> int:
@@ -253,10 +259,6 @@ def course_of(config: ScoreConfig, rows: Sequence[TokenRow], order: int, batch_t
 
 def _advance(progress: Progress, each: Sequence[int], k: int) -> None:
     progress.advance(each[k])
-
-
-def _tokens(rows: Sequence[TokenRow]) -> int:
-    return sum(int(row.response.sum()) for row in rows)
 
 
 def _tell_of_root(orders: Sequence[Values], config: ScoreConfig, progress: Progress) -> None:

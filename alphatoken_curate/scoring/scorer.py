@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,12 +29,8 @@ from alphatoken_curate.scoring.spec import ScorerSpec, by_name, count_tokens, co
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.preference import Pairs, reference_sums
 from alphatoken_curate.signals.stored import BatchScorer, RowResult, row_signals
-from alphatoken_curate.tokens.plan import sequences
+from alphatoken_curate.tokens.plan import response_tokens, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches
-
-if TYPE_CHECKING:
-    pass
-
 
 _GROUPED = {artifacts.TARGET: artifacts.TARGET_GROUPS, artifacts.RETENTION: artifacts.RETENTION_GROUPS}
 
@@ -84,7 +79,7 @@ class ShardScorer:
         self.ready(progress)
         dealt = deal(rows, self.spec.groups, self.spec.config.seed)
         progress.stage(f"{kind} gradient of {len(dealt)} groups", count_tokens(rows) * self.spec.passes)
-        found = {"tokens": torch.tensor([sum(int(row.response.sum()) for row in group) for group in dealt])}
+        found = {"tokens": torch.tensor([response_tokens(group) for group in dealt])}
         for n, group in enumerate(dealt):
             each = by_name(self.scoring, self._gradient(kind, group, None, progress, batch_tokens))
             found |= {f"{n} {name}": tensor for name, tensor in each.items()}

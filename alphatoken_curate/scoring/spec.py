@@ -75,7 +75,7 @@ class ScorerSpec:
     @property
     def outcomes(self) -> int:
         """How many outcomes a rehearsal goes back from: one for each group of rows, and the drift."""
-        return max(1, self.groups) * (1 + (self.config.retention is not None)) + self.has_drift
+        return self.groups * (1 + (self.config.retention is not None)) + self.has_drift
 
     @property
     def passes(self) -> int:

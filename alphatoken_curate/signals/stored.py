@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alphatoken_curate.directions.groups import mean_and_error
-from alphatoken_curate.directions.losses import at, positions, token_losses
+from alphatoken_curate.directions.losses import Losses, at, positions, token_losses
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.runs.schema import Components
 from alphatoken_curate.signals import composite
@@ -149,19 +149,24 @@ def spread(parts: RowSignals, row: TokenRow) -> RowSignals:
     return full
 
 
+def losses_of(scoring: ScoringModel, planned: Batch) -> Losses:
+    """Losses of the response tokens of a batch: one forward, no gradient."""
+    # A prompt apart saves nothing here but for pairs, whose branches share it.
+    batch = planned if planned.pairs else replace(planned, start=0)
+    ids = torch.from_numpy(batch.input_ids).to(scoring.device)
+    hidden = scoring.hidden(ids, batch.start, pairs=batch.pairs)
+    chosen = at(hidden, positions(batch, hidden.device))
+    targets = torch.from_numpy(batch.target).to(hidden.device)
+    return token_losses(scoring.head, chosen, targets, vocabulary=scoring.vocabulary, gradient=False)
+
+
 def plain_losses(
     scoring: ScoringModel, flat: Sequence[TokenRow], batches: Iterable[Batch]
 ) -> list[NDArray[np.float32]]:
-    """-log p of the response tokens of each sequence, in nats: one forward, no gradient."""
+    """-log p of the response tokens of each sequence, in nats."""
     found: dict[int, NDArray[np.float32]] = {}
-    for planned in batches:
-        # A prompt apart saves nothing here but for pairs, whose branches share it.
-        batch = planned if planned.pairs else replace(planned, start=0)
-        ids = torch.from_numpy(batch.input_ids).to(scoring.device)
-        hidden = scoring.hidden(ids, batch.start, pairs=batch.pairs)
-        chosen = at(hidden, positions(batch, hidden.device))
-        targets = torch.from_numpy(batch.target).to(hidden.device)
-        losses = token_losses(scoring.head, chosen, targets, vocabulary=scoring.vocabulary, gradient=False)
-        parts: tuple[Tensor, ...] = losses.nll.float().cpu().split(batch.counts.tolist())
+    for batch in batches:
+        nll = losses_of(scoring, batch).nll
+        parts: tuple[Tensor, ...] = nll.float().cpu().split(batch.counts.tolist())
         found |= zip(batch.rows, (part.numpy() for part in parts), strict=True)
     return [found[i] for i in range(len(flat))]

@@ -79,6 +79,11 @@ def by_shard(rows: Iterable[R], rows_read: int, rows_per_shard: int) -> list[lis
     return dealt
 
 
+def response_tokens(rows: Iterable[AnyRow]) -> int:
+    """Response tokens of all sequences of rows."""
+    return sum(int(one.response.sum()) for row in rows for one in branches(row))
+
+
 def sequences(rows: Sequence[AnyRow]) -> list[TokenRow]:
     """All sequences of rows: of pairs, chosen and rejected in turn."""
     return [sequence for row in rows for sequence in branches(row)]

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from tiny import make_row
-from tiny_files import command, pair_records, token_records, write_jsonl
+from tiny_files import command, pair_records, rows_of, token_records, write_jsonl
 
 from alphatoken_curate import ScoreConfig, score, verify
 from alphatoken_curate.directions.groups import deal
@@ -19,10 +18,7 @@ TARGET, KEPT = token_records(9, seed=9), token_records(7, seed=5)
 
 def groups_of(records: list[dict[str, Any]], groups: int) -> list[list[dict[str, Any]]]:
     """Records by the group of their row."""
-    rows = []
-    for i, one in enumerate(records):
-        rows.append(make_row(i, one["input_ids"], [(t, t + 1) for t, x in enumerate(one["labels"]) if x != -100]))
-    return [[records[row.row_id] for row in group] for group in deal(rows, groups, seed=0)]
+    return [[records[row.row_id] for row in group] for group in deal(rows_of(records), groups, seed=0)]
 
 
 def columns(run: Path, prefix: str, *names: str) -> dict[str, np.ndarray]:

@@ -11,8 +11,19 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import make_row, tiny_model
-from tiny_files import NAN_TOKEN, Notes, command, contents, pair_records, perturbed, quiet, token_records, write_jsonl
+from tiny import tiny_model
+from tiny_files import (
+    NAN_TOKEN,
+    Notes,
+    command,
+    contents,
+    pair_records,
+    perturbed,
+    quiet,
+    rows_of,
+    token_records,
+    write_jsonl,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from unrolled import J, mean_over, values_by_autograd
@@ -58,14 +69,6 @@ def config(files: dict[str, str], **settings: Any) -> ScoreConfig:
     known = {"data": (files["data"],), "target": files["target"], "model": files["base"], "dtype": "float64"}
     known |= {"direction": "rehearsal", "rehearse_lr": 1e-2, "rehearse_rows_per_step": 4, "rehearse_root": 1e-6}
     return ScoreConfig(**{**known, "fisher": files["fisher"], **settings})
-
-
-def rows_of(records: list[dict[str, Any]]) -> list[TokenRow]:
-    made = []
-    for i, record in enumerate(records):
-        respond = [t for t, label in enumerate(record["labels"]) if label != -100]
-        made.append(make_row(i, record["input_ids"], [(t, t + 1) for t in respond]))
-    return made
 
 
 def stored(run: Path, *names: str, generation: int = 0) -> dict[str, np.ndarray]:

@@ -11,8 +11,8 @@ import torch
 from directed import by_gradients, ids_of, places
 from safetensors.torch import save_file
 from small_run import published
-from tiny import make_row, tiny_model
-from tiny_files import perturbed, quiet, token_records, write_jsonl
+from tiny import tiny_model
+from tiny_files import perturbed, quiet, rows_of, token_records, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -36,14 +36,6 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def load(folder: str) -> Any:
     with quiet():
         return oracles.eager(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)).eval()
-
-
-def rows_of(records: list[dict[str, Any]]) -> list[Any]:
-    made = []
-    for i, record in enumerate(records):
-        respond = [t for t, label in enumerate(record["labels"]) if label != -100]
-        made.append(make_row(i, record["input_ids"], [(t, t + 1) for t in respond]))
-    return made
 
 
 def scope(folder: str, parameters: Any) -> tuple[list[str], ScoringModel]:

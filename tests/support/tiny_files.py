@@ -15,10 +15,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from tiny import VOCABULARY, tiny_model
+from tiny import VOCABULARY, make_row, tiny_model
 from transformers.utils import logging
 
 from alphatoken_curate.cli.main import main
+from alphatoken_curate.tokens.tokenise import TokenRow
 
 NAN_TOKEN = 47
 """The token whose embedding is NaN in the model `broken`; no probe of a model uses it."""
@@ -140,6 +141,15 @@ def token_records(count: int, seed: int = 0, longest: int = 20) -> list[dict[str
         ids = draw.integers(3, NAN_TOKEN, length).tolist()
         records.append({"id": f"r{i}", "input_ids": ids, "labels": [-100] * first + ids[first:]})
     return records
+
+
+def rows_of(records: Sequence[dict[str, Any]]) -> list[TokenRow]:
+    """The rows of token records, by hand."""
+    made = []
+    for i, record in enumerate(records):
+        respond = [t for t, label in enumerate(record["labels"]) if label != -100]
+        made.append(make_row(i, record["input_ids"], [(t, t + 1) for t in respond]))
+    return made
 
 
 def ended_records(count: int, seed: int = 0) -> list[dict[str, Any]]:
