@@ -368,7 +368,7 @@ def test_outcomes_that_go_back_one_after_the_other_owe_the_same(at_once: int, ex
 
 
 def test_steps_that_come_out_otherwise_are_an_error() -> None:
-    """One weight off by its last bit, in one of the steps that are taken again."""
+    """One gradient off by its last bits, in one of the steps that are taken again."""
 
     class Uneven(Trainee):
         calls = 0
@@ -377,7 +377,8 @@ def test_steps_that_come_out_otherwise_are_an_error() -> None:
             found = super().gradient(batches, whole=whole)
             self.calls += 1
             if self.calls == 9:  # seven steps and J came before
-                found[0][0].view(torch.int64).view(-1)[0] += 1
+                first = found[0][0]  # of which some rows, in some releases, are 0
+                first.view(torch.int64).view(-1)[first.abs().argmax()] += 64
             return found
 
     course = Course(rows=ROWS, steps=SEVEN, optimiser=ADAM)
