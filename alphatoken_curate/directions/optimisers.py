@@ -14,7 +14,7 @@ it (root 0) a step is torch's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,9 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 _CLIP_EPS = 1e-6
 """What torch's `clip_grad_norm_` adds to the norm."""
+
+_PIECE = 1 << 18
+"""Elements whose step is taken at once: what it needs beside them lies in the cache, and no new pages are asked for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,16 +92,18 @@ class Optimiser:
     def step(self, state: State, grads: Sequence[Tensor], k: int) -> None:
         """Take step k along the gradients, in place."""
         (_, factor), lr = self._clipping(grads), self.rate(k)
-        for i, (weight, g) in enumerate(zip(state.weights, grads, strict=True)):
-            slots = self._slots_after(state, i, g, factor)
-            for slot, after in zip(state.slots, slots, strict=False):
-                slot[i].copy_(after)
-            if self.kind == "adamw":
-                weight.mul_(1 - lr * self._decay(weight))
-                c1, _ = self._corrections(k)
-                weight.sub_(slots[0] / self._divisor(slots[1], k)[1], alpha=lr / c1)
-            else:
-                weight.sub_(slots[0], alpha=lr)
+        for i, own in enumerate(state.weights):
+            decay = self._decay(own)
+            for weight, g, *before in _pieces(own, grads[i], *(slot[i] for slot in state.slots)):
+                slots = self._slots_after(weight, before, g, factor, decay)
+                for slot, after in zip(before, slots, strict=False):
+                    slot.copy_(after)
+                if self.kind == "adamw":
+                    weight.mul_(1 - lr * decay)
+                    c1, _ = self._corrections(k)
+                    weight.sub_(slots[0].div_(self._divisor(slots[1], k)[1]), alpha=lr / c1)
+                else:
+                    weight.sub_(slots[0], alpha=lr)
 
     def root_shift(self, after: State, k: int) -> tuple[float, float]:
         """Squared lengths of what the root term took from step k, which led to `after`, and of the step itself."""
@@ -106,11 +111,12 @@ class Optimiser:
             return 0.0, 0.0
         (c1, c2), lr = self._corrections(k), self.rate(k)
         taken, whole = 0.0, 0.0
-        for m, v in zip(*after.slots, strict=True):
-            step = m / self._divisor(v, k)[1]
-            # Where m is 0 the step is, whatever the divisor.
-            plain = (m / (v / c2).sqrt_().add_(self.eps)).nan_to_num_(nan=0.0)
-            taken, whole = taken + _square(plain.sub_(step)), whole + _square(step)
+        for first, second in zip(*after.slots, strict=True):
+            for m, v in _pieces(first, second):
+                step = m / self._divisor(v, k)[1]
+                # Where m is 0 the step is, whatever the divisor.
+                plain = (m / (v / c2).sqrt_().add_(self.eps)).nan_to_num_(nan=0.0)
+                taken, whole = taken + _square(plain.sub_(step)), whole + _square(step)
         return taken * (lr / c1) ** 2, whole * (lr / c1) ** 2
 
     def pull_back(self, before: State, grads: Sequence[Tensor], k: int, adjoint: State) -> list[Tensor]:
@@ -119,45 +125,57 @@ class Optimiser:
         Returns a, the cotangents of the gradients, by which the weights' own lack the part that came through g: H a.
         """
         norm, factor = self._clipping(grads)
-        back = self._adamw_back if self.kind == "adamw" else self._sgd_back
-        found = [back(before, g, factor, k, adjoint, i) for i, g in enumerate(grads)]
+        found = [torch.empty_like(g) for g in grads]
+        for i, own in enumerate(grads):
+            given = (before.weights[i], *(slot[i] for slot in before.slots))
+            cotangents = (adjoint.weights[i], *(slot[i] for slot in adjoint.slots))
+            decay = self._decay(own)
+            for a, g, *rest in _pieces(found[i], own, *given, *cotangents):
+                state, to = rest[: len(given)], rest[len(given) :]
+                if self.kind == "adamw":
+                    self._adamw_back(a, g * factor, state, to, k, decay)
+                else:
+                    self._sgd_back(a, to, k, decay)
         if factor == 1.0:
             return found
         # g~ = factor g, and the factor depends on g through its norm.
         along = sum(_dot(g, a) for g, a in zip(grads, found, strict=True)) / (norm * (norm + _CLIP_EPS))
         return [a.sub_(g, alpha=along).mul_(factor) for g, a in zip(grads, found, strict=True)]
 
-    def _adamw_back(self, before: State, g: Tensor, factor: float, k: int, adjoint: State, i: int) -> Tensor:
-        m, v = self._slots_after(before, i, g, factor)
+    def _adamw_back(
+        self, a: Tensor, clipped: Tensor, before: Sequence[Tensor], to: Sequence[Tensor], k: int, decay: float
+    ) -> None:
+        weight, to_m, to_v = to
+        m, v = self._slots_after(before[0], before[1:], clipped, 1.0, decay)
         (b1, b2), (c1, c2), lr = self.betas, self._corrections(k), self.rate(k)
         rooted, divisor = self._divisor(v, k)
-        weight, to_m, to_v = adjoint.weights[i], adjoint.slots[0][i], adjoint.slots[1][i]
         along = weight / divisor
         to_m.sub_(along, alpha=lr / c1)
         to_v.add_(along.mul_(m).div_(divisor).div_(rooted), alpha=lr / (2 * c1 * c2))
-        weight.mul_(1 - lr * self._decay(weight))
-        found = (to_m * (1 - b1)).addcmul_(g, to_v, value=2 * (1 - b2) * factor)
+        weight.mul_(1 - lr * decay)
+        torch.mul(to_m, 1 - b1, out=a)
+        a.addcmul_(clipped, to_v, value=2 * (1 - b2))
         to_m.mul_(b1)
         to_v.mul_(b2)
-        return found
 
-    def _sgd_back(self, _before: State, _g: Tensor, _factor: float, k: int, adjoint: State, i: int) -> Tensor:
-        weight = adjoint.weights[i]
-        found = weight * -self.rate(k)
-        for slot in adjoint.slots:
-            found.add_(slot[i])
-            torch.mul(found, self.momentum, out=slot[i])
-        weight.add_(found, alpha=self._decay(weight))
-        return found
+    def _sgd_back(self, a: Tensor, to: Sequence[Tensor], k: int, decay: float) -> None:
+        weight, *slots = to
+        torch.mul(weight, -self.rate(k), out=a)
+        for slot in slots:
+            a.add_(slot)
+            torch.mul(a, self.momentum, out=slot)
+        weight.add_(a, alpha=decay)
 
-    def _slots_after(self, state: State, i: int, g: Tensor, factor: float) -> list[Tensor]:
+    def _slots_after(
+        self, weight: Tensor, slots: Sequence[Tensor], g: Tensor, factor: float, decay: float
+    ) -> list[Tensor]:
         """What one tensor's slots are after the step; of SGD always the buffer, kept or not."""
         clipped = g * factor
         if self.kind == "sgd":
-            clipped.add_(state.weights[i], alpha=self._decay(state.weights[i]))
-            return [clipped.add_(slot[i], alpha=self.momentum) for slot in state.slots] or [clipped]
+            clipped.add_(weight, alpha=decay)
+            return [clipped.add_(slot, alpha=self.momentum) for slot in slots] or [clipped]
         b1, b2 = self.betas
-        m, v = (slot[i] for slot in state.slots)
+        m, v = slots
         return [(m * b1).add_(clipped, alpha=1 - b1), (v * b2).addcmul_(clipped, clipped, value=1 - b2)]
 
     def _divisor(self, v: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -178,6 +196,15 @@ class Optimiser:
             return 0.0, 1.0
         norm = math.sqrt(sum(map(_square, grads)))
         return norm, min(1.0, self.clip / (norm + _CLIP_EPS))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat views of the same elements of each, few enough for a core's cache; tensors as they are where not dense."""
+    if not all(x.is_contiguous() for x in tensors):
+        yield tensors
+        return
+    for first in range(0, tensors[0].numel(), _PIECE):
+        yield tuple(x.view(-1)[first : first + _PIECE] for x in tensors)
 
 
 def _square(x: Tensor) -> float:

@@ -4,8 +4,9 @@ theta_k = step(theta_{k-1}, g_k), g_k the gradient of sum_t w_t l_t / D over the
 response tokens (`count`) or the sum of their weights (`sum`). For an outcome J of theta_N, value_t = -dJ / dw_t at
 w = 1, summed over the visits of t (metagradient, arXiv 2503.13751; MAGIC, arXiv 2504.16430).
 
-Forward: steps are taken, and the state at the start of each segment of about sqrt(N) steps is kept. Backward, segment
-by segment from the last: its steps are taken again, which must end in the same bits, and gone back through one by one.
+Forward: steps are taken, and the state at the start of each segment of about sqrt(N) steps is kept, of the last segment
+every step. Backward, segment by segment from the last: the steps of the others are taken again, which must end in the
+same bits, and all are gone back through one by one.
 With a_k the cotangent of g_k, token t has -<a_k, gradient of l_t> / D of step k and, with `sum`, <a_k, g_k> / D, the
 same for all of its tokens; and lambda, the cotangent of the weights, gets H_k a_k. Several outcomes go back together.
 Shapes: n outcomes, N response tokens of all rows, row by row.
@@ -29,6 +30,7 @@ from alphatoken_curate.directions.optimisers import Optimiser, State
 from alphatoken_curate.directions.shelves import InMemory, Shelf
 from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.errors import CurateError, InputError
+from alphatoken_curate.runs.tensor_file import raw
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
 from alphatoken_curate.tokens.tokenise import TokenRow
@@ -68,9 +70,10 @@ class Course:
 
     @property
     def borders(self) -> list[int]:
-        """Where segments start, and N: steps done before the state there."""
-        size = math.isqrt(max(1, len(self.steps) - 1)) + 1
-        return [*range(0, len(self.steps), size), len(self.steps)]
+        """Where segments start, and N: steps done before the state there. The first segment is what is left."""
+        count = len(self.steps)
+        size = math.isqrt(max(1, count - 1)) + 1
+        return [0, *range((count - 1) % size + 1, count + 1, size)]
 
     @property
     def places(self) -> NDArray[np.int64]:
@@ -173,11 +176,6 @@ class Rehearsal:
         sums = np.concatenate([one["sums"].cpu().numpy() for one in done], axis=1)
         return Values(**dict(zip(_PARTS, sums, strict=False)), root_share=float(done[0]["root_share"]))
 
-    def forget(self, parts: int) -> None:
-        """Drop what `run` kept of so many parts, once it is kept elsewhere."""
-        for n in range(parts):
-            self.states.drop(_VALUES.format(n))
-
     def _run_part(
         self, n: int, outcomes: Sequence[Outcome], told: Callable[[int], None], *, last: bool
     ) -> dict[str, Tensor]:
@@ -189,7 +187,7 @@ class Rehearsal:
                 self._keep_state(0)
             reached = self._reached()
             if reached is None:
-                self._forward(borders, told)
+                self._forward(borders, told, keep=borders[-2])
                 self._begin_adjoints([outcome(self.trainee) for outcome in outcomes])
                 reached = borders[-1]
             for k in borders:  # what a replay is held against
@@ -203,24 +201,26 @@ class Rehearsal:
             self._drop_adjoints(k, len(outcomes))
         return done
 
-    def _forward(self, borders: list[int], told: Callable[[int], None]) -> None:
-        """Train from the last border that was kept."""
+    def _forward(self, borders: list[int], told: Callable[[int], None], *, keep: int | None = None) -> None:
+        """Train from the last border that was kept. Steps from `keep` on can be gone back through at once."""
         start = next(k for k in reversed(borders) if self._is_kept(k))
         self._load(start)
         for k in range(start, borders[-1]):
-            self._step(k)
+            self._step(k, keep=keep is not None and k >= keep)
             shift = self.course.optimiser.root_shift(self.state, k)
             self._shift = self._shift[0] + shift[0], self._shift[1] + shift[1]
             told(k)
             if k + 1 in borders:
                 self._keep_state(k + 1)
 
-    def _step(self, k: int) -> Weights:
-        """Take step k; returns its gradient."""
+    def _step(self, k: int, *, keep: bool) -> None:
+        """Take step k; `keep` what the way back through it needs."""
         grads, loss, _ = self.trainee.gradient(self.course.batches(k))
         self._check_training(k, grads, loss)
+        if keep:
+            self.steps.put(str(k), self._named(self.state))
+            self.steps.put(f"{k} grads", dict(zip(self.trainee.names, grads, strict=True)))
         self.course.optimiser.step(self.state, grads, k)
-        return grads
 
     def _check_training(self, k: int, grads: Weights, loss: float) -> None:
         if k == 0:
@@ -234,12 +234,12 @@ class Rehearsal:
             )
 
     def _back(self, first: int, last: int, told: Callable[[int], None]) -> None:
-        """Take the steps of a segment again, and go back through them."""
-        self._load(first)
-        for k in range(first, last):
-            self.steps.put(str(k), self._named(self.state))
-            self.steps.put(f"{k} grads", dict(zip(self.trainee.names, self._step(k), strict=True)))
-        self._check_replay(first, last)
+        """Take the steps of a segment again, if they are not kept yet, and go back through them."""
+        if not all(self.steps.has(f"{k} grads") for k in range(first, last)):
+            self._load(first)
+            for k in range(first, last):
+                self._step(k, keep=True)
+            self._check_replay(first, last)
         adjoints, sums = self._take_adjoints(last)
         for k in reversed(range(first, last)):
             self._back_through(k, adjoints, sums)
@@ -394,5 +394,5 @@ def _digest(state: State) -> Tensor:
     """sha256 of all numbers of a state, (32,) uint8."""
     digest = hashlib.sha256()
     for tensor in state.tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(raw(tensor.detach().cpu().contiguous()))
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from alphatoken_curate.directions.losses import at, positions
@@ -25,6 +24,7 @@ from alphatoken_curate.engine.below import Below
 from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
 from alphatoken_curate.engine.capture import Direction, probe_ids
 from alphatoken_curate.engine.precision import narrow, wide
+from alphatoken_curate.engine.twice import Twice, token_nll
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.tokens.plan import Batch
 from alphatoken_curate.wording import count
@@ -99,7 +99,7 @@ class Trainee:
     def nll(self, batch: Batch, *, twice: bool = False) -> Tensor:
         """-log p of the N response tokens of a batch, (N,) in nats, with whatever graph the weights ask for.
 
-        `twice`: it is to be differentiated twice, for which attention takes other kernels.
+        `twice`: it is to be differentiated twice.
         """
         batch = replace(batch, start=0)  # prompts take part in the second derivative
         ids = torch.from_numpy(batch.input_ids).to(self.device)
@@ -107,7 +107,7 @@ class Trainee:
             hidden = self.base(input_ids=ids, use_cache=False).last_hidden_state
         logits = wide(head_logits(self.model, self.base, at(hidden, positions(batch, ids.device))))
         target = torch.from_numpy(batch.target).to(ids.device)
-        return nn.functional.cross_entropy(logits, target, reduction="none")
+        return token_nll(logits, target) if twice else nn.functional.cross_entropy(logits, target, reduction="none")
 
     def gradient(self, batches: Iterable[Batch], *, whole: bool = False) -> tuple[Weights, float, int]:
         """Gradient of the mean loss over all response tokens of the batches, that mean in nats, and their number.
@@ -130,9 +130,9 @@ class Trainee:
         """Add H a of a batch's summed loss times `scale` to `into`, for each a of `along`, at the weights as they are.
 
         Returns (n, N): scale <a, gradient of l_t> of each token. One backward with the tokens' weights as inputs is
-        differentiated once for each a; its graph is shared.
+        differentiated once for each a; its graph is shared, and holds no gradient of a linear map (`engine.twice`).
         """
-        with self._training(), _PaddingRows() as rows, sdpa_kernel(SDPBackend.MATH):
+        with self._training(), _PaddingRows() as rows, Twice(self.weights) as second_of:
             nll = self.nll(batch, twice=True)
             ones = torch.ones_like(nll, requires_grad=True)
             found = torch.autograd.grad((ones * nll).sum() * scale, self.weights, create_graph=True, allow_unused=True)
@@ -140,6 +140,7 @@ class Trainee:
             grads, (inputs, places) = [found[i] for i in used], self._inputs(rows)
             parts = []
             for n, (a, sums) in enumerate(zip(along, into, strict=True)):
+                second_of.into = dict(zip(self.weights, sums, strict=True))
                 own, *second = torch.autograd.grad(
                     grads, [ones, *inputs], [a[i] for i in used], retain_graph=n + 1 < len(along), allow_unused=True
                 )

@@ -81,7 +81,7 @@ def _scoring_attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 @rule("scaled_dot_product_attention")
 def _plain_attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Attention of torch itself, which blocks outside S call; on a CPU it has no forward-mode formula of its own."""
-    query, key, value, mask, dropout, causal, scale, _ = _operands(*args, **kwargs)
+    query, key, value, mask, dropout, causal, scale, _ = operands(*args, **kwargs)
     if dropout:
         raise NoTangentError("scaled_dot_product_attention with dropout")
     if mask is None and not causal:
@@ -91,7 +91,7 @@ def _plain_attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     return dual(out.transpose(1, 2), (t.transpose(1, 2) for t in tangents))
 
 
-def _operands(
+def operands(
     query: Tensor,
     key: Tensor,
     value: Tensor,

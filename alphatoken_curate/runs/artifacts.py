@@ -14,6 +14,7 @@ from torch import Tensor
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.runs.atomic import atomic_file, unread
 from alphatoken_curate.runs.fingerprint import Json, canonical, differing
+from alphatoken_curate.runs.tensor_file import raw, write_tensors
 from alphatoken_curate.runs.watched import Watched
 
 TARGET = "target"
@@ -118,14 +119,11 @@ class Store:
 
         Raises FingerprintError where a file they may come from is another than was fingerprinted.
         """
-        from safetensors.torch import save as to_bytes
-
         self.check_sources()
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         about = canonical({"fields": self._fields_of(kind), "sha256": _digest(ready)}).decode()
-        with atomic_file(self.path(kind, part)) as sink:
-            # One key alone: safetensors writes several in an order that changes from one call to the next.
-            sink.write(to_bytes(ready, metadata={_ABOUT: about}))
+        with atomic_file(self.path(kind, part), hashed=False) as sink:
+            write_tensors(sink, ready, {_ABOUT: about})
 
     def check_sources(self, *, whole: bool = False) -> None:
         """Raise FingerprintError where a watched file changed; `whole`: by the digests of all."""
@@ -217,7 +215,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(raw(tensor))
     return digest.hexdigest()
 
 

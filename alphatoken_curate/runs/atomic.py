@@ -19,7 +19,7 @@ import secrets
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from alphatoken_curate.errors import BusyError, CurateError, StoredDataError
@@ -49,19 +49,20 @@ def kill_point(name: str, path: Path | None = None) -> None:
 
 
 class Sink(io.RawIOBase):
-    """A file being written that counts and hashes what passes through it."""
+    """A file being written that counts and, if `hashed`, hashes what passes through it."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, *, hashed: bool = True) -> None:
         super().__init__()
         self._path = path
         self._file = os.fdopen(descriptor, "wb", buffering=0)
-        self._hash = hashlib.sha256()
+        self._hash = hashlib.sha256() if hashed else None
         self.bytes = 0
         """Bytes written so far."""
 
     @property
     def sha256(self) -> str:
         """Hex digest of the bytes written so far."""
+        assert self._hash is not None, "not hashed"
         return self._hash.hexdigest()
 
     def writable(self) -> bool:
@@ -76,13 +77,19 @@ class Sink(io.RawIOBase):
         """Write all of `data`. Raises `CurateError` where the disk refuses."""
         view = memoryview(data).cast("B")
         half = len(view) // 2
-        self._write(view[:half])
-        kill_point("mid-write", self._path)
-        self._write(view[half:])
+        self.write_parts([view[:half], view[half:]])
         return len(view)
 
+    def write_parts(self, parts: Sequence[memoryview]) -> None:
+        """Write all bytes of each in turn. Raises `CurateError` where the disk refuses."""
+        for n, part in enumerate(parts):
+            if n == len(parts) // 2:
+                kill_point("mid-write", self._path)
+            self._write(part)
+
     def _write(self, part: memoryview) -> None:
-        self._hash.update(part)
+        if self._hash is not None:
+            self._hash.update(part)
         self.bytes += len(part)
         with _refusal(self._path):
             while part:
@@ -101,7 +108,7 @@ class Sink(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Sink]:
+def atomic_file(path: Path, *, hashed: bool = True) -> Iterator[Sink]:
     """A `Sink` whose bytes appear at `path` when the block ends, whole; on any exception nothing appears.
 
     Missing folders are made. Replaces what lies at `path`. Raises `CurateError` where the disk refuses.
@@ -112,7 +119,7 @@ def atomic_file(path: Path) -> Iterator[Sink]:
         _make_folder(path.parent)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with Sink(path, descriptor) as sink:
+        with Sink(path, descriptor, hashed=hashed) as sink:
             kill_point("after-temp-open", path)
             yield sink
             sink.sync()

@@ -25,7 +25,7 @@ from alphatoken_curate.directions.losses import row_means
 from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
 from alphatoken_curate.directions.rehearsal import mean_loss
 from alphatoken_curate.directions.target import target_gradient
-from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.errors import CurateError
 from alphatoken_curate.models.devices import resolve_device
 from alphatoken_curate.progress import Progress, Silent
@@ -152,7 +152,7 @@ class _Trials:
         sampled, seed = self.config.fisher == "sampled", self.config.seed
 
         def work(batches: Batches) -> None:
-            _serialise(scoring, fisher_diagonal(scoring, rows, batches(), sampled=sampled, seed=seed))
+            fisher_diagonal(scoring, rows, batches(), sampled=sampled, seed=seed)
 
         def rest(batches: Batches) -> None:
             for batch in batches():
@@ -184,10 +184,9 @@ class _Trials:
         self, name: str, scoring: ScoringModel, rows: Sequence[AnyRow], *, all_positions: bool = True
     ) -> None:
         def work(batches: Batches) -> None:
-            found = target_gradient(scoring, batches(), all_positions=all_positions)
+            found = [target_gradient(scoring, batches(), all_positions=all_positions)]  # held beside what follows
             if scoring.rest:
-                found += rest_gradient(scoring, batches())
-            _serialise(scoring, found)
+                found.append(rest_gradient(scoring, batches()))
 
         self._try(name, [rows], work)
 
@@ -287,13 +286,6 @@ class _Tried:
             if not self.seconds[index]:
                 self._progress.advance(batch.input_ids.size)
             self.seconds[index] += self._meter.now() - began
-
-
-def _serialise(scoring: ScoringModel, found: Direction) -> None:
-    """What a run keeps goes through memory once more on its way to the disk."""
-    from safetensors.torch import save
-
-    save({name: tensor.cpu().contiguous() for name, tensor in zip(scoring.names, found, strict=False)})
 
 
 def choose(sizes: Sequence[Size]) -> tuple[list[int], list[int]]:
