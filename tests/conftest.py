@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,6 +91,13 @@ def one_thread(request: pytest.FixtureRequest) -> None:
     asked = str(request.config.getoption("-m"))
     if "slow" not in asked.replace("not slow", ""):
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_look_through() -> None:
+    """A run collects garbage before it loads a model; what libraries hold is a million objects that are none."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
