@@ -117,8 +117,7 @@ TRAININGS = {
 """`128 rows`: values of two rehearsals of 64 rows each, each from the start, used in one training on all."""
 
 PLAIN = ["all tokens", "oracle", "random 0.9"]
-MILD = named("lowest 5%", "tilt 0.5", "below 0 beyond error")
-WITHOUT_ERROR = ("lowest 10%", "tilt 0.5", "lowest 5%", "tilt 0.25", "lowest fifth of rows")
+TRANSFERRED = [*PLAIN, *named("lowest 10%", "tilt 0.5", "below 0 beyond error")]
 BESIDE = [
     "surprise under 7",
     "surprise low 0.9",
@@ -148,22 +147,24 @@ PARTS: dict[str, Part] = {
     "forms": Part(selections=[*PLAIN, VALUES, *named(*FORMS)]),
     "targets": Part(
         selections=[
-            *(name for n in NAMED_ROWS[1:] for name in named(*WITHOUT_ERROR, target_rows=n)),
+            *(name for n in NAMED_ROWS[1:] for name in named("lowest 10%", "tilt 0.5", "lowest 5%", target_rows=n)),
             *(name for n in (128, 64) for name in named("below 0 beyond error", target_rows=n)),
-            *named("rows below 0 beyond error", "shrunk tilt 0.5", target_rows=128),
         ]
     ),
-    "beside": Part(selections=[*BESIDE, "random 0.95", "random 0.8", "random 0.9, draw 1", "random 0.9, draw 2"]),
-    "orders": Part(selections=[*PLAIN, *MILD, *named("lowest 10%")], trainings=["order 1", "order 2"]),
-    "longer": Part(selections=[*PLAIN, *MILD, *named("lowest 10%")], trainings=["two epochs"]),
-    "rates": Part(
-        settings=(DIGITS, CLEAN),
-        selections=[*PLAIN, *MILD, *named("lowest 10%")],
-        trainings=["rate 1e-4", "rate 1e-5"],
+    "rows": Part(
+        settings=(SWAPPED, WRONG),
+        selections=[
+            *(name for n in NAMED_ROWS[1:] for name in named("lowest fifth of rows", target_rows=n)),
+            *named("rows below 0 beyond error", target_rows=128),
+        ],
     ),
+    "beside": Part(selections=[*BESIDE, "random 0.95", "random 0.8", "random 0.9, draw 1", "random 0.9, draw 2"]),
+    "orders": Part(selections=TRANSFERRED, trainings=["order 1", "order 2"]),
+    "longer": Part(selections=TRANSFERRED, trainings=["two epochs"]),
+    "rates": Part(settings=(DIGITS, CLEAN), selections=TRANSFERRED, trainings=["rate 1e-4", "rate 1e-5"]),
     "count": Part(selections=[*COUNTED]),
     "second": Part(selections=[*SECOND]),
-    "more rows": Part(settings=(DIGITS, CLEAN), selections=[*PLAIN, *MILD], trainings=["128 rows"]),
+    "more rows": Part(settings=(DIGITS, CLEAN), selections=TRANSFERRED, trainings=["128 rows"]),
     "tool": Part(settings=(DIGITS,), selections=[*TOOL]),
 }
 """What decides most comes first."""

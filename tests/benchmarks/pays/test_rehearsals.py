@@ -68,6 +68,42 @@ def test_values_and_weights_are_those_of_the_tool(rehearsals: Any, models: dict[
         np.testing.assert_allclose(rehearsals.flat_weights(mine, lengths, {"by": name, **mask}), weights, rtol=1e-4)
 
 
+def test_a_second_round_is_of_what_the_first_left(
+    rehearsals: Any, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, loads = importlib.import_module("settings"), []
+
+    def load() -> Any:
+        loads.append(1)
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(models["base"], dtype=torch.float32)
+
+    monkeypatch.setattr(rehearsals, "load", load)
+    monkeypatch.setattr(rehearsals, "COURSE_ROWS", 6)
+    made = [
+        settings.Row(ids=row.input_ids, response=row.response, good=row.response)
+        for row in rows_of(token_records(28, seed=3))
+    ]
+    parts = {"train": made[:12], "target": made[12:], "held": [], "retention": [], "remember": [], "beside": []}
+    where = settings.Setting(name="tiny", **parts, learning_rate=1e-2, epochs=1, batch=3)
+    first, second = {"by": "value", "keep": 0.7}, {"by": "value", "keep": 0.8}
+
+    def weights(mask: dict[str, Any], **more: Any) -> Any:
+        chosen = rehearsals.Selection(
+            who="rehearsal", score={"target_rows": 244, "denominator": "sum", **more}, mask=mask
+        )
+        return rehearsals.rehearsed_weights(chosen, where, tmp_path)
+
+    once, twice = weights(first), weights(second, first=first)
+    assert len(loads) == 4, "two rehearsals of six rows each in either round"
+    left, kept = (sum(int((w > 0).sum()) for w in both) for both in (once, twice))
+    assert kept == -(-8 * left // 10)
+    assert all((a[b > 0] > 0).all() for a, b in zip(once, twice, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(weights(second, first=first), twice, strict=True))
+    assert len(loads) == 4, "what was rehearsed is read"
+    assert not list((tmp_path / "values").glob("*.states"))
+
+
 def test_weights_by_hand(rehearsals: Any) -> None:
     lengths = np.array([2, 0, 3])
     values = numbers(rehearsals, [3.0, -1.0, -4.0, 1.0, 1.0], [1.0, -3.0, 2.0, 1.0, 1.0])
