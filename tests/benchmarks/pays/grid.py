@@ -23,26 +23,25 @@ MORE = {"target": "beside"}
 LOOKAHEAD = {"drift": "lookahead", "lookahead_lr": 3e-5, "lookahead_rows": 64}
 SURPRISE = "nll / (entropy + 0.1)"
 """A token's loss over what the model expected it to be: high where the model was sure of another token."""
+BY_RATIO = {
+    # What `reference_ratio` names.
+    "by": "CASE WHEN nll < reference_nll THEN EXP(nll - reference_nll) ELSE 1 END",
+    "keep": 1.0,
+    "weights": "relu",
+}
 
 SELECTIONS: dict[str, Selection] = {
     "all tokens": Selection(who="all"),
     "oracle": Selection(who="oracle"),
-    **{f"random {keep}": Selection(mask={"by": "random", "keep": keep}) for keep in (0.5, 0.8)},
+    **{f"random {keep}": Selection(mask={"by": "random", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
     **{f"nll high {keep}": Selection(mask={"by": "nll", "keep": keep}) for keep in (0.5, 0.8)},
     **{f"nll low {keep}": Selection(mask={"by": "-nll", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
     **{f"surprise low {keep}": Selection(mask={"by": f"-{SURPRISE}", "keep": keep}) for keep in (0.5, 0.8, 0.9, 0.95)},
     "surprise under 7": Selection(mask={"by": f"7 - {SURPRISE}", "keep": "positive"}),
     "excess loss over -0.5": Selection(score=RHO1, mask={"by": "nll - reference_nll + 0.5", "keep": "positive"}),
     "surprise soft": Selection(mask={"by": f"1 / (1 + {SURPRISE} / 4)", "keep": 1.0, "weights": "relu"}),
-    "excess loss soft": Selection(
-        score=RHO1,
-        mask={
-            # What `reference_ratio` names.
-            "by": "CASE WHEN nll < reference_nll THEN EXP(nll - reference_nll) ELSE 1 END",
-            "keep": 1.0,
-            "weights": "relu",
-        },
-    ),
+    "excess loss soft": Selection(score=RHO1, mask=BY_RATIO),
+    "excess loss over target rows soft": Selection(score=TARGET_RHO1, mask=BY_RATIO),
     "all, then surprise low 0.95": Selection(
         mask={"by": f"-{SURPRISE}", "keep": 0.95, "generation": "latest"}, refresh=16, warm=True
     ),
@@ -53,8 +52,9 @@ SELECTIONS: dict[str, Selection] = {
         for keep in (0.5, 0.8, 0.9)
     },
     **{
-        f"excess loss over {name} 0.9": Selection(score=score, mask={"by": "nll - reference_nll", "keep": 0.9})
+        f"excess loss over {name} {keep}": Selection(score=score, mask={"by": "nll - reference_nll", "keep": keep})
         for name, score in {"target rows": TARGET_RHO1, "own rows": OWN_RHO1}.items()
+        for keep in (0.8, 0.9)
     },
     **{
         f"excess low {keep}": Selection(score=RHO1, mask={"by": "reference_nll - nll", "keep": keep})

@@ -17,25 +17,31 @@ import orjson
 RESULTS = Path(__file__).parent / "results"
 
 
-def read(name: str) -> list[dict[str, Any]]:
+def read(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All lines of a benchmark."""
-    path = RESULTS / f"{name}.jsonl"
+    path = folder / f"{name}.jsonl"
     return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
 
 
-def run(name: str, configs: Iterable[dict[str, Any]], work: Callable[[dict[str, Any]], Any], jobs: int) -> None:
+def run(
+    name: str,
+    configs: Iterable[dict[str, Any]],
+    work: Callable[[dict[str, Any]], Any],
+    jobs: int,
+    folder: Path = RESULTS,
+) -> None:
     """Run every configuration that has no line yet, `jobs` at a time on one thread each; a line for each as it ends."""
-    done = {_key(line["config"]) for line in read(name)}
+    done = {_key(line["config"]) for line in read(name, folder)}
     wanted = list({_key(config): config for config in configs if _key(config) not in done}.values())
     print(f"{name}: {len(done)} lines there, {len(wanted)} to run", flush=True)
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         began = {pool.submit(_timed, work, config): config for config in wanted}
         for n, future in enumerate(as_completed(began), start=1):
             seconds, found = future.result()
             line = {"config": began[future], "found": found, "seconds": round(seconds, 1), "versions": _versions()}
-            with (RESULTS / f"{name}.jsonl").open("ab") as sink:
+            with (folder / f"{name}.jsonl").open("ab") as sink:
                 sink.write(orjson.dumps(line, option=orjson.OPT_SORT_KEYS) + b"\n")
             print(f"{n}/{len(wanted)} {seconds:.0f} s {began[future]}", flush=True)
 

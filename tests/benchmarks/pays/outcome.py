@@ -15,7 +15,7 @@ from typing import Any
 
 import lines
 from grid import OUTCOME, SELECTIONS
-from selections import Refresher, trainable, weights_of
+from selections import Refresher, counts, weights_of
 from settings import about, setting
 from training import load, offered, train
 
@@ -39,17 +39,7 @@ def one(data: str, work: str, config: dict[str, Any]) -> dict[str, Any]:
     finally:
         if refresher is not None:
             refresher.close()
-    kept = sum(int((weight > 0).sum()) for weight in weights)
-    good = sum(int(((weight > 0) & row.good).sum()) for weight, row in zip(weights, where.train, strict=True))
-    bad = sum(int((row.response & ~row.good).sum()) for row in where.train)
-    return {
-        "curve": curve,
-        "response_tokens": trainable(where.train),
-        "offered": offered(where, config["seed"]),
-        "kept_tokens": kept,
-        "kept_bad": kept - good,
-        "bad_tokens": bad,
-    }
+    return {"curve": curve, "offered": offered(where, config["seed"]), **counts(where, weights)}
 
 
 def main() -> None:

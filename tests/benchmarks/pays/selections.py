@@ -32,7 +32,8 @@ TUNED_ON = {"tuned": "beside", "tuned on target": "target", "tuned on train": "t
 class Selection:
     """Settings of `score` and `mask`, and how many steps later both are taken again (0: never).
 
-    `who`: `score`, or `all` response tokens, or the `oracle`'s. `warm`: all response tokens until the first refresh.
+    `who`: `score`, or `all` response tokens, or the `oracle`'s, or `rehearsal` (`rehearsals`, which reads `score` and
+    `mask` in its own way). `warm`: all response tokens until the first refresh.
     """
 
     who: str = "score"
@@ -54,7 +55,7 @@ def weights_of(chosen: Selection, setting: Setting, work: Path, seed: int) -> We
     if chosen.who == "oracle":
         return [(row.response & row.good).astype(np.float32) for row in setting.train]
     run = scored(chosen.score, setting, work)
-    with _alone(run):
+    with alone(run):
         return masked(run, chosen, setting, seed)
 
 
@@ -75,9 +76,9 @@ class Refresher:
     def __init__(self, chosen: Selection, setting: Setting, work: Path, seed: int) -> None:
         self.chosen, self.setting, self.seed = chosen, setting, seed
         origin = scored(chosen.score, setting, work)
-        self.run = work / f"refreshed-{origin.name}-{_digest(chosen.about(), seed)}"
+        self.run = work / f"refreshed-{origin.name}-{digest(chosen.about(), seed)}"
         shutil.rmtree(self.run, ignore_errors=True)
-        with _alone(origin):
+        with alone(origin):
             shutil.copytree(origin, self.run)
 
     def __call__(self, model: Any, step: int) -> Weights:
@@ -96,8 +97,8 @@ class Refresher:
 def scored(settings: Mapping[str, Any], setting: Setting, work: Path) -> Path:
     """The run folder of a scoring, scored now if it is not there."""
     about = {**SCORE, **settings}
-    run = work / f"{setting.name}-{_digest(about, rows_sha256(setting))}"
-    with _alone(run):
+    run = work / f"{setting.name}-{digest(about, rows_sha256(setting))}"
+    with alone(run):
         if not (run / "manifest.json").is_file():
             files = written(setting, work / "rows" / rows_sha256(setting)[:12])
             given = {"model": MODEL, "target": "target", **about}
@@ -125,8 +126,8 @@ def written(setting: Setting, work: Path) -> dict[str, Path]:
 
 def tuned(setting: Setting, part: str, work: Path) -> Path:
     """A reference as Rho-1 has one: the model trained on rows of one part of a setting."""
-    folder = work / f"tuned-{_digest(rows_sha256(setting, [part]), setting.learning_rate)}"
-    with _alone(folder):
+    folder = work / f"tuned-{digest(rows_sha256(setting, [part]), setting.learning_rate)}"
+    with alone(folder):
         if not folder.is_dir():
             model, rows = load(), getattr(setting, part)
             plain = replace(setting, name=part, train=rows)
@@ -143,17 +144,31 @@ def save(model: Any, folder: Path) -> None:
     part.rename(folder)
 
 
+def counts(where: Setting, weights: Weights) -> dict[str, int]:
+    """Response tokens of a setting, how many of them train, and how many of either are known to be bad."""
+    kept = sum(int((weight > 0).sum()) for weight in weights)
+    good = sum(int(((weight > 0) & row.good).sum()) for weight, row in zip(weights, where.train, strict=True))
+    bad = sum(int((row.response & ~row.good).sum()) for row in where.train)
+    return {
+        "response_tokens": trainable(where.train),
+        "kept_tokens": kept,
+        "kept_bad": kept - good,
+        "bad_tokens": bad,
+    }
+
+
 def trainable(rows: list[Row]) -> int:
     """Response tokens of some rows."""
     return sum(int(row.response.sum()) for row in rows)
 
 
-def _digest(*about: Any) -> str:
+def digest(*about: Any) -> str:
+    """Of what can be written as JSON, enough of it for a name."""
     return hashlib.sha256(orjson.dumps(about, option=orjson.OPT_SORT_KEYS)).hexdigest()[:12]
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """One process at a time inside, for one path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as held:

@@ -10,12 +10,26 @@ every seed of a training; a seed only orders the rows.
     mixture     half GSM8K, half passages of fiction to be continued; good: the GSM8K rows
     narrow      GSM8K alone at seven times the rate: what makes a model forget
     preference  64 GSM8K pairs for DPO
+
+What values over the training to come are tried on has rows of its own (`splits`). `A digits` is 64 rows of training
+split A with wrong digits, `A digits 128` all of the split, `A digits few` a handful, to see that all runs:
+
+    A                 the 128 rows that `clean` trains on; held: V, the 48 rows that it is measured on: both may tune
+    B, C, D           128 rows each; held: T, 208 rows. For the last test alone
+    clean             as they are
+    digits            3 of 10 digits of the answers replaced by another digit
+    swapped           of every 64 rows 19 have the answer of the next of them; good: the other rows
+    model-wrong       of every 64 rows 26 are other questions, answered wrongly by a model; good: the other rows
+
+One epoch of 8 rows a step, 244 target rows, rows of at most 180 tokens (A and V: 140). No row is in two of A, B, C, D,
+V, T and target, and none of B, C, D, T and target trained or measured one of the settings above (some of them, as
+`beside`, trained a reference). Wrongly answered questions are of GSM8K's test split, and each is in one training split.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -35,6 +49,17 @@ LONGEST = 140
 
 WRONG = {"corrupted": 0.3, "lightly": 0.1}
 """Share of the answers' digits that are another digit."""
+
+SPLITS, NOISES = ("A", "B", "C", "D"), ("clean", "digits", "swapped", "model-wrong")
+SPLIT_ROWS, HALF, FEW = 128, 64, 16
+"""Rows of a training split; of what is trained on unless it is said; and of a trial."""
+
+TESTED, TARGETED = 208, 244
+LONGEST_SPLIT, LONGEST_WRONG = 180, 160
+"""Tokens of the longest row of a split, and of the longest that a model answered wrongly."""
+
+SWAPPED, MODEL_WRONG = 19, 26
+"""Of every 64 rows: 30% have another's answer, or 41% a model's wrong one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,6 +107,8 @@ def setting(name: str, data: Path) -> Setting:
     """A setting by its name."""
     maths = _read(data / "gsm8k_sft.jsonl", LONGEST)
     passages = _passages(data / "lambada_retention.jsonl")
+    if name.split(maxsplit=1)[0] in SPLITS:
+        return _of_split(name, data, passages)
     base = Setting(
         name=name,
         train=maths[:128],
@@ -110,7 +137,11 @@ def setting(name: str, data: Path) -> Setting:
 @cache
 def about(name: str, data: Path) -> dict[str, Any]:
     """What a result line says of a setting, so that a line of another one of its name is never taken for it."""
-    where = setting(name, data)
+    return about_of(setting(name, data))
+
+
+def about_of(where: Setting) -> dict[str, Any]:
+    """The same, of a setting that is at hand."""
     told = {key: getattr(where, key) for key in ("learning_rate", "epochs", "batch")}
     return {**told, "train_rows": len(where.train), "rows_sha256": rows_sha256(where)}
 
@@ -127,10 +158,106 @@ def rows_sha256(where: Setting, parts: Sequence[str] = PARTS) -> str:
     return digest.hexdigest()
 
 
-def corrupt(rows: Sequence[Row], share: float) -> list[Row]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Splits:
+    """Rows by split, no row in two of them. `wrong`: of each training split, what a model answered wrongly."""
+
+    train: Mapping[str, list[Row]]
+    validation: list[Row]
+    test: list[Row]
+    target: list[Row]
+    wrong: Mapping[str, list[Row]]
+
+
+@cache
+def splits(data: Path) -> Splits:
+    """Drawn once and for all."""
+    every = _read(data / "gsm8k_sft.jsonl", LONGEST_SPLIT)
+    short = [row for row in every if len(row.ids) <= LONGEST]
+    seen = {row.ids.tobytes() for row in (*short[:SPLIT_ROWS], *short[-48:])}
+    fresh = [row for row in every if row.ids.tobytes() not in seen]
+    order = iter(np.random.default_rng(0).permutation(len(fresh)).tolist())
+
+    def draw(count: int) -> list[Row]:
+        return [fresh[next(order)] for _ in range(count)]
+
+    train = {"A": short[:SPLIT_ROWS], **{name: draw(SPLIT_ROWS) for name in SPLITS[1:]}}
+    # A rejected answer is the second of its pair; the right one, which is not used, may be of any length.
+    answers = _read(data / "gsm8k_preference.jsonl", 4096)[1::2]
+    wrong = [row for row in answers if len(row.ids) <= LONGEST_WRONG]
+    each = MODEL_WRONG * SPLIT_ROWS // HALF
+    drawn = np.random.default_rng(0).permutation(len(wrong))
+    return Splits(
+        train=train,
+        validation=short[-48:],
+        test=draw(TESTED),
+        target=draw(TARGETED),
+        wrong={name: [wrong[i] for i in drawn[n * each : (n + 1) * each]] for n, name in enumerate(SPLITS)},
+    )
+
+
+def _of_split(name: str, data: Path, passages: list[Row]) -> Setting:
+    """A setting of a training split, a noise and a size. The noise is the same at every size."""
+    (split, noise, *size), dealt = name.split(), splits(data)
+    rows, seed = dealt.train[split], SPLITS.index(split)
+    if noise == "digits":
+        rows = corrupt(rows, WRONG["corrupted"], seed)
+    elif noise == "swapped":
+        rows = swap(rows, seed)
+    elif noise == "model-wrong":
+        rows = replaced(rows, dealt.wrong[split], seed)
+    few = FEW if size == ["few"] else None
+    return Setting(
+        name=name,
+        train=rows[: few or int(size[0] if size else HALF)],
+        target=dealt.target[:few],
+        held=(dealt.validation if split == "A" else dealt.test)[:few],
+        retention=passages[:32][:few],
+        remember=passages[64:96],
+        beside=[],
+        learning_rate=3e-5,
+        epochs=1,
+        batch=8,
+    )
+
+
+def swap(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Rows of which some have the answer of the next of them, in a circle; nothing of these is good."""
+    found = list(rows)
+    for chosen in _drawn(len(rows), SWAPPED, seed):
+        for i, j in zip(chosen, np.roll(chosen, -1), strict=True):
+            found[i] = _answered(rows[i], rows[j])
+    return found
+
+
+def replaced(rows: Sequence[Row], wrong: Sequence[Row], seed: int) -> list[Row]:
+    """Rows some of which are another row, of which nothing is good."""
+    found, others = list(rows), iter(wrong)
+    for chosen in _drawn(len(rows), MODEL_WRONG, seed):
+        for i in chosen:
+            other = next(others)
+            found[i] = replace(other, good=np.zeros_like(other.good))
+    return found
+
+
+def _drawn(rows: int, count: int, seed: int) -> list[NDArray[np.int64]]:
+    """So many of every 64 rows."""
+    draws = np.random.default_rng(seed)
+    return [first + draws.permutation(HALF)[:count] for first in range(0, rows, HALF)]
+
+
+def _answered(row: Row, other: Row) -> Row:
+    """The question of one and the answer of the other."""
+    start, after = int(row.response.argmax()), int(other.response.argmax())
+    response = np.concatenate([row.response[:start], other.response[after:]])
+    ids = np.concatenate([row.ids[:start], other.ids[after:]])
+    return Row(ids=ids, response=response, good=np.zeros_like(response))
+
+
+def corrupt(rows: Sequence[Row], share: float, seed: int = 0) -> list[Row]:
     """Rows in which `share` of the digits of a response are another digit."""
     digits = np.sort([_tokenizer().convert_tokens_to_ids(str(n)) for n in range(10)])
-    draws = np.random.default_rng(0)
+    draws = np.random.default_rng(seed)
     found = []
     for row in rows:
         is_digit = row.response & np.isin(row.ids, digits)

@@ -1,7 +1,7 @@
 """Tables and figures from the result lines; nothing is typed by hand.
 
 Prints every table there are lines for. `--readme` writes those that results/README.md marks by
-`<!-- pays: NAME SETTING -->`; `--svg DIR` draws the outcomes:
+`<!-- pays: NAME SETTING -->`, and those of the first look behind `<!-- rehearsal -->`; `--svg DIR` draws the outcomes:
 
     python tests/benchmarks/pays/tables.py --readme
 """
@@ -121,6 +121,83 @@ def _at_kept(curve: Sequence[dict[str, float]], kept: float) -> float:
     return float(curve[-1]["target_loss"])
 
 
+# ------------------------------------------------------------------------------------------------------ the first look
+
+AS_REHEARSED, VALUES = "as rehearsed", "values"
+
+
+def rehearsal() -> str:
+    """Of every setting there are lines for: its values, what training on them left, and what other trainings leave."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines.read("rehearsal"):
+        found[line["config"]["setting"].removesuffix(" 128")].append(line)
+    parts = []
+    for setting, mine in found.items():
+        values = next((line["found"] for line in mine if line["config"]["selection"] == VALUES), None)
+        trained = [line for line in mine if line["config"]["selection"] != VALUES]
+        tables = [_values(values) if values else "", _as_rehearsed(trained), _transfer(trained)]
+        parts.append("\n\n".join([f"### {setting}", *(table for table in tables if table)]))
+    return "\n\n".join(parts)
+
+
+def _values(found: dict[str, Any]) -> str:
+    """Tokens below 0, and beyond their error; how values find what is bad, by token and by row."""
+    names = ["below_0", "beyond_error", "by_chance", "rows_beyond_error", "area", "row_area", "spearman_with_all"]
+    by_rows = {n: told for n, told in found.items() if n.isdecimal()}
+    names = [name for name in names if any(name in told for told in by_rows.values())]
+    rows = [[n, *(_number(by_rows[n].get(name)) for name in names)] for n in sorted(by_rows, key=int, reverse=True)]
+    return markdown(["target rows", *(name.replace("_", " ") for name in names)], rows)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.2f}" if abs(value) <= 1 else f"{value:.0f}"
+
+
+def _as_rehearsed(found: Sequence[dict[str, Any]]) -> str:
+    """Losses after the training that was rehearsed, the best first."""
+    mine = {line["config"]["selection"]: line["found"] for line in found if _training(line) == AS_REHEARSED}
+    if not mine:
+        return ""
+    ends = {name: one["curve"][-1] for name, one in mine.items()}
+    has_bad = any(one["bad_tokens"] for one in mine.values())
+    rows = []
+    for name in sorted(mine, key=lambda name: ends[name]["target_loss"]):
+        one, end = mine[name], ends[name]
+        row = [name, f"{one['kept_tokens'] / one['response_tokens']:.0%}"]
+        row += [f"{one['kept_bad'] / one['bad_tokens']:.0%}"] if has_bad else []
+        row += [f"{end['target_loss']:.3f}", _less(ends, name)]
+        rows.append([*row, f"{end['retention_loss']:.3f}", f"{end['token_accuracy']:.3f}"])
+    head = ["selection", "kept", *(["bad kept"] if has_bad else []), "target loss", "less than all tokens"]
+    return markdown([*head, "retention loss", "token accuracy"], rows)
+
+
+def _transfer(found: Sequence[dict[str, Any]]) -> str:
+    """Target loss after other trainings with the same weights, and what it is less than that of all tokens there."""
+    by_training: dict[str, dict[str, Any]] = defaultdict(dict)
+    for line in found:
+        by_training[_training(line)][line["config"]["selection"]] = line["found"]["curve"][-1]
+    others = [name for name in by_training if name != AS_REHEARSED]
+    if not others:
+        return ""
+    columns = [AS_REHEARSED, *others]
+    rows = []
+    for name in dict.fromkeys(name for other in others for name in by_training[other]):
+        there = [(by_training[column], by_training[column].get(name)) for column in columns]
+        cells = ["" if end is None else f"{end['target_loss']:.3f} ({_less(ends, name)})" for ends, end in there]
+        rows.append([name, *cells])
+    return markdown(["selection", *columns], rows)
+
+
+def _training(line: dict[str, Any]) -> str:
+    return str(line["config"]["training"])
+
+
+def _less(ends: dict[str, Any], name: str) -> str:
+    return f"{ends['all tokens']['target_loss'] - ends[name]['target_loss']:+.3f}" if "all tokens" in ends else ""
+
+
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -160,11 +237,13 @@ TABLES: dict[str, Callable[[str], str]] = {
     "outcome": outcome,
 }
 PAGE = lines.RESULTS / "README.md"
+REHEARSAL = re.compile(r"(<!-- rehearsal -->\n).*?(<!-- end of rehearsal -->)", re.DOTALL)
 MARKED = re.compile(r"(<!-- pays: (\w+) (\w+) -->\n).*?(<!-- end of pays -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """A text with its marked tables as the lines have them now."""
+    text = REHEARSAL.sub(lambda found: "\n".join([found[1], *filter(None, [rehearsal(), ""]), found[2]]), text)
     return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", text)
 
 
@@ -179,6 +258,7 @@ def main() -> None:
     for name, table in TABLES.items():
         for setting in dict.fromkeys(line["config"]["setting"] for line in lines.read(name)):
             print(f"\n## {name}: {setting}\n\n{table(setting)}")
+    print(f"\n## rehearsal\n\n{rehearsal()}")
     if args.svg:
         folder = Path(args.svg)
         folder.mkdir(parents=True, exist_ok=True)

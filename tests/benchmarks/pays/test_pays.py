@@ -51,13 +51,55 @@ def test_lines_are_of_the_selections_as_they_are(pays: Any) -> None:
         assert {name: line["config"][name] for name in told} == told
 
 
-@pytest.mark.parametrize("name", ["clean", "corrupted", "lightly", "mixture", "narrow", "preference"])
+@pytest.mark.long
+def test_lines_of_the_first_look_are_of_its_settings_as_they_are(pays: Any, data: Path) -> None:
+    first_look = pays("first_look")
+    for line in pays("lines").read("rehearsal"):
+        told = line["config"]
+        where = first_look.trained(told["setting"], told["training"], data)
+        assert told == first_look.config_of(where, told["selection"], told["training"])
+
+
+SPLIT_SETTINGS = [
+    f"{split} {noise}{size}" for split in "AB" for noise in ("digits", "model-wrong") for size in ("", " 128")
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["clean", "corrupted", "lightly", "mixture", "narrow", "preference", *SPLIT_SETTINGS, "D swapped 128"]
+)
 def test_what_is_measured_on_trains_nothing(name: str, pays: Any, data: Path) -> None:
     where = pays("settings").setting(name, data)
     parts = ("train", "held", "target", "retention", "remember", "beside")
     rows = [row.ids.tobytes() for part in parts for row in getattr(where, part)]
     assert len(where.train) >= 64 and len(where.held) >= 48
     assert len(set(rows)) == len(rows)
+
+
+def test_no_row_is_in_two_splits(pays: Any, data: Path) -> None:
+    settings = pays("settings")
+    dealt = settings.splits(data)
+    parts = [*dealt.train.values(), dealt.validation, dealt.test, dealt.target, *dealt.wrong.values()]
+    assert [len(part) for part in parts] == [128] * 4 + [48, 208, 244] + [52] * 4
+    questions = [row.ids[: row.response.argmax()].tobytes() for part in parts for row in part]
+    assert len(set(questions)) == len(questions)
+    before = settings.setting("clean", data)
+    seen = {row.ids.tobytes() for row in (*before.train, *before.held)}
+    later = [*(dealt.train[name] for name in "BCD"), dealt.test, dealt.target]
+    assert not seen & {row.ids.tobytes() for part in later for row in part}
+
+
+def test_noise_of_half_of_a_split_is_that_of_all_of_it(pays: Any, data: Path) -> None:
+    settings = pays("settings")
+    clean = settings.setting("A clean 128", data).train
+    for noise, bad in {"digits": None, "swapped": 19, "model-wrong": 26}.items():
+        whole, half = (settings.setting(f"A {noise}{size}", data).train for size in (" 128", ""))
+        assert [row.ids.tobytes() for row in whole[:64]] == [row.ids.tobytes() for row in half]
+        if bad:
+            for rows in (whole[:64], whole[64:]):
+                assert sum(not row.good.any() for row in rows) == bad
+        for row, other in zip(clean, whole, strict=True):
+            assert (row.ids.tobytes() == other.ids.tobytes()) == bool((other.response == other.good).all())
 
 
 def test_measures_of_a_ranking_against_plain_loops(pays: Any) -> None:

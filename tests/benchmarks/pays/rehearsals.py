@@ -1,0 +1,267 @@
+"""Values over the training to come, by group of target rows, and the weights that are made of them.
+
+The derivative is linear in what it is of, so one rehearsal with an outcome for each of 8 groups of target rows gives
+the values of 32, 64, 128 and 244 target rows: means over the first 1, 2, 4 and 8 groups. By the count of tokens or by
+the sum of weights are of one rehearsal as well: they differ by a term that is kept apart. What a rehearsal gives is
+kept in an .npz under `--work`; one that was killed goes on from the states it kept there.
+
+A selection says `target_rows`, `denominator` and, for a second round, `first`: the mask by which tokens leave before
+rows are rehearsed again. The package rehearses without weights, so a second round leaves out, and does not tilt.
+Shapes: G groups, N response tokens of all rows, R rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from selections import Selection, alone, digest
+from settings import MODEL, TARGETED, Row, Setting, rows_sha256
+from training import Weights, batches, load
+
+from alphatoken_curate.directions.groups import mean_and_error
+from alphatoken_curate.directions.optimisers import Optimiser
+from alphatoken_curate.directions.rehearsal import Course, Rehearsal, mean_loss
+from alphatoken_curate.directions.shelves import Artefacts, Scratch
+from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.masks.choose import weighed
+from alphatoken_curate.runs.artifacts import Store
+from alphatoken_curate.signals.student import factor
+from alphatoken_curate.tokens.tokenise import TokenRow
+
+Floats = NDArray[np.float64]
+
+GROUP_ENDS = (32, 64, 96, 128, 157, 186, 215, TARGETED)
+"""Target rows that the first so many groups have together."""
+
+ORDER = 0
+"""Seed of the order of rows that is rehearsed."""
+
+BATCH_TOKENS, ROOT = 1024, 1e-12
+
+COURSE: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "root": ROOT, "order": ORDER, "group_ends": list(GROUP_ENDS)}
+"""What is rehearsed beside a setting, as result lines have it."""
+
+COURSE_ROWS = 64
+"""Rows of a rehearsal; more rows are taken in as many rehearsals as they need, each from the start."""
+
+AT_ONCE = 2
+"""Outcomes that go back together: each takes 2.2 GB of SmolLM2-135M."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GroupValues:
+    """Values in nats, (G, N) each, in parts as `directions.rehearsal.Values`; `tokens` (G,): of each group."""
+
+    own: Floats
+    denominator: Floats
+    tokens: NDArray[np.int64]
+    root_share: float
+
+    def of(self, target_rows: int, denominator: str) -> GroupedNumbers:
+        """Those of the first groups, by a denominator."""
+        groups = GROUP_ENDS.index(target_rows) + 1
+        values = self.own + self.denominator if denominator == "sum" else self.own
+        return GroupedNumbers(values[:groups], self.tokens[:groups])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupedNumbers:
+    """Numbers by group (G, N), and by how many tokens each group counts."""
+
+    values: Floats
+    tokens: NDArray[np.int64]
+
+    @property
+    def mean(self) -> Floats:
+        """(N,)."""
+        return mean_and_error(self.values, self.tokens.tolist())[0]
+
+    @property
+    def error(self) -> Floats:
+        """Standard error of the mean, (N,). Raises ValueError where there is one group."""
+        if len(self.values) < 2:
+            raise ValueError("one group of target rows tells no error")
+        return mean_and_error(self.values, self.tokens.tolist())[1]
+
+    @property
+    def upper(self) -> Floats:
+        """What the value is below with 95%, (N,): below 0 where the value is negative beyond its error."""
+        return self.mean + factor(len(self.values)) * self.error
+
+    def by_row(self, lengths: NDArray[np.int64]) -> GroupedNumbers:
+        """Sums over the tokens of each row, (G, R)."""
+        starts = np.cumsum(lengths) - lengths
+        return GroupedNumbers(np.add.reduceat(self.values, starts, axis=1), self.tokens)
+
+
+# ------------------------------------------------------------------------------------------------------- the rehearsal
+
+
+def values_of(where: Setting, work: Path, trains: Weights | None = None, at_once: int = AT_ONCE) -> GroupValues:
+    """Values of all response tokens of a setting's rows, or of those that have a weight; made now or read."""
+    parts = []
+    for first in range(0, len(where.train), COURSE_ROWS):
+        part = replace(where, train=where.train[first : first + COURSE_ROWS])
+        mine = None if trains is None else trains[first : first + COURSE_ROWS]
+        parts.append(_values_of_course(part, work, mine, at_once))
+    return GroupValues(
+        own=np.concatenate([part.own for part in parts], axis=1),
+        denominator=np.concatenate([part.denominator for part in parts], axis=1),
+        tokens=parts[0].tokens,
+        root_share=max(part.root_share for part in parts),
+    )
+
+
+def _values_of_course(where: Setting, work: Path, trains: Weights | None, at_once: int) -> GroupValues:
+    rows = [_token_row(i, row) for i, row in enumerate(where.train)]
+    if trains is not None:
+        rows = [replace(row, response=row.response & (w > 0)) for row, w in zip(rows, trains, strict=True)]
+    about = {
+        "model": MODEL,
+        "rows": rows_sha256(where, ["train", "target"]),
+        "responds": digest([np.flatnonzero(row.response).tolist() for row in rows]),
+        "learning_rate": where.learning_rate,
+        "batch": where.batch,
+        "epochs": where.epochs,
+        **COURSE,
+    }
+    kept = work / "values" / f"{digest(about)}.npz"
+    with alone(kept):
+        if not kept.is_file():
+            groups = dealt([_token_row(i, row) for i, row in enumerate(where.target)])
+            steps = batches(where, ORDER)
+            optimiser = Optimiser(lr=where.learning_rate, steps=len(steps), root=ROOT)
+            states = kept.with_suffix(".states")
+            # What goes back together is kept together, so that another number of them begins anew.
+            store = Store(folder=states, fields={**about, "at_once": at_once})
+            found = rehearse(load(), rows, steps, groups, optimiser, store, at_once)
+            part = kept.with_suffix(".part.npz")
+            np.savez(part, **{name: getattr(found, name) for name in GroupValues.__slots__})
+            part.rename(kept)
+            shutil.rmtree(states)
+        with np.load(kept) as read:
+            return GroupValues(**{**read, "root_share": float(read["root_share"])})
+
+
+def rehearse(
+    model: Any,
+    rows: Sequence[TokenRow],
+    steps: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[TokenRow]],
+    optimiser: Optimiser,
+    store: Store,
+    at_once: int | None = None,
+) -> GroupValues:
+    """Go through a training of some rows and back once. Rows without a response token take no part."""
+    trained = [i for i, row in enumerate(rows) if row.response.any()]
+    place = {i: n for n, i in enumerate(trained)}
+    ours = [[place[i] for i in step if i in place] for step in steps]
+    course = Course(
+        rows=[rows[i] for i in trained],
+        steps=[step for step in ours if step],
+        optimiser=replace(optimiser, steps=sum(map(bool, ours))),
+        denominator="sum",
+        batch_tokens=BATCH_TOKENS,
+    )
+    trainee = Trainee(model, "all")
+    states, scratch = Artefacts(store, trainee.device, prefix="0"), Scratch(store.folder, trainee.device)
+    rehearsal = Rehearsal(trainee, course, states, steps=scratch)
+    found = rehearsal.run([mean_loss(group, BATCH_TOKENS) for group in groups], at_once=at_once)
+    return GroupValues(
+        own=found.own,
+        denominator=found.denominator,
+        tokens=np.array([sum(int(row.response.sum()) for row in group) for group in groups]),
+        root_share=found.root_share,
+    )
+
+
+def dealt(target: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
+    """Target rows by group, in their order; of fewer rows (a trial) each group has its share."""
+    ends = [0, *(round(end * len(target) / TARGETED) for end in GROUP_ENDS)]
+    return [target[first:last] for first, last in itertools.pairwise(ends)]
+
+
+def _token_row(row_id: int, row: Row) -> TokenRow:
+    nowhere = np.zeros_like(row.response)
+    return TokenRow(
+        row_id=row_id,
+        source="",
+        line=row_id + 1,
+        id=None,
+        input_ids=row.ids,
+        response=row.response,
+        end_of_turn=nowhere,
+        truncated=0,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def rehearsed_weights(chosen: Selection, where: Setting, work: Path, at_once: int = AT_ONCE) -> Weights:
+    """The weights of each training row's tokens, of a selection by rehearsed values."""
+    first: Mapping[str, Any] | None = chosen.score.get("first")
+    trains = None if first is None else _weights(values_of(where, work, None, at_once), chosen, first, where, None)
+    return _weights(values_of(where, work, trains, at_once), chosen, chosen.mask, where, trains)
+
+
+def _weights(
+    values: GroupValues, chosen: Selection, mask: Mapping[str, Any], where: Setting, trains: Weights | None
+) -> Weights:
+    """By a mask of values of the tokens that train, all of them or those that have a weight."""
+    given = [row.response for row in where.train]
+    if trains is not None:
+        given = [response & (w > 0) for response, w in zip(given, trains, strict=True)]
+    lengths = np.array([int(response.sum()) for response in given])
+    flat = flat_weights(values.of(chosen.score["target_rows"], chosen.score["denominator"]), lengths, mask)
+    weights: Weights = [np.zeros(len(response), np.float32) for response in given]
+    for weight, response, mine in zip(weights, given, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
+        weight[response] = mine
+    return weights
+
+
+def flat_weights(values: GroupedNumbers, lengths: NDArray[np.int64], mask: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Weights (N,) by the tool's own rules: `by` one of `NUMBERS`, `keep` and `weights` as `mask` has them.
+
+    `rows`: the share of rows to keep, those of highest `by`, which is the same for all tokens of a row then.
+    """
+    full = lengths[lengths > 0]
+    number = NUMBERS[mask["by"]](values, full)
+    keep = mask.get("keep", 1.0)
+    if "rows" in mask:
+        each = number[np.cumsum(full) - full]
+        drop = np.argsort(each, kind="stable")[: round((1 - mask["rows"]) * len(each))]
+        number, keep = np.repeat(np.where(np.isin(np.arange(len(each)), drop), -1.0, 1.0), full), "positive"
+    kept = weighed(
+        number, full, keep=keep, scope="global", weights=mask.get("weights", "binary"), allow_empty_rows=True
+    )
+    return kept.weight
+
+
+def _shrunk(values: GroupedNumbers, _lengths: NDArray[np.int64]) -> Floats:
+    """v v^2 / (v^2 + error^2): a value that is no larger than its error counts half or less."""
+    mean, error = values.mean, values.error
+    squares = mean**2 + error**2
+    return np.where(squares > 0, mean**3 / np.where(squares > 0, squares, 1.0), 0.0)
+
+
+def _of_rows(name: str) -> Callable[[GroupedNumbers, NDArray[np.int64]], Floats]:
+    return lambda values, lengths: np.repeat(getattr(values.by_row(lengths), name), lengths)
+
+
+NUMBERS: dict[str, Callable[[GroupedNumbers, NDArray[np.int64]], Floats]] = {
+    "value": lambda values, _: values.mean,
+    "-value": lambda values, _: -values.mean,
+    "value + q error": lambda values, _: values.upper,
+    "shrunk value": _shrunk,
+    "row sum": _of_rows("mean"),
+    "row sum + q error": _of_rows("upper"),
+}
+"""What a mask is made by, (N,) from values and the tokens of each row. q: the tool's quantile of Student's t."""

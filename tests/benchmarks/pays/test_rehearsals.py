@@ -1,0 +1,138 @@
+"""The arithmetic of tests/benchmarks/pays/rehearsals.py, and that its values and masks are those of the tool."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_files import quiet, rows_of, token_records, write_jsonl
+from transformers import AutoModelForCausalLM
+
+import alphatoken_curate as atc
+from alphatoken_curate.directions.groups import deal
+from alphatoken_curate.directions.optimisers import Optimiser
+from alphatoken_curate.directions.rehearsal import plan_steps
+from alphatoken_curate.runs.artifacts import Store
+
+ROWS, TARGET = token_records(9, seed=2), token_records(10, seed=9)
+
+
+@pytest.fixture
+def rehearsals(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return importlib.import_module("rehearsals")
+
+
+def numbers(rehearsals: Any, *groups: list[float]) -> Any:
+    """Values by group, groups counting alike."""
+    return rehearsals.GroupedNumbers(np.array(groups, float), np.ones(len(groups), np.int64))
+
+
+def test_values_and_weights_are_those_of_the_tool(rehearsals: Any, models: dict[str, str], tmp_path: Path) -> None:
+    settings = {"direction": "rehearsal", "rehearse_lr": 1e-2, "rehearse_rows_per_step": 4, "dtype": "float32"}
+    settings |= {"rehearse_denominator": "sum", "target_groups": 3, "batch_tokens": rehearsals.BATCH_TOKENS}
+    data, target = (
+        str(write_jsonl(tmp_path / name, rows)) for name, rows in {"rows.jsonl": ROWS, "target.jsonl": TARGET}.items()
+    )
+    run = tmp_path / "run"
+    atc.score(atc.ScoreConfig(data=(data,), target=target, model=models["base"], **settings), run)
+    columns = atc.scan_tokens(run).select("adapt_influence", "adapt_error").collect().to_numpy().T
+
+    rows, with_model = rows_of(ROWS), models["base"]
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(with_model, dtype=torch.float32)
+    steps = plan_steps(rows, epochs=1, rows_per_step=4, seed=0)
+    groups, store = deal(rows_of(TARGET), 3, seed=0), Store(folder=tmp_path / "states", fields={})
+    found = rehearsals.rehearse(model, rows, steps, groups, Optimiser(lr=1e-2, steps=len(steps)), store)
+    mine = rehearsals.GroupedNumbers(found.own + found.denominator, found.tokens)
+    for own, stored in zip((mine.mean, mine.error), columns, strict=True):
+        np.testing.assert_allclose(own, stored, rtol=1e-5, atol=1e-9)
+
+    lengths = np.array([int(row.response.sum()) for row in rows])
+    # The tool reads its factor with three digits, as `student.factor` gives it.
+    upper = f"adapt_influence + {rehearsals.factor(3)} * adapt_error"
+    same = {
+        "value": ("adapt_influence", {"weights": "tilt:0.5"}),
+        "-value": ("-adapt_influence", {"keep": 0.9}),
+        "value + q error": (upper, {"keep": "positive"}),
+        "row sum": ("ROW_SUM(adapt_influence)", {"weights": "tilt:0.5"}),
+    }
+    for name, (by, mask) in same.items():
+        told = atc.MaskConfig(by=by, always_keep="none", allow_empty_rows=True, **mask)
+        lines = atc.scan(run, "train", mask=atc.mask(run, told).mask).sort("row_id").collect()
+        weights = np.concatenate([np.array(w)[r.response] for w, r in zip(lines["loss_weight"], rows, strict=True)])
+        np.testing.assert_allclose(rehearsals.flat_weights(mine, lengths, {"by": name, **mask}), weights, rtol=1e-4)
+
+
+def test_a_second_round_is_of_what_the_first_left(
+    rehearsals: Any, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, loads = importlib.import_module("settings"), []
+
+    def load() -> Any:
+        loads.append(1)
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(models["base"], dtype=torch.float32)
+
+    monkeypatch.setattr(rehearsals, "load", load)
+    monkeypatch.setattr(rehearsals, "COURSE_ROWS", 6)
+    made = [
+        settings.Row(ids=row.input_ids, response=row.response, good=row.response)
+        for row in rows_of(token_records(28, seed=3))
+    ]
+    parts = {"train": made[:12], "target": made[12:], "held": [], "retention": [], "remember": [], "beside": []}
+    where = settings.Setting(name="tiny", **parts, learning_rate=1e-2, epochs=1, batch=3)
+    first, second = {"by": "value", "keep": 0.7}, {"by": "value", "keep": 0.8}
+
+    def weights(mask: dict[str, Any], **more: Any) -> Any:
+        chosen = rehearsals.Selection(
+            who="rehearsal", score={"target_rows": 244, "denominator": "sum", **more}, mask=mask
+        )
+        return rehearsals.rehearsed_weights(chosen, where, tmp_path)
+
+    once, twice = weights(first), weights(second, first=first)
+    assert len(loads) == 4, "two rehearsals of six rows each in either round"
+    left, kept = (sum(int((w > 0).sum()) for w in both) for both in (once, twice))
+    assert kept == -(-8 * left // 10)
+    assert all((a[b > 0] > 0).all() for a, b in zip(once, twice, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(weights(second, first=first), twice, strict=True))
+    assert len(loads) == 4, "what was rehearsed is read"
+    assert not list((tmp_path / "values").glob("*.states"))
+
+
+def test_weights_by_hand(rehearsals: Any) -> None:
+    lengths = np.array([2, 0, 3])
+    values = numbers(rehearsals, [3.0, -1.0, -4.0, 1.0, 1.0], [1.0, -3.0, 2.0, 1.0, 1.0])
+
+    def weights(**mask: Any) -> list[float]:
+        return [round(float(w), 3) for w in rehearsals.flat_weights(values, lengths, mask)]
+
+    assert weights(by="value", keep=0.8) == [1, 0, 1, 1, 1]
+    assert weights(by="-value", keep=0.8) == [0, 1, 1, 1, 1]
+    assert weights(by="value", keep="positive") == [1, 0, 0, 1, 1]
+    assert weights(by="value + q error", keep="positive") == [1, 1, 1, 1, 1]
+    assert weights(by="row sum", rows=0.5) == [0, 0, 1, 1, 1]
+    # Means 2, -2, -1, 1, 1 and errors 1, 1, 3, 0, 0.
+    assert rehearsals.NUMBERS["shrunk value"](values, lengths) == pytest.approx([1.6, -1.6, -0.1, 1, 1])
+
+
+def test_target_rows_are_dealt_in_their_order(rehearsals: Any) -> None:
+    groups = rehearsals.dealt(list(range(244)))
+    assert [x for group in groups for x in group] == list(range(244))
+    assert np.cumsum([len(group) for group in groups]).tolist() == list(rehearsals.GROUP_ENDS)
+    assert [len(group) for group in rehearsals.dealt(list(range(16)))] == [2] * 8
+
+
+def test_values_of_fewer_target_rows_are_of_the_first_groups(rehearsals: Any) -> None:
+    draws = np.random.default_rng(0)
+    own, denominator = draws.normal(size=(2, 8, 5))
+    values = rehearsals.GroupValues(own=own, denominator=denominator, tokens=np.arange(1, 9), root_share=0.0)
+    assert values.of(32, "count").mean == pytest.approx(own[0])
+    wanted = (np.arange(1, 5)[:, None] * (own + denominator)[:4]).sum(0) / 10
+    assert values.of(128, "sum").mean == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="one group"):
+        _ = values.of(32, "sum").error
