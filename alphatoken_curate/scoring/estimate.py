@@ -200,7 +200,7 @@ class _Trials:
         self._try("scoring", self.shards, score)
 
     def _rehearsal(self, scoring: ScoringModel) -> None:
-        """Two steps there and back, states on disk and all; the others by their tokens."""
+        """Two steps there and back, states on disk and all; the others by their tokens, and once more as replayed."""
         rows, config, target = sequences(self.prepared.rows), self.config, self.prepared.target_rows
         self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
         model = scoring.model
@@ -213,12 +213,15 @@ class _Trials:
         self.progress.stage("estimate: rehearsal", 2 * padded[1])
         with tempfile.TemporaryDirectory() as kept:
             rehearsal = rehearsal_in(Store(folder=Path(kept), fields={}), "0", trainee, two, config)
-            began = self.meter.now()
-            rehearsal.run([mean_loss(target[:1], self.budget)] * together)
-            tried = self.meter.now() - began
+            done = [self.meter.now()]
+            outcomes = [mean_loss(target[:1], self.budget)] * together
+            rehearsal.run(outcomes, lambda _: done.append(self.meter.now()))
+            tried = self.meter.now() - done[0]
         parts = -(-self.spec.outcomes // together)
         self.progress.advance(2 * padded[1])
-        seconds = tried * parts * config.rehearse_seeds * padded[0] / padded[1]
+        # Two steps are one segment, which nothing is replayed of.
+        replay = (done[len(two.steps)] - done[0]) * whole.borders[-2] / len(whole.steps)
+        seconds = (tried * parts + replay) * config.rehearse_seeds * padded[0] / padded[1]
         self.stages.append(StageEstimate(name=f"rehearsal: {len(whole.steps)} steps there and back", seconds=seconds))
 
     def _find_budget(self, scoring: ScoringModel) -> None:
