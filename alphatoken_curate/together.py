@@ -44,7 +44,7 @@ def _check_all_parameters(config: Any) -> None:
             f"--parameters all with --estimator {config.estimator}: direct and causal paths are those of linear maps."
             " Give --estimator influence, or --parameters linear."
         )
-    if config.dtype in ("bfloat16", "float16"):
+    if config.dtype in ("bfloat16", "float16") and not config.rehearses:
         raise UsageError(
             f"--dtype {config.dtype} with --parameters all: what every weight adds to a tangent is lost in that"
             " dtype. Give --dtype float32; weights stored in another are read as they are."
@@ -70,8 +70,8 @@ def _check_rehearsal(config: Any) -> None:
         )
     if config.drift == "lookahead":
         raise UsageError(f"--drift lookahead {beside}: the rehearsal drifts by its own steps. Leave --drift out.")
-    if config.dtype in ("bfloat16", "float16"):
+    if config.dtype == "float16":
         raise UsageError(
-            f"--dtype {config.dtype} {beside}: steps are smaller than what that dtype can tell of a weight. Give"
-            " --dtype float32; weights stored in another are read as they are."
+            f"--dtype {config.dtype} {beside}: its range is too small for second derivatives. Give --dtype float32, or"
+            " bfloat16, in which products are taken then; weights are float32 in both."
         )

@@ -271,7 +271,7 @@ def test_what_is_valued_and_trains_follows_from_the_direction() -> None:
         ({**REHEARSAL, "precondition": "ekfac", "parameters": "linear"}, "--precondition ekfac with --direction"),
         ({**REHEARSAL, "precondition": "adam"}, "--precondition adam with --parameters all"),
         ({**REHEARSAL, "drift": "lookahead", "lookahead_lr": 1}, "--drift lookahead with --direction rehearsal"),
-        ({**REHEARSAL, "dtype": "bfloat16", "parameters": "linear"}, "--dtype bfloat16 with --direction rehearsal"),
+        ({**REHEARSAL, "dtype": "float16"}, "--dtype float16 with --direction rehearsal"),
         ({**REHEARSAL, "rehearse_betas": "0.9"}, "it takes two numbers from 0 to below 1"),
         ({**REHEARSAL, "rehearse_betas": "0.9,1"}, "it takes two numbers from 0 to below 1"),
         ({**REHEARSAL, "rehearse_root": -1.0}, "it takes a number from 0 to 1000"),

@@ -40,11 +40,17 @@ What torch does not know to be differentiable twice is left out in silence; a pa
 class Trainee:
     """A causal language model whose last K blocks, or all of it, train.
 
-    Raises ModelError where it is in less than float32, or torch cannot differentiate it twice.
+    `dtype`: what linear maps that train multiply in, where it is not that of the weights (as autocast has it).
+    Raises ModelError where the weights are in less than float32, or torch cannot differentiate the model twice.
     """
 
     def __init__(
-        self, model: nn.Module, layers: int | Literal["all"], parameters: Literal["linear", "all"] = "all"
+        self,
+        model: nn.Module,
+        layers: int | Literal["all"],
+        parameters: Literal["linear", "all"] = "all",
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.model: Any = unwrapped(model).eval()
         self.base: Any = trunk(self.model)
@@ -64,9 +70,11 @@ class Trainee:
         if odd := next((p.dtype for p in self.weights if narrow(p.dtype)), None):
             raise ModelError(f"{type(model).__name__}: its weights are {odd}, and a rehearsal trains in float32.")
         _plain(self.model)
+        self.dtype: torch.dtype | None = None  # differences of gradients tell more without
         if not _same_from_above(self):
             self._below = Below([])
         _check(self)
+        self.dtype = dtype
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +124,7 @@ class Trainee:
         """
         sums, total, tokens = [torch.zeros_like(w, requires_grad=False) for w in self.weights], 0.0, 0
         for batch in batches:
-            with self._training(), _PaddingRows() as rows:
+            with self._training(), _PaddingRows() as rows, self._maps(sums):
                 loss = self.nll(batch).sum()
                 inputs, places = self._inputs(rows if whole else None)
                 found = torch.autograd.grad(loss, inputs, allow_unused=True)
@@ -132,7 +140,7 @@ class Trainee:
         Returns (n, N): scale <a, gradient of l_t> of each token. One backward with the tokens' weights as inputs is
         differentiated once for each a; its graph is shared, and holds no gradient of a linear map (`engine.twice`).
         """
-        with self._training(), _PaddingRows() as rows, Twice(self.weights) as second_of:
+        with self._training(), _PaddingRows() as rows, Twice(self.weights, self.dtype) as maps:
             nll = self.nll(batch, twice=True)
             ones = torch.ones_like(nll, requires_grad=True)
             found = torch.autograd.grad((ones * nll).sum() * scale, self.weights, create_graph=True, allow_unused=True)
@@ -140,7 +148,7 @@ class Trainee:
             grads, (inputs, places) = [found[i] for i in used], self._inputs(rows)
             parts = []
             for n, (a, sums) in enumerate(zip(along, into, strict=True)):
-                second_of.into = dict(zip(self.weights, sums, strict=True))
+                maps.into = dict(zip(self.weights, sums, strict=True))
                 own, *second = torch.autograd.grad(
                     grads, [ones, *inputs], [a[i] for i in used], retain_graph=n + 1 < len(along), allow_unused=True
                 )
@@ -149,6 +157,16 @@ class Trainee:
                     if product is not None:
                         sums[place].add_(product)
         return torch.stack(parts)
+
+    @contextmanager
+    def _maps(self, sums: Weights) -> Iterator[None]:
+        """Inside this block maps multiply in `dtype`, and add their gradients to `sums`."""
+        if self.dtype is None:
+            yield
+            return
+        with Twice(self.weights, self.dtype) as maps:
+            maps.into = dict(zip(self.weights, sums, strict=True))
+            yield
 
     def _inputs(self, rows: _PaddingRows | None) -> tuple[list[Tensor], list[int]]:
         """What to differentiate by, and which of the weights each is: padding rows stand apart."""

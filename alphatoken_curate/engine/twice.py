@@ -30,20 +30,23 @@ from alphatoken_curate.engine.tangent_attention import operands
 class Twice(TorchFunctionMode):
     """Inside this block linear maps of some weights, and torch's own attention, are those of this module.
 
-    The second derivative by such a weight is added to `into`, and torch is told of none. Of all else, and where a
-    weight is met in another function too, it is torch's.
+    The derivative by such a weight, the second of a graph or the first of none, is added to `into`, and torch is told
+    of none. Of all else, and where a weight is met in another function too, it is torch's. With `dtype` these maps
+    multiply numbers rounded to it, as a training by autocast does; all else, and every sum, is as wide as it was.
     """
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
+    def __init__(self, weights: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weights = set(weights)
+        self.weights, self.dtype = set(weights), dtype
         self.into: dict[Tensor, Tensor] = {}
-        """Where to add it, for each weight; to be set before a gradient is differentiated."""
+        """Where to add it, for each weight; to be set before it is asked for."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.linear and len(args) > 1 and args[1] in self.weights:
             return self._linear(*args, **kwargs)
+        if func is torch.addmm and not kwargs and args[2] in self.weights:  # the maps of GPT-2, (d_in, d_out)
+            return _Linear.apply(args[1], args[2], True, self) + args[0]  # type: ignore[no-untyped-call]
         if func is nn.functional.scaled_dot_product_attention:
             query, key, value, mask, dropout, causal, scale, _ = operands(*args, **kwargs)
             if not dropout and not (mask is not None and mask.requires_grad):
@@ -52,8 +55,30 @@ class Twice(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = _Linear.apply(x, weight, self)  # type: ignore[no-untyped-call]
+        out: Tensor = _Linear.apply(x, weight, False, self)  # type: ignore[no-untyped-call]
         return out if bias is None else out + bias
+
+    def product(self, one: Tensor, other: Tensor) -> Tensor:
+        """Of matrices, or of many and one."""
+        if self.dtype is None:
+            return one @ other
+        return (one.to(self.dtype) @ other.to(self.dtype)).to(one.dtype)
+
+    def add_to(self, weight: Tensor, turned: bool, error: Tensor, x: Tensor) -> None:
+        """Add what a map's weight gets of its outputs' cotangents and its inputs."""
+        _add_product(self, _laid(self.into[weight], turned), _flat(error).T, _flat(x))
+
+
+def _laid(matrix: Tensor, turned: bool) -> Tensor:
+    """(d_out, d_in)."""
+    return matrix.T if turned else matrix
+
+
+def _add_product(mode: Twice, into: Tensor, one: Tensor, other: Tensor) -> None:
+    if mode.dtype is None:
+        into.addmm_(one, other)
+    else:
+        into.add_(mode.product(one, other))
 
 
 def token_nll(logits: Tensor, target: Tensor) -> Tensor:
@@ -94,44 +119,51 @@ class _NllBack(Function):
 
 
 class _Linear(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, mode: Twice) -> Tensor:
-        ctx.mode = mode
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
+    """`turned`: the weight is (d_in, d_out)."""
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+    def forward(ctx: Any, x: Tensor, weight: Tensor, turned: bool, mode: Twice) -> Tensor:
+        ctx.how = turned, mode
+        ctx.save_for_backward(x, weight)
+        return mode.product(x, _laid(weight, turned).T)
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x, weight), (turned, mode) = ctx.saved_tensors, ctx.how
         if torch.is_grad_enabled():
-            return *_LinearBack.apply(error, x, weight, ctx.mode), None  # type: ignore[no-untyped-call]
-        ctx.mode.into[weight].addmm_(_flat(error).T, _flat(x))
-        return error @ weight if ctx.needs_input_grad[0] else None, None, None
+            return *_LinearBack.apply(error, x, weight, turned, mode), None, None  # type: ignore[no-untyped-call]
+        mode.add_to(weight, turned, error, x)
+        return mode.product(error, _laid(weight, turned)) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class _LinearBack(Function):
     """The gradient by the input, and a placeholder of that by the weight, which is only ever differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, error: Tensor, x: Tensor, weight: Tensor, mode: Twice) -> tuple[Tensor | None, Tensor]:
-        ctx.mode = mode
+    def forward(
+        ctx: Any, error: Tensor, x: Tensor, weight: Tensor, turned: bool, mode: Twice
+    ) -> tuple[Tensor | None, Tensor]:
+        ctx.how = turned, mode
         ctx.save_for_backward(error, x, weight)
         ctx.set_materialize_grads(False)
-        return error @ weight if x.requires_grad else None, weight.new_zeros(()).expand_as(weight)
+        to_x = mode.product(error, _laid(weight, turned)) if x.requires_grad else None
+        return to_x, weight.new_zeros(()).expand_as(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, to_x: Tensor | None, along: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        error, x, weight = ctx.saved_tensors
-        to_error, of_x = error.new_zeros(error.shape) if to_x is None else to_x @ weight.T, None
-        if to_x is not None:
-            ctx.mode.into[weight].addmm_(_flat(error).T, _flat(to_x))
+    def backward(ctx: Any, to_x: Tensor | None, along: Tensor | None) -> tuple[Tensor | None, ...]:
+        (error, x, weight), (turned, mode) = ctx.saved_tensors, ctx.how
+        of_x = None
+        if to_x is None:
+            to_error = error.new_zeros(error.shape)
+        else:
+            to_error = mode.product(to_x, _laid(weight, turned).T)
+            mode.add_to(weight, turned, error, to_x)
         if along is not None:
-            _flat(to_error).addmm_(_flat(x), along.T)
-            of_x = error @ along if ctx.needs_input_grad[1] else None
-        return to_error, of_x, None, None
+            along = _laid(along, turned)
+            _add_product(mode, _flat(to_error), _flat(x), along.T)
+            of_x = mode.product(error, along) if ctx.needs_input_grad[1] else None
+        return to_error, of_x, None, None, None
 
 
 def _flat(x: Tensor) -> Tensor:

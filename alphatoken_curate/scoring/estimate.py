@@ -205,7 +205,7 @@ class _Trials:
         self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
         model = scoring.model
         scoring.release_model()
-        trainee = self._timed("preparing the rehearsal", lambda: trainee_of(config, model))
+        trainee = self._timed("preparing the rehearsal", lambda: trainee_of(config, model, self.spec.dtype))
         whole = course_of(config, rows, 0, self.budget)
         two = replace(whole, steps=whole.steps[:2])
         together = at_once(trainee, self.spec.outcomes, config)

@@ -31,6 +31,7 @@ from alphatoken_curate.directions.rehearsal import (
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.engine.precision import narrow
 from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import REHEARSAL, Store
@@ -161,7 +162,7 @@ class RehearsalScorer(ShardScorer):
         scoring.release_model()
         del scoring
         free_memory()
-        trainee = trainee_of(config, model)
+        trainee = trainee_of(config, model, self.spec.dtype)
         groups = {"adapt": self._dealt(self.target)}
         if self.retention:
             groups["stab"] = self._dealt(self.retention)
@@ -204,9 +205,11 @@ class RehearsalScorer(ShardScorer):
         return int(kept["at_once"])
 
 
-def trainee_of(config: ScoreConfig, model: Any) -> Trainee:
-    """What trains in the rehearsal of a config."""
-    return Trainee(model, config.layers, config.parameters)  # type: ignore[arg-type]
+def trainee_of(config: ScoreConfig, model: Any, dtype: str) -> Trainee:
+    """What trains in the rehearsal of a config, in a run of that dtype."""
+    products = getattr(torch, dtype)
+    narrowed = products if narrow(products) else None
+    return Trainee(model, config.layers, config.parameters, dtype=narrowed)  # type: ignore[arg-type]
 
 
 def rehearsal_in(store: Store, prefix: str, trainee: Trainee, course: Course, config: ScoreConfig) -> Rehearsal:

@@ -87,9 +87,14 @@ class ScorerSpec:
         """Whether the Fisher is ours to estimate, rather than a file the user brings."""
         return self.config.fisher in FISHER_MODES
 
+    @property
+    def dtype_of_weights(self) -> str:
+        """What models are loaded in: a training that is rehearsed has weights of float32, whatever it multiplies in."""
+        return "float32" if self.config.rehearses and narrow(getattr(torch, self.dtype)) else self.dtype
+
     def load(self, source: ModelSource) -> PreTrainedModel:
         """A model of the run."""
-        return self._load(source, self.dtype, self.device)
+        return self._load(source, self.dtype_of_weights, self.device)
 
     def _load(self, source: ModelSource, dtype: str, device: str) -> PreTrainedModel:
         trusted, place = self.config.trust_remote_code, torch.device(device)
@@ -102,7 +107,7 @@ class ScorerSpec:
         drift of a few steps is smaller than what rounding a weight to bfloat16 changes.
         """
         scoring = self._captured(model if model is not None else self.load(source))
-        if narrow(getattr(torch, self.dtype)):
+        if narrow(getattr(torch, self.dtype_of_weights)):
             exact = read_weights(source.weight_files(), scoring) if source.tensors_on_disk else None
             if exact is None:
                 exact = self._captured(self._load(source, "float32", "cpu")).weights

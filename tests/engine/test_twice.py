@@ -118,6 +118,47 @@ def test_what_a_linear_map_owes_is_added_where_it_is_wanted(start: str) -> None:
                 torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
 
 
+def test_maps_that_are_laid_the_other_way() -> None:
+    """GPT-2's, by `torch.addmm`."""
+    weight, bias, x = leaf(4, 5), leaf(5), leaf(7, 4)
+    along = [normal(*t.shape) for t in (weight, bias, x)]
+
+    def loss() -> Tensor:
+        return (torch.addmm(bias, x, weight) ** 3).sum()
+
+    wanted = second(loss(), [weight, bias, x], along)[1]
+    with Twice([weight]) as twice:
+        twice.into = {weight: torch.zeros_like(weight, requires_grad=False)}
+        found = second(loss(), [weight, bias, x], along)[1]
+    assert found[0] is None
+    for own, theirs in zip((twice.into[weight], *found[1:]), wanted, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("laid", ["out, in", "in, out"])
+def test_products_of_rounded_numbers(laid: str) -> None:
+    """Each of the eight products is that of numbers rounded to bfloat16, and what is around them is not rounded."""
+    weight, x = leaf(6, 6), leaf(9, 6)
+    turned = laid == "in, out"
+    error, to_x, along = normal(9, 6), normal(9, 6), normal(6, 6)
+
+    def product(one: Tensor, other: Tensor) -> Tensor:
+        return (one.to(torch.bfloat16) @ other.to(torch.bfloat16)).double()
+
+    with Twice([weight], torch.bfloat16) as twice:
+        zero = torch.zeros(6, dtype=torch.float64)
+        out = torch.addmm(zero, x, weight) if turned else nn.functional.linear(x, weight)
+        grads = torch.autograd.grad(out, [x, weight], error, create_graph=True)
+        twice.into = {weight: torch.zeros_like(weight, requires_grad=False)}
+        (of_x,) = torch.autograd.grad(grads, [x], [to_x, along])
+    w, a = (weight.T, along.T) if turned else (weight, along)
+    torch.testing.assert_close(out, product(x, w.T), rtol=0, atol=0)
+    torch.testing.assert_close(grads[0], product(error, w), rtol=0, atol=0)
+    torch.testing.assert_close(of_x, product(error, a), rtol=0, atol=0)
+    into = twice.into[weight].T if turned else twice.into[weight]
+    torch.testing.assert_close(into, product(error.T, to_x), rtol=0, atol=0)
+
+
 def test_a_graph_keeps_no_probabilities() -> None:
     """What is saved between the passes grows with queries plus keys, not with their product."""
     saved: list[int] = []

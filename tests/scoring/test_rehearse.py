@@ -211,6 +211,19 @@ def test_a_row_without_a_finite_loss_is_left_out_of_the_training(
     assert frame["status"][4] == "failed" and np.isfinite(stored(tmp_path / "run", "value")["value"]).all()
 
 
+def test_in_bfloat16_products_alone_are_rounded(files: dict[str, str], tmp_path: Path) -> None:
+    """Weights, losses before the first step and sums are as in float32; Adam would turn small roundings to steps."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        score(config(files, dtype=dtype, layers=1, rehearse_optimizer="sgd"), tmp_path / dtype)
+        found[dtype] = stored(tmp_path / dtype, "nll", "adapt_influence", "stab_influence")
+    exact, rounded = found["float32"], found["bfloat16"]
+    np.testing.assert_array_equal(exact.pop("nll"), rounded.pop("nll"))
+    for name, values in exact.items():
+        off = np.linalg.norm(values - rounded[name]) / np.linalg.norm(values)
+        assert 1e-4 < off < 0.05, (name, off)
+
+
 @pytest.mark.parametrize(
     "at",
     [
