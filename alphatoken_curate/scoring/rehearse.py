@@ -127,6 +127,12 @@ class RehearsalScorer(ShardScorer):
                 f"{count(len(self.target), 'target row')}: a cut by rehearsed values learns so few by heart."
                 " Hundreds of --target rows serve, or a mild use: --weights tilt:0.25."
             )
+        config = self.spec.config
+        if narrow(getattr(torch, self.spec.dtype)) and config.rehearse_optimizer == "adamw":
+            progress.warn(
+                f"--dtype {self.spec.dtype}: AdamW steps along the sign of a gradient near 0, which is rounding here."
+                f" Values are off by much at --rehearse-root {config.rehearse_root:g}: give --dtype float32."
+            )
         own = replace(self.spec.store, fields={**self.spec.store.fields, "batch_tokens": batch_tokens})
         found = self._losses(own, progress, batch_tokens)
         finite = [row for row in self.rows if np.isfinite(found["nll"][self._place(row)]).all()]
