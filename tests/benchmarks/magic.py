@@ -9,7 +9,9 @@ term inside the square root (`eps_root` there). J is the mean loss over the resp
 Each job runs in a process of its own. Seconds begin when the model stands ready and are of CPU over all threads, `wall`
 beside them; `forward` is the job's own training, by its steps. GiB is the peak of the process, libraries and model and
 all. `written` is what the process wrote, `on disk` the most that its folder held. Agreement is with the rehearsal: the
-largest difference over the largest value, and Spearman's correlation.
+largest difference over the largest value, and Spearman's correlation. In float64 a tiny model's agree to 1e-11. In
+float32 Adam's slope where v is near 0, up to 1 / sqrt(root), enlarges what the gradient is rounded by: both are then
+about as far from the float64 values, ten times nearer where the root term is a hundred times as large (`--root`).
 
 Bergson runs by its own parts in the order of its `worker` (bergson/magic/cli.py): `prepare_trainer`, `Trainer.train`,
 `compute_query_gradients`, `Trainer.backward`, with a `DataStream` of rows in memory. Its labels say what responds, its
@@ -102,10 +104,9 @@ class Meter:
     cpu: float = 0.0
     wall: float = 0.0
     gib: float = 0.0
-    written: int = 0
-    """Bytes."""
-    held: int = 0
-    """The most bytes there at once."""
+    written: float = 0.0
+    """GiB, as `held`."""
+    held: float = 0.0
     values: Tensor | None = None
     """-dJ / dw of each response token, row by row."""
     missing: str = ""
@@ -119,7 +120,7 @@ class Meter:
 
         def watch() -> None:
             while not done.wait(0.2):
-                self.held = max(self.held, bytes_in(self.folder))
+                self.held = max(self.held, bytes_in(self.folder) / 2**30)
 
         watcher = threading.Thread(target=watch)
         before, begun, self._begun = process.io_counters().write_chars, time.perf_counter(), time.process_time()
@@ -130,7 +131,7 @@ class Meter:
             self.cpu, self.wall = time.process_time() - self._begun, time.perf_counter() - begun
             done.set()
             watcher.join()
-            self.written, self.gib = process.io_counters().write_chars - before, peak_gib()
+            self.written, self.gib = (process.io_counters().write_chars - before) / 2**30, peak_gib()
 
     def training_ends(self) -> None:
         """Told by a job whose training is done."""
@@ -299,9 +300,6 @@ def measured(name: str, work: Work) -> Meter:
 # -------------------------------------------------------------------------------------------------------------- table
 
 
-COLUMNS = ["forward", "s/step", "wall", "x step", "GiB", "written", "on disk"]
-
-
 def put_model(args: Namespace, folder: str) -> None:
     """Store the model where every job loads it from."""
     if args.shape == "tiny":
@@ -328,7 +326,7 @@ def plan(args: Namespace, folder: str) -> Work:
     if args.shape == "tiny":
         rows = [replace(row, input_ids=row.input_ids % TINY["vocab_size"]) for row in rows]
     steps = plan_steps(rows[:count], epochs=args.epochs, rows_per_step=args.rows_per_step, seed=0)
-    optimiser = Optimiser(lr=args.lr, steps=len(steps))
+    optimiser = Optimiser(lr=args.lr, root=args.root, steps=len(steps))
     course = Course(rows=rows[:count], steps=steps, optimiser=optimiser, batch_tokens=args.batch_tokens)
     return Work(
         model=folder,
@@ -345,8 +343,8 @@ def line(name: str, found: dict[str, Meter], steps: int) -> str:
     if one.missing:
         return f"{name:<14} {one.missing}"
     step = min((found[each].cpu for each in ("torch step", "our step") if each in found), default=float("nan"))
-    numbers = one.trained / steps, one.cpu / steps, one.wall / steps, one.cpu / step, one.gib
-    text = f"{name:<14}" + "".join(f"{x:>9.2f}" for x in (*numbers, one.written / 2**30, one.held / 2**30))
+    numbers = one.trained / steps, one.cpu / steps, one.wall / steps, one.cpu / step, one.gib, one.written, one.held
+    text = f"{name:<14}" + "".join(f"{x:>9.2f}" for x in numbers)
     if one.values is None or ours is None or ours.values is None or ours is one:
         return text
     error, rank = compare({"value": one.values}, {"value": ours.values}, ["value"])["value"]
@@ -368,6 +366,7 @@ def parse() -> Namespace:
         "--target-rows", type=int, default=4, help="a multiple of the rows of a step: Bergson's batches"
     )
     parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--root", type=float, default=1e-12)
     parser.add_argument("--batch-tokens", type=int, default=1024, help="of ours")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
@@ -389,7 +388,8 @@ def main() -> None:
             f" {args.rows_per_step} rows; {sum(tokens)} tokens in {len(tokens)} rows, {work.course.places[-1]} of them"
             f" respond; torch {torch.__version__}, {args.threads} threads"
         )
-        print(f"{'job':<14}" + "".join(f"{column:>9}" for column in COLUMNS), "  difference / Spearman", flush=True)
+        columns = ["forward", "s/step", "wall", "x step", "GiB", "written", "on disk"]
+        print(f"{'job':<14}" + "".join(f"{column:>9}" for column in columns), "  difference / Spearman", flush=True)
         found: dict[str, Meter] = {}
         for name in args.jobs:
             found[name] = measured(name, work)
