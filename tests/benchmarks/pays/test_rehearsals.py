@@ -68,10 +68,34 @@ def test_values_and_weights_are_those_of_the_tool(rehearsals: Any, models: dict[
         np.testing.assert_allclose(rehearsals.flat_weights(mine, lengths, {"by": name, **mask}), weights, rtol=1e-4)
 
 
+def tiny_setting() -> Any:
+    """Twelve rows to train on, and sixteen of a target."""
+    settings = importlib.import_module("settings")
+    made = [
+        settings.Row(ids=row.input_ids, response=row.response, good=row.response)
+        for row in rows_of(token_records(28, seed=3))
+    ]
+    parts = {"train": made[:12], "target": made[12:], "held": [], "retention": [], "remember": [], "beside": []}
+    return settings.Setting(name="tiny", **parts, learning_rate=1e-2, epochs=1, batch=3)
+
+
+def test_selections_by_the_tool_go_through_score_and_mask(
+    rehearsals: Any, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_look, selections = (importlib.import_module(name) for name in ("first_look", "selections"))
+    monkeypatch.setattr(selections, "MODEL", models["base"])
+    where = tiny_setting()
+    for name, chosen in first_look.TOOL.items():
+        weights = selections.weights_of(chosen, where, tmp_path, 0)
+        flat = np.concatenate([w[row.response] for w, row in zip(weights, where.train, strict=True)])
+        assert flat[flat > 0].mean() == pytest.approx(1), name
+        assert len(set(flat.tolist())) > (2 if "tilt" in name else 1), name
+
+
 def test_a_second_round_is_of_what_the_first_left(
     rehearsals: Any, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, loads = importlib.import_module("settings"), []
+    loads = []
 
     def load() -> Any:
         loads.append(1)
@@ -80,12 +104,7 @@ def test_a_second_round_is_of_what_the_first_left(
 
     monkeypatch.setattr(rehearsals, "load", load)
     monkeypatch.setattr(rehearsals, "COURSE_ROWS", 6)
-    made = [
-        settings.Row(ids=row.input_ids, response=row.response, good=row.response)
-        for row in rows_of(token_records(28, seed=3))
-    ]
-    parts = {"train": made[:12], "target": made[12:], "held": [], "retention": [], "remember": [], "beside": []}
-    where = settings.Setting(name="tiny", **parts, learning_rate=1e-2, epochs=1, batch=3)
+    where = tiny_setting()
     first, second = {"by": "value", "keep": 0.7}, {"by": "value", "keep": 0.8}
 
     def weights(mask: dict[str, Any], **more: Any) -> Any:
