@@ -133,7 +133,7 @@ class Optimiser:
             for a, g, *rest in _pieces(found[i], own, *given, *cotangents):
                 state, to = rest[: len(given)], rest[len(given) :]
                 if self.kind == "adamw":
-                    self._adamw_back(a, g * factor, state, to, k, decay)
+                    self._adamw_back(a, g, factor, state, to, k, decay)
                 else:
                     self._sgd_back(a, to, k, decay)
         if factor == 1.0:
@@ -143,10 +143,17 @@ class Optimiser:
         return [a.sub_(g, alpha=along).mul_(factor) for g, a in zip(grads, found, strict=True)]
 
     def _adamw_back(
-        self, a: Tensor, clipped: Tensor, before: Sequence[Tensor], to: Sequence[Tensor], k: int, decay: float
+        self,
+        a: Tensor,
+        g: Tensor,
+        factor: float,
+        before: Sequence[Tensor],
+        to: Sequence[Tensor],
+        k: int,
+        decay: float,
     ) -> None:
         weight, to_m, to_v = to
-        m, v = self._slots_after(before[0], before[1:], clipped, 1.0, decay)
+        m, v = self._slots_after(before[0], before[1:], g, factor, decay)
         (b1, b2), (c1, c2), lr = self.betas, self._corrections(k), self.rate(k)
         rooted, divisor = self._divisor(v, k)
         along = weight / divisor
@@ -154,7 +161,7 @@ class Optimiser:
         to_v.add_(along.mul_(m).div_(divisor).div_(rooted), alpha=lr / (2 * c1 * c2))
         weight.mul_(1 - lr * decay)
         torch.mul(to_m, 1 - b1, out=a)
-        a.addcmul_(clipped, to_v, value=2 * (1 - b2))
+        a.addcmul_(g, to_v, value=2 * (1 - b2) * factor)
         to_m.mul_(b1)
         to_v.mul_(b2)
 

@@ -201,12 +201,12 @@ class Rehearsal:
             self._drop_adjoints(k, len(outcomes))
         return done
 
-    def _forward(self, borders: list[int], told: Callable[[int], None], *, keep: int | None = None) -> None:
+    def _forward(self, borders: list[int], told: Callable[[int], None], *, keep: float = math.inf) -> None:
         """Train from the last border that was kept. Steps from `keep` on can be gone back through at once."""
         start = next(k for k in reversed(borders) if self._is_kept(k))
         self._load(start)
         for k in range(start, borders[-1]):
-            self._step(k, keep=keep is not None and k >= keep)
+            self._step(k, keep=k >= keep)
             shift = self.course.optimiser.root_shift(self.state, k)
             self._shift = self._shift[0] + shift[0], self._shift[1] + shift[1]
             told(k)

@@ -101,6 +101,21 @@ def fold(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(rows, kv_heads, heads // kv_heads * queries, size)
 
 
+def put(into: Tensor, first: int, last: int, folded: Tensor) -> None:
+    """Write (B, K, G n, D) of queries first..last-1 into (B, H, Q, D): `fold` undone."""
+    into[:, :, first:last] = folded.reshape(into.shape[0], into.shape[1], last - first, into.shape[3])
+
+
+def plain_rule(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor | None, Rule]:
+    """Mask and rule of torch's own attention: without a mask every key is seen, unless it is causal."""
+    if mask is None and not causal:
+        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    scaling = query.shape[-1] ** -0.5 if scale is None else scale
+    return mask, Rule(scaling=scaling, softcap=None, sliding_window=None)
+
+
 def in_block(
     query: Tensor, key: Tensor, mask: Tensor | None, sinks: Tensor | None, rule: Rule, span: tuple[int, int], keys: int
 ) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alphatoken_curate.engine.precision import wide
-from alphatoken_curate.engine.probabilities import Rule, fold, in_block, walk
+from alphatoken_curate.engine.probabilities import Rule, fold, in_block, plain_rule, put, walk
 from alphatoken_curate.engine.tangents import Dual, NoTangentError, dual, parts, rule
 
 
@@ -35,7 +35,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks
         scale = weights * how.scaling if slope is None else weights * slope * how.scaling
         folded = weights.flatten(2, 3).to(value.dtype)
         mixed = folded @ near[1]
-        _put(out, first, last, mixed)
+        put(out.transpose(1, 2), first, last, mixed)
         for n, moved in enumerate(found):
             terms = [fold(queries[n][:, :, first:last], groups) @ near[0].transpose(-1, -2)] if queries else []
             if keys:
@@ -45,7 +45,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks
                 tangent.add_(folded @ values[n][:, :, :seen])
             if sinking:
                 tangent.sub_(_sunk(weights, sinking[n]) * mixed)
-            _put(moved, first, last, tangent)
+            put(moved.transpose(1, 2), first, last, tangent)
     return dual(out, found)
 
 
@@ -66,12 +66,6 @@ def _through_scores(terms: list[Tensor], scale: Tensor, value: Tensor, mixed: Te
     return (score.to(value.dtype) @ value).sub_(score.sum(-1, keepdim=True) * mixed)
 
 
-def _put(out: Tensor, first: int, last: int, mixed: Tensor) -> None:
-    """Write (B, K, G n, D) of queries first..last-1 into (B, Q, H, D)."""
-    rows, _, heads, size = out.shape
-    out[:, first:last] = mixed.reshape(rows, heads, last - first, size).transpose(1, 2)
-
-
 @rule("moving_attention")
 def _scoring_attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What blocks of S call by way of `attention.attention_forward`."""
@@ -84,9 +78,7 @@ def _plain_attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     query, key, value, mask, dropout, causal, scale, _ = operands(*args, **kwargs)
     if dropout:
         raise NoTangentError("scaled_dot_product_attention with dropout")
-    if mask is None and not causal:
-        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    how = Rule(scaling=query.shape[-1] ** -0.5 if scale is None else scale, softcap=None, sliding_window=None)
+    mask, how = plain_rule(query, key, mask, causal, scale)
     out, tangents = parts(attend(query, key, value, mask, None, how))
     return dual(out.transpose(1, 2), (t.transpose(1, 2) for t in tangents))
 

@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from alphatoken_curate.engine.probabilities import Rule, fold, in_block, walk
+from alphatoken_curate.engine.probabilities import fold, in_block, plain_rule, put, walk
 from alphatoken_curate.engine.tangent_attention import operands
 
 
@@ -50,8 +50,7 @@ class Twice(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention:
             query, key, value, mask, dropout, causal, scale, _ = operands(*args, **kwargs)
             if not dropout and not (mask is not None and mask.requires_grad):
-                scaling = query.shape[-1] ** -0.5 if scale is None else scale
-                return _Attention.apply(query, key, value, mask, causal, scaling)  # type: ignore[no-untyped-call]
+                return _Attention.apply(query, key, value, mask, causal, scale)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,19 +65,19 @@ class Twice(TorchFunctionMode):
 
     def add_to(self, weight: Tensor, turned: bool, error: Tensor, x: Tensor) -> None:
         """Add what a map's weight gets of its outputs' cotangents and its inputs."""
-        _add_product(self, _laid(self.into[weight], turned), _flat(error).T, _flat(x))
+        self.add_product(_laid(self.into[weight], turned), _flat(error).T, _flat(x))
+
+    def add_product(self, into: Tensor, one: Tensor, other: Tensor) -> None:
+        """Add the product of two matrices to a third."""
+        if self.dtype is None:
+            into.addmm_(one, other)
+        else:
+            into.add_(self.product(one, other))
 
 
 def _laid(matrix: Tensor, turned: bool) -> Tensor:
     """(d_out, d_in)."""
     return matrix.T if turned else matrix
-
-
-def _add_product(mode: Twice, into: Tensor, one: Tensor, other: Tensor) -> None:
-    if mode.dtype is None:
-        into.addmm_(one, other)
-    else:
-        into.add_(mode.product(one, other))
 
 
 def token_nll(logits: Tensor, target: Tensor) -> Tensor:
@@ -161,7 +160,7 @@ class _LinearBack(Function):
             mode.add_to(weight, turned, error, to_x)
         if along is not None:
             along = _laid(along, turned)
-            _add_product(mode, _flat(to_error), _flat(x), along.T)
+            mode.add_product(_flat(to_error), _flat(x), along.T)
             of_x = mode.product(error, along) if ctx.needs_input_grad[1] else None
         return to_error, of_x, None, None, None
 
@@ -173,9 +172,9 @@ def _flat(x: Tensor) -> Tensor:
 class _Attention(Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> Tensor:
-        ctx.how = mask, causal, scaling
+        ctx.how = mask, causal, scale
         ctx.save_for_backward(query, key, value)
         return _attend(query, key, value, *ctx.how)
 
@@ -202,10 +201,12 @@ class _AttentionBack(Function):
         return *_second(error, query, key, value, along, *ctx.how), None, None, None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
     with torch._C.DisableTorchFunction():  # a backward may run inside the mode, which would send it here again
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=True
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
         )
 
 
@@ -217,12 +218,11 @@ def _second(
     along: tuple[Tensor, ...],
     mask: Tensor | None,
     causal: bool,
-    scaling: float,
+    scale: float | None,
 ) -> tuple[Tensor, ...]:
     """How output and gradients move along (Q', K', V'): (O', (dQ)', (dK)', (dV)')."""
-    if mask is None and not causal:
-        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    heads, rule = key.shape[1], Rule(scaling=scaling, softcap=None, sliding_window=None)
+    mask, rule = plain_rule(query, key, mask, causal, scale)
+    heads, scaling = key.shape[1], rule.scaling
     out, to_query = torch.empty_like(error), torch.empty_like(query)
     to_key, to_value = torch.zeros_like(key), torch.zeros_like(value)
     for (first, last), seen in walk(query, key, mask):
@@ -237,8 +237,8 @@ def _second(
         ds_moves = off_moves.sub_(_rowwise(p_moves, off) + _rowwise(p, off_moves)).mul_(p)
         ds_moves.addcmul_(p_moves, off.sub_(share))
         ds = off.mul_(p)
-        _put(out, first, last, (p_moves @ v).add_(p @ v_moves))
-        _put(to_query, first, last, (ds_moves @ k).add_(ds @ k_moves).mul_(scaling))
+        put(out, first, last, (p_moves @ v).add_(p @ v_moves))
+        put(to_query, first, last, (ds_moves @ k).add_(ds @ k_moves).mul_(scaling))
         to_key[:, :, :seen].add_((ds_moves.mT @ q).add_(ds.mT @ q_moves), alpha=scaling)
         to_value[:, :, :seen].add_(p_moves.mT @ d_o)
     return out, to_query, to_key, to_value
@@ -248,8 +248,3 @@ def _rowwise(one: Tensor, other: Tensor) -> Tensor:
     """Sum over keys of the product, (B, K, G n, 1)."""
     found: Tensor = torch.linalg.vecdot(one, other)
     return found.unsqueeze(-1)
-
-
-def _put(into: Tensor, first: int, last: int, folded: Tensor) -> None:
-    """Write (B, K, G n, D) of queries first..last-1 into (B, H, Q, D)."""
-    into[:, :, first:last] = folded.reshape(into.shape[0], into.shape[1], last - first, into.shape[3])

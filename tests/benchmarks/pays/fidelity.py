@@ -22,7 +22,7 @@ import torch
 from counterfactual import ranking
 from grid import FIDELITY, RANKINGS
 from numpy.typing import NDArray
-from settings import MODEL, Setting, about, rows_sha256, setting
+from settings import MODEL, Setting, about, rows_sha256, setting, token_rows
 
 from alphatoken_curate.directions.losses import row_means
 from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
@@ -33,7 +33,6 @@ from alphatoken_curate.models.load import find_model, load_model
 from alphatoken_curate.reading.compare import spearman
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.tokens.plan import collate, plan_batches
-from alphatoken_curate.tokens.tokenise import TokenRow
 
 ROWS = 32
 EPS = 1e-8
@@ -62,7 +61,7 @@ def one(data: str, work: str, config: dict[str, Any]) -> dict[str, float | None]
 def truth(where: Setting) -> dict[str, NDArray[np.float64]]:
     """The effect of each response token over all parameters, (N,), under gradient descent and under AdamW."""
     model = load_model(find_model(MODEL), dtype=torch.float32, device=torch.device("cpu"))
-    rows, target = _rows(where.train), _rows(where.target)
+    rows, target = token_rows(where.train), token_rows(where.target)
     with captured(model, "all", "all") as scoring:
         batches = [collate(target, some) for some in plan_batches(target, 2048)]
         plain = target_gradient(scoring, batches, all_positions=True) + rest_gradient(scoring, batches)
@@ -79,22 +78,6 @@ def truth(where: Setting) -> dict[str, NDArray[np.float64]]:
         signals = [scorer.score(single).influence for single in singles]
     both = torch.cat([s for s in signals if s is not None], dim=1).double().numpy()
     return {"plain": both[0], "adamw": both[1]}
-
-
-def _rows(rows: Any) -> list[TokenRow]:
-    return [
-        TokenRow(
-            row_id=i,
-            source="",
-            line=i + 1,
-            id=None,
-            input_ids=row.ids,
-            response=row.response,
-            end_of_turn=np.zeros(len(row.ids), np.bool_),
-            truncated=0,
-        )
-        for i, row in enumerate(rows)
-    ]
 
 
 def positive_kept(x: NDArray[np.float64], effect: NDArray[np.float64]) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from selections import Selection, alone, digest
-from settings import MODEL, TARGETED, Row, Setting, rows_sha256
+from settings import MODEL, TARGETED, Setting, rows_sha256, token_rows
 from training import Weights, batches, load
 
 from alphatoken_curate.directions.groups import mean_and_error
@@ -120,7 +120,7 @@ def values_of(where: Setting, work: Path, trains: Weights | None = None, at_once
 
 
 def _values_of_course(where: Setting, work: Path, trains: Weights | None, at_once: int) -> GroupValues:
-    rows = [_token_row(i, row) for i, row in enumerate(where.train)]
+    rows = token_rows(where.train)
     if trains is not None:
         rows = [replace(row, response=row.response & (w > 0)) for row, w in zip(rows, trains, strict=True)]
     about = {
@@ -135,7 +135,7 @@ def _values_of_course(where: Setting, work: Path, trains: Weights | None, at_onc
     kept = work / "values" / f"{digest(about)}.npz"
     with alone(kept):
         if not kept.is_file():
-            groups = dealt([_token_row(i, row) for i, row in enumerate(where.target)])
+            groups = dealt(token_rows(where.target))
             steps = batches(where, ORDER)
             optimiser = Optimiser(lr=where.learning_rate, steps=len(steps), root=ROOT)
             states = kept.with_suffix(".states")
@@ -186,20 +186,6 @@ def dealt(target: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
     """Target rows by group, in their order; of fewer rows (a trial) each group has its share."""
     ends = [0, *(round(end * len(target) / TARGETED) for end in GROUP_ENDS)]
     return [target[first:last] for first, last in itertools.pairwise(ends)]
-
-
-def _token_row(row_id: int, row: Row) -> TokenRow:
-    nowhere = np.zeros_like(row.response)
-    return TokenRow(
-        row_id=row_id,
-        source="",
-        line=row_id + 1,
-        id=None,
-        input_ids=row.ids,
-        response=row.response,
-        end_of_turn=nowhere,
-        truncated=0,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

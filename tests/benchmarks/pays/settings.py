@@ -105,10 +105,10 @@ class Setting:
 @cache
 def setting(name: str, data: Path) -> Setting:
     """A setting by its name."""
-    maths = _read(data / "gsm8k_sft.jsonl", LONGEST)
     passages = _passages(data / "lambada_retention.jsonl")
     if name.split(maxsplit=1)[0] in SPLITS:
         return _of_split(name, data, passages)
+    maths = _read(data / "gsm8k_sft.jsonl", LONGEST)
     base = Setting(
         name=name,
         train=maths[:128],
@@ -278,6 +278,23 @@ def pair_record(chosen: Row, rejected: Row) -> dict[str, Any]:
     """A pair as `score` reads it, pre-tokenised."""
     both = {"chosen": chosen, "rejected": rejected}
     return {f"{name}_{key}": value for name, row in both.items() for key, value in record(row).items()}
+
+
+def token_rows(rows: Sequence[Row]) -> list[TokenRow]:
+    """Rows as the package has them once they are tokens."""
+    return [
+        TokenRow(
+            row_id=i,
+            source="",
+            line=i + 1,
+            id=None,
+            input_ids=row.ids,
+            response=row.response,
+            end_of_turn=np.zeros_like(row.response),
+            truncated=0,
+        )
+        for i, row in enumerate(rows)
+    ]
 
 
 def records(rows: Sequence[Row], *, pairs: bool) -> list[dict[str, Any]]:
