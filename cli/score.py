@@ -13,12 +13,13 @@ from alphatoken_curate.wording import in_sequences
 
 from .grouped import Grouped
 from .options import config_options, read_config
+from .paths import OUT
 from .told import first_row, older, summary
 
 
 @click.command(cls=Grouped)
 @click.argument("data", nargs=-1)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder. Default: DATA's stem + .alphatoken.")
+@click.option("-o", "--out", type=OUT, help="Run folder. Default: DATA's stem + .alphatoken.")
 @config_options(ScoreConfig)
 @click.pass_context
 def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_: Any) -> None:

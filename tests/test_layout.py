@@ -16,7 +16,7 @@ from sources import CLI, LIBRARY, ROOT, imports, modules
 import alphatoken_curate
 
 ORDER = """
-    : errors wording settings together config progress
+    : errors wording urls settings together config progress
     runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary
         direction card watched tensor_file
         artifacts
@@ -206,7 +206,7 @@ def test_errors_are_neither_swallowed_nor_asserted(path: Path) -> None:
 def test_every_command_is_a_file_of_its_own() -> None:
     from alphatoken_curate.cli.main import COMMANDS
 
-    helpers = {"__init__", "__main__", "grouped", "interrupts", "lines", "main", "options", "terminal", "told"}
+    helpers = {"__init__", "__main__", "grouped", "interrupts", "lines", "main", "options", "paths", "terminal", "told"}
     assert {path.stem for path in modules(CLI)} - helpers == set(COMMANDS)
 
 
