@@ -53,6 +53,11 @@ def shown(url: str | Path) -> str:
     return text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
 
 
+def scheme_of(url: str) -> str:
+    """`s3` of `S3://bucket/name`."""
+    return _parts(url)[0]
+
+
 def checked(url: str) -> tuple[str, str]:
     """The scheme of a URL in small letters, and what follows `://`. Raises `UsageError` where it holds more than names.
 

@@ -17,7 +17,7 @@ import alphatoken_curate
 
 ORDER = """
     : errors wording urls settings together config progress
-    runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary
+    runs: stores fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary
         direction card watched tensor_file
         artifacts
     models: releases formats tensors whole vocabularies folders adapters devices load likeness checkpoints
