@@ -67,7 +67,7 @@ def told(url: str, kind: type[CurateError] = InputError) -> Iterator[None]:
         if type(error).__name__ == "FileExpired":
             raise kind(f"{shown(url)}: {_CHANGED}") from error
         advice = "Check the network, the endpoint and the credentials in the environment, then run the command again."
-        raise kind(f"{shown(url)}: the store does not give it ({_first(error)}). {advice}") from error
+        raise kind(f"{shown(url)}: the store cannot be used ({_first(error)}). {advice}") from error
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -140,7 +140,8 @@ def test_no_credentials_and_no_store_are_told_in_a_line(bucket: str) -> None:
     without = {name: text for name, text in os.environ.items() if not name.startswith(("AWS_ACCESS", "AWS_SECRET"))}
     nobody = {"AWS_SHARED_CREDENTIALS_FILE": "/nowhere", "AWS_CONFIG_FILE": "/nowhere"}
     nowhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
-    for environment, says in (({**without, **nobody}, "credentials"), ({**os.environ, **nowhere}, "endpoint")):
+    told = ({**without, **nobody}, "Unable to locate credentials"), ({**os.environ, **nowhere}, "Could not connect")
+    for environment, says in told:
         s3fs.S3FileSystem.clear_instance_cache()
         with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(s3fs.S3FileSystem, "retries", 1):
             assert says in refusal(url)
