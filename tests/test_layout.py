@@ -32,7 +32,7 @@ ORDER = """
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources prepare idle outcome spec reference scorer trial job rehearse
         beside changes loop refresh memory estimate check finished score
-    reading: words scan rules verify publish row search histogram sums counting errors stats compare trainset
+    reading: words published scan rules verify publish row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
     exports: form settle hf llamafactory swift shifted unshifted verl_dataset originals messages guide verify export
