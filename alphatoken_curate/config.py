@@ -107,7 +107,10 @@ class ScoreConfig(MaskConfig):
     """Everything `score` is told."""
 
     data: tuple[str, ...] = _option(
-        (), "Rows to score: files, folders, globs or a Hugging Face dataset name.", _ROWS, kind="data"
+        (),
+        "Rows to score: files, folders, globs, URLs (s3, gs, hf) or a Hugging Face dataset name.",
+        _ROWS,
+        kind="data",
     )
     map: str | None = _option(
         None,

@@ -25,8 +25,8 @@ from .told import first_row, older, summary
 def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_: Any) -> None:
     """Value every response token of DATA; write values, a mask and loss weights.
 
-    DATA: JSONL (.gz, .zst), JSON arrays, Parquet, folders, globs, or a Hugging Face dataset name. The same command
-    goes on where it was interrupted, and leaves a finished run alone.
+    DATA: JSONL (.gz, .zst), JSON arrays, Parquet, folders, globs, s3://, gs:// or hf:// URLs of these, or a Hugging
+    Face dataset name. The same command goes on where it was interrupted, and leaves a finished run alone.
     """
     config = read_config(ctx, ScoreConfig, data)
 
