@@ -74,7 +74,7 @@ def _errors() -> tuple[type[Exception], ...]:
     """What the libraries of stores that are loaded raise."""
     named = ((sys.modules.get(module), name) for module, names in _LIBRARIES.items() for name in names)
     loaded = (getattr(module, name, None) for module, name in named if module is not None)
-    return OSError, EOFError, *(one for one in loaded if one is not None)
+    return OSError, EOFError, ValueError, *(one for one in loaded if one is not None)
 
 
 def _first(error: Exception) -> str:

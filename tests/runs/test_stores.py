@@ -148,8 +148,9 @@ def test_no_credentials_and_no_store_are_told_in_a_line(bucket: str) -> None:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_hub_urls_without_a_network_are_told_in_a_line() -> None:
-    assert refusal("hf://datasets/owner/name/x.jsonl").startswith("hf://datasets/owner/name/x.jsonl: the store ")
+@pytest.mark.parametrize("url", ["hf://datasets/owner/name/x.jsonl", "hf://x", "hf://datasets/", "hf://a/b@c/x.jsonl"])
+def test_hub_urls_without_a_network_are_told_in_a_line(url: str) -> None:
+    assert refusal(url).startswith(f"{url}: the store ")
 
 
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.parquet"])
