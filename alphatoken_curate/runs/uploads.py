@@ -12,7 +12,7 @@ from typing import Any
 
 from alphatoken_curate.errors import BusyError, UsageError
 from alphatoken_curate.runs.stores import BLOCK_BYTES, store_of, told
-from alphatoken_curate.urls import scheme_of, shown
+from alphatoken_curate.urls import names_url, scheme_of, shown
 
 _MOST_AT_ONCE = 64 * 2**20
 """Larger files are sent in parts, from the disk."""
@@ -25,8 +25,9 @@ class Uploads:
     """The objects below a URL. Raises `UsageError` for one that is not written to, and where the store refuses."""
 
     def __init__(self, url: str) -> None:
-        if (scheme := scheme_of(url)) != "s3":
+        if (scheme := scheme_of(url)) != "s3" or not names_url(url):
             why = {
+                "s3": "give it as s3://bucket/prefix",
                 "gs": "gcsfs has no replacement on a condition, so two publishers could not be told apart",
                 "file": "that is a folder of this machine: copy the run there",
             }.get(scheme, f"nothing is known of how {scheme}:// keeps two publishers apart")

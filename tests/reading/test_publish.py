@@ -250,6 +250,7 @@ WRONG = {
     "file:///tmp/x": "a folder of this machine",
     "memory://x": "nothing is known",
     "/tmp/x": "nothing is known",
+    "s3:/b/x": "give it as s3://bucket/prefix",
     "s3://": "no bucket",
     "s3://k:secret@b/x": "the URL has more in it",
     "s3://b/../x": "no paths",
