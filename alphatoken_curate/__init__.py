@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from alphatoken_curate.masks.remask import MaskSummary
     from alphatoken_curate.page.report import report
     from alphatoken_curate.reading.compare import Comparison, compare
+    from alphatoken_curate.reading.publish import PublishSummary, publish
     from alphatoken_curate.reading.scan import scan, scan_tokens
     from alphatoken_curate.reading.verify import verify
     from alphatoken_curate.scoring.folder import ScoreSummary
@@ -40,6 +41,7 @@ _HOME = {
     "MaskConfig": "config",
     "MaskSummary": "masks.remask",
     "ModelError": "errors",
+    "PublishSummary": "reading.publish",
     "RefreshSummary": "scoring.refresh",
     "ScoreConfig": "config",
     "ScoreSummary": "scoring.folder",
@@ -48,6 +50,7 @@ _HOME = {
     "compare": "reading.compare",
     "export": "exports.export",
     "mask": "masks.mask",
+    "publish": "reading.publish",
     "refresh": "scoring.refresh",
     "report": "page.report",
     "scan": "reading.scan",
@@ -67,6 +70,7 @@ __all__ = [
     "MaskConfig",
     "MaskSummary",
     "ModelError",
+    "PublishSummary",
     "RefreshSummary",
     "ScoreConfig",
     "ScoreSummary",
@@ -75,6 +79,7 @@ __all__ = [
     "compare",
     "export",
     "mask",
+    "publish",
     "refresh",
     "report",
     "scan",

@@ -107,7 +107,10 @@ class ScoreConfig(MaskConfig):
     """Everything `score` is told."""
 
     data: tuple[str, ...] = _option(
-        (), "Rows to score: files, folders, globs or a Hugging Face dataset name.", _ROWS, kind="data"
+        (),
+        "Rows to score: files, folders, globs, URLs (s3, gs, hf) or a Hugging Face dataset name.",
+        _ROWS,
+        kind="data",
     )
     map: str | None = _option(
         None,
@@ -118,7 +121,7 @@ class ScoreConfig(MaskConfig):
     subset: str | None = _option(None, "Configuration (subset) of a Hub dataset of DATA.", _ROWS)
     split: str | None = _option(None, "Split of a dataset of DATA, of the Hub or save_to_disk. Default: train.", _ROWS)
     limit: int | None = _option(None, "Read the first N rows alone, for a trial.", _ROWS, kind="count")
-    target: str | None = _option(None, "Rows of the task to learn. Default: rows held out of DATA.", _ROWS)
+    target: str | None = _option(None, "Rows of the task to learn. Default: rows held out of DATA.", _ROWS, kind="rows")
     target_rows: int = _option(
         32,
         "Most rows to hold out as target without --target; a tenth of DATA at most.",
@@ -210,7 +213,7 @@ class ScoreConfig(MaskConfig):
     )
     fisher_rows: int = _option(256, "Rows the Fisher is estimated from.", _COMPUTED, kind="count")
     fisher_prompts: str | None = _option(
-        None, "Prompts of --fisher generate, rows of any shape. Default: those of DATA.", _COMPUTED
+        None, "Prompts of --fisher generate, rows of any shape. Default: those of DATA.", _COMPUTED, kind="rows"
     )
     fisher_new_tokens: int = _option(128, "Tokens to generate after each prompt.", _COMPUTED, kind="count")
     drift: str | None = _option(
@@ -231,6 +234,7 @@ class ScoreConfig(MaskConfig):
         None,
         "Rows not to forget: their gradient takes the drift's place in stability.",
         _COMPUTED,
+        kind="rows",
     )
     precondition: str = _option(
         "none",

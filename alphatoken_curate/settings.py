@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.urls import FILE_ADVICE, check_local, is_url
 
 _MOST_YAML_BYTES = 1 << 16
 
@@ -37,6 +38,7 @@ def load_settings(path: Path) -> dict[str, Any]:
                 raise yaml.YAMLError(f"the key {twice[0]!r} stands there twice")
             return super().construct_mapping(node, deep)
 
+    check_local(path, FILE_ADVICE)
     try:
         if path.stat().st_size > _MOST_YAML_BYTES:
             raise UsageError(f"--config {path}: larger than {_MOST_YAML_BYTES} bytes, so not a config.")
@@ -55,6 +57,8 @@ def read_setting(field_: Field[Any], value: Any) -> Any:
     kind, choices = field_.metadata["kind"], field_.metadata["choices"]
     if value is None and field_.default is None:
         return None
+    if kind in _LOCAL and isinstance(value, str) and is_url(value):
+        check_local(value, f"--{field_.name.replace('_', '-')} takes no URL. {FILE_ADVICE}")
     try:
         read = _KINDS[kind](value)
     except (TypeError, ValueError):
@@ -191,7 +195,11 @@ def _device(value: Any) -> str | None:
     return value if isinstance(value, str) and _DEVICE.fullmatch(value) else None
 
 
+_LOCAL = frozenset({"str", "file"})
+"""Kinds of settings that no URL is read for: a new one is among them unless it is said to name `rows`."""
+
 _KINDS: dict[str, Callable[[Any], Any]] = {
+    "rows": lambda value: value if isinstance(value, str) and value else None,
     "str": lambda value: value if isinstance(value, str) and value else None,
     "bool": lambda value: value if isinstance(value, bool) else None,
     "int": lambda value: _integer(value, 0),
@@ -214,6 +222,7 @@ _KINDS: dict[str, Callable[[Any], Any]] = {
 }
 
 _TAKES = {
+    "rows": "a file, folder, glob, URL or dataset name",
     "str": "a word",
     "bool": "true or false",
     "int": "a whole number from 0",

@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from .lines import tell_json, tell_version
+from .paths import RUN
 
 
 @click.command(name="compare")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("other", required=False, type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
+@click.argument("other", required=False, type=RUN)
 @click.option(
     "--generations",
     metavar="G,H",

@@ -11,6 +11,7 @@ import click
 from alphatoken_curate.wording import count, nearest
 
 from .lines import tell_version
+from .paths import OUT, RUN
 
 TRAINERS = (
     "trl",
@@ -52,14 +53,10 @@ class _Trainer(click.Choice[str]):
 
 
 @click.command(name="export", help=_HELP)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--for", "trainer", type=_Trainer(TRAINERS), required=True, help="Who is to read the files.")
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="A new folder for them. Default: RUN's name with TRAINER's: a.trl.",
+    "-o", "--output", type=OUT, metavar="DIR", help="A new folder for them. Default: RUN's name with TRAINER's: a.trl."
 )
 @click.option("--mask", type=int, metavar="N", help="The mask to export. Default: the newest.")
 @click.option(

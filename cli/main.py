@@ -26,6 +26,7 @@ COMMANDS = {
     "compare": "Show two runs, or two generations of one, side by side.",
     "report": "Write a run as one HTML page: charts, and rows coloured by value.",
     "export": "Write the rows of a mask as files that another trainer reads.",
+    "publish": "Put a finished run into an S3 bucket, or add what is new of it.",
     "verify": "Check every file of a run, or of an export: digests, counts, alignment.",
 }
 

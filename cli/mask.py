@@ -14,6 +14,7 @@ from alphatoken_curate.rows.files import legible, visible
 from .grouped import Grouped
 from .lines import tell_version
 from .options import config_options, read_config
+from .paths import RUN
 from .told import first_row, older, summary
 
 _EPILOG = """\b
@@ -28,7 +29,7 @@ or an expression of all but random, in a small part of SQL (sample_data/README.m
 
 
 @click.command(cls=Grouped, epilog=_EPILOG)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @config_options(MaskConfig)
 @click.pass_context
 def command(ctx: click.Context, /, run: Path, **_: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -14,6 +13,7 @@ from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, is_from_b
 from alphatoken_curate.settings import load_settings
 
 from .grouped import Setting
+from .paths import FILE
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=MaskConfig)
@@ -45,9 +45,7 @@ def config_options(kind: type[MaskConfig], only: tuple[str, ...] = ()) -> Callab
         for item in reversed(fields(kind)):
             if item.name != "data" and (not only or item.name in only):
                 function = _flag(item)(function)
-        return click.option(
-            "-c", "--config", type=click.Path(dir_okay=False, path_type=Path), help="YAML file of settings; flags win."
-        )(function)
+        return click.option("-c", "--config", type=FILE, help="YAML file of settings; flags win.")(function)
 
     return add
 

@@ -10,6 +10,7 @@ import click
 
 from alphatoken_curate.runs.folder import check_is_run
 
+from .paths import READ, RUN
 from .told import summary
 
 if TYPE_CHECKING:
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
 
 
 @click.command(name="refresh")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=READ,
     metavar="C",
     help="A model folder, a PEFT adapter folder (LoRA, DoRA), or a folder of `checkpoint-*` folders, in step order.",
 )
 @click.option(
     "--watch",
-    type=click.Path(path_type=Path),
+    type=READ,
     metavar="DIR",
     help="Instead: score each new `checkpoint-*` of a training run's output once it is complete, until stopped.",
 )

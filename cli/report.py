@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from .lines import tell_version
+from .paths import OUT, RUN
 
 
 @click.command(name="report")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Default: report.html in RUN.")
+@click.argument("run", type=RUN)
+@click.option("-o", "--output", type=OUT, metavar="FILE", help="Default: report.html in RUN.")
 def command(run: Path, output: Path | None) -> None:
     """Write the run folder RUN as one HTML page: charts, and rows coloured by value. It opens without a network."""
     from alphatoken_curate.page.report import report

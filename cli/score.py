@@ -13,19 +13,20 @@ from alphatoken_curate.wording import in_sequences
 
 from .grouped import Grouped
 from .options import config_options, read_config
+from .paths import OUT
 from .told import first_row, older, summary
 
 
 @click.command(cls=Grouped)
 @click.argument("data", nargs=-1)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Run folder. Default: DATA's stem + .alphatoken.")
+@click.option("-o", "--out", type=OUT, help="Run folder. Default: DATA's stem + .alphatoken.")
 @config_options(ScoreConfig)
 @click.pass_context
 def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_: Any) -> None:
     """Value every response token of DATA; write values, a mask and loss weights.
 
-    DATA: JSONL (.gz, .zst), JSON arrays, Parquet, folders, globs, or a Hugging Face dataset name. The same command
-    goes on where it was interrupted, and leaves a finished run alone.
+    DATA: JSONL (.gz, .zst), JSON arrays, Parquet, folders, globs, s3://, gs:// or hf:// URLs of these, or a Hugging
+    Face dataset name. The same command goes on where it was interrupted, and leaves a finished run alone.
     """
     config = read_config(ctx, ScoreConfig, data)
 

@@ -10,6 +10,7 @@ import click
 from alphatoken_curate.wording import count
 
 from .lines import tell_version
+from .paths import RUN
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,7 @@ _MOST_HITS = 20
 
 
 @click.command(name="show", epilog=_EPILOG)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--row", type=int, metavar="N", help="Number of the row among all rows read, from 0.")
 @click.option("--id", "own_id", metavar="ID", help="The row's own id, in place of --row.")
 @click.option("--turn", type=int, metavar="T", help="Of a chat scored by --turns each; default: the first scored.")

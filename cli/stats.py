@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 import click
 
 from .lines import tell_json, tell_version
+from .paths import OUT, RUN
 
 if TYPE_CHECKING:
     from alphatoken_curate.reading.stats import Stats
 
 
 @click.command(name="stats")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 @click.option("--generation", type=int, metavar="G", help="The scoring to show. Default: the newest.")
 @click.option("--json", "as_json", is_flag=True, help="Print all numbers as one JSON object with sorted keys.")
-@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw all histograms into FILE instead.")
-@click.option(
-    "--png", type=click.Path(path_type=Path), metavar="FILE", help="The same as pixels; needs the extra [png]."
-)
+@click.option("--svg", type=OUT, metavar="FILE", help="Draw all histograms into FILE instead.")
+@click.option("--png", type=OUT, metavar="FILE", help="The same as pixels; needs the extra [png].")
 def command(run: Path, generation: int | None, as_json: bool, svg: Path | None, png: Path | None) -> None:
     """Show the run folder RUN in numbers: counts, histograms, component spreads, generations and masks.
 

@@ -13,13 +13,14 @@ from alphatoken_curate.runs.folder import export_in_words, is_export
 from alphatoken_curate.wording import count
 
 from .lines import tell_version
+from .paths import RUN
 
 if TYPE_CHECKING:
     from alphatoken_curate.reading.verify import Problem
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=RUN)
 def command(run: Path) -> None:
     """Check every file of RUN: digests, page checksums, schemas, counts and alignment. Exit 4 where one is wrong.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from buckets import new_bucket, s3_server
 from forks import Forks
 from tiny_files import save_models
 from torch import Tensor
@@ -104,3 +105,16 @@ def few_objects_to_look_through() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the tests of a module share and do not change."""
     return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    """The address of an S3 in this process."""
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3_address: str) -> str:
+    """An empty bucket in it."""
+    return new_bucket()

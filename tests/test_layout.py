@@ -16,9 +16,9 @@ from sources import CLI, LIBRARY, ROOT, imports, modules
 import alphatoken_curate
 
 ORDER = """
-    : errors wording settings together config progress
-    runs: fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary
-        direction card watched tensor_file
+    : errors wording urls settings together config progress
+    runs: stores fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary
+        direction card watched tensor_file uploads
         artifacts
     models: releases formats tensors whole vocabularies folders adapters devices load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention twice experts foreign below
@@ -32,7 +32,7 @@ ORDER = """
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources prepare idle outcome spec reference scorer trial job rehearse
         beside changes loop refresh memory estimate check finished score
-    reading: words scan rules verify row search histogram sums counting errors stats compare trainset
+    reading: words published scan rules verify publish row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
     exports: form settle hf llamafactory swift shifted unshifted verl_dataset originals messages guide verify export
@@ -206,7 +206,7 @@ def test_errors_are_neither_swallowed_nor_asserted(path: Path) -> None:
 def test_every_command_is_a_file_of_its_own() -> None:
     from alphatoken_curate.cli.main import COMMANDS
 
-    helpers = {"__init__", "__main__", "grouped", "interrupts", "lines", "main", "options", "terminal", "told"}
+    helpers = {"__init__", "__main__", "grouped", "interrupts", "lines", "main", "options", "paths", "terminal", "told"}
     assert {path.stem for path in modules(CLI)} - helpers == set(COMMANDS)
 
 
@@ -237,6 +237,7 @@ def test_every_source_module_has_its_tests() -> None:
         "runs.documents": "runs/test_manifest",
         "together": "test_config",
         "runs.records": "runs/test_shards",
+        "runs.uploads": "reading/test_publish",
         "runs.vocabulary": "reading/test_words",
         "models.folders": "models/test_load",
         "models.likeness": "scoring/test_refresh",

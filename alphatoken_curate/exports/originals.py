@@ -112,7 +112,7 @@ def _files(opened: TrainSet, settings: Mapping[str, Any], *, limited: bool) -> l
         sources = ", ".join(visible(known.source) for known in inputs)
         raise UsageError(f"the original rows are not those that were scored: the run was made of {sources}. {again}")
     for file, known in zip(found, inputs, strict=True):
-        if not file.is_hub and digest(Path(file.path)) != (known.bytes, known.digest.removeprefix("sha256:")):
+        if file.is_local and digest(Path(file.path)) != (known.bytes, known.digest.removeprefix("sha256:")):
             raise _changed(file, "its digest is not that in the manifest")
     return list(zip(found, inputs, strict=True))
 

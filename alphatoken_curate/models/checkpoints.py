@@ -31,6 +31,7 @@ from alphatoken_curate.models.folders import (
 from alphatoken_curate.models.formats import unfinished
 from alphatoken_curate.models.load import ModelSource, digest_files, find_model
 from alphatoken_curate.models.tensors import header_problems
+from alphatoken_curate.urls import FILE_ADVICE, check_local
 from alphatoken_curate.wording import count
 
 Signature: TypeAlias = tuple[tuple[str, int, int], ...]
@@ -57,6 +58,7 @@ def find_checkpoints(path: str | Path, *, base: ModelSource | None) -> list[Chec
     unless its weights are those of the last step. Raises ModelError where there is none, where one is half-written
     (all such are named) or is an adapter of another model than `base`.
     """
+    check_local(path, FILE_ADVICE)
     folder = Path(path).expanduser()
     if folder.is_file():
         return [Checkpoint(name=folder.stem, step=None, source=find_model(str(folder)))]
@@ -219,6 +221,7 @@ class Watcher:
     """
 
     def __init__(self, folder: str | Path, base: ModelSource | None) -> None:
+        check_local(folder, FILE_ADVICE)
         self.folder = Path(folder).expanduser()
         self.base = base
         self.waiting: dict[str, str] = {}

@@ -33,6 +33,7 @@ from alphatoken_curate.models.folders import (
 from alphatoken_curate.models.releases import before, in_memory, keep_soft_caps, name_stops, unmapped
 from alphatoken_curate.models.vocabularies import refuse_endless, refuse_odd
 from alphatoken_curate.models.whole import Readable, refuse_depth, refuse_other
+from alphatoken_curate.urls import FILE_ADVICE, check_local
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,7 @@ def find_model(name: str, *, base: ModelSource | None = None, local: bool = Fals
     An adapter is put on the model that its record names, or on `base` once that is known to be the same model. `local`
     asks nothing of the network. ModelError says what was tried.
     """
+    check_local(name, FILE_ADVICE)
     with permitted():
         return _find(name, base=base, local=local)
 

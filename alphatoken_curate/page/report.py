@@ -21,6 +21,7 @@ from alphatoken_curate.page.tokens import RunTokens, read_tokens
 from alphatoken_curate.reading.stats import Stats, stats
 from alphatoken_curate.runs.atomic import atomic_file
 from alphatoken_curate.runs.schema import STATUSES
+from alphatoken_curate.urls import OUT_ADVICE, check_local
 from alphatoken_curate.views import heat
 from alphatoken_curate.wording import count
 
@@ -40,6 +41,8 @@ def report(run: str | Path, path: str | Path | None = None) -> Path:
     """
     folder = Path(run)
     place = folder / NAME if path is None else Path(path)
+    if path is not None:
+        check_local(path, OUT_ADVICE)
     if place.is_dir():
         raise UsageError(f"{place}: is a folder; name a file, such as {place / NAME}")
     page = render(folder)

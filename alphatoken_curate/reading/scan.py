@@ -14,11 +14,13 @@ import polars as pl
 import pyarrow as pa
 
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.reading.published import Published
 from alphatoken_curate.reading.words import scan_vocabulary
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.manifest import Generation, Manifest, Mask
 from alphatoken_curate.runs.schema import MOST_TURNS, PAIR_COLUMNS, Layout, lacking
 from alphatoken_curate.runs.shards import Shard, check, read_footer
+from alphatoken_curate.urls import is_url
 
 T = TypeVar("T")
 
@@ -40,15 +42,26 @@ def scan(
     given; `train`: the rows of the newest mask or the one given. Raises `UsageError` for a number that is not there,
     `StoredDataError` for a run without a manifest, or where a file is missing or damaged: every byte of the files that
     the frame needs is checked before it is returned, at the speed of SHA-256 and the disk.
+
+    `run` may be the URL of a published run, `s3://bucket/prefix` (extra s3). Then polars reads the shards where they
+    lie, by ranges, with the credentials and endpoint of the environment (AWS_...). Checked are the manifest and its
+    seal, that each shard is there in its size, and its footer: seal, settings, rows. Not checked are the pages, which
+    would take reading all of them: neither their digests nor whether an object changes while polars reads it.
     """
+    if what not in ("values", "train"):
+        raise UsageError(f"what: found {what!r}; give `values` or `train`")
+    there = Published(run) if is_url(run) else None
     folder = Path(run)
-    stored = manifest.read(folder)
-    layout = manifest.layout(stored)
+    stored = manifest.read(folder) if there is None else there.stored
+    layout, place = manifest.layout(stored), folder if there is None else there.url
+    group: Generation | Mask
     if what == "values":
-        return _frame(folder, choose_generation(folder, stored, generation).shards, layout.values)
-    if what == "train":
-        return _frame(folder, choose_mask(folder, stored, mask).shards, layout.train)
-    raise UsageError(f"what: found {what!r}; give `values` or `train`")
+        group, schema = choose_generation(place, stored, generation), layout.values
+    else:
+        group, schema = choose_mask(place, stored, mask), layout.train
+    if there is None or not group.shards:
+        return _frame(folder, group.shards, schema)
+    return _lazy(*there.sources(group), schema)
 
 
 def scan_tokens(run: str | Path, *, generation: int | None = None, mask: int | None = None) -> pl.LazyFrame:
@@ -88,19 +101,19 @@ def scan_tokens(run: str | Path, *, generation: int | None = None, mask: int | N
     )
 
 
-def choose_generation(run: Path, stored: Manifest, number: int | None) -> Generation:
+def choose_generation(run: Path | str, stored: Manifest, number: int | None) -> Generation:
     """The generation of this number, or the newest. Raises `UsageError` for one that is not there."""
     known = {one.generation: one for one in stored.generations}
     return _chosen(run, "generation", known, number)
 
 
-def choose_mask(run: Path, stored: Manifest, number: int | None) -> Mask:
+def choose_mask(run: Path | str, stored: Manifest, number: int | None) -> Mask:
     """The mask of this number, or the newest. Raises `UsageError` for one that is not there."""
     known = {one.mask: one for one in stored.masks}
     return _chosen(run, "mask", known, number)
 
 
-def _chosen(run: Path, word: str, known: dict[int, T], number: int | None) -> T:
+def _chosen(run: Path | str, word: str, known: dict[int, T], number: int | None) -> T:
     if number is None and known:
         return known[max(known)]
     if number is not None and number in known:
@@ -150,9 +163,14 @@ def _frame(run: Path, files: Sequence[Shard], schema: pa.Schema) -> pl.LazyFrame
         check(run, file)
     if not files:
         return pl.DataFrame(pl.from_arrow(schema.empty_table())).lazy()
+    return _lazy([run / file.path for file in files], read_footer(run / files[0].path).version, schema)
+
+
+def _lazy(sources: list[Path] | list[str], version: int, schema: pa.Schema) -> pl.LazyFrame:
+    """Shards of a schema version as a frame that has all columns of the schema."""
     # No globbing and no hive columns: the manifest has said which files, and `mask=0000` is a name, not a column.
-    found = pl.scan_parquet([run / file.path for file in files], glob=False, hive_partitioning=False)
-    lacks = lacking(schema, read_footer(run / files[0].path).version)
+    found = pl.scan_parquet(sources, glob=False, hive_partitioning=False)
+    lacks = lacking(schema, version)
     kinds: Any = pl.DataFrame(pl.from_arrow(schema.empty_table())).schema
     nulls = [
         pl.lit(0, pl.Int32).alias(name)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows.files import EXCERPT_CHARS, DataFile, visible
+from alphatoken_curate.runs.stores import open_stored
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line that is read; a longer one is a bad row."""
@@ -117,7 +118,7 @@ class Meter:
         """Take the stored bytes that were not read; of a dataset of the Hub there are none."""
         if self._file.is_hub:
             return
-        with open(self._file.path, "rb") as stored:
+        with open_stored(self._file.path) as stored:
             stored.seek(self.stored_bytes)
             while data := stored.read(CHUNK_BYTES):
                 self.take(data)
@@ -200,7 +201,7 @@ class Metered(io.RawIOBase):
     """A stored file whose every byte passes the meter."""
 
     def __init__(self, path: str, meter: Meter) -> None:
-        self._stored = open(path, "rb", buffering=0)  # noqa: SIM115  (closed by close())
+        self._stored = open_stored(path)
         self._meter = meter
 
     def readable(self) -> bool:
@@ -209,7 +210,7 @@ class Metered(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer; the number of bytes read."""
-        count = self._stored.readinto(buffer) or 0
+        count = self._stored.readinto(buffer) or 0  # type: ignore[attr-defined]
         self._meter.take(memoryview(buffer)[:count])
         return count
 

@@ -19,7 +19,9 @@ from typing import Any
 import orjson
 
 from alphatoken_curate.errors import InputError
-from alphatoken_curate.runs.folder import export_in_words, export_with, run_with
+from alphatoken_curate.runs import stores
+from alphatoken_curate.runs.folder import EXPORT, export_in_words, export_with, run_with
+from alphatoken_curate.urls import names_url
 
 SUFFIXES = (".parquet", *(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")))
 """Names of files that are taken from a folder."""
@@ -35,12 +37,13 @@ EXCERPT_CHARS = 200
 """Most characters of a row or name that a message shows."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[A-Za-z0-9][\w.-]*)?")
+_RUN_PART = re.compile(r"/(values/generation=\d+|train/mask=\d+)/part-\d+\.parquet$")
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFile:
-    """A file or Hub dataset to read; `source` is what its rows are called by."""
+    """A file, object of a store or Hub dataset to read; `source` is what its rows are called by, of objects the URL."""
 
     path: str
     source: str
@@ -49,6 +52,11 @@ class DataFile:
     """Of a dataset of the Hub: its configuration."""
     split: str | None = None
     """Of a dataset of the Hub: the split, where its name gives none."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a file of this machine; else a dataset of the Hub or an object of a store."""
+        return not self.is_hub and not names_url(self.path)
 
 
 def visible(text: str, limit: int = EXCERPT_CHARS) -> str:
@@ -67,14 +75,15 @@ def find_files(data: Sequence[str], subset: str | None = None, split: str | None
 
     Each item is a file, a folder (every file below it whose name ends in one of `SUFFIXES`, hidden ones left out; or
     one of `save_to_disk`, also as `folder:split`), a glob, or, where nothing of that name exists, a Hugging Face
-    dataset `name`, `owner/name`, `name:split`. `subset` and `split` (default: train) are of datasets.
+    dataset `name`, `owner/name`, `name:split`. `subset` and `split` (default: train) are of datasets. A URL (s3, gs,
+    hf) is an object, a prefix or a glob.
     Raises InputError for an item that names nothing, a thing that is not a regular file, a part of a run or an export,
     or a file named twice.
     """
     files = [file for item in data for file in _find(os.fspath(item), subset, split)]
     seen: set[str] = set()
     for file in files:
-        place = file.path if file.is_hub else os.path.realpath(file.path)
+        place = os.path.realpath(file.path) if file.is_local else file.path
         if place in seen:
             raise InputError(f"{visible(file.path)} is named twice: its rows would count twice. Name it once.")
         seen.add(place)
@@ -91,7 +100,7 @@ def _told_apart(files: list[DataFile]) -> list[DataFile]:
         counts = Counter(file.source for file in named)
         named = [
             replace(file, source="/".join(Path(os.path.realpath(file.path)).parts[-depth:]))
-            if counts[file.source] > 1
+            if counts[file.source] > 1 and file.is_local
             else file
             for file in named
         ]
@@ -99,6 +108,8 @@ def _told_apart(files: list[DataFile]) -> list[DataFile]:
 
 
 def _find(item: str, subset: str | None, split: str | None) -> list[DataFile]:
+    if names_url(item):
+        return _in_store(item)
     if os.path.lexists(item):
         return _in_folder(item, split) if os.path.isdir(item) else [_file(item, os.path.basename(item))]
     if folder := saved_folder(item):
@@ -111,6 +122,23 @@ def _find(item: str, subset: str | None, split: str | None) -> list[DataFile]:
         f"{visible(item)}: no such file or folder, and not the name of a Hugging Face dataset (`name`, `owner/name`,"
         " `owner/name:split`). Check the path."
     )
+
+
+def _in_store(url: str) -> list[DataFile]:
+    """The objects that a URL names; below a prefix, or by a glob, those of `SUFFIXES` that are not hidden."""
+    found = stores.found(url)
+    if any(_RUN_PART.search(one) for one in found) or any(one.endswith(f"/{EXPORT}") for one in found):
+        raise InputError(f"{visible(url)}: a run, an export or a part of one, not rows. Name the rows it is of.")
+    if len(found) == 1 and found[0].partition("://")[2] == url.partition("://")[2]:
+        if not url.endswith((*SUFFIXES, ARROW)):
+            ends = ", ".join((*SUFFIXES, ARROW))
+            raise InputError(f"{visible(url)}: the name of an object of rows ends in one of {ends}. Rename it.")
+        return [DataFile(path=found[0], source=found[0])]
+    shown = [one for one in found if "/." not in one or "/." in url]
+    named = [DataFile(path=one, source=one) for one in shown if one.endswith(SUFFIXES)]
+    if not named:
+        raise InputError(f"{visible(url)}: no object that it names ends in {', '.join(SUFFIXES)}.")
+    return named
 
 
 def saved_folder(item: str) -> str | None:

@@ -74,6 +74,7 @@ from alphatoken_curate.rows.padding import MASKED
 from alphatoken_curate.rows.pairs import PREFERENCE
 from alphatoken_curate.rows.shapes import OPEN, SFT, SIDE, Also, AnyRecord, Messages, Pair, Shapes, Tokens
 from alphatoken_curate.rows.tables import raw_rows
+from alphatoken_curate.runs.stores import unchanged
 from alphatoken_curate.wording import count, ranges
 
 MAX_BAD_ROWS = 1_000_000
@@ -174,9 +175,10 @@ class RowStream:
                 break
             meter = Meter(file)
             left = None if self._limit is None else self._limit - self.read
-            yield from self.sort(islice(raw_rows(file, meter, keys), left), file.source)
-            if self._limit is not None:
-                meter.finish()
+            with unchanged(file.path):
+                yield from self.sort(islice(raw_rows(file, meter, keys), left), file.source)
+                if self._limit is not None:
+                    meter.finish()
             digest, size = meter.digest, meter.stored_bytes
             self.files.append(InputFile(path=file.path, source=file.source, digest=digest, bytes=size))
         if not self.read:

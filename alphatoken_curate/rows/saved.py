@@ -13,6 +13,7 @@ from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows.batches import batch_records
 from alphatoken_curate.rows.containers import CHUNK_BYTES, Meter, Metered, RawRow, RowFault
 from alphatoken_curate.rows.files import DataFile, visible
+from alphatoken_curate.runs.stores import open_stored
 
 STREAM, FILE = b"\xff\xff\xff\xff", b"ARROW1"
 """How Arrow files begin: a stream, which `datasets` writes, or a file with a footer."""
@@ -29,7 +30,7 @@ def arrow_rows(file: DataFile, meter: Meter, magic: bytes) -> Iterator[RawRow]:
             pass
     line = 0
     try:
-        for batch in _batches(file.path, magic):
+        for batch in _batches(file, magic):
             batch.validate(full=True)  # what is damaged there would end the process where it is read
             meter.give(batch.nbytes)
             for start in range(0, batch.num_rows, _BATCH_ROWS):
@@ -41,10 +42,10 @@ def arrow_rows(file: DataFile, meter: Meter, magic: bytes) -> Iterator[RawRow]:
         raise InputError(message) from error
 
 
-def _batches(path: str, magic: bytes) -> Iterator[Any]:
+def _batches(file: DataFile, magic: bytes) -> Iterator[Any]:
     import pyarrow as pa
 
-    with pa.memory_map(path) as stored:
+    with pa.memory_map(file.path) if file.is_local else pa.PythonFile(open_stored(file.path), mode="r") as stored:
         if magic.startswith(FILE):
             with pa.ipc.open_file(stored) as reader:
                 yield from (reader.get_batch(i) for i in range(reader.num_record_batches))

@@ -7,6 +7,7 @@ few rows are unpacked at once where one may be large.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from alphatoken_curate.errors import InputError
@@ -16,6 +17,7 @@ from alphatoken_curate.rows.containers import CHUNK_BYTES, MAX_RATIO_FLOOR_BYTES
 from alphatoken_curate.rows.files import ARROW, DataFile, visible
 from alphatoken_curate.rows.hub import hub_rows
 from alphatoken_curate.rows.saved import FILE, STREAM, arrow_rows
+from alphatoken_curate.runs.stores import open_stored
 
 _PARQUET = b"PAR1"
 _FOREIGN = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"\x89HDF": "HDF5"}
@@ -33,7 +35,7 @@ def raw_rows(file: DataFile, meter: Meter, keys: Collection[str]) -> Iterator[Ra
         if file.is_hub:
             yield from hub_rows(file, meter)
             return
-        with open(file.path, "rb") as stored:
+        with open_stored(file.path) as stored:
             magic = stored.read(8)
         foreign = next((kind for start, kind in _FOREIGN.items() if magic.startswith(start)), None)
         if foreign:
@@ -57,7 +59,10 @@ def _parquet_rows(file: DataFile, meter: Meter, keys: Collection[str]) -> Iterat
             pass
     line = 0
     try:
-        with parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
+        with (
+            nullcontext(file.path) if file.is_local else open_stored(file.path) as source,
+            parquet.ParquetFile(source, page_checksum_verification=True) as table,
+        ):
             names = table.schema_arrow.names
             if len(set(names)) != len(names):
                 raise InputError(f"{visible(file.path)}: two columns have one name. Rename one of them.")

@@ -11,6 +11,7 @@ from pathlib import Path
 import orjson
 
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.urls import OUT_ADVICE, RUN_ADVICE, check_local
 
 MANIFEST = "manifest.json"
 EXPORT = "export.json"
@@ -27,11 +28,12 @@ _MOST_BYTES = 64 << 20
 
 
 def check_is_run(path: Path) -> None:
-    """Raise `UsageError` for what is no run folder; it says what it is, and what to name or do instead.
+    """Raise `UsageError` for what is no run folder, a URL too; it says what it is, and what to name or do instead.
 
     A run that was begun, or that lost its manifest, and a folder that has nothing in it pass: whoever reads the
     manifest says what they lack.
     """
+    check_local(path, RUN_ADVICE)
     try:
         os.lstat(path / MANIFEST)
         return
@@ -61,8 +63,9 @@ def export_with(path: Path) -> Path | None:
 def destination(path: Path) -> Path:
     """A folder to write to, without `..`: behind a folder that is not there it hides what it leads to.
 
-    Raises `UsageError` for a symbolic link that leads nowhere, on the way or at its end.
+    Raises `UsageError` for a URL, and for a symbolic link that leads nowhere, on the way or at its end.
     """
+    check_local(path, OUT_ADVICE)
     plain = Path(os.path.normpath(path))
     for part in (path, *path.parents, plain, *plain.parents):
         if os.path.islink(part) and not os.path.exists(part):

@@ -26,7 +26,6 @@ from alphatoken_curate.wording import count
 NAME = MANIFEST
 
 T = TypeVar("T")
-
 _MAX_BYTES = 64 << 20
 _FILE = re.compile(r"config\.yaml|rejects\.jsonl|artifacts/[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -148,9 +147,6 @@ class Facts:
         return asdict(self)
 
 
-# ------------------------------------------------------------------------------------------------------ write, read
-
-
 def write(run: Path, manifest: Manifest) -> None:
     """Commit manifest.json. Raises `CurateError` where the disk refuses."""
     kill_point("before-manifest")
@@ -202,17 +198,21 @@ def _read(path: Path) -> Manifest:
     try:
         if (size := path.stat().st_size) > _MAX_BYTES:
             raise Unreadable(f"{size} bytes; a manifest has at most {_MAX_BYTES}")
-        document = unsealed(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise StoredDataError(f"{path}: missing: no finished run; run the `score` command that makes it") from error
     except OSError as error:
         raise StoredDataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    return decoded(data, path)
+
+
+def decoded(data: bytes, where: Path | str) -> Manifest:
+    """A manifest from its bytes. Raises `Unreadable`, or `StoredDataError` for a schema version that is not known."""
+    document = unsealed(data)
     version = document.get("schema_version")
     if type(version) is int and version not in VERSIONS:
-        known = ", ".join(map(str, VERSIONS))
-        raise StoredDataError(
-            f"{path}: schema version {version}; this release reads {known}: use the one that wrote it"
-        )
+        known = f"this release reads {', '.join(map(str, VERSIONS))}: use the one that wrote it"
+        raise StoredDataError(f"{where}: schema version {version}; {known}")
     manifest = decode(Manifest, document)
     for what in _contradictions(manifest):
         raise Unreadable(what)

@@ -30,6 +30,7 @@ from alphatoken_curate.runs.schema import VOCABULARY
 from alphatoken_curate.scoring.prepare import Prepared
 from alphatoken_curate.tokens.pieces import pieces, vocabulary_table
 from alphatoken_curate.tokens.tokenise import TokenRow
+from alphatoken_curate.urls import names_url
 
 CONFIG = "config.yaml"
 TARGET_ROWS = "artifacts/target_rows.parquet"
@@ -122,7 +123,7 @@ def _config_yaml(config: ScoreConfig, dtype: str, batch_tokens: int | None) -> b
 
 def _place(name: str | None) -> str | None:
     """What lies on this machine, by a path that holds in any working folder; anything else as it was named."""
-    local = name is not None and (
+    local = (name is not None and not names_url(name)) and (
         Path(name).expanduser().exists() or any(c in name for c in "*?[") or saved_folder(name) is not None
     )
     return os.path.abspath(Path(name).expanduser()) if name is not None and local else name

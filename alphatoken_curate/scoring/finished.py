@@ -95,10 +95,10 @@ def _is_as_written(run: Path, file: File) -> bool:
 
 
 def _named(config: ScoreConfig, model: ModelSource, fields: Mapping[str, Json], read: int) -> Named | None:
-    """Files and models as they are now; None where rows are on the Hub, which only reading them tells of."""
+    """Files and models as they are now; None where rows are not on this machine: only reading tells of them."""
     found = find_files(config.data, config.subset, config.split)
     known = fields["data"]
-    if any(file.is_hub for file in found) or not isinstance(known, list):
+    if not all(file.is_local for file in found) or not isinstance(known, list):
         return None
     if config.limit == read:
         found = found[: len(known)]  # the limit was reached in the last of these
@@ -118,5 +118,5 @@ def _digests(name: str | None) -> list[str] | None:
 
 
 def _digest(file: DataFile) -> str:
-    """As a reading of the rows gives it (`InputFile`); of a dataset of the Hub nothing is known."""
-    return "" if file.is_hub else f"sha256:{digest(Path(file.path))[1]}"
+    """As a reading of the rows gives it (`InputFile`); of others than local files nothing is known."""
+    return f"sha256:{digest(Path(file.path))[1]}" if file.is_local else ""

@@ -13,6 +13,7 @@ from alphatoken_curate.runs.atomic import LOCK
 from alphatoken_curate.runs.folder import FOLDERS
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.scoring.budget import NAME as BUDGET
+from alphatoken_curate.urls import FILE_ADVICE, check_local
 
 SUFFIX = ".alphatoken"
 """A run folder's default name is the stem of its data and this."""
@@ -57,6 +58,7 @@ def artifacts_of(run: str | None) -> Path | None:
     """The artifacts/ of the run that --reuse names. Raises UsageError where there are none."""
     if run is None:
         return None
+    check_local(run, FILE_ADVICE)
     folder = Path(run).expanduser() / "artifacts"
     if not folder.is_dir():
         raise UsageError(f"--reuse {run}: no run folder with artifacts/ in it. Name a run that was scored before.")

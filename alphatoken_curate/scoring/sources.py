@@ -52,7 +52,7 @@ def _inputs(config: ScoreConfig) -> Iterator[Source]:
         yield Source(what=_OF_FIELDS["chat_template"], files=(path,), digest=digest_of_one)
     beside = [find_files([one]) for one in (config.target, config.retention, config.fisher_prompts) if one]
     for file in chain(find_files(config.data, config.subset, config.split), *beside):
-        if not file.is_hub:
+        if file.is_local:  # objects of stores are looked at while they are read, and not later
             yield Source(what=_rows(file.path), files=(Path(file.path),), digest=digest_of_one)
 
 

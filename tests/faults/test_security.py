@@ -309,6 +309,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import alphatoken_curate, transformers, torch, polars, datasets
 transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+import urllib3  # accelerate takes in boto3 where there is one, as moto needs; this asks at import whether IPv6 is there
 seen, WRITES = [], os.O_WRONLY | os.O_RDWR | os.O_CREAT
 def watch(event, args):
     runs = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class")
@@ -385,12 +386,26 @@ def test_a_run_opens_no_socket_starts_no_program_and_writes_nowhere_else(
 
 
 _NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "httpx2", "aiohttp", "ftplib", "smtplib"}
-_NETWORK |= {"huggingface_hub", "datasets", "wandb", "posthog", "sentry_sdk", "opentelemetry", "ctypes", "cffi", "pty"}
+_NETWORK |= {
+    "fsspec",
+    "s3fs",
+    "gcsfs",
+    "huggingface_hub",
+    "datasets",
+    "wandb",
+    "posthog",
+    "sentry_sdk",
+    "opentelemetry",
+    "ctypes",
+    "cffi",
+    "pty",
+}
 _MAY = {
     "models/folders": {"huggingface_hub"},  # a model that the user names by its Hub id
     "models/releases": {"huggingface_hub"},
     "models/whole": {"huggingface_hub"},  # the name of an error
     "rows/hub": {"datasets", "huggingface_hub"},  # a data set that the user names by its Hub name
+    "runs/stores": {"fsspec"},  # rows and published runs whose URL the user names
     "trainers/dataset": {"datasets"},  # rows of a mask as `datasets` holds them, from memory
     "trainers/current": {"datasets"},
     "trainers/fit": {"datasets"},

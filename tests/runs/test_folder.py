@@ -38,6 +38,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "refresh": lambda run: alphatoken_curate.refresh(run, run),
     "watch": lambda run: next(alphatoken_curate.watch(run, run)),
     "as_dataset": as_dataset,
+    "publish": lambda run: alphatoken_curate.publish(run, "s3://bucket/run"),
 }
 COMMANDS = {
     "stats": (),
@@ -48,6 +49,7 @@ COMMANDS = {
     "export": ("--for", "hf", "-o", "out"),
     "verify": (),
     "refresh": ("--checkpoint", "c"),
+    "publish": ("s3://bucket/run",),
 }
 
 
