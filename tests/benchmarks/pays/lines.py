@@ -30,7 +30,10 @@ def run(
     jobs: int,
     folder: Path = RESULTS,
 ) -> None:
-    """Run every configuration that has no line yet, `jobs` at a time on one thread each; a line for each as it ends."""
+    """Run every configuration that has no line yet, `jobs` at a time on one thread each; a line for each as it ends.
+
+    One that fails keeps no other from running and having its line; the first such error is raised at the end.
+    """
     done = {_key(line["config"]) for line in read(name, folder)}
     wanted = list({_key(config): config for config in configs if _key(config) not in done}.values())
     print(f"{name}: {len(done)} lines there, {len(wanted)} to run", flush=True)
@@ -38,12 +41,19 @@ def run(
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         began = {pool.submit(_timed, work, config): config for config in wanted}
+        failed: list[BaseException] = []
         for n, future in enumerate(as_completed(began), start=1):
+            if (error := future.exception()) is not None:
+                failed.append(error)
+                print(f"{n}/{len(wanted)} failed: {error} {began[future]}", flush=True)
+                continue
             seconds, found = future.result()
             line = {"config": began[future], "found": found, "seconds": round(seconds, 1), "versions": _versions()}
             with (folder / f"{name}.jsonl").open("ab") as sink:
                 sink.write(orjson.dumps(line, option=orjson.OPT_SORT_KEYS) + b"\n")
             print(f"{n}/{len(wanted)} {seconds:.0f} s {began[future]}", flush=True)
+    if failed:
+        raise failed[0]
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
