@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from alphatoken_curate.reading.publish import PublishSummary, publish
     from alphatoken_curate.reading.scan import scan, scan_tokens
     from alphatoken_curate.reading.verify import verify
+    from alphatoken_curate.scoring.cluster import Ray
     from alphatoken_curate.scoring.folder import ScoreSummary
     from alphatoken_curate.scoring.memory import score_tokens
-    from alphatoken_curate.scoring.refresh import RefreshSummary, refresh, watch
-    from alphatoken_curate.scoring.score import score
+    from alphatoken_curate.scoring.part import PartSummary
+    from alphatoken_curate.scoring.processes import Local
+    from alphatoken_curate.scoring.refresh import RefreshSummary, refresh
+    from alphatoken_curate.scoring.score import score, score_part
+    from alphatoken_curate.scoring.watch import watch
 
 _HOME = {
     "Comparison": "reading.compare",
@@ -38,9 +42,12 @@ _HOME = {
     "ExportSummary": "exports.export",
     "FingerprintError": "errors",
     "InputError": "errors",
+    "Local": "scoring.processes",
     "MaskConfig": "config",
     "MaskSummary": "masks.remask",
     "ModelError": "errors",
+    "PartSummary": "scoring.part",
+    "Ray": "scoring.cluster",
     "PublishSummary": "reading.publish",
     "RefreshSummary": "scoring.refresh",
     "ScoreConfig": "config",
@@ -56,9 +63,10 @@ _HOME = {
     "scan": "reading.scan",
     "scan_tokens": "reading.scan",
     "score": "scoring.score",
+    "score_part": "scoring.score",
     "score_tokens": "scoring.memory",
     "verify": "reading.verify",
-    "watch": "scoring.refresh",
+    "watch": "scoring.watch",
 }
 
 __all__ = [
@@ -67,10 +75,13 @@ __all__ = [
     "ExportSummary",
     "FingerprintError",
     "InputError",
+    "Local",
     "MaskConfig",
     "MaskSummary",
     "ModelError",
+    "PartSummary",
     "PublishSummary",
+    "Ray",
     "RefreshSummary",
     "ScoreConfig",
     "ScoreSummary",
@@ -85,6 +96,7 @@ __all__ = [
     "scan",
     "scan_tokens",
     "score",
+    "score_part",
     "score_tokens",
     "verify",
     "watch",

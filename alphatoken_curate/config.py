@@ -309,6 +309,13 @@ class ScoreConfig(MaskConfig):
         _RUNNING,
         kind="auto_count",
     )
+    threads: int | None = _option(
+        None,
+        "Threads of each process on a CPU, which decide rounding. Default: as torch finds.",
+        _RUNNING,
+        kind="count",
+        bounds=(1, 4096),
+    )
     rows_per_shard: int = _option(1024, "Rows read per output shard.", _RUNNING, kind="count")
     reuse: str | None = _option(
         None, "Run to take over from what it computed of the same inputs and settings.", _RUNNING

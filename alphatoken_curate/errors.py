@@ -55,6 +55,10 @@ class FingerprintError(StoredDataError):
     """
 
     def __init__(self, message: str, fields: tuple[str, ...], stored: Mapping[str, object] | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, fields, stored)  # all of it, so that it can be pickled
         self.fields = fields
         self.stored = stored or {}
+
+    def __str__(self) -> str:
+        """The message."""
+        return str(self.args[0])

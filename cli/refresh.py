@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from alphatoken_curate.runs.folder import check_is_run
 
 from .paths import READ, RUN
 from .told import summary
+from .workers import engine_of, engine_options
 
 if TYPE_CHECKING:
     from alphatoken_curate import RefreshSummary
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--reference", metavar="NAME", help="Where the run's reference lies now. Default: where it lay.")
 @click.option("--device", metavar="NAME", help="Default: as the run was told.")
+@engine_options
 def command(
     run: Path,
     checkpoint: Path | None,
@@ -49,6 +51,7 @@ def command(
     base: str | None,
     reference: str | None,
     device: str | None,
+    **settings: Any,
 ) -> None:
     """Score the rows of RUN again at a checkpoint, as a new generation, then make the mask anew.
 
@@ -61,16 +64,17 @@ def command(
     check_is_run(run)  # before torch is imported
 
     from alphatoken_curate.scoring.refresh import refresh
-    from alphatoken_curate.scoring.refresh import watch as each_new
+    from alphatoken_curate.scoring.watch import watch as each_new
 
     from .terminal import listener as listening
 
     with listening() as listener:
         places = {"base": base, "reference": reference, "device": device, "progress": listener}
+        engine = engine_of(settings)
         if checkpoint is not None:
-            refresh(run, checkpoint, told=partial(_tell, listener), **places)  # type: ignore[arg-type]
+            refresh(run, checkpoint, told=partial(_tell, listener), engine=engine, **places)  # type: ignore[arg-type]
             return
-        for done in each_new(run, watch, interval=interval, **places):  # type: ignore[arg-type]
+        for done in each_new(run, watch, interval=interval, engine=engine, **places):  # type: ignore[arg-type]
             _tell(listener, done)
 
 

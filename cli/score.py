@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,14 +15,20 @@ from .grouped import Grouped
 from .options import config_options, read_config
 from .paths import OUT
 from .told import first_row, older, summary
+from .workers import engine_of, engine_options, part_option, told_of_part
+
+if TYPE_CHECKING:
+    from alphatoken_curate import ScoreSummary
 
 
 @click.command(cls=Grouped)
 @click.argument("data", nargs=-1)
 @click.option("-o", "--out", type=OUT, help="Run folder. Default: DATA's stem + .alphatoken.")
+@engine_options
+@part_option
 @config_options(ScoreConfig)
 @click.pass_context
-def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_: Any) -> None:
+def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, part: str | None, **_: Any) -> None:
     """Value every response token of DATA; write values, a mask and loss weights.
 
     DATA: JSONL (.gz, .zst), JSON arrays, Parquet, folders, globs, s3://, gs:// or hf:// URLs of these, or a Hugging
@@ -30,40 +36,43 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, **_:
     """
     config = read_config(ctx, ScoreConfig, data)
 
-    from alphatoken_curate.scoring.score import score
+    from alphatoken_curate.scoring.score import score, score_part
 
     from .terminal import listener as listening
 
     with listening() as listener:
-        done = score(config, out, listener)
+        if part is None:
+            lines = _told(score(config, out, listener, engine_of(ctx.params)), config)
+        else:
+            lines = told_of_part(score_part(config, part, out, listener, engine_of(ctx.params)))
+    for line in lines:
+        click.echo(line)
+
+
+def _told(done: ScoreSummary, config: ScoreConfig) -> Iterator[str]:
     counts, mask = done.manifest.counts, done.mask
     if not done.shards_scored and not mask.created:
-        click.echo(f"{done.run} is finished: the values and mask {mask.mask} are there already. Nothing was written.")
-    elif not done.shards_scored:
-        click.echo(f"{done.run} was scored before; wrote mask {mask.mask}, which readers take from now on.")
+        yield f"{done.run} is finished: the values and mask {mask.mask} are there already. Nothing was written."
+    elif not done.shards_scored and mask.mask:
+        yield f"{done.run} was scored before; wrote mask {mask.mask}, which readers take from now on."
     else:
-        click.echo(f"Wrote {done.run}")
-    aside = [f"{n} {word}" for word, n in _aside(counts) if n]
+        yield f"Wrote {done.run}"
+    aside = ", ".join(f"{n} {word}" for word, n in _aside(counts) if n)
     beside = in_sequences(done.manifest.settings.get("turns") == "each" and counts.sequences)
-    told = f" ({', '.join(aside)})" if aside else ""
-    click.echo(f"  rows    {counts.scored} scored of {counts.read}{beside}{told}")
-    for line in summary(mask):
-        click.echo(line)
-    click.echo(f"  values  {done.run}/values/generation=0/   mask {mask.mask}: {mask.path}/")
-    for line in _errors(done.run):
-        click.echo(line)
+    yield f"  rows    {counts.scored} scored of {counts.read}{beside}{f' ({aside})' if aside else ''}"
+    yield from summary(mask)
+    yield f"  values  {done.run}/values/generation=0/   mask {mask.mask}: {mask.path}/"
+    yield from _errors(done.run)
     if not done.has_stability:
-        click.echo("  stability is 0, as model and reference are the same; --reference or --retention change that")
-    click.echo(
-        f"Next: alphatoken-curate stats {done.run}   or   alphatoken-curate show {done.run} --row {first_row(done.run)}"
-    )
+        yield "  stability is 0, as model and reference are the same; --reference or --retention change that"
+    show = f"alphatoken-curate show {done.run} --row {first_row(done.run)}"
+    yield f"Next: alphatoken-curate stats {done.run}   or   {show}"
     if not mask.newest:
-        for line in older(done.run, mask.mask):
-            click.echo(line)
+        yield from older(done.run, mask.mask)
     elif mask.kept_tokens == mask.response_tokens and not mask.branches:
         why, how = _SUGGESTED["rehearsal" if config.rehearses else "gradient"]
-        click.echo(f"Every token trains until you make another mask. {why}, for example:")
-        click.echo(f"  alphatoken-curate mask {done.run} {how}")
+        yield f"Every token trains until you make another mask. {why}, for example:"
+        yield f"  alphatoken-curate mask {done.run} {how}"
 
 
 _SUGGESTED = {

@@ -150,14 +150,16 @@ def test_headings_become_anchors_as_on_github() -> None:
 
 
 def command_lines(text: str) -> list[list[str]]:
-    """The arguments of each `alphatoken-curate` of its shell blocks, variables filled in."""
+    """The arguments of each `alphatoken-curate` of its shell blocks, also of what a job wraps, variables filled in."""
     found = []
     for body in blocks(text, "sh"):
         known: dict[str, str] = {}
         for line in body.replace("\\\n", " ").splitlines():
-            if assigned := re.fullmatch(r"([A-Z]+)=(\S+)", line):
-                known[assigned[1]] = assigned[2]
-            words = shlex.split(re.sub(r"\$([A-Z]+)", lambda name, known=known: known[name[1]], line), comments=True)
+            if assigned := re.fullmatch(r"([A-Z]+)=(\S+|\".*\")", line):
+                known[assigned[1]] = assigned[2].strip('"')
+            wrapped = re.search(r'--wrap "(.*?)"', line)
+            whole = wrapped[1].replace("\\$SLURM_ARRAY_TASK_ID", "0") if wrapped else line
+            words = shlex.split(re.sub(r"\$([A-Z]+)", lambda name, known=known: known[name[1]], whole), comments=True)
             if words and words[0] == "alphatoken-curate":
                 found.append(words[1:])
     return found

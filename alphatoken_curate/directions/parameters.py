@@ -31,12 +31,18 @@ def rest_gradient(scoring: ScoringModel, batches: Iterable[Batch], weigh: Weigh 
 
     With `weigh` each token's gradient is multiplied by its weight first; the sum is still divided by their number.
     """
+    sums, tokens = rest_sums(scoring, batches, weigh)
+    return [s.div_(tokens) for s in sums]
+
+
+def rest_sums(scoring: ScoringModel, batches: Iterable[Batch], weigh: Weigh | None = None) -> tuple[Direction, int]:
+    """The same, summed over response tokens in place of their mean, and how many they are."""
     sums, tokens = rest_zeros(scoring), 0
     for batch in batches:
         for total, grad in zip(sums, rest_of_batch(scoring, batch, weigh), strict=True):
             total.add_(grad)
         tokens += len(batch.target)
-    return [s.div_(tokens) for s in sums]
+    return sums, tokens
 
 
 def rest_fisher(
@@ -53,6 +59,19 @@ def rest_fisher(
     and of mean zero, so that the square of their sum has the expectation of the sum of their squares. `done` is told
     the tokens of each row.
     """
+    sums = rest_fisher_sums(scoring, rows, sampled=sampled, seed=seed, done=done)
+    return [s.div_(len(rows)) for s in sums]
+
+
+def rest_fisher_sums(
+    scoring: ScoringModel,
+    rows: Sequence[TokenRow],
+    *,
+    sampled: bool,
+    seed: int,
+    done: Callable[[int], None] = lambda _: None,
+) -> Direction:
+    """The same, summed over rows in place of their mean."""
     sums = rest_zeros(scoring)
     for index in range(len(rows)):
         batch = collate(rows, [index])
@@ -60,7 +79,7 @@ def rest_fisher(
         for total, grad in zip(sums, rest_of_batch(scoring, batch, uniforms=uniforms), strict=True):
             total.add_(grad.square())
         done(len(rows[index].input_ids))
-    return [s.div_(len(rows)) for s in sums]
+    return sums
 
 
 def rest_of_batch(

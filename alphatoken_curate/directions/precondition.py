@@ -50,6 +50,19 @@ _PARTS: dict[str, tuple[str, ...]] = {
 columns of input_vectors (d_in, d_in) and output_vectors (d_out, d_out); eigenvalues (d_in,) and (d_out,)."""
 
 
+_LENT = "lent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Factors:
+    """Sums over `units`, of each linear map: h h^T (d_in, d_in) over `seen` positions, delta delta^T (d_out, d_out)."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    seen: list[int]
+    units: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Basis:
     """Eigenvectors, as columns (d, d), and eigenvalues (d,) of one symmetric matrix."""
@@ -73,20 +86,11 @@ def estimate(
     Raises InputError where the gradient of the rows is zero everywhere, or not finite.
     """
     if kind == "adam":
-        moments = _second_moments(scoring, batches, weigh, None)
-        lent = _lend_moments(scoring, moments)
-        found = {"second_moment": moments}
-    else:
-        inputs, outputs, lent = _bases(scoring, batches, weigh)
-        found = {"input_vectors": [b.vectors for b in inputs], "output_vectors": [b.vectors for b in outputs]}
-        if kind == "kfac":
-            found |= {"input_values": [b.values for b in inputs], "output_values": [b.values for b in outputs]}
-        else:
-            found["second_moment"] = moments = _second_moments(scoring, batches, weigh, (inputs, outputs))
-            for i in lent:
-                torch.outer(outputs[i].values, inputs[i].values, out=moments[i])
-    _tell(kind, scoring, lent, note)
-    return _checked(kind, scoring, found)
+        return second_moments(kind, scoring, *moment_sums(scoring, batches(), weigh), note=note)
+    found = factor_bases(kind, scoring, factor_sums(scoring, batches(), weigh), note)
+    if kind == "kfac":
+        return found
+    return second_moments(kind, scoring, *moment_sums(scoring, batches(), weigh, found), bases=found)
 
 
 def precondition(
@@ -142,20 +146,24 @@ def _curvature(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.outer(parts["output_values"].double(), parts["input_values"].double())
 
 
-def _checked(kind: str, scoring: ScoringModel, found: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+def _named(scoring: ScoringModel, **parts: Sequence[Tensor]) -> dict[str, Tensor]:
     """Everything under the name it is stored by."""
-    stored = {
+    return {
         f"{m.parameter}.{part}": tensors[i].contiguous()
-        for part, tensors in found.items()
+        for part, tensors in parts.items()
         for i, m in enumerate(scoring.maps)
     }
-    _finite(found.get("second_moment", ()))
-    if not any(t.any() for name, t in stored.items() if name.endswith((".second_moment", ".output_values"))):
+
+
+def _checked(kind: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Curvature that is finite, and not zero everywhere."""
+    _finite(t for name, t in found.items() if name.endswith(".second_moment"))
+    if not any(t.any() for name, t in found.items() if name.endswith((".second_moment", ".output_values"))):
         raise InputError(
             f"--precondition {kind}: the loss of the rows the curvature is estimated from has a gradient of zero"
             " everywhere. Raise --precondition-rows, or leave --precondition out."
         )
-    return stored
+    return found
 
 
 def _finite(tensors: Iterable[Tensor]) -> None:
@@ -174,19 +182,26 @@ def _backward(scoring: ScoringModel, batch: Batch, weigh: Weigh | None, on_delta
         scoring.backward([hidden], [grad], on_delta)
 
 
-def _second_moments(
-    scoring: ScoringModel, batches: Batches, weigh: Weigh | None, bases: tuple[list[_Basis], list[_Basis]] | None
-) -> list[Tensor]:
-    """E[g_u^2], or E[(U_S^T g_u U_A)^2] with the bases of inputs and outputs: (d_out, d_in) for each linear map."""
+def moment_sums(
+    scoring: ScoringModel,
+    batches: Iterable[Batch],
+    weigh: Weigh | None = None,
+    bases: Mapping[str, Tensor] | None = None,
+) -> tuple[list[Tensor], int]:
+    """Sum over units of g_u^2, or of (U_S^T g_u U_A)^2 in the bases of `factor_bases`, and how many units they are.
+
+    (d_out, d_in) for each linear map.
+    """
     sums, units = scoring.zeros(), 0
-    for planned in batches():
+    for planned in batches:
         batch = replace(planned, start=0)
         each = 2 if batch.pairs else 1
         size = each * batch.input_ids.shape[1]
 
         def accumulate(index: int, h: Tensor, delta: Tensor, where: Tensor | None, size: int = size) -> None:
             if bases is not None:
-                h, delta = h @ bases[0][index].vectors, delta @ bases[1][index].vectors
+                name = scoring.maps[index].parameter
+                h, delta = h @ bases[f"{name}.input_vectors"], delta @ bases[f"{name}.output_vectors"]
             # Rows come in the order of their positions, so that those of a unit stand together.
             counts: int | list[int] = size if where is None else torch.bincount(where // size).tolist()
             for own, error in zip(h.split(counts), delta.split(counts), strict=True):
@@ -196,16 +211,34 @@ def _second_moments(
 
         _backward(scoring, batch, weigh, accumulate)
         units += len(batch.rows) // each
-    return [s.div_(max(units, 1)) for s in sums]
+    return sums, units
 
 
-def _bases(
-    scoring: ScoringModel, batches: Batches, weigh: Weigh | None
-) -> tuple[list[_Basis], list[_Basis], list[int]]:
-    """Eigenbases of A and of S for each linear map, and which of them are the others'."""
+def second_moments(
+    kind: str,
+    scoring: ScoringModel,
+    sums: Sequence[Tensor],
+    units: int,
+    bases: Mapping[str, Tensor] | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> dict[str, Tensor]:
+    """The curvature that is stored, of `moment_sums` over all units: of `adam`, or in the `bases` of `ekfac`."""
+    moments = [s.div_(max(units, 1)) for s in sums]
+    if bases is None:
+        _tell(kind, scoring, _lend_moments(scoring, moments), note)
+        return _checked(kind, _named(scoring, second_moment=moments))
+    for i in bases[_LENT].tolist():
+        name = scoring.maps[i].parameter
+        torch.outer(bases[f"{name}.output_values"], bases[f"{name}.input_values"], out=moments[i])
+    kept = {name: tensor for name, tensor in bases.items() if name.endswith("_vectors")}
+    return _checked(kind, kept | _named(scoring, second_moment=moments))
+
+
+def factor_sums(scoring: ScoringModel, batches: Iterable[Batch], weigh: Weigh | None = None) -> Factors:
+    """Sums of h h^T and of delta delta^T over the positions of some units."""
     inputs, outputs = _squares(scoring, 1), _squares(scoring, 0)
     seen, units = [0] * len(scoring.maps), 0
-    for planned in batches():
+    for planned in batches:
         batch = replace(planned, start=0)
         real = Selection(_real_positions(batch, scoring.device), batch.input_ids.size)
 
@@ -218,8 +251,28 @@ def _bases(
 
         _backward(scoring, batch, weigh, accumulate)
         units += len(batch.rows) // (2 if batch.pairs else 1)
-    lent = _lend_factors(scoring, inputs, seen, outputs)
-    return _eigen(inputs, seen), _eigen(outputs, [units] * len(outputs)), lent
+    return Factors(inputs=inputs, outputs=outputs, seen=seen, units=units)
+
+
+def factor_bases(
+    kind: str, scoring: ScoringModel, sums: Factors, note: Callable[[str], None] = lambda _: None
+) -> dict[str, Tensor]:
+    """Eigenvectors and eigenvalues of A and of S for each linear map, of sums over all units.
+
+    For `kfac` they are the curvature that is stored. For `ekfac` it says besides, as `lent`, the indices of those maps
+    that have the others' (int64). The lists of `sums` are emptied.
+    """
+    lent = _lend_factors(scoring, sums.inputs, sums.seen, sums.outputs)
+    _tell(kind, scoring, lent, note)
+    inputs, outputs = _eigen(sums.inputs, sums.seen), _eigen(sums.outputs, [sums.units] * len(sums.outputs))
+    found = _named(
+        scoring,
+        input_vectors=[b.vectors for b in inputs],
+        input_values=[b.values for b in inputs],
+        output_vectors=[b.vectors for b in outputs],
+        output_values=[b.values for b in outputs],
+    )
+    return _checked(kind, found) if kind == "kfac" else found | {_LENT: torch.tensor(lent, dtype=torch.int64)}
 
 
 def _experts(scoring: ScoringModel, sums: Sequence[Tensor]) -> Iterator[tuple[list[int], list[int]]]:

@@ -23,6 +23,14 @@ def target_gradient(
     With `all_positions` it is the true gradient (`exact`, retention and lookahead); without, delta^T h is summed over
     the response positions alone (`published`).
     """
+    sums, tokens = target_sums(scoring, batches, all_positions=all_positions, weigh=weigh)
+    return [s.div_(tokens) for s in sums]
+
+
+def target_sums(
+    scoring: ScoringModel, batches: Iterable[Batch], *, all_positions: bool, weigh: Weigh | None = None
+) -> tuple[Direction, int]:
+    """The same, summed over response tokens in place of their mean, and how many they are."""
     sums, tokens = scoring.zeros(), 0
     for planned in batches:
         batch = replace(planned, start=0) if all_positions else planned
@@ -42,4 +50,4 @@ def target_gradient(
             _, grad = loss_gradient(scoring, hidden, batch, weigh=weigh)
             scoring.backward([hidden], [grad], accumulate)
         tokens += len(batch.target)
-    return [s.div_(tokens) for s in sums]
+    return sums, tokens

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alphatoken_curate.errors import StoredDataError
-from alphatoken_curate.runs.atomic import atomic_file, unread
+from alphatoken_curate.runs.atomic import atomic_file, check_in_place, unread
 from alphatoken_curate.runs.fingerprint import Json, canonical, differing
 from alphatoken_curate.runs.tensor_file import raw, write_tensors
 from alphatoken_curate.runs.watched import Watched
@@ -34,6 +34,9 @@ LOOKAHEAD = "lookahead"
 
 PRECONDITION = "precondition"
 """Training curvature, as `precondition.estimate` gives it."""
+
+BASES = "bases"
+"""The part of it that has the eigenbases of EK-FAC, while the moments along them are summed."""
 
 FISHER = "fisher"
 """F: the Fisher diagonal of the reference, as G."""
@@ -170,6 +173,7 @@ class Store:
         """The same, of an artefact that an earlier stage has made."""
         found = self.load(kind, device, part=part)
         if found is None:
+            check_in_place(self.path(kind, part))
             raise StoredDataError(
                 f"{self.path(kind, part)}: missing. Run the same command again; it will be made anew."
             )

@@ -19,7 +19,7 @@ import secrets
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from alphatoken_curate.errors import BusyError, CurateError, StoredDataError
@@ -115,7 +115,7 @@ def atomic_file(path: Path, *, hashed: bool = True) -> Iterator[Sink]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with _refusal(path):
-        _check_in_place(path)
+        check_in_place(path)
         _make_folder(path.parent)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -126,7 +126,7 @@ def atomic_file(path: Path, *, hashed: bool = True) -> Iterator[Sink]:
             kill_point("after-fsync", path)
         kill_point("after-close", path)
         with _refusal(path):
-            _check_in_place(path)
+            check_in_place(path)
             os.replace(temporary, path)
             kill_point("after-rename", path)
             _sync_folder(path.parent)
@@ -154,11 +154,15 @@ def digest(path: Path) -> tuple[int, str]:
         raise StoredDataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-def sweep(folder: Path) -> int:
-    """Remove temp files of writers that were killed; returns how many. Call it only while holding the run."""
+def sweep(folder: Path, only: Collection[str] | None = None) -> int:
+    """Remove temp files of writers that were killed; returns how many. Call it only while holding the run.
+
+    `only`: those of files that are to have one of these names.
+    """
     if not folder.is_dir():
         return 0
-    return sum(_remove(path) for path in folder.iterdir() if TEMPORARY.fullmatch(path.name))
+    found = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
+    return sum(_remove(path) for path in found if only is None or path.name[1:].rsplit(".", 2)[0] in only)
 
 
 def _remove(temporary: Path) -> bool:
@@ -175,29 +179,33 @@ def _unheard(_: str) -> None:
 
 
 @contextlib.contextmanager
-def one_writer(run: Path, warn: Callable[[str], object] = _unheard) -> Iterator[None]:
+def one_writer(
+    run: Path, warn: Callable[[str], object] = _unheard, *, only: Collection[str] | None = None
+) -> Iterator[None]:
     """Hold a run folder against other processes while writing to it; the hold ends with the process, however it ends.
 
-    Temp files of writers that were killed are swept, and what ends the block by an exception leaves none. Raises
-    `BusyError` where another process holds it. Not re-entrant. On Windows nothing is held; nor where the file system
-    has no locks at all, of which `warn` is told.
+    Temp files of writers that were killed are swept, and what ends the block by an exception leaves none. With `only`
+    files of these names alone are written, and swept: it is held together with others that say so, and against those
+    that do not. Raises `BusyError` where another process holds it. Not re-entrant. On Windows nothing is held; nor
+    where the file system has no locks at all, of which `warn` is told.
     """
     with _refusal(run):
         _make_folder(run)
-    with contextlib.nullcontext() if sys.platform == "win32" else _locked(run, warn):
+    shared = only is not None
+    with contextlib.nullcontext() if sys.platform == "win32" else _locked(run, warn, shared=shared):
         _held[run] = _identity(run)
-        _sweep_below(run)
+        _sweep_below(run, only)
         try:
             yield
         except BaseException:  # an interrupt may fall between making a temp file and the `try` that removes it
-            _sweep_below(run)
+            _sweep_below(run, only)
             raise
         finally:
             _held.pop(run, None)
 
 
 @contextlib.contextmanager
-def _locked(run: Path, warn: Callable[[str], object]) -> Iterator[None]:
+def _locked(run: Path, warn: Callable[[str], object], *, shared: bool) -> Iterator[None]:
     """A lock on the folder itself; where folders have none, as over NFS, on a file in it that is opened for writing.
 
     The folder comes first, wherever it can be locked: earlier releases lock nothing else, so that no two of any
@@ -207,17 +215,17 @@ def _locked(run: Path, warn: Callable[[str], object]) -> Iterator[None]:
         descriptors = [os.open(run, os.O_RDONLY)]
     file, made = run / LOCK, False
     try:
-        if not _lock(descriptors[0], run):
+        if not _lock(descriptors[0], run, shared=shared):
             with _refusal(file):
                 descriptors.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o666))
-            if not _lock(descriptors[1], run):
+            if not _lock(descriptors[1], run, shared=shared):
                 warn(
                     f"{run}: its file system has no locks, so nothing keeps a second process from writing to it: see to"
                     " it that there is none."
                 )
             elif not _is_at(descriptors[1], file):  # its last holder removed it in between
                 raise _busy(run)
-            made = True
+            made = not shared  # others may hold it
         yield
     finally:
         if made:
@@ -226,12 +234,12 @@ def _locked(run: Path, warn: Callable[[str], object]) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(descriptor: int, run: Path) -> bool:
+def _lock(descriptor: int, run: Path, *, shared: bool) -> bool:
     """Whether an open file or folder could be locked at all. Raises `BusyError` where another process holds it."""
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise _busy(run) from error
     except OSError as error:
@@ -260,7 +268,7 @@ def _identity(folder: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _check_in_place(path: Path) -> None:
+def check_in_place(path: Path) -> None:
     """Raise where the run folder above a file is no longer the one that is held: a file would make it anew, in part."""
     for folder in path.parents:
         if folder in _held and _identity(folder) != _held[folder]:
@@ -270,9 +278,9 @@ def _check_in_place(path: Path) -> None:
             )
 
 
-def _sweep_below(run: Path) -> None:
+def _sweep_below(run: Path, only: Collection[str] | None) -> None:
     for folder, _, _ in os.walk(run):
-        sweep(Path(folder))
+        sweep(Path(folder), only)
 
 
 def _make_folder(folder: Path) -> None:
@@ -300,7 +308,7 @@ def _refusal(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _check_in_place(path)
+        check_in_place(path)
         raise CurateError(
             f"{path}: cannot be written ({error.strerror}); make room or set its permissions right, then run the same"
             " command again: files that are finished are kept"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.errors import UsageError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Of what is written."""
 
 _ADDED = {
@@ -24,6 +24,7 @@ _ADDED = {
         *("piece", "special"),
     ),
     3: ("turn", "end_of_turn", "adapt_error", "stab_error", "value_error"),
+    4: (),  # sums over rows are made of parts, and round otherwise
 }
 """By schema version, the columns that it brought, without the prefix of a branch."""
 

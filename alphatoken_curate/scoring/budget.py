@@ -1,21 +1,20 @@
-"""How many padded tokens run together: settled once, written down before use, halved when memory runs out."""
+"""How many padded tokens run together: settled once and written down before use; less for a shard that needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from alphatoken_curate.config import OF_OPTIMISER, OF_REHEARSAL
-from alphatoken_curate.errors import CurateError, FingerprintError, StoredDataError
-from alphatoken_curate.models.devices import free_memory
+from alphatoken_curate.errors import FingerprintError, StoredDataError
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.atomic import atomic_file
 from alphatoken_curate.runs.documents import Unreadable, decode, sealed, unsealed
 from alphatoken_curate.runs.fingerprint import Json, differing, told_apart
 from alphatoken_curate.runs.manifest import Plan
-from alphatoken_curate.runs.schema import SCHEMA_VERSION
+from alphatoken_curate.runs.schema import SCHEMA_VERSION, VERSIONS
 from alphatoken_curate.runs.shards import listed, read_footer, values_folder
 
 NAME = "run.json"
@@ -46,8 +45,6 @@ _DECIDE_TOKENS = {
 }
 """Fields that follow from others; digests of tokens differ alone where releases of libraries make others."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Record:
@@ -55,19 +52,20 @@ class _Record:
 
     fields: Mapping[str, Any]
     first: int | None = None
-    """What the run was begun with, before any halving; None until `auto` is settled."""
-    plan: Plan | None = None
-    """What new work is begun with."""
+    """What all work is begun with; None until `auto` is settled."""
+    threads: int | None = None
+    """Threads of each process on a CPU, where they were named: others may round otherwise."""
     shards: Mapping[str, Plan] = field(default_factory=dict)
-    """The plans of the shards that were begun, by number."""
+    """The plans of shards for which memory ran out, by number."""
 
 
 class Budget:
     """The token budget of a generation, kept in `artifacts/run.json` beside the fields it was begun with.
 
-    `batch_tokens`: `auto` is settled by `decide`, unless it was in an earlier attempt. `plans`: those of the shards of
-    generation 0, which a later generation begins with. Raises FingerprintError, naming what differs, where something
-    was computed with other fields.
+    `batch_tokens`: `auto` is settled by `decide`, unless it was in an earlier attempt. `threads`: those that are named.
+    `plans`: those of the shards of generation 0, which a later generation begins with. Without `writes` it must be
+    settled, and stays as it is. Raises FingerprintError, naming what differs, where something was computed with other
+    fields.
     """
 
     def __init__(
@@ -77,94 +75,70 @@ class Budget:
         batch_tokens: int | Literal["auto"],
         progress: Progress,
         *,
+        threads: int | None = None,
         generation: int = 0,
         plans: Sequence[Plan] = (),
+        writes: bool = True,
     ) -> None:
         self.path = run / "artifacts" / (f"run-{generation:05d}.json" if generation else NAME)
-        self.progress = progress
+        self._plans, self._writes = plans, writes
         stored = self._read()
         if generation and stored is not None and differing(stored.fields, fields):
             stored = None  # of another checkpoint, of whose shards none was finished: the number is free
         # Settings that failed before anything was computed (a --layers the model has not) bind nobody.
-        begun = any(self.path.parent.glob("*.safetensors")) or bool(plans if stored is None else stored.shards)
+        self._begun = begun = any(self.path.parent.glob("*.safetensors")) or bool(
+            listed(values_folder(run, generation))
+        )
         if begun and stored is not None:
             _check_same(run, stored.fields, fields)
         same = stored is not None and not differing(stored.fields, fields)
-        if stored is not None and same and stored.plan is not None and (begun or batch_tokens == "auto"):
-            self._record = stored
+        if stored is not None and same and stored.first is not None and (begun or batch_tokens == "auto"):
+            self._record = stored if begun else replace(stored, threads=threads)
         else:
-            given = None if batch_tokens == "auto" else Plan(batch_tokens=batch_tokens)
-            plan = plans[0] if plans else given
-            first = None if plan is None else plan.batch_tokens
-            planned = {str(shard): one for shard, one in enumerate(plans)}
-            self._record = _Record(fields=dict(fields), first=first, plan=plan, shards=planned)
+            given = plans[0].batch_tokens if plans else None if batch_tokens == "auto" else batch_tokens
+            self._record = _Record(fields=dict(fields), first=given, threads=threads)
+        if threads not in (None, self.threads):
+            progress.warn(f"--threads {threads} is without effect: the run was begun {_with(self.threads)}.")
         if self._record != stored:
             self._write()
 
     @property
+    def is_settled(self) -> bool:
+        """Whether something was computed by it already."""
+        return self._begun and self._record.first is not None
+
+    @property
     def first(self) -> int | None:
-        """What the run was begun with, before any halving; None where `auto` is not settled."""
+        """What all work is begun with; None where `auto` is not settled."""
         return self._record.first
 
     @property
-    def tokens(self) -> int:
-        """What new work is begun with."""
-        return self._settled().batch_tokens
+    def threads(self) -> int | None:
+        """Threads of each process on a CPU; None leaves them to torch."""
+        return self._record.threads
 
     def decide(self, find: Callable[[], int]) -> None:
         """Settle `auto` by `find` and write it down; where it is settled, do nothing."""
-        if self._record.plan is None:
-            found = find()
-            self._record = replace(self._record, first=found, plan=Plan(batch_tokens=found))
+        if self._record.first is None:
+            self._record = replace(self._record, first=find())
             self._write()
 
-    def plan(self, shard: int) -> Plan:
-        """The plan of a shard that was begun."""
-        return self._record.shards[str(shard)]
-
-    def spend(self, work: Callable[[int], T], shard: int | None = None) -> T:
-        """Run `work(batch_tokens)`; when memory runs out, halve the budget and begin the work again, whole.
-
-        A budget is written down before it is used: that of a shard beside its number, to be used again when the shard
-        is made again, and every halving, of whatever work.
-        """
-        plan = self._settled()
-        if shard is not None:
-            plan = self._record.shards.get(str(shard), plan)
-        while True:
-            self._note(shard, plan)
-            try:
-                return work(plan.batch_tokens)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if plan.batch_tokens // 2 < LEAST:
-                    raise CurateError(
-                        f"Memory ran out with {plan.batch_tokens} tokens in a batch. Use fewer --layers, a shorter"
-                        " --max-length or a device with more memory; what is finished is kept."
-                    ) from error
-            # Not above: there the error still holds what was computed.
-            free_memory()
-            plan = Plan(batch_tokens=plan.batch_tokens // 2, halvings=plan.halvings + 1)
-            self.progress.warn(f"Memory ran out: --batch-tokens is halved to {plan.batch_tokens} from here on.")
-
-    def _settled(self) -> Plan:
-        if self._record.plan is None:
+    def plan(self, shard: int | None = None) -> Plan:
+        """What the work of a shard, or any other, is begun with."""
+        if self._record.first is None:
             raise RuntimeError("--batch-tokens auto is used before it is settled by decide()")
-        return self._record.plan
+        planned = self._plans[shard] if shard is not None and shard < len(self._plans) else None
+        return self._record.shards.get(str(shard)) or planned or Plan(batch_tokens=self._record.first)
 
-    def _note(self, shard: int | None, plan: Plan) -> None:
-        """Write down what is about to be used."""
-        noted = self._record
-        if plan.batch_tokens < self._settled().batch_tokens:
-            noted = replace(noted, plan=plan)
-        if shard is not None:
-            noted = replace(noted, shards={**noted.shards, str(shard): plan})
-        if noted != self._record:
-            self._record = noted
+    def note(self, shard: int, plan: Plan) -> None:
+        """Write down the plan of a shard, where it is another than it was begun with: it is made again by the same."""
+        if plan != self.plan(shard):
+            self._record = replace(self._record, shards={**self._record.shards, str(shard): plan})
             self._write()
 
     def _write(self) -> None:
+        if not self._writes:
+            return
         with atomic_file(self.path) as sink:
             sink.write(sealed(asdict(self._record)))
 
@@ -172,7 +146,11 @@ class Budget:
         if not self.path.is_file():
             return None
         try:
-            found = decode(_Record, unsealed(self.path.read_bytes()))
+            document = unsealed(self.path.read_bytes())
+            about = document.get("fields")
+            if isinstance(about, dict) and about.get("schema_version") in set(VERSIONS) - {SCHEMA_VERSION}:
+                return _Record(fields=about)  # of an earlier release, which planned otherwise
+            found = decode(_Record, document)
         except Unreadable:
             found = None
         if found is None or not _is_sound(found):
@@ -183,7 +161,9 @@ class Budget:
 def begun_with(run: Path) -> Mapping[str, Json]:
     """The fingerprint fields that a run was begun with, as far as they can be read; without any, none."""
     try:
-        return decode(_Record, unsealed((run / "artifacts" / NAME).read_bytes())).fields
+        found = unsealed((run / "artifacts" / NAME).read_bytes()).get("fields")
+        if isinstance(found, dict):
+            return found
     except (OSError, Unreadable):
         pass
     try:
@@ -193,10 +173,19 @@ def begun_with(run: Path) -> Mapping[str, Json]:
 
 
 def _is_sound(record: _Record) -> bool:
-    plans = [*record.shards.values(), *([record.plan] if record.plan is not None else [])]
-    settled = (record.plan is not None) == (record.first is not None) and (record.plan is not None or not plans)
-    counts = [plan.batch_tokens for plan in plans] + ([record.first] if record.first is not None else [])
+    counts = [plan.batch_tokens for plan in record.shards.values()]
+    counts += [count for count in (record.first, record.threads) if count is not None]
+    settled = record.first is not None or not record.shards
     return settled and min(counts, default=1) > 0 and all(shard.isdecimal() for shard in record.shards)
+
+
+def halved(plan: Plan) -> Plan:
+    """The plan to go on with when memory ran out by this one."""
+    return Plan(batch_tokens=plan.batch_tokens // 2, halvings=plan.halvings + 1)
+
+
+def _with(threads: int | None) -> str:
+    return "without it" if threads is None else f"with {threads}"
 
 
 def older(run: Path, version: object) -> FingerprintError:

@@ -37,7 +37,7 @@ from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.rehearse import at_once, course_of, rehearsal_in, trainee_of
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
-from alphatoken_curate.scoring.trial import blank, find_budget, pays
+from alphatoken_curate.scoring.trial import blank, tokens_of, tried, untried
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
 from alphatoken_curate.tokens.plan import Batch, by_shard, collate, plan_batches, sequences
@@ -93,7 +93,7 @@ def estimate(config: ScoreConfig, progress: Progress | None = None) -> tuple[Pre
     meter = Meter(resolve_device(config.device))
     began = meter.now()
     prepared = prepare(config)
-    spec = spec_of(prepared, Path(os.devnull))  # nothing is kept, and nothing found
+    spec = spec_of(prepared, Path(os.devnull), str(meter.device))  # nothing is kept, and nothing found
     trials = _Trials(prepared, spec, meter, progress or Silent())
     trials.stages.append(StageEstimate(name="reading rows", seconds=meter.now() - began))
     try:
@@ -122,7 +122,7 @@ class _Trials:
             self._reference()
         scorer = ShardScorer(self.spec)
         scoring = self._timed("loading the model", lambda: scorer.scoring)
-        self._find_budget(scoring)
+        self._find_budget(scorer)
         if self.config.rehearses:
             self._rehearsal(scoring)
         else:
@@ -136,7 +136,7 @@ class _Trials:
         if not estimates and not spec.has_reference:
             return
         scoring = self._timed("loading the reference", lambda: reference.scoring)
-        self._find_budget(scoring)
+        self._find_budget(reference)
         if estimates:
             rows: list[TokenRow] = self.prepared.prompts.rows or [chosen(row) for row in self.prepared.rows]
             rows = drawn(rows, config.fisher_rows, config.seed, FISHER_DRAW)
@@ -224,14 +224,14 @@ class _Trials:
         seconds = (tried * parts + replay) * config.rehearse_seeds * padded[0] / padded[1]
         self.stages.append(StageEstimate(name=f"rehearsal: {len(whole.steps)} steps there and back", seconds=seconds))
 
-    def _find_budget(self, scoring: ScoringModel) -> None:
+    def _find_budget(self, of: ReferencePass | ShardScorer) -> None:
         """Find the budget as the run would."""
         if self.budget:
             return
-        find = partial(find_budget, self.spec, self.shards, lambda: scoring, self.progress)
-        self.budget = self._timed("trial of --batch-tokens", find)
-        if not pays(self.shards, self.meter.device.type):
-            self.stages.pop()
+        if (found := untried(self.spec, self.shards)) is None:
+            self.progress.stage("trial of --batch-tokens", tokens_of(self.shards))
+            found = self._timed("trial of --batch-tokens", partial(tried, of, self.shards, self.progress))
+        self.budget = found
 
     def _answers(self, scoring: ScoringModel, prompts: list[TokenRow]) -> list[TokenRow]:
         """Generating answers, none of which ends early; returns what such answers would be."""

@@ -7,56 +7,47 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from alphatoken_curate.config import ScoreConfig
-from alphatoken_curate.directions.generate import answer_room, chunks
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.masks.mask import mask_and_card, mend
 from alphatoken_curate.masks.remask import check_settings
 from alphatoken_curate.progress import Progress
-from alphatoken_curate.runs import artifacts, manifest, shards
+from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import one_writer
+from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.runs.schema import LAYOUTS, components
-from alphatoken_curate.runs.shards import Footer, Shard
+from alphatoken_curate.runs.shards import Footer, Shard, ValueRow
 from alphatoken_curate.scoring.beside import write_beside
-from alphatoken_curate.scoring.budget import Budget, begun_with
+from alphatoken_curate.scoring.budget import LEAST, Budget, begun_with
 from alphatoken_curate.scoring.changes import told_of_data
+from alphatoken_curate.scoring.engines import Engine, Here
 from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of
 from alphatoken_curate.scoring.identity import dated, has_stability
 from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.job import Job, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
 from alphatoken_curate.scoring.outcome import check_scored, told_of
-from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
-from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.prepare import Prepared, prepare
 from alphatoken_curate.scoring.rehearse import RehearsalScorer
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.sources import watch_inputs
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, spec_of
-from alphatoken_curate.scoring.trial import find_budget, first_model
-from alphatoken_curate.signals.preference import Pairs
+from alphatoken_curate.scoring.stages import Stages
+from alphatoken_curate.scoring.trial import needed_first, tokens_of, tried, untried
+from alphatoken_curate.scoring.worker import Stage, Task
+from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.plan import cut_of
-from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
 from alphatoken_curate.wording import count
 
 
-def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSummary:
+def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: Engine) -> ScoreSummary:
     """Score every row that is not scored yet, write values/, then a mask and train/. Raises as `score`."""
-    listener.note(told_of_models(config))
-    listener.stage("reading rows", 0)
-    watched = watch_inputs(config)
-    prepared = prepare(dated(config, begun_with(folder)))
-    check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
-    spec = spec_of(prepared, folder / "artifacts", artifacts_of(config.reuse), watched)
-    if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
-        raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
+    prepared, spec = read_all(config, folder, engine, listener)
     with one_writer(folder, listener.warn), told_of_data(folder, prepared):
         mend(folder, listener)
-        budget = Budget(folder, spec.store.fields, config.batch_tokens, listener)
-        _tell(config, prepared, spec, listener)
-        scored = run_generation(folder, job_of(prepared, spec), spec, budget, listener)
+        budget = Budget(folder, spec.store.fields, config.batch_tokens, listener, threads=config.threads)
+        tell(prepared, spec, listener, config)
+        scored = run_generation(folder, job_of(prepared, spec), spec, engine, budget, listener)
         if write_beside(folder, prepared, spec.dtype, budget.first) or scored:
             write_manifest(folder)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
@@ -64,7 +55,22 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress) -> ScoreSu
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=scored, has_stability=stable)
 
 
-def _tell(config: ScoreConfig, prepared: Prepared, spec: ScorerSpec, progress: Progress) -> None:
+def read_all(config: ScoreConfig, folder: Path, engine: Engine, listener: Progress) -> tuple[Prepared, ScorerSpec]:
+    """All rows that a run is made of, and what scores them. Nothing is written."""
+    listener.note(told_of_models(config))
+    listener.stage("reading rows", 0)
+    watched = watch_inputs(config)
+    prepared = prepare(dated(config, begun_with(folder)))
+    check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
+    device = engine.device(config.device)
+    spec = spec_of(prepared, folder / "artifacts", device, artifacts_of(config.reuse), watched)
+    if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
+        raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
+    return prepared, spec
+
+
+def tell(prepared: Prepared, spec: ScorerSpec, progress: Progress, config: ScoreConfig) -> None:
+    """What a user should know of the rows and settings before they are scored."""
     if config.template_date is not None and prepared.config.template_date is None:
         progress.warn("Without effect here: --template-date (no chat template writes a date).")
     if (unread := idle(prepared.config, prepared.kind)) is not None:
@@ -84,12 +90,46 @@ def _tell(config: ScoreConfig, prepared: Prepared, spec: ScorerSpec, progress: P
         progress.note("The reference has the same weights as the model, so there is no drift to store beside.")
 
 
-def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progress: Progress) -> int:
+def run_generation(run: Path, job: Job, spec: ScorerSpec, engine: Engine, budget: Budget, progress: Progress) -> int:
     """Score the shards of a generation that are missing; returns how many those were.
 
     Raises `FingerprintError` where a file that they are computed from changes (the shards before that stay),
     `InputError` where no row can be.
     """
+    missing = missing_shards(run, job, spec)
+    if not missing:
+        check_scored(run, spec.store.generation, "")
+        return 0
+    stages = Stages(job=job, spec=spec, engine=engine, budget=budget, progress=progress)
+    settle(stages, missing)
+    stages.reference(missing)
+    largest = score_shards(run, with_directions(stages), missing)
+    spec.store.check_sources(whole=True)
+    check_scored(run, spec.store.generation, told_of(spec.config, largest))
+    return len(missing)
+
+
+def settle(stages: Stages, missing: Sequence[int]) -> None:
+    """Begin with an engine, and settle the budget by what it can do."""
+    stages.engine.begin(stages.spec, stages.budget.threads)
+    stages.budget.decide(partial(_budget, stages, missing))
+
+
+def with_directions(stages: Stages) -> Stages:
+    """The stages, once all that shards are scored by is there: a rehearsal goes step by step, in this process."""
+    if not stages.spec.config.rehearses:
+        stages.directions()
+        return stages
+    stages.engine.close()
+    here = Here(RehearsalScorer(stages.spec, stages.job))
+    here.begin(stages.spec, stages.budget.threads)
+    rehearsed = replace(stages, engine=here)
+    rehearsed.rehearsal()
+    return rehearsed
+
+
+def missing_shards(run: Path, job: Job, spec: ScorerSpec) -> list[int]:
+    """The shards of a generation that are not committed. Raises StoredDataError where others are not as they should."""
     number = spec.store.generation
     folder = shards.values_folder(run, number)
     done = shards.committed(folder, spec.store.fields)
@@ -102,50 +142,57 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, budget: Budget, progre
             folder / shards.shard_name(index), sorted(r.row_id for r in (*of_shard.rows, *of_shard.beside))
         )
     _check_stored(run, number, done)
-    missing = [index for index in range(len(job.shards)) if index not in done]
-    if not missing:
-        check_scored(run, number, "")
-        return 0
-    reference = ReferencePass(spec)
-    scorer = RehearsalScorer(spec, job) if spec.config.rehearses else ShardScorer(spec)
-    rows = [job.shards[index].rows for index in missing]
-    budget.decide(partial(find_budget, spec, rows, first_model(spec, missing, reference, scorer), progress))
-    _reference_stage(job, reference, missing, budget, progress)
-    if isinstance(scorer, RehearsalScorer):
-        budget.spend(partial(scorer.rehearse, progress))
-    else:
-        _directions(job, spec, scorer, budget, progress)
-        scorer.ready(progress)
-    _score_shards(folder, job, scorer, missing, budget, progress)
-    spec.store.check_sources(whole=True)
-    check_scored(run, number, told_of(spec.config, scorer.largest))
-    return len(missing)
+    return [index for index in range(len(job.shards)) if index not in done]
 
 
-def _score_shards(
-    folder: Path, job: Job, scorer: ShardScorer, missing: Sequence[int], budget: Budget, progress: Progress
-) -> None:
-    """Commit the shards that are missing, one after the other."""
-    store = scorer.spec.store
-    progress.stage("scoring", sum(count_tokens(job.shards[index].rows) for index in missing))
-    for index in missing:
-        shard = job.shards[index]
-        found = budget.spend(partial(scorer, index, shard.rows, progress), index)
-        records = [
-            record(row, "failed" if result is None else "scored", result)
-            for row, result in zip(shard.rows, found, strict=True)
-        ]
-        told = replace(
-            job.facts,
+def _budget(stages: Stages, missing: Sequence[int]) -> int:
+    """What `--batch-tokens auto` comes to, by a trial where one pays."""
+    rows = [stages.job.shards[index].rows for index in missing]
+    if (found := untried(stages.spec, rows)) is not None:
+        return found
+    what = "trial of --batch-tokens"
+    task = Task(what=what, call=tried, arguments=(rows,), plan=Plan(batch_tokens=LEAST))
+    stage = Stage(name=what, tokens=tokens_of(rows), of=needed_first(stages.spec, missing), tasks=[task])
+    [(_, done)] = stages.engine.run(stage, stages.progress)
+    return int(done.result)
+
+
+def score_shards(run: Path, stages: Stages, missing: Sequence[int]) -> Mapping[str, float]:
+    """Commit the shards that are missing, as they are done; returns the largest number of each direction."""
+    job, spec, budget = stages.job, stages.spec, stages.budget
+    folder = shards.values_folder(run, spec.store.generation)
+    tasks = (
+        Task(
+            what=f"shard {index}",
+            call=ShardScorer.score,
+            arguments=(index, job.shards[index].rows),
             plan=budget.plan(index),
-            truncated_rows=shard.cut.rows,
-            truncated_tokens=shard.cut.tokens,
         )
-        # One record per row read, or turn of it, in order, whatever became of it.
-        ordered = sorted([*records, *shard.beside], key=lambda one: (one.row_id, one.turn))
-        footer = Footer(fields=store.fields, facts=told.as_json())
-        store.check_sources()
-        shards.write_values(folder / shards.shard_name(index), ordered, footer, job.layout)
+        for index in missing
+    )
+    tokens = sum(count_tokens(job.shards[index].rows) for index in missing)
+    largest: Mapping[str, float] = {}
+    for n, done in stages.engine.run(Stage(name="scoring", tokens=tokens, of="model", tasks=tasks), stages.progress):
+        index, (found, largest) = missing[n], done.result
+        budget.note(index, done.plan)
+        spec.store.check_sources()
+        records, footer = recorded(job, spec, index, found, done.plan)
+        shards.write_values(folder / shards.shard_name(index), records, footer, job.layout)
+    return largest
+
+
+def recorded(
+    job: Job, spec: ScorerSpec, index: int, found: Sequence[RowResult | None], plan: Plan
+) -> tuple[list[ValueRow], Footer]:
+    """What is stored of a shard: one record per row read, or turn of it, in order, whatever became of it."""
+    shard = job.shards[index]
+    records = [
+        record(row, "failed" if result is None else "scored", result)
+        for row, result in zip(shard.rows, found, strict=True)
+    ]
+    told = replace(job.facts, plan=plan, truncated_rows=shard.cut.rows, truncated_tokens=shard.cut.tokens)
+    ordered = sorted([*records, *shard.beside], key=lambda one: (one.row_id, one.turn))
+    return ordered, Footer(fields=spec.store.fields, facts=told.as_json())
 
 
 def write_manifest(run: Path) -> None:
@@ -171,71 +218,3 @@ def _check_stored(run: Path, number: int, done: Mapping[int, Shard]) -> None:
             raise StoredDataError(
                 f"{run / shard.path}: not the file that the manifest names. Delete it and run the same command again."
             )
-
-
-# --------------------------------------------------------------------------------------- what comes before the shards
-
-
-def _reference_stage(
-    job: Job, reference: ReferencePass, missing: Sequence[int], budget: Budget, progress: Progress
-) -> None:
-    spec = reference.spec
-    if spec.has_drift:
-        _fisher(job, spec, reference, budget, progress)
-        if spec.has_reference or not spec.config.rehearses:
-            reference.weights()
-    if spec.has_reference:
-        # The curvature and the lookahead of pairs draw from all rows.
-        wanted = missing if job.layout.kind == "sft" else range(len(job.shards))
-        progress.stage("reference losses", sum(count_tokens(job.shards[index].rows) for index in wanted))
-        for index in wanted:
-            budget.spend(partial(reference.losses, index, job.shards[index].rows, progress))
-    reference.close()
-
-
-def _fisher(job: Job, spec: ScorerSpec, reference: ReferencePass, budget: Budget, progress: Progress) -> None:
-    """Estimate F, unless it is there or the user brings one."""
-    if not spec.estimates_fisher or spec.store.has(artifacts.FISHER):
-        return
-    config = spec.config
-    rows: list[TokenRow] = job.prompts or [chosen(row) for row in job.rows]
-    rows = drawn(rows, config.fisher_rows, config.seed, FISHER_DRAW)
-    if config.fisher == "generate":
-        room = answer_room(rows, new_tokens=config.fisher_new_tokens, limit=None)
-        progress.stage("answers of the reference", int(room.sum()))
-        parts = enumerate(chunks(rows))
-        rows = [row for n, part in parts for row in budget.spend(partial(reference.answers, n, part, progress))]
-    budget.spend(partial(reference.fisher, rows, progress))
-
-
-def _directions(job: Job, spec: ScorerSpec, scorer: ShardScorer, budget: Budget, progress: Progress) -> None:
-    """Make sure that all a direction is made from is in artifacts/."""
-    config = spec.config
-    beside = {artifacts.TARGET: job.target} | ({artifacts.RETENTION: job.retention} if config.retention else {})
-    for kind, of_kind in beside.items():
-        budget.spend(partial(scorer.gradient, kind, of_kind, None, progress))
-        if spec.groups > 1:
-            budget.spend(partial(scorer.group_gradients, kind, of_kind, progress))
-    if config.drift == "lookahead":
-        rows = drawn(job.rows, config.lookahead_rows, config.seed, LOOKAHEAD_DRAW)
-        pairs = _pairs(job, scorer, rows)
-        budget.spend(partial(scorer.gradient, artifacts.LOOKAHEAD, rows, pairs, progress))
-    if config.precondition != "none":
-        rows = drawn(job.rows, config.precondition_rows, config.seed, PRECONDITION_DRAW)
-        budget.spend(partial(scorer.curvature, rows, _pairs(job, scorer, rows), progress))
-
-
-def _pairs(job: Job, scorer: ShardScorer, rows: Sequence[AnyRow]) -> Pairs | None:
-    """What weighs these pairs (Eq. 14), wherever their shards are; None for SFT rows."""
-    if job.layout.kind == "sft":
-        return None
-    if not scorer.spec.has_reference:
-        return scorer.pairs(None)
-    wanted = {row.row_id for row in rows}
-    sums: list[NDArray[np.float32]] = []
-    for index, shard in enumerate(job.shards):
-        places = [i for i, row in enumerate(shard.rows) if row.row_id in wanted]
-        if places:
-            losses = scorer.reference_losses(index, shard.rows) or []
-            sums += [losses[2 * i + branch] for i in places for branch in (0, 1)]
-    return scorer.pairs(sums)

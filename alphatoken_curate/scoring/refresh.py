@@ -6,24 +6,23 @@ reference. The manifest names a generation once all of its shards are there; the
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, settings_of_mask
-from alphatoken_curate.errors import BusyError, FingerprintError, InputError, ModelError, StoredDataError, UsageError
+from alphatoken_curate.errors import FingerprintError, InputError, ModelError, StoredDataError
 from alphatoken_curate.masks.mask import mask_and_card, mend
 from alphatoken_curate.masks.remask import MaskSummary
-from alphatoken_curate.models.checkpoints import Checkpoint, Watcher, find_checkpoints, is_complete, signature
-from alphatoken_curate.models.devices import resolve_device
+from alphatoken_curate.models.checkpoints import Checkpoint, find_checkpoints
 from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import ModelSource, find_model, load_tokenizer, model_digest, tokenizer_digest
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs import manifest, shards
-from alphatoken_curate.runs.artifacts import OF_MODEL, REHEARSAL, TARGET, Store
+from alphatoken_curate.runs.artifacts import OF_MODEL, PRECONDITION, REHEARSAL, TARGET, Store
 from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.runs.documents import decode
 from alphatoken_curate.runs.fingerprint import Json, fingerprint
@@ -34,6 +33,7 @@ from alphatoken_curate.runs.shards import ValueRow
 from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring import beside
 from alphatoken_curate.scoring.budget import Budget, older
+from alphatoken_curate.scoring.engines import Engine, Here
 from alphatoken_curate.scoring.identity import has_stability, versions
 from alphatoken_curate.scoring.job import Job, ShardRows
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
@@ -70,87 +70,28 @@ def refresh(
     device: str | None = None,
     progress: Progress | None = None,
     told: Callable[[RefreshSummary], object] = lambda _: None,
+    engine: Engine | None = None,
 ) -> list[RefreshSummary]:
     """Score the rows of a finished run again at a checkpoint, each as a new generation, then make the mask anew.
 
     `checkpoint`: a model folder, an adapter folder of PEFT, or a folder of `checkpoint-*` folders, all of which are
     scored in step order. `base` and `reference` say where those models lie now, `device` where to compute; by default
     as the run was told. The mask is made by the settings of the run's newest one. `told` of each checkpoint when it is
-    done.
+    done. `engine`: as in `score`.
 
     The same call resumes, and leaves what is there alone. Raises UsageError, ModelError, FingerprintError (another
     reference than the run's), StoredDataError (no finished run, or damage).
     """
     listener = progress or Silent()
-    known, summaries = _Run(Path(run), listener, base=base, reference=reference, device=device), []
-    for one in find_checkpoints(Path(checkpoint), base=known.base):
-        summaries.append(known.refresh(one, listener))
-        told(summaries[-1])
+    known, summaries = Rescored(Path(run), listener, base=base, reference=reference, device=device), []
+    with closing(engine or Here()) as running:
+        for one in find_checkpoints(Path(checkpoint), base=known.base):
+            summaries.append(known.refresh(one, running, listener))
+            told(summaries[-1])
     return summaries
 
 
-def watch(
-    run: Path | str,
-    folder: Path | str,
-    *,
-    interval: float = 30.0,
-    base: str | None = None,
-    reference: str | None = None,
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> Iterator[RefreshSummary]:
-    """`refresh` at each checkpoint of a training run's output folder, as it is completed. Never ends by itself.
-
-    `interval`: seconds between looks. What was scored before, by this process or another, is not scored again. A
-    checkpoint that cannot be scored is told of and passed over; while another process holds the run, it is waited for.
-    """
-    listener = progress or Silent()
-    known = _Run(Path(run), listener, base=base, reference=reference, device=device)
-    if Path(folder).is_file() or (Path(folder).is_dir() and is_complete(Path(folder)) is None):
-        raise UsageError(f"{folder}: not a training's output folder. Score a single checkpoint with --checkpoint.")
-    watcher = Watcher(Path(folder), base=known.base)
-    listener.note(f"watching {folder} for checkpoints, every {interval:g} s, until it is stopped")
-    seen: set[object] = set()
-    told: set[str] = set()
-    while True:
-        for checkpoint in watcher.ready():
-            place = checkpoint.source.adapter or checkpoint.source.folder
-            try:
-                mark = (place, signature(place))
-                done = None if mark in seen else known.refresh(checkpoint, listener)
-            except BusyError as error:
-                listener.note(f"{checkpoint.name} is tried again: {error}")
-                break
-            except FingerprintError as error:
-                if error.fields != ("model",) or (place.is_dir() and signature(place) == mark[1]):
-                    raise  # not this checkpoint was written again
-                listener.warn(f"{checkpoint.name} is tried again: {error}")
-                continue
-            except (ModelError, InputError, FileNotFoundError) as error:
-                # Not fit to be scored; or the training deleted it, file by file, while it was read: it may come back.
-                if is_complete(place) is None:
-                    seen.add(mark)
-                listener.warn(f"{checkpoint.name} is not scored: {error}")
-                continue
-            seen.add(mark)
-            if done is not None:
-                yield done
-        told = _tell(watcher, told, listener)
-        time.sleep(interval)
-
-
-def _tell(watcher: Watcher, told: Set[str], listener: Progress) -> set[str]:
-    """What the last look found not fit or not ready, but what was told of the same name before; returns what is now."""
-    waiting = {f"waiting {name}": f"{name} is waited for: {why}" for name, why in watcher.waiting.items()}
-    refused = {f"refused {name}": f"{name} is not scored: {why}" for name, why in watcher.refused.items()}
-    for name in waiting.keys() - told:
-        listener.note(waiting[name])
-    for name in refused.keys() - told:
-        listener.warn(refused[name])
-    return {*waiting, *refused}
-
-
-class _Run:
+class Rescored:
     """A finished run, and the models that go with it."""
 
     def __init__(
@@ -165,11 +106,11 @@ class _Run:
         self.base = find_model(base) if base is not None else _found(self.config.model)
         moved = base if self.config.reference in (None, self.config.model) else None
         self._reference_name = reference or moved or self.config.reference or self.config.model
-        self._device = str(resolve_device(device or self.config.device))
+        self._device = device or self.config.device
         self._reference: ModelSource | None = None
         self._kept = Watched([])
 
-    def refresh(self, checkpoint: Checkpoint, progress: Progress) -> RefreshSummary:
+    def refresh(self, checkpoint: Checkpoint, engine: Engine, progress: Progress) -> RefreshSummary:
         """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
         watched, model = _looked_at(checkpoint)
         about = {**self.fields, "model": model}
@@ -180,7 +121,7 @@ class _Run:
             number = made[0].generation if made else _number(self.folder, stored, about)
             scored = 0
             if not made:
-                scored = self._score(number, checkpoint, about, watched, progress)
+                scored = self._score(number, checkpoint, about, watched, engine, progress)
                 write_manifest(self.folder)
             mask, now = mask_and_card(self.folder, _mask_config(stored, self.config), stale=bool(scored))
         return RefreshSummary(
@@ -194,10 +135,15 @@ class _Run:
         )
 
     def _score(
-        self, number: int, checkpoint: Checkpoint, about: Mapping[str, Json], watched: Watched, progress: Progress
+        self,
+        number: int,
+        checkpoint: Checkpoint,
+        about: Mapping[str, Json],
+        watched: Watched,
+        engine: Engine,
+        progress: Progress,
     ) -> int:
         stored = manifest.read(self.folder)
-        first = stored.generations[0]
         reference = self._checked_reference()
         check_alike(checkpoint.source, reference)
         watched.include(self._kept)
@@ -206,16 +152,24 @@ class _Run:
             model=checkpoint.source,
             reference=reference,
             dtype=str(self.fields["dtype"]),
-            device=self._device,
+            device=engine.device(self._device),
             store=Store(folder=self.folder / "artifacts", fields=about, generation=number, watched=watched),
             maps=Store(folder=self.folder / "artifacts", fields=self.fields).shapes(TARGET),
         )
         job = _job(self.folder, stored, spec, checkpoint)
         self._check_tokens(checkpoint, job)  # before anything is written
-        budget = Budget(self.folder, about, first.plan[0].batch_tokens, progress, generation=number, plans=first.plan)
+        budget = Budget(
+            self.folder,
+            about,
+            self.config.batch_tokens,
+            progress,
+            threads=self.config.threads,
+            generation=number,
+            plans=stored.generations[0].plan,
+        )
         progress.note(f"{checkpoint.name} becomes generation {number}")
         try:
-            return run_generation(self.folder, job, spec, budget, progress)
+            return run_generation(self.folder, job, spec, engine, budget, progress)
         except (ModelError, InputError):
             if not shards.listed(shards.values_folder(self.folder, number)):
                 _forget(budget, spec.store)
@@ -288,7 +242,8 @@ def _check_config(run: Path, stored: Manifest) -> None:
 
 def _forget(budget: Budget, store: Store) -> None:
     """Take away what was made for a checkpoint that cannot be scored."""
-    for path in (budget.path, *store.parts(REHEARSAL), *(store.path(kind) for kind in OF_MODEL)):
+    parts = (path for kind in (PRECONDITION, REHEARSAL) for path in store.parts(kind))
+    for path in (budget.path, *parts, *(store.path(kind) for kind in OF_MODEL)):
         path.unlink(missing_ok=True)
 
 

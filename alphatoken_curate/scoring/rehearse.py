@@ -56,7 +56,8 @@ FEW_ROWS = 100
 MUCH_OF_A_STEP = 0.05
 """What the root term may change of the steps before it is warned of."""
 
-_COLUMNS, _LOSSES, _PLAN = "columns", "losses", "plan"
+COLUMNS, _LOSSES, _PLAN = "columns", "losses", "plan"
+"""Parts of what a rehearsal keeps: what came of it, and what it keeps while it lasts."""
 
 
 class RehearsalScorer(ShardScorer):
@@ -76,11 +77,11 @@ class RehearsalScorer(ShardScorer):
         Raises InputError where the training or an outcome is not finite.
         """
         store = self.spec.store
-        if not store.is_made(REHEARSAL, _COLUMNS):
+        if not store.is_made(REHEARSAL, COLUMNS):
             found = self._made(progress, batch_tokens)
-            store.save(REHEARSAL, {name: torch.from_numpy(column) for name, column in found.items()}, _COLUMNS)
+            store.save(REHEARSAL, {name: torch.from_numpy(column) for name, column in found.items()}, COLUMNS)
         for path in store.parts(REHEARSAL):
-            if path != store.path(REHEARSAL, _COLUMNS):
+            if path != store.path(REHEARSAL, COLUMNS):
                 path.unlink()
 
     def __call__(
@@ -88,7 +89,7 @@ class RehearsalScorer(ShardScorer):
     ) -> list[RowResult | None]:
         """Signals of each row of a shard; None where its loss is not finite. Nothing is computed here."""
         flat = sequences(rows)
-        kept = self.reference_losses(shard, rows)
+        kept = self.spec.reference_losses(shard, rows)
         reference: Sequence[NDArray[np.float32] | None] = [None] * len(flat) if kept is None else kept
         progress.advance(count_tokens(rows))
         return [self._result(row, nll) for row, nll in zip(flat, reference, strict=True)]
@@ -109,7 +110,7 @@ class RehearsalScorer(ShardScorer):
     def _columns(self) -> dict[str, NDArray[np.float32]]:
         """(N,) each, by the names they are stored under."""
         config = self.spec.config
-        kept = self.spec.store.require(REHEARSAL, part=_COLUMNS)
+        kept = self.spec.store.require(REHEARSAL, part=COLUMNS)
         found = {name: tensor.numpy() for name, tensor in kept.items()}
         if "adapt_error" in found:
             found["value_error"] = composite.value_error(found, config.stability_weight)

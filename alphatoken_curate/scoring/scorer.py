@@ -6,33 +6,40 @@ an outside engine can run the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from alphatoken_curate.directions.drift import checked_weights, drift_direction, read_direction, read_weights
-from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.losses import Weigh, row_means
-from alphatoken_curate.directions.parameters import rest_gradient
-from alphatoken_curate.directions.precondition import estimate, precondition
-from alphatoken_curate.directions.target import target_gradient
+from alphatoken_curate.directions.parameters import rest_sums
+from alphatoken_curate.directions.precondition import (
+    Factors,
+    factor_bases,
+    factor_sums,
+    moment_sums,
+    precondition,
+    second_moments,
+)
+from alphatoken_curate.directions.sums import Sums, sums_of
+from alphatoken_curate.directions.target import target_sums
 from alphatoken_curate.engine.capture import Direction, ScoringModel
-from alphatoken_curate.errors import InputError, ModelError
+from alphatoken_curate.errors import ModelError
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
 from alphatoken_curate.scoring.outcome import largest
-from alphatoken_curate.scoring.spec import ScorerSpec, by_name, count_tokens, counted
+from alphatoken_curate.scoring.spec import ScorerSpec, counted
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.preference import Pairs, reference_sums
 from alphatoken_curate.signals.stored import BatchScorer, RowResult, row_signals
-from alphatoken_curate.tokens.plan import response_tokens, sequences
-from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches
+from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
-_GROUPED = {artifacts.TARGET: artifacts.TARGET_GROUPS, artifacts.RETENTION: artifacts.RETENTION_GROUPS}
+_INPUTS, _OUTPUTS = "inputs", "outputs"
 
 
 class ShardScorer:
@@ -43,6 +50,7 @@ class ShardScorer:
         self._scoring: ScoringModel | None = None
         self._scorer: BatchScorer | None = None
         self._groups: dict[str, list[int]] = {}  # by the prefix of its objective, the tokens of each
+        self._kept_bases: dict[str, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[ShardScorer], tuple[ScorerSpec]]:
         """Pickle what it was built from, never the model."""
@@ -64,52 +72,61 @@ class ShardScorer:
 
     def gradient(
         self, kind: str, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int
-    ) -> None:
-        """Make sure a mean loss gradient is in artifacts/. Raises InputError where the rows' loss is not finite."""
-        if self.spec.store.has(kind):
-            return
-        self.ready(progress)
-        progress.stage(f"{kind} gradient", count_tokens(rows) * self.spec.passes)
-        self.spec.store.save(kind, by_name(self.scoring, self._gradient(kind, rows, pairs, progress, batch_tokens)))
-
-    def group_gradients(self, kind: str, rows: Sequence[TokenRow], progress: Progress, batch_tokens: int) -> None:
-        """The same of each group of target or retention rows."""
-        if self.spec.store.has(_GROUPED[kind]):
-            return
-        self.ready(progress)
-        dealt = deal(rows, self.spec.groups, self.spec.config.seed)
-        progress.stage(f"{kind} gradient of {len(dealt)} groups", count_tokens(rows) * self.spec.passes)
-        found = {"tokens": torch.tensor([response_tokens(group) for group in dealt])}
-        for n, group in enumerate(dealt):
-            each = by_name(self.scoring, self._gradient(kind, group, None, progress, batch_tokens))
-            found |= {f"{n} {name}": tensor for name, tensor in each.items()}
-        self.spec.store.save(_GROUPED[kind], found)
-
-    def _gradient(
-        self, kind: str, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int
-    ) -> Direction:
+    ) -> Sums:
+        """The loss gradients whose mean over response tokens is the direction of that kind, of some of its rows."""
         scoring, weigh = self.scoring, pairs.weigh if pairs is not None else None
         # Retention and lookahead are true gradients; the published G is not.
         true = kind != artifacts.TARGET or self.spec.config.estimator != "published"
-        found = target_gradient(scoring, counted(rows, batch_tokens, progress), all_positions=true, weigh=weigh)
+        batches = counted(rows, batch_tokens, progress)
+        found, tokens = target_sums(scoring, batches, all_positions=true, weigh=weigh)
         if scoring.rest:
-            found += rest_gradient(scoring, counted(rows, batch_tokens, progress), weigh)
-        if not all(torch.isfinite(g).all() for g in found):
-            raise InputError(
-                f"The loss of the {kind} rows has no finite gradient, so it gives no direction to score by."
-            )
-        return found
+            found += rest_sums(scoring, counted(rows, batch_tokens, progress), weigh)[0]
+        return sums_of(scoring.names, found, {"tokens": tokens})
 
-    def curvature(self, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int) -> None:
-        """Make sure the training curvature of --precondition is in artifacts/."""
-        if self.spec.store.has(artifacts.PRECONDITION):
-            return
-        kind = self.spec.config.precondition
-        self.ready(progress)
-        progress.stage(f"{kind} curvature", count_tokens(rows) * (2 if kind == "ekfac" else 1))
-        weigh: Weigh = pairs.weigh if pairs is not None else row_means
-        found = estimate(kind, self.scoring, lambda: counted(rows, batch_tokens, progress), weigh, progress.note)
-        self.spec.store.save(artifacts.PRECONDITION, found)
+    def factors(self, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int) -> Sums:
+        """What the bases of --precondition kfac and ekfac are made of, of some of its rows."""
+        found = factor_sums(self.scoring, counted(rows, batch_tokens, progress), _weigh(pairs))
+        names = [m.parameter for m in self.scoring.maps]
+        sums = sums_of([f"{name}.{_INPUTS}" for name in names], found.inputs, {"units": found.units})
+        sums.arrays.update(sums_of([f"{name}.{_OUTPUTS}" for name in names], found.outputs, {}).arrays)
+        sums.counts.update(zip(names, found.seen, strict=True))
+        return sums
+
+    def bases(self, sums: Sums, progress: Progress, _batch_tokens: int) -> dict[str, NDArray[Any]]:
+        """Those bases, of sums over all rows; for `kfac` all of its curvature."""
+        maps, device, tensors = self.scoring.maps, self.scoring.device, sums.tensors()
+        factors = Factors(
+            inputs=[tensors[f"{m.parameter}.{_INPUTS}"].to(device) for m in maps],
+            outputs=[tensors[f"{m.parameter}.{_OUTPUTS}"].to(device) for m in maps],
+            seen=[sums.counts[m.parameter] for m in maps],
+            units=sums.counts["units"],
+        )
+        sums.arrays.clear()
+        return _arrays(factor_bases(self.spec.config.precondition, self.scoring, factors, progress.note))
+
+    def moments(self, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int) -> Sums:
+        """What the second moments of --precondition adam and ekfac are made of, of some of its rows."""
+        batches = counted(rows, batch_tokens, progress)
+        found, units = moment_sums(self.scoring, batches, _weigh(pairs), self._bases())
+        return sums_of([m.parameter for m in self.scoring.maps], found, {"units": units})
+
+    def curvature(self, sums: Sums, progress: Progress, _batch_tokens: int) -> dict[str, NDArray[Any]]:
+        """The curvature of those two, of sums over all rows."""
+        tensors = sums.tensors()
+        found = [tensors[m.parameter].to(self.scoring.device) for m in self.scoring.maps]
+        kind, units = self.spec.config.precondition, sums.counts["units"]
+        made = second_moments(kind, self.scoring, found, units, self._bases(), progress.note)
+        return _arrays(made)
+
+    def _bases(self) -> dict[str, Tensor] | None:
+        """The bases that second moments are along, where there are any."""
+        if self.spec.config.precondition != "ekfac":
+            return None
+        if self._kept_bases is None:
+            self._kept_bases = self.spec.store.require(
+                artifacts.PRECONDITION, self.scoring.device, part=artifacts.BASES
+            )
+        return self._kept_bases
 
     def __call__(
         self, shard: int, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int
@@ -117,7 +134,7 @@ class ShardScorer:
         """Signals of each row of a shard; None where one is not finite."""
         if not rows:
             return []
-        reference = self.reference_losses(shard, rows)
+        reference, self._kept_bases = self.spec.reference_losses(shard, rows), None
         return row_signals(
             self._batch_scorer(progress),
             rows,
@@ -130,16 +147,15 @@ class ShardScorer:
             pairs=self.pairs(reference) if len(branches(rows[0])) > 1 else None,
         )
 
+    def score(
+        self, shard: int, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int
+    ) -> tuple[list[RowResult | None], Mapping[str, float]]:
+        """The same, and the largest number of each direction."""
+        return self(shard, rows, progress, batch_tokens), self.largest
+
     def pairs(self, reference: Sequence[NDArray[np.float32]] | None) -> Pairs:
         """Eq. 14 for pairs of which the reference's nll is given sequence by sequence."""
         return Pairs(beta=self.spec.config.beta, reference=reference_sums(reference))
-
-    def reference_losses(self, shard: int, rows: Sequence[AnyRow]) -> list[NDArray[np.float32]] | None:
-        """The reference's nll of each sequence's response tokens; None where it is the model itself."""
-        if not self.spec.has_reference:
-            return None
-        stored = self.spec.store.require(artifacts.REFERENCE_NLL, part=shard)["nll"]
-        return [part.numpy() for part in stored.split([int(row.response.sum()) for row in sequences(rows)])]
 
     def _check_maps(self, scoring: ScoringModel) -> None:
         found = {name: tuple(weight.shape) for name, weight in zip(scoring.names, scoring.weights, strict=True)}
@@ -229,3 +245,13 @@ class ShardScorer:
         if found is None:  # renamed or merged on loading, and nothing else needed the reference so far
             found = [w.to(scoring.device) for w in self.spec.capture(reference).weights]
         return checked_weights(scoring, found)
+
+
+def _weigh(pairs: Pairs | None) -> Weigh:
+    """How the losses of a unit become one: that of a row's mean, or of a pair."""
+    return row_means if pairs is None else pairs.weigh
+
+
+def _arrays(found: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Tensors by name, as numpy has them."""
+    return {name: tensor.cpu().numpy() for name, tensor in found.items()}

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.directions.drift import read_weights
-from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.engine.precision import narrow
-from alphatoken_curate.models.devices import resolve_device, resolve_dtype
+from alphatoken_curate.models.devices import resolve_dtype
 from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import ModelSource, find_model, load_model
 from alphatoken_curate.progress import Progress
+from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring.identity import has_drift
@@ -92,6 +94,13 @@ class ScorerSpec:
         """What models are loaded in: a training that is rehearsed has weights of float32, whatever it multiplies in."""
         return "float32" if self.config.rehearses and narrow(getattr(torch, self.dtype)) else self.dtype
 
+    def reference_losses(self, shard: int, rows: Sequence[AnyRow]) -> list[NDArray[np.float32]] | None:
+        """The reference's nll of each sequence's response tokens; None where it is the model itself."""
+        if not self.has_reference:
+            return None
+        stored = self.store.require(artifacts.REFERENCE_NLL, part=shard)["nll"]
+        return [part.numpy() for part in stored.split([int(row.response.sum()) for row in sequences(rows)])]
+
     def load(self, source: ModelSource) -> PreTrainedModel:
         """A model of the run."""
         return self._load(source, self.dtype_of_weights, self.device)
@@ -119,15 +128,17 @@ class ScorerSpec:
         return ScoringModel(model, self.config.layers, self.config.parameters)  # type: ignore[arg-type]
 
 
-def spec_of(prepared: Prepared, folder: Path, reuse: Path | None = None, watched: Watched | None = None) -> ScorerSpec:
+def spec_of(
+    prepared: Prepared, folder: Path, device: str, reuse: Path | None = None, watched: Watched | None = None
+) -> ScorerSpec:
     """What scores the rows of a run whose artifacts/ are in `folder`; those in `reuse` are taken over.
 
-    `watched`: all files it is made from, since before they were read. Raises FingerprintError where one changed since,
-    UsageError and ModelError where the models, device or dtype named are not there or do not go together.
+    `device`: where they are scored (`Engine.device`). `watched`: all files it is made from, since before they were
+    read. Raises FingerprintError where one changed since, UsageError and ModelError where the models or dtype named are
+    not there or do not go together.
     """
     config = prepared.config
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device.type, in_full=config.in_full)
+    dtype = resolve_dtype(config.dtype, torch.device(device).type, in_full=config.in_full)
     reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
     check_alike(prepared.source, reference)
     fields = fingerprint_fields(prepared, reference, dtype)
@@ -138,7 +149,7 @@ def spec_of(prepared: Prepared, folder: Path, reuse: Path | None = None, watched
         model=prepared.source,
         reference=reference,
         dtype=dtype,
-        device=str(device),
+        device=device,
         store=Store(folder=folder, fields=fields, reuse=reuse, watched=watched),
     )
 
@@ -153,8 +164,3 @@ def counted(rows: Sequence[AnyRow], batch_tokens: int, progress: Progress) -> It
     for indices in plan_batches(rows, batch_tokens):
         yield collate(rows, indices)
         progress.advance(count_tokens([rows[i] for i in indices]))
-
-
-def by_name(scoring: ScoringModel, direction: Direction) -> dict[str, Tensor]:
-    """A direction under the names of its weights."""
-    return dict(zip(scoring.names, direction, strict=True))

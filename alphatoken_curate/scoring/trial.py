@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -66,15 +67,23 @@ def pays(shards: Shards, device_type: str) -> bool:
     return _largest_batch(shards) > usual and sum(map(count_tokens, shards)) >= SHARE * 2 * usual
 
 
-def find_budget(spec: ScorerSpec, shards: Shards, load: Callable[[], ScoringModel], progress: Progress) -> int:
-    """The largest budget that pays for these rows. `load`: a model of the shapes of the one that will score them."""
-    device = torch.device(spec.device)
+def untried(spec: ScorerSpec, shards: Shards) -> int | None:
+    """The budget of these rows without a trial; None where one pays."""
     if spec.config.rehearses:
         return REHEARSAL_TOKENS
-    if not pays(shards, device.type):
-        return usual_budget(shards, device.type)
-    progress.stage("trial of --batch-tokens", sum(map(count_tokens, shards)) // SHARE)
-    trial = Trial(load(), spec.config, spec.directions, shards, Meter(device), progress)
+    kind = torch.device(spec.device).type
+    return None if pays(shards, kind) else usual_budget(shards, kind)
+
+
+def tokens_of(shards: Shards) -> int:
+    """Most tokens that a trial goes through."""
+    return sum(map(count_tokens, shards)) // SHARE
+
+
+def tried(of: ReferencePass | ShardScorer, shards: Shards, progress: Progress, _: int = 0) -> int:
+    """The largest budget that pays for these rows, on a model of the shapes of the one that will score them."""
+    spec, device = of.spec, torch.device(of.spec.device)
+    trial = Trial(of.scoring, spec.config, spec.directions, shards, Meter(device), progress)
     first = min(max(_SMALLEST.get(device.type, _SMALLEST["cpu"]), _power(trial.width)), trial.most)
     found = grow(trial.speed, first, trial.most, trial.affords)
     del trial
@@ -204,15 +213,12 @@ def planned(rows: Sequence[AnyRow], budget: int) -> tuple[int, int]:
     return len(batches), sum(_padded([rows[i] for i in batch]) for batch in batches)
 
 
-def first_model(
-    spec: ScorerSpec, shards: Sequence[int], reference: ReferencePass, scorer: ShardScorer
-) -> Callable[[], ScoringModel]:
-    """Loads the model that the run needs first, to be used again: both have the same shapes."""
+def needed_first(spec: ScorerSpec, shards: Sequence[int]) -> Literal["reference", "model"]:
+    """Which model the run needs first: a trial takes that, as both have the same shapes."""
     wanted = [partial(_lacks, spec.store, artifacts.REFERENCE_NLL, shard) for shard in shards if spec.has_reference]
     if spec.has_drift and spec.estimates_fisher:
         wanted.append(partial(_lacks, spec.store, artifacts.FISHER))
-    needed = any(lacks() for lacks in wanted)
-    return lambda: reference.scoring if needed else scorer.scoring
+    return "reference" if any(lacks() for lacks in wanted) else "model"
 
 
 def _lacks(store: Store, kind: str, part: int | None = None) -> bool:

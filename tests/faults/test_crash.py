@@ -49,7 +49,7 @@ def remasked(forks: Forks, whole: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 # An unbroken run commits this many files; the n-th time a point is passed belongs to the n-th of them.
-FILES = 4 + 4 + 1 + 1 + 1 + 1 + 4 + 1 + 1 + 1 + 4 + 1 + 1
+FILES = 4 + 1 + 1 + 1 + 1 + 4 + 1 + 1 + 1 + 4 + 1 + 1
 
 
 def _points(every: int) -> list[str]:

@@ -24,18 +24,18 @@ import torch
 import zstandard
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from light import fake_sums
 from pyarrow import parquet
 from tiny import tiny_model
 from tiny_files import NAN_TOKEN, command, quiet, token_records, write_jsonl
 
 from alphatoken_curate import InputError, ScoreConfig, scan, score, verify
-from alphatoken_curate.progress import Progress
 from alphatoken_curate.rows import tables
 from alphatoken_curate.rows.read import read_rows
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.schema import components
 from alphatoken_curate.scoring import loop
-from alphatoken_curate.scoring.spec import ScorerSpec
+from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
@@ -228,17 +228,10 @@ _FAILS = 45
 """A row with this token is one whose loss is not finite, to the scorer below."""
 
 
-class Fake:
-    """Stands in for the reference pass and the scorer: signals of nothing, and rows that fail."""
+def _signals(self: ShardScorer, _: int, rows: list[AnyRow], *__: object) -> list[RowResult | None]:
+    """Of nothing, and rows that fail."""
 
-    def __init__(self, spec: ScorerSpec) -> None:
-        self.spec = spec
-        self.largest: dict[str, float] = {}
-
-    def __call__(self, index: int, rows: list[AnyRow], progress: Progress, batch_tokens: int) -> list[RowResult | None]:
-        return [None if any(_FAILS in part.input_ids for part in branches(row)) else self._of(row) for row in rows]
-
-    def _of(self, row: AnyRow) -> RowResult:
+    def of(row: AnyRow) -> RowResult:
         names = ("nll", "entropy", *components(self.spec.config.estimator).of_value, "value")
         parts = tuple(
             {name: np.where(p.response, p.input_ids, np.nan).astype(np.float32) for name in names}
@@ -247,14 +240,7 @@ class Fake:
         pair = len(parts) > 1
         return RowResult(branches=parts, omega=0.05 if pair else None, margin=0.0 if pair else None)
 
-    def ready(self, *_: object) -> None:
-        """Nothing is loaded."""
-
-    def gradient(self, *_: object) -> None:
-        """There is no direction."""
-
-    def close(self) -> None:
-        """There is no model."""
+    return [None if any(_FAILS in part.input_ids for part in branches(row)) else of(row) for row in rows]
 
 
 _ids = st.lists(st.integers(3, _FAILS), min_size=1, max_size=6)
@@ -319,9 +305,9 @@ def _accounted(model: str, items: list[tuple[str, str]], target: str | None, per
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring without a model or a mask, and without waiting for a disk."""
-    monkeypatch.setattr(loop, "ReferencePass", Fake)
-    monkeypatch.setattr(loop, "ShardScorer", Fake)
-    monkeypatch.setattr(loop, "first_model", lambda *_: None)
+    monkeypatch.setattr(ShardScorer, "__call__", _signals)
+    monkeypatch.setattr(ShardScorer, "ready", lambda *_: None)
+    monkeypatch.setattr(ShardScorer, "gradient", lambda *_: fake_sums("tokens"))
     monkeypatch.setattr(loop, "mask_and_card", lambda run, *_, **__: (None, manifest.read(run)))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 

@@ -16,6 +16,7 @@ from alphatoken_curate.progress import Silent
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.fingerprint import differing
 from alphatoken_curate.runs.shards import read_footer
+from alphatoken_curate.scoring.engines import Here
 from alphatoken_curate.scoring.finished import finished
 from alphatoken_curate.scoring.identity import OF_TOKENS
 from alphatoken_curate.scoring.loop import score_rows
@@ -122,7 +123,7 @@ def test_a_limit_that_was_not_reached_says_nothing_of_files_that_came(settings: 
         write_jsonl(rows / "b.jsonl", token_records(7, seed=9))
         assert (finished(config, run) is not None) == finished_then
         if finished_then:
-            assert score_rows(config, run, Silent()).shards_scored == 0
+            assert score_rows(config, run, Silent(), Here()).shards_scored == 0
         else:
             with pytest.raises(FingerprintError, match="data"):
                 score(config, run)

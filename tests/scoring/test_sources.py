@@ -19,7 +19,7 @@ from two_tokenizers import TEXTS, byte_level
 
 from alphatoken_curate import FingerprintError, ScoreConfig, refresh, score
 from alphatoken_curate.models.load import find_model, load_model
-from alphatoken_curate.scoring.refresh import watch
+from alphatoken_curate.scoring.watch import watch
 
 WEIGHTS = "model.safetensors"
 

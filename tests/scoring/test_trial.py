@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from alphatoken_curate import ScoreConfig, score
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.progress import Silent
+from alphatoken_curate.runs.shards import listed, values_folder
 from alphatoken_curate.scoring import trial
 from alphatoken_curate.scoring.budget import LEAST
 from alphatoken_curate.scoring.meter import Meter
@@ -271,7 +272,7 @@ def test_a_budget_is_not_sought_again(
     run, plain = tmp_path / "run", PathScorer.score
 
     def stop(self: PathScorer, batch: Batch) -> Any:
-        if recorded(run)["shards"].get("1"):
+        if listed(values_folder(run, 0)):
             raise KeyboardInterrupt
         return plain(self, batch)
 
@@ -302,11 +303,10 @@ def test_the_first_model_is_the_one_that_lacks_something(
     run = tmp_path / "run"
     settings["data"] = write_jsonl(tmp_path / "few.jsonl", token_records(12))
     score(ScoreConfig(**settings | {"reference": models["base"]}), run)
-    spec, reference, scorer = _spec(run, settings | {"reference": models["base"]})
+    spec, _, _ = _spec(run, settings | {"reference": models["base"]})
 
     def first() -> str:
-        found = trial.first_model(spec, [0], reference, scorer)()
-        return "reference" if found is reference._scoring else "model"
+        return trial.needed_first(spec, [0])
 
     assert first() == "model"
     nll = run / "artifacts" / "reference_nll-00000.safetensors"

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
+from light import fake_sums
 
-from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.schema import components
 from alphatoken_curate.scoring import prepare, reference, scorer
 from alphatoken_curate.signals.stored import RowResult
+from alphatoken_curate.tokens.plan import response_tokens
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
 REFUSALS = {"open": errno.EROFS, "write": errno.ENOSPC, "fsync": errno.EIO, "replace": errno.EIO}
@@ -37,22 +37,19 @@ def log_scoring(path: Path) -> None:
 
 
 def fake_scorer() -> None:
-    """Score without a model: values drawn by row and checkpoint, and small tensors in place of artefacts."""
-
-    def save(store: artifacts.Store, kind: str, part: int | None = None) -> None:
-        if not store.has(kind, part):
-            store.save(kind, {"fake": torch.zeros(8)}, part)
+    """Score without a model: values drawn by row and checkpoint, and small arrays in place of directions."""
 
     def score(self: Any, shard: int, rows: Sequence[AnyRow], *_: Any) -> list[RowResult | None]:
         return [_drawn(row, self.spec.config.estimator, self.spec.store.generation) for row in rows]
 
     scorer.ShardScorer.__call__ = score  # type: ignore[assignment]
     scorer.ShardScorer.ready = lambda self, _: None  # type: ignore[assignment, return-value]
-    scorer.ShardScorer.gradient = lambda self, kind, *_: save(self.spec.store, kind)  # type: ignore[method-assign]
-    reference.ReferencePass.weights = lambda self: None  # type: ignore[assignment, return-value]
-    reference.ReferencePass.fisher = lambda self, *_: save(self.spec.store, artifacts.FISHER)  # type: ignore[method-assign]
-    reference.ReferencePass.losses = lambda self, part, *_: save(  # type: ignore[method-assign]
-        self.spec.store, artifacts.REFERENCE_NLL, part
+    scorer.ShardScorer.gradient = lambda *_: fake_sums("tokens")  # type: ignore[method-assign]
+    reference.ReferencePass.ready = lambda self, _: None  # type: ignore[assignment, return-value]
+    reference.ReferencePass.weights = lambda *_: None  # type: ignore[method-assign]
+    reference.ReferencePass.fisher = lambda *_: fake_sums("rows")  # type: ignore[method-assign]
+    reference.ReferencePass.losses = lambda self, rows, *_: np.zeros(  # type: ignore[method-assign]
+        response_tokens(rows), np.float32
     )
 
 

@@ -8,13 +8,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 
-from alphatoken_curate.runs import artifacts
+from alphatoken_curate.directions.sums import Sums
 from alphatoken_curate.runs.schema import components
 from alphatoken_curate.scoring import reference, scorer
 from alphatoken_curate.signals import composite
 from alphatoken_curate.signals.stored import RowResult
+from alphatoken_curate.tokens.plan import response_tokens
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches
 
 _FAILS = 0.04
@@ -25,26 +25,24 @@ _ROUGH = 0.3
 
 @contextlib.contextmanager
 def light_scorer() -> Iterator[None]:
-    """Score without a model, in this process, until the block ends: small tensors in place of artefacts."""
-
-    def save(store: artifacts.Store, kind: str, part: int | None = None, found: Any = None) -> None:
-        if not store.has(kind, part):
-            store.save(kind, found or {"fake": torch.zeros(8)}, part)
+    """Score without a model, in this process, until the block ends: small arrays in place of directions."""
 
     changes: dict[Any, dict[str, Any]] = {
         scorer.ShardScorer: {
             "__call__": lambda self, shard, rows, *_: _scored(self.spec, rows),
             "ready": lambda self, _: None,
-            "gradient": lambda self, kind, *_: save(self.spec.store, kind),
-            "curvature": lambda self, *_: None,
+            "gradient": lambda *_: fake_sums("tokens"),
+            "factors": lambda *_: fake_sums("units"),
+            "bases": lambda *_: fake_sums("units").arrays,
+            "moments": lambda *_: fake_sums("units"),
+            "curvature": lambda *_: fake_sums("units").arrays,
         },
         reference.ReferencePass: {
-            "weights": lambda self: None,
-            "fisher": lambda self, *_: save(self.spec.store, artifacts.FISHER),
-            "answers": lambda self, part, rows, *_: list(rows),
-            "losses": lambda self, part, rows, *_: save(
-                self.spec.store, artifacts.REFERENCE_NLL, part, {"nll": torch.zeros(_responses(rows))}
-            ),
+            "ready": lambda self, _: None,
+            "weights": lambda *_: None,
+            "fisher": lambda *_: fake_sums("rows"),
+            "answers": lambda self, rows, *_: list(rows),
+            "losses": lambda self, rows, *_: np.zeros(response_tokens(rows), np.float32),
         },
     }
     with contextlib.ExitStack() as stack:
@@ -54,8 +52,9 @@ def light_scorer() -> Iterator[None]:
         yield
 
 
-def _responses(rows: Sequence[AnyRow]) -> int:
-    return sum(int(one.response.sum()) for row in rows for one in branches(row))
+def fake_sums(counted: str) -> Sums:
+    """A small array in place of those of a model's parameters."""
+    return Sums(arrays={"fake": np.zeros(8, np.float32)}, counts={counted: 1})
 
 
 def _scored(spec: Any, rows: Sequence[AnyRow]) -> list[RowResult | None]:

@@ -302,6 +302,7 @@ def test_the_code_of_a_model_is_part_of_it(files: Settings) -> None:
 
 INDIFFERENT: dict[str, Any] = {
     "batch_tokens": 77,
+    "threads": 3,
     "device": "cpu",
     "bad_rows": "quarantine",
     "reuse": "=elsewhere",

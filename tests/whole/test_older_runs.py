@@ -49,7 +49,7 @@ def held(run: Path) -> Any:
 
 def test_there_is_a_run_of_every_schema_version() -> None:
     assert {path.name for path in DATA.glob("*.tar.xz")} == {f"v{version}.tar.xz" for version in VERSIONS}
-    assert sum(path.stat().st_size for path in DATA.glob("*.tar.xz")) < 100_000
+    assert sum(path.stat().st_size for path in DATA.glob("*.tar.xz")) < 150_000
     assert schema.absent(VERSIONS[-1]) == frozenset() and VERSIONS[-1] == schema.SCHEMA_VERSION
 
 
@@ -152,7 +152,7 @@ def test_a_run_that_does_not_say_what_ends_an_answer_is_masked_as_before(run: Pa
 
 
 @both_kinds
-@pytest.mark.parametrize("version", VERSIONS[:-1])
+@pytest.mark.parametrize("version", [version for version in VERSIONS if schema.absent(version)])
 def test_what_an_older_run_lacks_is_said(run: Path, version: int, kind: str) -> None:
     every = (*SIGNALS, *VOCABULARY_COLUMNS.names, "end_of_turn")
     names = [name for name in every if name in schema.absent(version)]

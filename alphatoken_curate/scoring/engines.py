@@ -1,0 +1,71 @@
+"""Who does the tasks of a stage: this process alone, or an engine that has workers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from alphatoken_curate.models.devices import resolve_device
+from alphatoken_curate.progress import Progress
+from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import ScorerSpec
+from alphatoken_curate.scoring.worker import Done, Stage, Worker
+
+
+class Engine(Protocol):
+    """Has tasks done. Which engine it is changes no bit of what they give back."""
+
+    def device(self, name: str) -> str:
+        """The device that --device names, where tasks are done. Raises UsageError where there is none."""
+
+    def begin(self, spec: ScorerSpec, threads: int | None) -> None:
+        """Be ready for the stages of a generation; `threads` of each process on a CPU, None leaves them to torch."""
+
+    def run(self, stage: Stage, progress: Progress) -> Iterator[tuple[int, Done]]:
+        """Have all tasks of a stage done; gives the number of each, from 0, and what came of it, as they are done.
+
+        Raises what a task raises, and CurateError that names the tasks whose workers always ended, once all others
+        are done.
+        """
+
+    def close(self) -> None:
+        """Give back all that is held. It may begin again."""
+
+
+class Here:
+    """Tasks one after the other in this process. `scorer`: whose methods the tasks of the model are."""
+
+    def __init__(self, scorer: ShardScorer | None = None) -> None:
+        self._scorer = scorer
+        self._worker: Worker | None = None
+        self._threads: int | None = None
+
+    def device(self, name: str) -> str:
+        """As `Engine`."""
+        return str(resolve_device(name))
+
+    def begin(self, spec: ScorerSpec, threads: int | None) -> None:
+        """As `Engine`."""
+        self.close()
+        if threads is not None:
+            self._threads = torch.get_num_threads()
+            torch.set_num_threads(threads)
+        self._worker = Worker(spec, self._scorer)
+
+    def run(self, stage: Stage, progress: Progress) -> Iterator[tuple[int, Done]]:
+        """As `Engine`."""
+        assert self._worker is not None, "begin() comes first"
+        self._worker.ready(stage.of, progress)
+        if stage.tokens:
+            progress.stage(stage.name, stage.tokens)
+        for n, task in enumerate(stage.tasks):
+            yield n, self._worker.do(stage.of, task, progress)
+
+    def close(self) -> None:
+        """As `Engine`."""
+        self._worker = None
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+            self._threads = None

@@ -1,0 +1,92 @@
+"""A scoring in jobs of their own: one that prepares, then any number side by side, each with its share of the shards.
+
+What `score` does last, the manifest and the mask, a plain `score` of the same settings does when all shards are there;
+it scores those that are not. A share is the shards whose number is I modulo N: a function of the data alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.errors import UsageError
+from alphatoken_curate.progress import Progress
+from alphatoken_curate.runs import artifacts, shards
+from alphatoken_curate.runs.atomic import one_writer
+from alphatoken_curate.scoring.budget import Budget
+from alphatoken_curate.scoring.changes import told_of_data
+from alphatoken_curate.scoring.engines import Engine
+from alphatoken_curate.scoring.job import job_of
+from alphatoken_curate.scoring.loop import missing_shards, read_all, score_shards, settle, tell, with_directions
+from alphatoken_curate.scoring.rehearse import COLUMNS
+from alphatoken_curate.scoring.stages import Stages
+
+PREPARE = "prepare"
+
+_SHARE = re.compile(r"(\d{1,6})/(\d{1,6})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartSummary:
+    """What a part did: shards `scored` by it, and how many of all `shards` of the run are `missing` then."""
+
+    run: Path
+    part: str
+    scored: int
+    missing: int
+    shards: int
+
+
+def share_of(part: str) -> tuple[int, int] | None:
+    """(I, N) of `I/N`, 0 <= I < N; None of `prepare`. Raises UsageError for anything else."""
+    if part == PREPARE:
+        return None
+    found = _SHARE.fullmatch(part)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UsageError(f"--part {part}: it takes prepare, or I/N with I from 0 to N - 1, such as 0/4.")
+    return int(found[1]), int(found[2])
+
+
+def part_of_rows(config: ScoreConfig, part: str, folder: Path, listener: Progress, engine: Engine) -> PartSummary:
+    """Do a part of what `loop.score_rows` does. Raises as `score_part`."""
+    share = share_of(part)
+    prepared, spec = read_all(config, folder, engine, listener)
+    job = job_of(prepared, spec)
+    mine = range(0) if share is None else range(share[0], len(job.shards), share[1])
+    names = {shards.shard_name(n) for n in mine} | {spec.store.path(artifacts.REFERENCE_NLL, n).name for n in mine}
+    with one_writer(folder, listener.warn, only=names if share else None), told_of_data(folder, prepared):
+        about, writes = spec.store.fields, share is None
+        budget = Budget(folder, about, config.batch_tokens, listener, threads=config.threads, writes=writes)
+        stages = Stages(job=job, spec=spec, engine=engine, budget=budget, progress=listener)
+        missing = missing_shards(folder, job, spec)
+        scored = [index for index in missing if index in mine]
+        if share is None:
+            tell(prepared, spec, listener, config)
+            if missing:
+                settle(stages, missing)
+                stages.reference(())
+                with_directions(stages)
+        elif scored:
+            _check_prepared(stages, part)
+            settle(stages, scored)
+            stages.reference_losses(scored)
+            score_shards(folder, with_directions(stages), scored)
+        spec.store.check_sources(whole=True)
+    there = len(shards.listed(shards.values_folder(folder, 0)))
+    return PartSummary(
+        run=folder, part=part, scored=len(scored), missing=len(job.shards) - there, shards=len(job.shards)
+    )
+
+
+def _check_prepared(stages: Stages, part: str) -> None:
+    """Raise UsageError where something that shards are scored by is not there: only `prepare` may write it."""
+    store, kinds = stages.spec.store, sorted(stages.needed())
+    lacks = [kind for kind in kinds if not store.is_made(kind, COLUMNS if kind == artifacts.REHEARSAL else None)]
+    if lacks or not stages.budget.is_settled:
+        what = f" ({', '.join(lacks)} of these settings and inputs is not there)" if lacks else ""
+        raise UsageError(
+            f"--part {part}: {store.folder.parent} is not prepared{what}. Run the same command with --part prepare"
+            " first, and wait for its end."
+        )

@@ -1,0 +1,160 @@
+"""Workers that are processes on this machine, each on a card of its own where there are cards.
+
+They are spawned, and end with this process, however it ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from alphatoken_curate.errors import CurateError, UsageError
+from alphatoken_curate.models.devices import resolve_device
+from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun
+from alphatoken_curate.scoring.worker import Task, Worker
+
+CARDS = "CUDA_VISIBLE_DEVICES"
+
+_PATIENCE = 5.0
+"""Seconds that a process has to end when it is told to."""
+
+
+@dataclass(slots=True, eq=False)
+class _Process:
+    process: BaseProcess
+    pipe: Connection
+    spoke: bool = False
+
+
+class Local(Pool[_Process]):
+    """`workers` processes on this machine; `auto` is one for each card, or as many as its cores have threads for."""
+
+    def __init__(self, workers: int | Literal["auto"] = "auto") -> None:
+        super().__init__(workers)
+        self._started = 0
+
+    def device(self, name: str) -> str:
+        """As `Engine`."""
+        return str(resolve_device(name))
+
+    def _most(self, beginning: Beginning) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return len(cards_of(beginning.spec.device)) or max(1, cores // beginning.threads)
+
+    def _start(self, beginning: Beginning) -> _Process:
+        cards = cards_of(beginning.spec.device)
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        with environment({CARDS: cards[self._started % len(cards)]} if cards else {}):
+            process = context.Process(target=serve, args=(theirs,), name=f"worker {self._started}", daemon=True)
+            process.start()
+        theirs.close()
+        self._started += 1
+        with suppress(OSError):  # it died: its end of the pipe tells
+            ours.send(beginning)
+        return _Process(process, ours)
+
+    def _hand(self, member: Member[_Process], message: Beginning | tuple[str, Task]) -> None:
+        with suppress(OSError):
+            member.handle.pipe.send(message)
+
+    def _hear(self) -> Iterator[tuple[Member[_Process], str, Any]]:
+        pipes = {member.handle.pipe: member for member in self._members}
+        for pipe in wait(list(pipes)):
+            assert isinstance(pipe, Connection)
+            member = pipes[pipe]
+            try:
+                what, told = pipe.recv()
+            except (EOFError, OSError):
+                yield member, "died", self._how(member.handle)
+            else:
+                member.handle.spoke = True
+                yield member, what, told
+
+    def _how(self, handle: _Process) -> str:
+        """How a process ended. Raises CurateError for one that never began."""
+        handle.process.join(_PATIENCE)
+        handle.pipe.close()
+        code = handle.process.exitcode
+        how = (
+            f"ended with exit code {code}" if (code or 0) >= 0 else f"was killed by {signal.Signals(-(code or 0)).name}"
+        )
+        if not handle.spoke:
+            raise CurateError(
+                f"A worker {how} before it began. In a script of Python, what calls with workers must stand below"
+                ' `if __name__ == "__main__":`, since each of them imports the script anew.'
+            )
+        return how
+
+    def _stop(self, members: Sequence[Member[_Process]]) -> None:
+        for member in members:
+            member.handle.pipe.close()
+            if member.task is not None:
+                member.handle.process.terminate()
+        for member in members:
+            member.handle.process.join(_PATIENCE)
+            if member.handle.process.is_alive():
+                member.handle.process.kill()
+                member.handle.process.join()
+
+
+def serve(pipe: Connection) -> None:
+    """What a process does: as it is told, until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that leads answers it
+    tqdm.set_lock(threading.RLock())  # its own lock would be a semaphore of the system, which stays when this is ended
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    told = Told(lambda what, about: pipe.send((what, about)))
+    worker: Worker | None = None
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            message = pipe.recv()
+            if isinstance(message, Beginning):
+                worker = begun(message)
+                pipe.send(("ready", None))
+            elif worker is not None:
+                which, task = message
+                pipe.send(answer(worker, which, task, told))
+
+
+def _end_with(parent: BaseProcess | None) -> None:
+    """End this process when the other one does, even in the middle of a task."""
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+@contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """Variables that processes begun in this block have from the start: torch reads its cards once."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def cards_of(device: str) -> list[str]:
+    """The cards there are, as their processes are told of them; none on a CPU. Raises UsageError for a single one."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return []
+    if kind != "cuda" or number:
+        raise UsageError(f"--device {device}: workers take cards by themselves. Give --device cuda, or cpu.")
+    named = os.environ.get(CARDS)
+    return named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]

@@ -1,0 +1,274 @@
+"""What comes before the shards: what of the reference and which directions are in artifacts/, and who makes the rest.
+
+Each stage is cut into tasks, which an engine has done; what they give back is kept here, in the order of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alphatoken_curate.directions.generate import answer_room, chunks, pack, unpack
+from alphatoken_curate.directions.groups import deal
+from alphatoken_curate.directions.sums import Sums, in_parts, tensors_of, total
+from alphatoken_curate.errors import InputError
+from alphatoken_curate.progress import Progress
+from alphatoken_curate.runs import artifacts
+from alphatoken_curate.scoring.budget import Budget
+from alphatoken_curate.scoring.engines import Engine
+from alphatoken_curate.scoring.job import Job
+from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, drawn
+from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.rehearse import RehearsalScorer
+from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
+from alphatoken_curate.scoring.worker import Stage, Task, Which
+from alphatoken_curate.signals.preference import Pairs, reference_sums
+from alphatoken_curate.tokens.plan import response_tokens, sequences
+from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
+
+_GROUPED = {artifacts.TARGET: artifacts.TARGET_GROUPS, artifacts.RETENTION: artifacts.RETENTION_GROUPS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stages:
+    """The stages of a generation, in the order they are called in."""
+
+    job: Job
+    spec: ScorerSpec
+    engine: Engine
+    budget: Budget
+    progress: Progress
+
+    # --------------------------------------------------------------------------------------------- of the reference
+
+    def reference(self, missing: Sequence[int]) -> None:
+        """Keep what is needed of the reference to make directions, and to score the shards that are missing."""
+        spec = self.spec
+        if spec.has_drift:
+            if spec.has_reference or not spec.config.rehearses:
+                self._reference_weights()
+            if spec.estimates_fisher and not spec.store.has(artifacts.FISHER):
+                self._fisher()
+        if spec.has_reference:
+            draws = self.job.layout.kind != "sft" and bool(
+                {artifacts.LOOKAHEAD, artifacts.PRECONDITION} & self.needed()
+            )
+            # The curvature and the lookahead of pairs draw from all rows, and take the reference's losses.
+            self.reference_losses(range(len(self.job.shards)) if draws else missing)
+
+    def needed(self) -> set[str]:
+        """The kinds of artefacts that any shard is scored by, losses of the reference apart."""
+        spec, config = self.spec, self.spec.config
+        found = {artifacts.FISHER} if spec.has_drift and spec.estimates_fisher else set()
+        if config.rehearses:
+            return found | {artifacts.REHEARSAL}
+        grouped = spec.groups > 1
+        for kind in (artifacts.TARGET, *((artifacts.RETENTION,) if config.retention else ())):
+            found |= {kind, *((_GROUPED[kind],) if grouped else ())}
+        found |= {artifacts.LOOKAHEAD} if config.drift == "lookahead" else set()
+        return found | ({artifacts.PRECONDITION} if config.precondition != "none" else set())
+
+    def _reference_weights(self) -> None:
+        """The reference's weights of S, unless its files give them tensor by tensor under the model's names.
+
+        It is not loaded for that alone: they are kept before a Fisher is, so that who finds one finds them too.
+        """
+        spec, store = self.spec, self.spec.store
+        settled = not spec.estimates_fisher or store.has(artifacts.FISHER)
+        if store.has(artifacts.REFERENCE) or (spec.reference.tensors_on_disk and settled):
+            return
+        if (found := self._one("weights of the reference", "reference", ReferencePass.weights)) is not None:
+            store.save(artifacts.REFERENCE, tensors_of(found))
+
+    def _fisher(self) -> None:
+        config = self.spec.config
+        rows: list[TokenRow] = self.job.prompts or [chosen(row) for row in self.job.rows]
+        rows = drawn(rows, config.fisher_rows, config.seed, FISHER_DRAW)
+        if config.fisher == "generate":
+            rows = self._answers(rows)
+        name = "Fisher of the reference"
+        tasks = [self._task(f"the {name}", ReferencePass.fisher, part) for part in in_parts(rows)]
+        tokens = self.spec.passes * count_tokens(rows)
+        found = self._total(Stage(name=name, tokens=tokens, of="reference", tasks=tasks))
+        if not _finite(found):
+            raise InputError(
+                "The Fisher of the reference is not finite, so stability cannot be scored: some row's loss under"
+                " --reference is not, or its squared gradient overflows. Check its weights, or give a --fisher FILE."
+            )
+        self.spec.store.save(artifacts.FISHER, found.mean("rows"))
+
+    def _answers(self, prompts: Sequence[TokenRow]) -> list[TokenRow]:
+        """Answers of the reference, kept in a part for each chunk of prompts."""
+        store, parts, new_tokens = self.spec.store, chunks(prompts), self.spec.config.fisher_new_tokens
+        kept = [store.find(artifacts.FISHER_SAMPLES, n) for n in range(len(parts))]
+        missing = [n for n, found in enumerate(kept) if found is None]
+        room = sum(int(answer_room(parts[n], new_tokens=new_tokens, limit=None).sum()) for n in missing)
+        name = "answers of the reference"
+        tasks = [self._task(f"{name}, part {n}", ReferencePass.answers, parts[n]) for n in missing]
+        for i, answered in self._each(Stage(name=name, tokens=room, of="reference", tasks=tasks)):
+            kept[missing[i]] = packed = pack(answered)
+            store.save(artifacts.FISHER_SAMPLES, packed, missing[i])
+        return [
+            row
+            for n, (part, tensors) in enumerate(zip(parts, kept, strict=True))
+            for row in unpack(tensors or {}, part, where=store.path(artifacts.FISHER_SAMPLES, n))
+        ]
+
+    def reference_losses(self, wanted: Sequence[int]) -> None:
+        """The reference's nll of the response tokens of shards, sequence by sequence, in one tensor for each.
+
+        None where the reference is the model itself.
+        """
+        store, shards = self.spec.store, self.job.shards
+        if not self.spec.has_reference:
+            return
+        missing = [n for n in wanted if not store.has(artifacts.REFERENCE_NLL, n)]
+        name = "reference losses"
+        tasks = [self._task(f"{name} of shard {n}", ReferencePass.losses, shards[n].rows) for n in missing]
+        tokens = sum(count_tokens(shards[n].rows) for n in missing)
+        for i, nll in self._each(Stage(name=name, tokens=tokens, of="reference", tasks=tasks)):
+            store.save(artifacts.REFERENCE_NLL, tensors_of({"nll": nll}), missing[i])
+
+    # ---------------------------------------------------------------------------------------------- of the directions
+
+    def directions(self) -> None:
+        """Keep all that a direction is made from."""
+        config, job = self.spec.config, self.job
+        beside = {artifacts.TARGET: job.target} | ({artifacts.RETENTION: job.retention} if config.retention else {})
+        for kind, of_kind in beside.items():
+            self._gradient(kind, of_kind)
+            if self.spec.groups > 1:
+                self._group_gradients(kind, of_kind)
+        if config.drift == "lookahead":
+            self._gradient(artifacts.LOOKAHEAD, drawn(job.rows, config.lookahead_rows, config.seed, LOOKAHEAD_DRAW))
+        if config.precondition != "none":
+            if not self.spec.store.has(artifacts.PRECONDITION):
+                self._curvature(drawn(job.rows, config.precondition_rows, config.seed, PRECONDITION_DRAW))
+            for path in self.spec.store.parts(artifacts.PRECONDITION):
+                path.unlink()
+
+    def rehearsal(self) -> None:
+        """Rehearse all rows; the scorer keeps what comes of it by itself, and its states on the way."""
+        self._one("rehearsal", "model", RehearsalScorer.rehearse)
+
+    def _gradient(self, kind: str, rows: Sequence[AnyRow]) -> None:
+        """A mean loss gradient; of pairs, weighed as training weighs them. The target's are plain rows."""
+        if self.spec.store.has(kind):
+            return
+        tasks = [
+            self._task(f"the {kind} gradient", ShardScorer.gradient, kind, part, pairs)
+            for part, pairs in self._with_pairs(rows)
+        ]
+        tokens = count_tokens(rows) * self.spec.passes
+        found = self._total(Stage(name=f"{kind} gradient", tokens=tokens, of="model", tasks=tasks))
+        self.spec.store.save(kind, _direction(kind, found))
+
+    def _group_gradients(self, kind: str, rows: Sequence[TokenRow]) -> None:
+        """The same of each group of target or retention rows."""
+        if self.spec.store.has(_GROUPED[kind]):
+            return
+        dealt = deal(rows, self.spec.groups, self.spec.config.seed)
+        parts = [(n, part) for n, group in enumerate(dealt) for part in in_parts(group)]
+        name = f"{kind} gradient of {len(dealt)} groups"
+        tasks = [self._task(f"the {name}", ShardScorer.gradient, kind, part, None) for _, part in parts]
+        sums: dict[int, Sums] = {}
+        tokens = count_tokens(rows) * self.spec.passes
+        for i, found in self._in_order(Stage(name=name, tokens=tokens, of="model", tasks=tasks)):
+            n = parts[i][0]
+            if n in sums:
+                sums[n].add(found)
+            else:
+                sums[n] = found
+        kept = {"tokens": torch.tensor([response_tokens(group) for group in dealt])}
+        for n, of_group in sums.items():
+            kept |= {f"{n} {key}": tensor for key, tensor in _direction(kind, of_group).items()}
+        self.spec.store.save(_GROUPED[kind], kept)
+
+    def _curvature(self, rows: Sequence[AnyRow]) -> None:
+        """The training curvature of --precondition: the bases first, where it has some; then moments along them."""
+        store, kind = self.spec.store, self.spec.config.precondition
+        parts = list(self._with_pairs(rows))
+
+        def summed(call: Any, times: int) -> Sums:
+            tasks = [self._task(f"the {kind} curvature", call, part, pairs) for part, pairs in parts]
+            tokens = times * count_tokens(rows)
+            return self._total(Stage(name=f"{kind} curvature", tokens=tokens, of="model", tasks=tasks))
+
+        bare = kind != "adam" and store.load(artifacts.PRECONDITION, part=artifacts.BASES) is None
+        if bare:
+            sums = summed(ShardScorer.factors, 2 if kind == "ekfac" else 1)
+            found = self._one(f"{kind} bases", "model", ShardScorer.bases, sums)
+            store.save(artifacts.PRECONDITION, tensors_of(found), None if kind == "kfac" else artifacts.BASES)
+        if kind != "kfac":
+            sums = summed(ShardScorer.moments, 0 if bare else 1)  # told of with the bases
+            found = self._one(f"{kind} curvature", "model", ShardScorer.curvature, sums)
+            store.save(artifacts.PRECONDITION, tensors_of(found))
+
+    def _with_pairs(self, rows: Sequence[AnyRow]) -> Iterator[tuple[Sequence[AnyRow], Pairs | None]]:
+        """Rows in parts, each with what weighs its pairs (Eq. 14), wherever their shards are; None for plain rows."""
+        if len(sequences(rows[:1])) == 1:
+            yield from ((part, None) for part in in_parts(rows))
+            return
+        reference = self._losses_of(rows) if self.spec.has_reference else None
+        for part in in_parts(rows):
+            mine = None if reference is None else [reference[row.row_id, row.turn] for row in part]
+            sums = None if mine is None else reference_sums([nll for pair in mine for nll in pair])
+            yield part, Pairs(beta=self.spec.config.beta, reference=sums)
+
+    def _losses_of(self, rows: Sequence[AnyRow]) -> dict[tuple[int, int], Sequence[NDArray[np.float32]]]:
+        """The reference's nll of both branches of some pairs, by row_id and turn."""
+        wanted = {(row.row_id, row.turn) for row in rows}
+        found: dict[tuple[int, int], Sequence[NDArray[np.float32]]] = {}
+        for index, shard in enumerate(self.job.shards):
+            places = {i: key for i, row in enumerate(shard.rows) if (key := (row.row_id, row.turn)) in wanted}
+            losses = self.spec.reference_losses(index, shard.rows) if places else None
+            found |= {key: losses[2 * i : 2 * i + 2] for i, key in places.items()} if losses else {}
+        return found
+
+    # --------------------------------------------------------------------------------------------------- tasks, done
+
+    def _task(self, what: str, call: Any, *arguments: Any) -> Task:
+        return Task(what=what, call=call, arguments=arguments, plan=self.budget.plan())
+
+    def _one(self, name: str, of: Which, call: Any, *arguments: Any) -> Any:
+        """What comes of a stage of one task."""
+        stage = Stage(name=name, tokens=0, of=of, tasks=[self._task(name, call, *arguments)])
+        [(_, found)] = self._each(stage)
+        return found
+
+    def _each(self, stage: Stage) -> Iterator[tuple[int, Any]]:
+        """The number of each task and what came of it, as they are done."""
+        for n, done in self.engine.run(stage, self.progress):
+            yield n, done.result
+
+    def _in_order(self, stage: Stage) -> Iterator[tuple[int, Any]]:
+        """The same, in the order of tasks."""
+        waiting: dict[int, Any] = {}
+        wanted = 0
+        for n, result in self._each(stage):
+            waiting[n] = result
+            while wanted in waiting:
+                yield wanted, waiting.pop(wanted)
+                wanted += 1
+
+    def _total(self, stage: Stage) -> Sums:
+        """The sums of all parts."""
+        return total(part for _, part in self._in_order(stage))
+
+
+def _direction(kind: str, found: Sums) -> dict[str, torch.Tensor]:
+    """The mean over tokens. Raises InputError where it is not finite."""
+    mean = found.mean("tokens")
+    if not all(torch.isfinite(g).all() for g in mean.values()):
+        raise InputError(f"The loss of the {kind} rows has no finite gradient, so it gives no direction to score by.")
+    return mean
+
+
+def _finite(found: Sums) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in found.arrays.values())

@@ -1,0 +1,191 @@
+"""Parts of a scoring, each a command of its own, make the run that one command makes."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_files import Notes, command, contents, pair_records, token_records, write_jsonl
+
+from alphatoken_curate import Local, ScoreConfig, UsageError, score, score_part, verify
+from alphatoken_curate.errors import BusyError, FingerprintError
+from alphatoken_curate.runs.atomic import TEMPORARY, atomic_file, one_writer
+from alphatoken_curate.scoring.part import share_of
+
+
+@pytest.fixture
+def settings(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    return {
+        "data": write_jsonl(tmp_path / "rows.jsonl", token_records(34)),
+        "target": write_jsonl(tmp_path / "target.jsonl", token_records(5, seed=5)),
+        "model": models["tuned"],
+        "reference": models["base"],
+        "rows_per_shard": 7,
+    }
+
+
+def test_parts_make_the_run_that_one_command_makes(settings: dict[str, Any], tmp_path: Path) -> None:
+    config, run = ScoreConfig(**settings), tmp_path / "run"
+    score(config, tmp_path / "whole")
+    first = score_part(config, "prepare", run)
+    assert (first.scored, first.missing, first.shards) == (0, 5, 5) and not (run / "values").exists()
+    before = contents(run)
+    assert score_part(config, "prepare", run) == first and contents(run) == before  # it is there already
+    assert score_part(config, "1/2", run).scored == 2
+    assert score_part(config, "1/2", run).scored == 0
+    last = score_part(config, "0/2", run)
+    assert (last.scored, last.missing) == (3, 0) and not (run / "manifest.json").exists()
+    assert score(config, run).shards_scored == 0
+    assert contents(run) == contents(tmp_path / "whole") and verify(run) == []
+    assert score_part(config, "prepare", run).missing == score_part(config, "0/3", run).scored == 0
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "preference", "precondition": "adam"},
+        {"kind": "preference", "drift": "lookahead", "lookahead_lr": 0.1, "estimator": "exact"},
+        {"estimator": "influence", "target_groups": 2, "fisher": "generate", "fisher_new_tokens": 4},
+        {"direction": "rehearsal", "rehearse_lr": 1e-3},
+        {"reference": None},
+    ],
+    ids=["pairs", "lookahead", "groups", "rehearsal", "alone"],
+)
+def test_parts_of_every_kind_of_run(changes: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= changes
+    if settings.pop("kind", "sft") == "preference":
+        settings["data"] = write_jsonl(tmp_path / "pairs.jsonl", pair_records(34))
+    config, run = ScoreConfig(**settings), tmp_path / "run"
+    score(config, tmp_path / "whole")
+    score_part(config, "prepare", run, engine=Local(2))
+    for part in ("2/3", "0/3"):
+        score_part(config, part, run)
+    assert score(config, run).shards_scored == 2  # what no part did
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+def test_what_is_not_prepared_is_not_begun(settings: dict[str, Any], tmp_path: Path) -> None:
+    config, run = ScoreConfig(**settings), tmp_path / "run"
+    with pytest.raises(UsageError, match=r"--part 0/2: .*run is not prepared \(fisher, target .*--part prepare"):
+        score_part(config, "0/2", run)
+    assert contents(run) == {}
+    score_part(config, "prepare", run)
+    before = contents(run)
+    with pytest.raises(FingerprintError, match="seed"):
+        score_part(ScoreConfig(**settings | {"seed": 1}), "0/2", run)
+    (run / "artifacts" / "fisher.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(UsageError, match=r"not prepared \(fisher of these settings and inputs is not there\)"):
+        score_part(config, "0/2", run)
+    (tmp_path / "kept").rename(run / "artifacts" / "fisher.safetensors")
+    assert contents(run) == before
+
+
+def test_parts_run_beside_one_another_and_beside_nothing_else(settings: dict[str, Any], tmp_path: Path) -> None:
+    config, run = ScoreConfig(**settings), tmp_path / "run"
+    score_part(config, "prepare", run)
+    others = run / "values" / "generation=0" / f".part-00001.parquet.{'0' * 16}.tmp"
+    others.parent.mkdir(parents=True)
+    mine = others.with_name(f".part-00002.parquet.{'0' * 16}.tmp")
+    mine.write_bytes(b"of this part, which was killed")
+    with one_writer(run, only=["part-00001.parquet"]):  # another part
+        others.write_bytes(b"under way")
+        assert score_part(config, "0/2", run).scored == 3
+        assert others.exists() and not mine.exists()
+        for alone in (lambda: score(config, run), lambda: score_part(config, "prepare", run)):
+            with pytest.raises(BusyError, match="another process"):
+                alone()
+    with one_writer(run), pytest.raises(BusyError, match="another process"):
+        score_part(config, "1/2", run)
+    score(config, run)
+    assert not [path for path in run.rglob("*") if TEMPORARY.fullmatch(path.name)]
+
+
+def test_an_interrupted_part_leaves_nothing_of_its_own(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    others = run / f".b.{'0' * 16}.tmp"
+    others.write_bytes(b"")
+    with pytest.raises(KeyboardInterrupt), one_writer(run, only=["a"]):
+        with pytest.raises(KeyboardInterrupt), atomic_file(run / "a"):
+            raise KeyboardInterrupt
+        (run / f".a.{'1' * 16}.tmp").write_bytes(b"")
+        raise KeyboardInterrupt
+    assert [path.name for path in run.iterdir()] == [others.name]
+
+
+@pytest.mark.parametrize("part", ["", "1", "2/2", "3/2", "-1/2", "a/b", "0/0", "1/2/3", " 0/2", "prepared"])
+def test_what_no_part_is(part: str) -> None:
+    with pytest.raises(UsageError, match="it takes prepare, or I/N"):
+        share_of(part)
+    assert share_of("0/1") == (0, 1) and share_of("3/8") == (3, 8) and share_of("prepare") is None
+
+
+def test_what_the_command_says_of_parts(settings: dict[str, Any], tmp_path: Path) -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "data"]
+
+    def told(*part: str) -> list[str]:
+        ended = command("score", settings["data"], *flags, "-o", tmp_path / "run", *part)
+        assert ended.code == 0, ended.err
+        return ended.out.splitlines()
+
+    run = tmp_path / "run"
+    assert told("--part", "prepare") == [
+        f"{run}: prepared; 0 of 5 shards are there.",
+        "Next: the same command with --part 0/N to N-1/N, each where it may run; then without --part, to end it.",
+    ]
+    assert told("--part", "0/2", "--workers", "1")[0] == f"{run}: part 0/2: scored 3 shards; 3 of 5 shards are there."
+    assert told("--part", "1/2") == [
+        f"{run}: part 1/2: scored 2 shards; 5 of 5 shards are there.",
+        "Next: the same command without --part, which writes manifest and mask.",
+    ]
+    assert told()[0] == f"Wrote {run}"
+    bad = command("score", settings["data"], *flags, "-o", run, "--part", "2/2")
+    assert bad.code == 2 and "it takes prepare, or I/N" in bad.err
+
+
+def test_rows_are_told_of_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    """By `prepare`: a hundred parts do not say the same a hundred times."""
+    config, notes = ScoreConfig(**settings | {"max_length": 19}), Notes()
+    score_part(config, "prepare", tmp_path / "run", notes)
+    assert any("longer than --max-length" in text for text in notes.warnings)
+    notes = Notes()
+    score_part(config, "0/2", tmp_path / "run", notes)
+    assert not notes.warnings
+
+
+_SBATCH = """
+sbatch() {
+    local range="" line="" argument
+    for argument in "$@"; do
+        case $argument in --array=*) range=${argument#--array=} ;; --*) ;; *) line=$argument ;; esac
+    done
+    if [ -z "$range" ]; then bash -c "$line" >&2 || exit 1; fi
+    if [ -n "$range" ]; then
+        for task in $(seq "${range%-*}" "${range#*-}"); do SLURM_ARRAY_TASK_ID=$task bash -c "$line" >&2 || exit 1; done
+    fi
+    echo 1
+}
+"""
+
+
+@pytest.mark.long
+def test_the_lines_for_slurm_make_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "models" / "README.md").read_text()
+    lines = page.split("<!-- slurm -->\n```sh\n")[1].split("```")[0].replace("=0-7", "=0-1").replace("/8", "/2")
+    (tmp_path / "rows.jsonl").rename(tmp_path / "data.jsonl")
+    (tmp_path / "target.jsonl").rename(tmp_path / "task.jsonl")
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "model").symlink_to(settings["model"])
+    lines = lines.replace("alphatoken-curate", f"{sys.executable} -m alphatoken_curate")
+    lines = lines.replace("-o runs/mine", "--rows-per-shard 7 -o runs/mine")
+    subprocess.run(["bash", "-euc", _SBATCH + lines], cwd=tmp_path, check=True, capture_output=True)
+    config = {"data": "data.jsonl", "target": "task.jsonl", "model": "my/model", "rows_per_shard": 7}
+    with contextlib.chdir(tmp_path):
+        score(ScoreConfig(**config), "whole")
+    assert contents(tmp_path / "runs" / "mine") == contents(tmp_path / "whole")

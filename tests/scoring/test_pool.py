@@ -1,0 +1,269 @@
+"""Several processes score as one does: the same bytes, whoever of them dies, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pooled
+import pytest
+from tiny_files import Notes, contents, pair_records, token_records, write_jsonl
+
+from alphatoken_curate import CurateError, InputError, ScoreConfig, UsageError, refresh, score
+from alphatoken_curate.engine.capture import ScoringModel
+from alphatoken_curate.errors import FingerprintError
+from alphatoken_curate.runs import manifest, shards
+from alphatoken_curate.runs.atomic import TEMPORARY
+from alphatoken_curate.runs.manifest import Plan
+from alphatoken_curate.scoring.pool import portable
+from alphatoken_curate.scoring.processes import CARDS, Local, cards_of, environment
+from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.scorer import ShardScorer
+
+
+@pytest.fixture
+def settings(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    return {
+        "data": write_jsonl(tmp_path / "rows.jsonl", token_records(42, longest=18)),
+        "target": write_jsonl(tmp_path / "target.jsonl", token_records(40, seed=5)),
+        "model": models["tuned"],
+        "reference": models["base"],
+        "rows_per_shard": 7,
+        "batch_tokens": 200,
+        "threads": 1,
+        "precondition": "adam",
+        "fisher_rows": 40,
+    }
+
+
+@pytest.fixture
+def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    monkeypatch.setenv(pooled.MARKS, str(folder))
+    return folder
+
+
+def everyone_dies_once(patch: pytest.MonkeyPatch) -> None:
+    """A worker in each stage, at its first task."""
+    for name in ("losses", "fisher"):
+        patch.setattr(ReferencePass, name, getattr(pooled, name))
+    for name in ("gradient", "moments", "score"):
+        patch.setattr(ShardScorer, name, getattr(pooled, name))
+
+
+def test_workers_that_die_in_each_stage_change_no_byte(
+    settings: dict[str, Any], tmp_path: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, notes, engine = score(ScoreConfig(**settings), tmp_path / "one"), Notes(), Local(2)
+    with monkeypatch.context() as patch:
+        everyone_dies_once(patch)
+        two = score(ScoreConfig(**settings), tmp_path / "two", notes, engine)
+    assert {path.name for path in marks.iterdir()} == {"losses", "fisher", "gradient", "moments", "score"}
+    assert two.shards_scored == one.shards_scored == 6 and not notes.warnings
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert not engine._members
+    tokens = dict(notes.stages)
+    assert all(notes.done[name] >= tokens[name] > 0 for name in ("reference losses", "scoring"))
+
+
+def test_memory_that_runs_out_for_a_shard_is_its_own_matter(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardScorer, "score", pooled.scored_short_of_memory)
+    settings["batch_tokens"], notes = 400, Notes()
+    one = score(ScoreConfig(**settings), tmp_path / "one")
+    score(ScoreConfig(**settings), tmp_path / "two", notes, Local(2))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    told = [f"Memory ran out: --batch-tokens is halved to {tokens} for shard 1." for tokens in (200, 100)]
+    assert notes.warnings == told
+    plans = [Plan(batch_tokens=100, halvings=2) if n == 1 else Plan(batch_tokens=400) for n in range(6)]
+    assert list(one.manifest.generations[0].plan) == plans
+
+
+def test_a_shard_that_always_kills_is_named_and_the_others_are_kept(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardScorer, "score", pooled.scored_but_one)
+        with pytest.raises(CurateError, match=r"shard 1: its worker was killed by SIGKILL, 3 times\. All else is kept"):
+            score(ScoreConfig(**settings), run, engine=Local(2))
+    assert sorted(shards.listed(shards.values_folder(run, 0))) == [0, 2, 3, 4, 5]
+    assert not [path for path in run.rglob("*") if TEMPORARY.fullmatch(path.name)]
+    assert score(ScoreConfig(**settings), run).shards_scored == 1  # goes on in one process
+    score(ScoreConfig(**settings), tmp_path / "whole")
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+def test_what_a_worker_refuses_is_refused_here(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"layers": 9}
+    with pytest.raises(UsageError, match="--layers 9") as caught:
+        score(ScoreConfig(**settings), tmp_path / "run", engine=Local(2))
+    assert caught.value.__notes__ and "In a worker" in caught.value.__notes__[0]
+
+
+def test_errors_of_workers_can_be_handed_over() -> None:
+    import pickle
+
+    for error in (
+        InputError("a"),
+        FingerprintError("b", ("model",), {"model": "x"}),
+        ZeroDivisionError("c"),
+    ):
+        found = pickle.loads(pickle.dumps(portable(error)))
+        kind = RuntimeError if isinstance(error, ZeroDivisionError) else type(error)
+        assert type(found) is kind and str(error) in str(found) and "In a worker" in found.__notes__[0]
+        if isinstance(error, FingerprintError):
+            assert (found.fields, found.stored) == (("model",), {"model": "x"})
+
+
+_SCRIPT = """
+import sys
+import pooled
+from alphatoken_curate.cli.main import main
+from alphatoken_curate.scoring.scorer import ShardScorer
+if __name__ == "__main__":
+    ShardScorer.score = pooled.scored_never
+    sys.argv[0] = "alphatoken-curate"
+    main()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+def test_no_worker_outlives_its_command(
+    how: signal.Signals, settings: dict[str, Any], tmp_path: Path, marks: Path
+) -> None:
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(_SCRIPT)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "data"]
+    command = [sys.executable, str(script), "score", settings["data"], "-o", str(run), "--workers=2", *flags]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as began:
+        _wait(lambda: len(list(marks.iterdir())) == 2, 120)
+        asked = time.monotonic()
+        if how == signal.SIGINT:
+            os.killpg(began.pid, how)  # as a terminal does: all of them get it
+        else:
+            began.kill()
+        _, told = began.communicate(timeout=60)
+    _wait(lambda: not any(_alive(int(path.name)) for path in marks.iterdir()), 15)
+    assert time.monotonic() - asked < 15
+    if how == signal.SIGINT:
+        assert began.returncode == 130 and "Traceback" not in told and "leaked" not in told, told
+        assert not [path for path in run.rglob("*") if TEMPORARY.fullmatch(path.name)]
+    score(ScoreConfig(**settings), run)
+    score(ScoreConfig(**settings), tmp_path / "whole")
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+def _wait(ready: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_script_without_a_guard_is_told_of_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from alphatoken_curate import ScoreConfig, score\n"
+        "from alphatoken_curate.scoring.processes import Local\n"
+        f"score(ScoreConfig(**{settings!r}), {str(tmp_path / 'run')!r}, engine=Local(2))\n"
+    )
+    ended = subprocess.run([sys.executable, script], check=False, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert 'must stand below `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"estimator": "exact", "target_groups": 4},
+        {"estimator": "influence", "parameters": "all", "precondition": "none"},
+        {"precondition": "ekfac", "estimator": "exact+influence"},
+        {"precondition": "kfac", "fisher": "generate", "fisher_new_tokens": 6},
+        {"precondition": "none", "drift": "lookahead", "lookahead_lr": 0.1, "reference": None},
+        {"precondition": "none", "direction": "rehearsal", "rehearse_lr": 1e-3},
+    ],
+    ids=["exact", "influence", "ekfac", "generate", "lookahead", "rehearsal"],
+)
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_any_number_of_workers_writes_the_same_bytes(
+    kind: str, changes: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= changes
+    if kind == "preference":
+        if settings.get("direction") == "rehearsal":
+            pytest.skip("rows of one answer alone are rehearsed")
+        settings["data"] = write_jsonl(tmp_path / "pairs.jsonl", pair_records(42))
+    runs = {workers: tmp_path / f"run{workers}" for workers in (1, 2, 3)}
+    for workers, run in runs.items():
+        score(ScoreConfig(**settings), run, engine=None if workers == 1 else Local(workers))
+    assert contents(runs[2]) == contents(runs[1]) == contents(runs[3])
+
+
+@pytest.mark.long
+def test_refresh_keeps_its_workers_from_one_checkpoint_to_the_next(
+    settings: dict[str, Any], models: dict[str, str], tmp_path: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        score(ScoreConfig(**settings), tmp_path / name)
+    seen: list[set[int | None]] = []
+    engine = Local(2)
+    for n, model in enumerate((models["base"], models["tuned"])):
+        refresh(tmp_path / "one", model)
+        refresh(
+            tmp_path / "two",
+            model,
+            engine=engine,
+            told=lambda _: seen.append({one.handle.process.pid for one in engine._members}),
+        )
+        assert manifest.read(tmp_path / "two").generations[-1].generation == n + 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one") and len(seen) == 2 and not engine._members
+
+
+def test_cards_are_dealt_out_as_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cards_of("cpu") == []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.delenv(CARDS, raising=False)
+    assert cards_of("cuda") == ["0", "1", "2"]
+    monkeypatch.setenv(CARDS, "4,7")
+    assert cards_of("cuda") == ["4", "7"]
+    for device in ("cuda:1", "mps"):
+        with pytest.raises(UsageError, match=f"--device {device}: workers take cards by themselves"):
+            cards_of(device)
+    with environment({CARDS: "7"}):
+        assert os.environ[CARDS] == "7"
+    assert os.environ[CARDS] == "4,7"
+
+
+@pytest.mark.parametrize("workers", [0, -1, 5000])
+def test_a_number_of_workers_is_checked(workers: int) -> None:
+    with pytest.raises(UsageError, match="--workers"):
+        Local(workers)
+
+
+def test_this_process_loads_no_model_where_workers_do(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("a model was loaded here")
+
+    monkeypatch.setattr(ScoringModel, "__init__", never)
+    assert score(ScoreConfig(**settings), tmp_path / "run", engine=Local(1)).shards_scored == 6

@@ -1,0 +1,59 @@
+"""Tasks that run out of memory, whose batches are halved, each for itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_files import Notes
+
+from alphatoken_curate import CurateError
+from alphatoken_curate.progress import Silent
+from alphatoken_curate.runs.manifest import Plan
+from alphatoken_curate.scoring.budget import LEAST
+from alphatoken_curate.scoring.worker import Task, Worker
+
+
+class Model:
+    """Stands for `ShardScorer`: work that runs out of memory so many times, then gives the budget it was given."""
+
+    def __init__(self, times: int, error: BaseException) -> None:
+        self.times, self.error = times, error
+
+    def work(self, _: Any, batch_tokens: int) -> int:
+        self.times -= 1
+        if self.times >= 0:
+            raise self.error
+        return batch_tokens
+
+
+def done(times: int, error: BaseException, notes: Any = None, tokens: int = 1000) -> tuple[int, Plan]:
+    worker: Any = Worker.__new__(Worker)
+    worker._of = lambda _: model
+    model = Model(times, error)
+    task = Task(what="shard 3", call=Model.work, arguments=(), plan=Plan(batch_tokens=tokens))
+    found = worker.do("model", task, notes or Silent())
+    return found.result, found.plan
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_running_out_of_memory_halves_and_says_so(error: BaseException) -> None:
+    notes = Notes()
+    assert done(2, error, notes) == (250, Plan(batch_tokens=250, halvings=2))
+    assert notes.warnings == [
+        f"Memory ran out: --batch-tokens is halved to {tokens} for shard 3." for tokens in (500, 250)
+    ]
+
+
+def test_other_errors_pass() -> None:
+    for error in (RuntimeError("shapes"), ValueError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            done(1, error)
+
+
+def test_there_is_an_end_to_halving() -> None:
+    with pytest.raises(CurateError, match=r"Memory ran out with 125 tokens in a batch \(shard 3\).*--layers"):
+        done(99, MemoryError())
+    assert LEAST > 125 // 2
+    assert done(0, MemoryError(), tokens=1) == (1, Plan(batch_tokens=1))

@@ -1,0 +1,80 @@
+"""What workers of another process do in tests: their tasks are functions of this module, which they can import.
+
+`MARKS` in the environment names a folder in which such a function leaves a mark the first time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.scorer import ShardScorer
+
+MARKS = "TEST_MARKS"
+
+_PLAIN = {
+    "losses": ReferencePass.losses,
+    "fisher": ReferencePass.fisher,
+    "gradient": ShardScorer.gradient,
+    "moments": ShardScorer.moments,
+    "score": ShardScorer.score,
+}
+
+
+def first_time(name: str) -> bool:
+    """Whether nobody left this mark before."""
+    try:
+        (Path(os.environ[MARKS]) / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _die_once(name: str, *arguments: Any) -> Any:
+    if first_time(name):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _PLAIN[name](*arguments)  # type: ignore[operator]
+
+
+def losses(*arguments: Any) -> Any:
+    return _die_once("losses", *arguments)
+
+
+def fisher(*arguments: Any) -> Any:
+    return _die_once("fisher", *arguments)
+
+
+def gradient(*arguments: Any) -> Any:
+    return _die_once("gradient", *arguments)
+
+
+def moments(*arguments: Any) -> Any:
+    return _die_once("moments", *arguments)
+
+
+def score(*arguments: Any) -> Any:
+    return _die_once("score", *arguments)
+
+
+def scored_short_of_memory(self: ShardScorer, shard: int, rows: Any, progress: Any, batch_tokens: int) -> Any:
+    """Shard 1 has no memory for more than 100 tokens in a batch."""
+    if shard == 1 and batch_tokens > 100:
+        raise MemoryError
+    return _PLAIN["score"](self, shard, rows, progress, batch_tokens)  # type: ignore[operator]
+
+
+def scored_but_one(self: ShardScorer, shard: int, *arguments: Any) -> Any:
+    """Shard 1 kills whoever scores it."""
+    if shard == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _PLAIN["score"](self, shard, *arguments)  # type: ignore[operator]
+
+
+def scored_never(self: ShardScorer, *_: Any) -> Any:
+    """Never done."""
+    first_time(str(os.getpid()))
+    time.sleep(600)
