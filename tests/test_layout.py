@@ -264,7 +264,6 @@ def test_every_source_module_has_its_tests() -> None:
         "scoring.cluster": "scoring/test_cluster",
         "scoring.stages": "scoring/test_score",
         "scoring.watch": "scoring/test_refresh",
-        "directions.sums": "directions/test_target",
         "masks.formulas": "masks/test_choose",
         "masks.mask": "masks/test_remask",
         "scoring.beside": "scoring/test_refresh",
