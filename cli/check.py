@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Load the models, try each stage on a few batches, and predict seconds and peak memory of the whole scoring.",
 )
+@click.option("--workers", type=click.IntRange(1, 4096), metavar="N", help="Estimate seconds by so many, too.")
 @config_options(ScoreConfig)
 @click.pass_context
-def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: Any) -> None:
+def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, workers: int | None, **_: Any) -> None:
     """Read and tokenise DATA as `score` would, and say what is in it. Writes nothing, and takes the flags of `score`.
 
     Loads no model but with --estimate. Exit 3 where a row is bad, with every bad row's file, line and reason; with
@@ -42,7 +43,7 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
     from .terminal import listener as listening
 
     with listening() as listener:
-        found = check(config, estimated=estimated, progress=listener)
+        found = check(config, estimated=estimated or workers is not None, progress=listener)
     pairs = "; preference pairs" if found.kind == "preference" else ""
     bad = f", {len(found.bad):,} bad" if found.bad else ""
     told = in_sequences(config.turns == "each" and found.sequences)
@@ -71,18 +72,23 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, **_: 
         for line in grouped(found.bad):
             click.echo(legible(line))
     if found.estimate is not None:
-        _tell(found.estimate)
+        _tell(found.estimate, workers)
     if not found.rows:
         raise InputError("No row is left to score.")
 
 
-def _tell(found: Estimate) -> None:
-    """A line for each stage, and the total."""
+def _tell(found: Estimate, workers: int | None) -> None:
+    """A line for each stage, the total, and what several workers make of it."""
     click.echo(f"{'estimate':<26}{'seconds':>9}")
     for stage in found.stages:
         click.echo(f"  {stage.name:<24}{stage.seconds:>9,.1f}")
     peak = f"peak memory {found.peak_bytes / 2**20:,.0f} MiB, {found.batch_tokens:,} tokens a batch"
     click.echo(f"  {'total':<24}{found.seconds:>9,.1f}   {peak}")
+    if workers is not None:
+        seconds, share = found.by(workers)
+        click.echo(
+            f"  {f'by {workers} workers':<24}{seconds:>9,.1f}   each like one alone; {share:.0%} of that at work"
+        )
 
 
 def _size(count: int) -> str:

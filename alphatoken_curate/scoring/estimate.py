@@ -7,6 +7,7 @@ of which begins with the stage's largest batch. Not counted: writing, and making
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +21,11 @@ import numpy as np
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions import precondition
 from alphatoken_curate.directions.fisher import fisher_diagonal
-from alphatoken_curate.directions.generate import answer_room, prompt_tokens, sample_answers
+from alphatoken_curate.directions.generate import answer_room, chunks, prompt_tokens, sample_answers
 from alphatoken_curate.directions.losses import row_means
 from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
 from alphatoken_curate.directions.rehearsal import mean_loss
+from alphatoken_curate.directions.sums import in_parts
 from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.errors import CurateError
@@ -62,10 +64,16 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageEstimate:
-    """A stage of a scoring, and the seconds it would take."""
+    """A stage of a scoring, and the seconds it would take one process."""
 
     name: str
     seconds: float
+    pieces: int = 1
+    """That workers share: of one, the others wait, or do the same."""
+
+    def by(self, workers: int) -> float:
+        """Seconds by so many workers, each as fast as one alone: pieces are taken to be alike."""
+        return self.seconds * math.ceil(self.pieces / workers) / self.pieces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +91,11 @@ class Estimate:
     def seconds(self) -> float:
         """Of all stages."""
         return sum(stage.seconds for stage in self.stages)
+
+    def by(self, workers: int) -> tuple[float, float]:
+        """Seconds by so many workers, and the share of their time in which they are at work."""
+        seconds = sum(stage.by(workers) for stage in self.stages)
+        return seconds, self.seconds / (workers * seconds)
 
 
 def estimate(config: ScoreConfig, progress: Progress | None = None) -> tuple[Prepared, Estimate]:
@@ -145,7 +158,8 @@ class _Trials:
             self._fisher(scoring, rows)
         if spec.has_reference:
             scoring.settle()
-            self._try("reference losses", self.shards, lambda batches: plain_losses(scoring, [], batches()))
+            pieces = len(self.shards)
+            self._try("reference losses", self.shards, lambda batches: plain_losses(scoring, [], batches()), pieces)
         reference.close()
 
     def _fisher(self, scoring: ScoringModel, rows: list[TokenRow]) -> None:
@@ -158,9 +172,9 @@ class _Trials:
             for batch in batches():
                 rest_of_batch(scoring, batch)
 
-        self._try("Fisher of the reference", [rows], work)
+        self._try("Fisher of the reference", [rows], work, len(in_parts(rows)))
         if scoring.rest:  # row by row
-            self._try("Fisher of all parameters", [rows], rest, budget=1)
+            self._try("Fisher of all parameters", [rows], rest, len(in_parts(rows)), budget=1)
 
     def _directions(self, scoring: ScoringModel) -> None:
         config, prepared = self.config, self.prepared
@@ -178,6 +192,7 @@ class _Trials:
                 f"{kind} curvature",
                 [rows],
                 lambda batches: precondition.estimate(kind, scoring, batches, row_means),
+                len(in_parts(rows)),
             )
 
     def _gradient(
@@ -188,7 +203,7 @@ class _Trials:
             if scoring.rest:
                 found.append(rest_gradient(scoring, batches()))
 
-        self._try(name, [rows], work)
+        self._try(name, [rows], work, len(in_parts(rows)))
 
     def _scoring(self, scoring: ScoringModel) -> None:
         scorer = make_scorer(scoring, blank(scoring, self.spec.directions), self.config.estimator, self.config.window)
@@ -197,7 +212,7 @@ class _Trials:
             for batch in batches():
                 scorer.score(batch)
 
-        self._try("scoring", self.shards, score)
+        self._try("scoring", self.shards, score, len(self.shards))
 
     def _rehearsal(self, scoring: ScoringModel) -> None:
         """Two steps there and back, states on disk and all; the others by their tokens, and once more as replayed."""
@@ -247,7 +262,8 @@ class _Trials:
             seconds.append(self.meter.now() - began)
         each = max(0.0, seconds[1] - seconds[0]) / (_STEPS[1] - _STEPS[0])
         batch = seconds[0] + each * (float(room.mean()) - _STEPS[0])
-        self.stages.append(StageEstimate(name="answers of the reference", seconds=len(plan) * batch))
+        pieces = len(chunks(prompts))
+        self.stages.append(StageEstimate(name="answers of the reference", seconds=len(plan) * batch, pieces=pieces))
         return answered
 
     def _timed(self, name: str, work: Callable[[], T]) -> T:
@@ -257,7 +273,12 @@ class _Trials:
         return found
 
     def _try(
-        self, name: str, shards: Sequence[Sequence[AnyRow]], work: Callable[[Batches], object], budget: int = 0
+        self,
+        name: str,
+        shards: Sequence[Sequence[AnyRow]],
+        work: Callable[[Batches], object],
+        pieces: int = 1,
+        budget: int = 0,
     ) -> None:
         """Run a stage on a few of its batches, and tell what all of them would take."""
         rows = [row for shard in shards for row in shard]
@@ -270,7 +291,7 @@ class _Trials:
         work(tried.batches)
         beside = self.meter.now() - began - sum(tried.seconds)
         found = predict(sizes, dict(zip(probes, tried.seconds[len(first) :], strict=True)))
-        self.stages.append(StageEstimate(name=name, seconds=beside + found))
+        self.stages.append(StageEstimate(name=name, seconds=beside + found, pieces=pieces))
 
 
 class _Tried:

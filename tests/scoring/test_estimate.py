@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tiny_files import Notes, command, contents, token_records, write_jsonl
 from alphatoken_curate import CurateError, ScoreConfig, score
 from alphatoken_curate.models.load import find_model
 from alphatoken_curate.scoring.check import check
+from alphatoken_curate.scoring.engines import Here
 from alphatoken_curate.scoring.estimate import Estimate, Size, StageEstimate, choose, estimate, predict
 from alphatoken_curate.scoring.meter import peak_of_process
 from alphatoken_curate.scoring.spec import ScorerSpec
@@ -84,6 +86,39 @@ def scored_stages(settings: dict[str, Any], run: Path) -> list[str]:
     notes = Notes()
     score(ScoreConfig(**settings), run, notes)
     return [name for name, tokens in notes.stages if tokens]
+
+
+def test_workers_share_the_pieces_of_a_stage() -> None:
+    stages = (
+        StageEstimate(name="loading", seconds=4.0),
+        StageEstimate(name="gradient", seconds=6.0, pieces=2),
+        StageEstimate(name="scoring", seconds=70.0, pieces=7),
+    )
+    found = Estimate(stages=stages, peak_bytes=1, batch_tokens=1)
+    assert [stage.by(1) for stage in stages] == [4.0, 6.0, 70.0]
+    assert [stage.by(2) for stage in stages] == [4.0, 3.0, 40.0]
+    assert [stage.by(9) for stage in stages] == [4.0, 3.0, 10.0]
+    assert found.by(1) == (80.0, 1.0) and found.by(2) == (47.0, 80 / 94) and found.by(9) == (17.0, 80 / 153)
+
+
+def test_pieces_are_those_the_scoring_is_cut_into(
+    settings: dict[str, Any], models: dict[str, str], tmp_path: Path
+) -> None:
+    """As many as tasks are dealt out, stage by stage."""
+    settings |= {"reference": models["base"], "fisher": "generate", "fisher_new_tokens": 4, "precondition": "adam"}
+    _, found = estimate(ScoreConfig(**settings))
+    dealt: dict[str, int] = {}
+
+    class Counting(Here):
+        def run(self, stage: Any, progress: Any) -> Any:
+            tasks = list(stage.tasks)
+            if stage.tokens:
+                dealt[stage.name] = len(tasks)
+            return super().run(replace(stage, tasks=tasks), progress)
+
+    score(ScoreConfig(**settings), tmp_path / "run", engine=Counting())
+    assert {stage.name: stage.pieces for stage in found.stages if stage.name in dealt} == dealt
+    assert set(dealt) >= {"scoring", "reference losses", "target gradient", "answers of the reference"}
 
 
 CASES: dict[str, dict[str, Any]] = {
