@@ -21,6 +21,7 @@ FILE_ADVICE = "Copy it to this machine, and name the copy."
 """What to do where a file or a folder is read that is neither rows nor a run."""
 
 _SLASHES = re.compile(r"^\s*([^/:]+(?:::[^/:]+)*):/{0,2}")
+_SCHEME = re.compile(r"\s*[A-Za-z][\w+.-]+(::[A-Za-z][\w+.-]+)*:\s*(/|$)")
 _MOST_CHARS = 200
 
 
@@ -31,8 +32,7 @@ def names_url(name: str) -> bool:
 
 def is_url(name: str | Path) -> bool:
     """Whether a name begins as a URL does, or as what `Path` leaves of one; `C:/` does not."""
-    first = str(name).partition("/")[0].strip()
-    return len(first) > 2 and first.endswith(":")
+    return _SCHEME.match(str(name)) is not None
 
 
 def check_local(name: str | Path, advice: str) -> None:
@@ -50,6 +50,8 @@ def shown(url: str | Path) -> str:
     authority, slash, path = rest.partition("/")
     path = re.split(r"\?(?=[^/]*=)", path)[0]
     text = f"{scheme}://{authority.rpartition('@')[2].partition('?')[0]}{slash}{path}"
+    if ":" in authority and "@" in path:  # a secret may have slashes in it
+        text = f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
     return text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
 
 
@@ -65,7 +67,7 @@ def checked(url: str) -> tuple[str, str]:
     """
     scheme, rest = _parts(url)
     authority, _, path = rest.partition("/")
-    if "@" in authority or re.search(r"\?[^/]*=", rest):
+    if "@" in authority or (":" in authority and "@" in path) or re.search(r"\?[^/]*=", rest):
         raise UsageError(
             f"{shown(url)}: the URL has more in it than bucket and name (a user, password or query string). Credentials"
             " are taken from the environment, as the store's own tools take them: leave them out."

@@ -33,8 +33,9 @@ DESTINATIONS = {"publish": {"url"}}
 """What takes a URL by its nature."""
 
 NO_NAMES = {
-    "check": set(),
-    "refresh": {"device", "base", "reference"},
+    "score": {"workers", "ray_address", "part"},
+    "check": {"workers"},
+    "refresh": {"device", "base", "reference", "workers", "ray_address"},
     "show": {"own_id", "search", "columns"},
     "compare": {"generations"},
 }
@@ -82,6 +83,7 @@ def test_every_parameter_that_names_something_refuses_a_url(
 
 READERS: dict[str, Callable[[Any], Any]] = {
     "score": lambda url: alphatoken_curate.score(ScoreConfig(data=("x.jsonl",)), url),
+    "score_part": lambda url: alphatoken_curate.score_part(ScoreConfig(data=("x.jsonl",)), "prepare", url),
     "scan_tokens": alphatoken_curate.scan_tokens,
     "compare": lambda url: alphatoken_curate.compare(url, generations=(0, 0)),
     "report": alphatoken_curate.report,
@@ -123,7 +125,7 @@ def test_urls_are_known_as_such(url: str) -> None:
         check_local(Path(url), "Advice.")
 
 
-OTHERS = ("run", "/a/b", "C:/run", "c:\\run", "a/s3://b", "rows:train", "owner/name", "", "é/x", ".")
+OTHERS = ("run", "/a/b", "C:/run", "c:\\run", "a/s3://b", "rows:train", "owner/name", "", "é/x", ".", "nll + f('http://h/x')")
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -19,7 +19,7 @@ import secrets
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from alphatoken_curate.errors import BusyError, CurateError, StoredDataError
@@ -154,15 +154,11 @@ def digest(path: Path) -> tuple[int, str]:
         raise StoredDataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-def sweep(folder: Path, only: Collection[str] | None = None) -> int:
-    """Remove temp files of writers that were killed; returns how many. Call it only while holding the run.
-
-    `only`: those of files that are to have one of these names.
-    """
+def sweep(folder: Path) -> int:
+    """Remove temp files of writers that were killed; returns how many. Call it only while holding the run alone."""
     if not folder.is_dir():
         return 0
-    found = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
-    return sum(_remove(path) for path in found if only is None or path.name[1:].rsplit(".", 2)[0] in only)
+    return sum(_remove(path) for path in folder.iterdir() if TEMPORARY.fullmatch(path.name))
 
 
 def _remove(temporary: Path) -> bool:
@@ -179,26 +175,25 @@ def _unheard(_: str) -> None:
 
 
 @contextlib.contextmanager
-def one_writer(
-    run: Path, warn: Callable[[str], object] = _unheard, *, only: Collection[str] | None = None
-) -> Iterator[None]:
+def one_writer(run: Path, warn: Callable[[str], object] = _unheard, *, shared: bool = False) -> Iterator[None]:
     """Hold a run folder against other processes while writing to it; the hold ends with the process, however it ends.
 
-    Temp files of writers that were killed are swept, and what ends the block by an exception leaves none. With `only`
-    files of these names alone are written, and swept: it is held together with others that say so, and against those
-    that do not. Raises `BusyError` where another process holds it. Not re-entrant. On Windows nothing is held; nor
-    where the file system has no locks at all, of which `warn` is told.
+    Temp files of writers that were killed are swept, and what ends the block by an exception leaves none. `shared`: it
+    is held together with others that say so, and against those that do not; whose a temp file is cannot be told then,
+    and all stay until one holds the run alone. Raises `BusyError` where another process holds it. Not re-entrant. On
+    Windows nothing is held; nor where the file system has no locks at all, of which `warn` is told.
     """
     with _refusal(run):
         _make_folder(run)
-    shared = only is not None
     with contextlib.nullcontext() if sys.platform == "win32" else _locked(run, warn, shared=shared):
         _held[run] = _identity(run)
-        _sweep_below(run, only)
+        if not shared:
+            _sweep_below(run)
         try:
             yield
         except BaseException:  # an interrupt may fall between making a temp file and the `try` that removes it
-            _sweep_below(run, only)
+            if not shared:
+                _sweep_below(run)
             raise
         finally:
             _held.pop(run, None)
@@ -278,9 +273,9 @@ def check_in_place(path: Path) -> None:
             )
 
 
-def _sweep_below(run: Path, only: Collection[str] | None) -> None:
+def _sweep_below(run: Path) -> None:
     for folder, _, _ in os.walk(run):
-        sweep(Path(folder), only)
+        sweep(Path(folder))
 
 
 def _make_folder(folder: Path) -> None:

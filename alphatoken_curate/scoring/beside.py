@@ -27,6 +27,7 @@ from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.atomic import atomic_file, unread
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.runs.schema import VOCABULARY
+from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.prepare import Prepared
 from alphatoken_curate.tokens.pieces import pieces, vocabulary_table
 from alphatoken_curate.tokens.tokenise import TokenRow
@@ -52,13 +53,13 @@ _SIDE = pa.schema(
 )
 
 
-def write_beside(run: Path, prepared: Prepared, dtype: str, batch_tokens: int | None) -> bool:
+def write_beside(run: Path, prepared: Prepared, dtype: str, budget: Budget) -> bool:
     """Write what lies beside the shards; returns whether the manifest must be written after it.
 
-    `dtype` and `batch_tokens`: what the run was begun with, which config.yaml names in place of `auto`: another device
+    `dtype` and `budget`: what the run was begun with, which config.yaml names in place of `auto`: another device
     would choose others. In a finished run they stay as they are, and only what was lost is written again.
     """
-    makers: dict[str, Callable[[], bytes]] = {CONFIG: lambda: _config_yaml(prepared.config, dtype, batch_tokens)}
+    makers: dict[str, Callable[[], bytes]] = {CONFIG: lambda: _config_yaml(prepared.config, dtype, budget)}
     if prepared.bad:
         makers["rejects.jsonl"] = lambda: _rejects(prepared)
     if prepared.tokenizer is not None:
@@ -109,14 +110,15 @@ def _side_rows(rows: Sequence[TokenRow]) -> bytes:
     return _parquet(pa.table(columns, schema=_SIDE))
 
 
-def _config_yaml(config: ScoreConfig, dtype: str, batch_tokens: int | None) -> bytes:
+def _config_yaml(config: ScoreConfig, dtype: str, budget: Budget) -> bytes:
     # What was taken over from another run is here now.
     settings: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ScoreConfig) if f.name != "reuse"}
     settings["data"] = [_place(name) for name in config.data]
     for name in _PLACES:
         settings[name] = settings[name] if settings[name] in _NAMES.get(name, ()) else _place(settings[name])
     settings["dtype"] = dtype
-    settings["batch_tokens"] = batch_tokens or config.batch_tokens
+    settings["batch_tokens"] = budget.first or config.batch_tokens
+    settings["threads"] = budget.threads
     head = b"# Replay this run: alphatoken-curate score --config THIS FILE -o ANOTHER FOLDER\n"
     return head + yaml.safe_dump(settings, sort_keys=True).encode()
 

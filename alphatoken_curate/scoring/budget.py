@@ -81,7 +81,7 @@ class Budget:
         writes: bool = True,
     ) -> None:
         self.path = run / "artifacts" / (f"run-{generation:05d}.json" if generation else NAME)
-        self._plans, self._writes = plans, writes
+        self._plans, self._writes, self.generation = plans, writes, generation
         stored = self._read()
         if generation and stored is not None and differing(stored.fields, fields):
             stored = None  # of another checkpoint, of whose shards none was finished: the number is free

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from alphatoken_curate.errors import CurateError, UsageError
 from alphatoken_curate.scoring.identity import versions
-from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun
+from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, portable
 from alphatoken_curate.scoring.worker import Task, Worker
 
 _PATIENCE = 10.0
@@ -112,7 +112,7 @@ class Ray(Pool[_Actor]):
             try:
                 said = self._ray.get(one)
             except self._ray.exceptions.RayError as error:
-                yield member, "died", f"was lost ({_first_line(error)})"
+                yield member, "died", f"was lost ({_last_line(error)})"
                 continue
             for what, told in said:
                 yield member, what, told
@@ -142,7 +142,10 @@ class Serving:
         """Be ready for a generation, once this machine is found to be as the one that leads."""
         if odd := _odd(beginning):
             return [("failed", CurateError(f"{socket.gethostname()}: {odd}"))]
-        self._worker = begun(beginning)
+        try:
+            self._worker = begun(beginning)
+        except Exception as error:
+            return [("failed", portable(error))]
         return [("ready", None)]
 
     def do(self, which: str, task: Task) -> list[tuple[str, Any]]:
@@ -157,8 +160,9 @@ def _odd(beginning: Beginning) -> str | None:
     """What keeps a machine from computing what another one would."""
     spec = beginning.spec
     folder = spec.store.folder if spec.store.folder.is_absolute() else f"{beginning.folder}/{spec.store.folder}"
-    if not os.path.isdir(folder):
-        return f"it does not see {folder}. All machines need the run, models and data under the same paths."
+    missing = next((one for one in (folder, beginning.folder) if not os.path.isdir(one)), None)
+    if missing is not None:
+        return f"it does not see {missing}. All machines need the run, models and data under the same paths."
     if (own := versions(spec.device)) != beginning.versions:
         odd = next(name for name in own if own[name] != beginning.versions.get(name))
         return f"it has {odd} {own[odd]}, and the machine that leads {beginning.versions.get(odd)}."
@@ -182,3 +186,8 @@ def _each(beginning: Beginning) -> int:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def _last_line(error: BaseException) -> str:
+    """Ray puts the cause last."""
+    return str(error).strip().rpartition("\n")[2].strip()

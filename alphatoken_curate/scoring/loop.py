@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from alphatoken_curate.masks.remask import check_settings
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import one_writer
-from alphatoken_curate.runs.manifest import Plan
+from alphatoken_curate.runs.documents import decode
+from alphatoken_curate.runs.manifest import Facts, Plan
 from alphatoken_curate.runs.schema import LAYOUTS, components
 from alphatoken_curate.runs.shards import Footer, Shard, ValueRow
 from alphatoken_curate.scoring.beside import write_beside
@@ -48,7 +50,7 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: En
         budget = Budget(folder, spec.store.fields, config.batch_tokens, listener, threads=config.threads)
         tell(prepared, spec, listener, config)
         scored = run_generation(folder, job_of(prepared, spec), spec, engine, budget, listener)
-        if write_beside(folder, prepared, spec.dtype, budget.first) or scored:
+        if write_beside(folder, prepared, spec.dtype, budget) or scored:
             write_manifest(folder)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
     stable = has_stability(spec.store.fields)
@@ -97,16 +99,25 @@ def run_generation(run: Path, job: Job, spec: ScorerSpec, engine: Engine, budget
     `InputError` where no row can be.
     """
     missing = missing_shards(run, job, spec)
+    _note_plans(run, job, missing, budget)
     if not missing:
         check_scored(run, spec.store.generation, "")
         return 0
     stages = Stages(job=job, spec=spec, engine=engine, budget=budget, progress=progress)
     settle(stages, missing)
     stages.reference(missing)
-    largest = score_shards(run, with_directions(stages), missing)
+    with directed(stages) as ready:
+        largest = score_shards(run, ready, missing)
     spec.store.check_sources(whole=True)
     check_scored(run, spec.store.generation, told_of(spec.config, largest))
     return len(missing)
+
+
+def _note_plans(run: Path, job: Job, missing: Sequence[int], budget: Budget) -> None:
+    """Have the plans of shards that parts scored written down as those of all others."""
+    for index in set(range(len(job.shards))) - set(missing):
+        path = shards.values_folder(run, budget.generation) / shards.shard_name(index)
+        budget.note(index, decode(Facts, dict(shards.read_footer(path).facts)).plan)
 
 
 def settle(stages: Stages, missing: Sequence[int]) -> None:
@@ -115,17 +126,24 @@ def settle(stages: Stages, missing: Sequence[int]) -> None:
     stages.budget.decide(partial(_budget, stages, missing))
 
 
-def with_directions(stages: Stages) -> Stages:
-    """The stages, once all that shards are scored by is there: a rehearsal goes step by step, in this process."""
+@contextmanager
+def directed(stages: Stages, *, made: bool = False) -> Iterator[Stages]:
+    """The stages that shards are scored in, once all is `made` that they are scored by.
+
+    A rehearsal goes step by step, in this process.
+    """
     if not stages.spec.config.rehearses:
-        stages.directions()
-        return stages
+        if not made:
+            stages.directions()
+        yield stages
+        return
     stages.engine.close()
-    here = Here(RehearsalScorer(stages.spec, stages.job))
-    here.begin(stages.spec, stages.budget.threads)
-    rehearsed = replace(stages, engine=here)
-    rehearsed.rehearsal()
-    return rehearsed
+    with closing(Here(RehearsalScorer(stages.spec, stages.job))) as here:
+        here.begin(stages.spec, stages.budget.threads)
+        rehearsed = replace(stages, engine=here)
+        if not made:
+            rehearsed.rehearsal()
+        yield rehearsed
 
 
 def missing_shards(run: Path, job: Job, spec: ScorerSpec) -> list[int]:

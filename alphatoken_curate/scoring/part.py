@@ -19,7 +19,7 @@ from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.engines import Engine
 from alphatoken_curate.scoring.job import job_of
-from alphatoken_curate.scoring.loop import missing_shards, read_all, score_shards, settle, tell, with_directions
+from alphatoken_curate.scoring.loop import directed, missing_shards, read_all, score_shards, settle, tell
 from alphatoken_curate.scoring.rehearse import COLUMNS
 from alphatoken_curate.scoring.stages import Stages
 
@@ -55,8 +55,7 @@ def part_of_rows(config: ScoreConfig, part: str, folder: Path, listener: Progres
     prepared, spec = read_all(config, folder, engine, listener)
     job = job_of(prepared, spec)
     mine = range(0) if share is None else range(share[0], len(job.shards), share[1])
-    names = {shards.shard_name(n) for n in mine} | {spec.store.path(artifacts.REFERENCE_NLL, n).name for n in mine}
-    with one_writer(folder, listener.warn, only=names if share else None), told_of_data(folder, prepared):
+    with one_writer(folder, listener.warn, shared=share is not None), told_of_data(folder, prepared):
         about, writes = spec.store.fields, share is None
         budget = Budget(folder, about, config.batch_tokens, listener, threads=config.threads, writes=writes)
         stages = Stages(job=job, spec=spec, engine=engine, budget=budget, progress=listener)
@@ -67,12 +66,14 @@ def part_of_rows(config: ScoreConfig, part: str, folder: Path, listener: Progres
             if missing:
                 settle(stages, missing)
                 stages.reference(())
-                with_directions(stages)
+                with directed(stages):
+                    pass
         elif scored:
             _check_prepared(stages, part)
             settle(stages, scored)
             stages.reference_losses(scored)
-            score_shards(folder, with_directions(stages), scored)
+            with directed(stages, made=True) as ready:
+                score_shards(folder, ready, scored)
         spec.store.check_sources(whole=True)
     there = len(shards.listed(shards.values_folder(folder, 0)))
     return PartSummary(

@@ -67,6 +67,7 @@ class Pool(ABC, Generic[H]):
         self._members: list[Member[H]] = []
         self._beginning: Beginning | None = None
         self._told: set[str] = set()
+        self._stillborn = 0  # in turn
 
     @abstractmethod
     def device(self, name: str) -> str:
@@ -118,7 +119,7 @@ class Pool(ABC, Generic[H]):
                 clock.goes_on(sum(member.task is not None for member in self._members))
                 for member, what, told in self._hear():
                     if what == "ready":
-                        member.ready = True
+                        member.ready, self._stillborn = True, 0
                     elif what == "done" and member.task is not None:
                         (n, _), member.task = member.task, None
                         self._deal(stage, todo)  # before what came is written
@@ -163,6 +164,12 @@ class Pool(ABC, Generic[H]):
         self._members.remove(member)
         if member.task is not None:
             todo.died(member.task, how)
+        elif not member.ready:
+            self._stillborn += 1
+            if self._stillborn >= TRIES:
+                raise CurateError(
+                    f"{count(TRIES, 'worker')} in turn came to nothing before they were ready: the last {how}"
+                )
 
     def _end(self, members: Sequence[Member[H]]) -> None:
         self._stop(members)
@@ -265,7 +272,7 @@ def answer(worker: Worker, which: Any, task: Task, told: Told) -> tuple[str, Any
 def portable(error: Exception) -> Exception:
     """An error that can be pickled, with where it came from."""
     where = "".join(traceback.format_exception(error))
-    if not isinstance(error, CurateError | OSError):
+    if not isinstance(error, CurateError) and type(error).__module__ != "builtins":
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(f"In a worker:\n{where}")
     error.__cause__ = error.__context__ = None

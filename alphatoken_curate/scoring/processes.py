@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from alphatoken_curate.errors import CurateError, UsageError
+from alphatoken_curate.errors import UsageError
 from alphatoken_curate.models.devices import resolve_device
 from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun
 from alphatoken_curate.scoring.worker import Task, Worker
@@ -34,6 +35,7 @@ _PATIENCE = 5.0
 class _Process:
     process: BaseProcess
     pipe: Connection
+    card: str | None
     spoke: bool = False
 
 
@@ -53,17 +55,18 @@ class Local(Pool[_Process]):
         return len(cards_of(beginning.spec.device)) or max(1, cores // beginning.threads)
 
     def _start(self, beginning: Beginning) -> _Process:
-        cards = cards_of(beginning.spec.device)
+        used = Counter(member.handle.card for member in self._members)
+        card = min(cards_of(beginning.spec.device), key=lambda one: used[one], default=None)
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        with environment({CARDS: cards[self._started % len(cards)]} if cards else {}):
+        with environment({} if card is None else {CARDS: card}), _interrupts_ignored():
             process = context.Process(target=serve, args=(theirs,), name=f"worker {self._started}", daemon=True)
             process.start()
         theirs.close()
         self._started += 1
         with suppress(OSError):  # it died: its end of the pipe tells
             ours.send(beginning)
-        return _Process(process, ours)
+        return _Process(process, ours, card)
 
     def _hand(self, member: Member[_Process], message: Beginning | tuple[str, Task]) -> None:
         with suppress(OSError):
@@ -83,24 +86,22 @@ class Local(Pool[_Process]):
                 yield member, what, told
 
     def _how(self, handle: _Process) -> str:
-        """How a process ended. Raises CurateError for one that never began."""
+        """How a process ended."""
         handle.process.join(_PATIENCE)
         handle.pipe.close()
         code = handle.process.exitcode
         how = (
             f"ended with exit code {code}" if (code or 0) >= 0 else f"was killed by {signal.Signals(-(code or 0)).name}"
         )
-        if not handle.spoke:
-            raise CurateError(
-                f"A worker {how} before it began. In a script of Python, what calls with workers must stand below"
-                ' `if __name__ == "__main__":`, since each of them imports the script anew.'
-            )
-        return how
+        if handle.spoke or code != 1:
+            return how
+        guard = 'must stand below `if __name__ == "__main__":`, since each of them imports the script anew'
+        return f"{how}. In a script of Python, what calls with workers {guard}."
 
     def _stop(self, members: Sequence[Member[_Process]]) -> None:
         for member in members:
             member.handle.pipe.close()
-            if member.task is not None:
+            if member.task is not None or not member.ready:
                 member.handle.process.terminate()
         for member in members:
             member.handle.process.join(_PATIENCE)
@@ -132,6 +133,19 @@ def _end_with(parent: BaseProcess | None) -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process begun in this block ignores Ctrl-C from its first moment; this one answers it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Each stage is cut into tasks, which an engine has done; what they give back is k
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,8 @@ class Stages:
         room = sum(int(answer_room(parts[n], new_tokens=new_tokens, limit=None).sum()) for n in missing)
         name = "answers of the reference"
         tasks = [self._task(f"{name}, part {n}", ReferencePass.answers, parts[n]) for n in missing]
-        for i, answered in self._each(Stage(name=name, tokens=room, of="reference", tasks=tasks)):
+        stage = Stage(name=name, tokens=room, of="reference", tasks=tasks)
+        for i, answered in self._each(stage) if missing else ():
             kept[missing[i]] = packed = pack(answered)
             store.save(artifacts.FISHER_SAMPLES, packed, missing[i])
         return [
@@ -129,6 +130,8 @@ class Stages:
         if not self.spec.has_reference:
             return
         missing = [n for n in wanted if not store.has(artifacts.REFERENCE_NLL, n)]
+        if not missing:
+            return
         name = "reference losses"
         tasks = [self._task(f"{name} of shard {n}", ReferencePass.losses, shards[n].rows) for n in missing]
         tokens = sum(count_tokens(shards[n].rows) for n in missing)
@@ -155,7 +158,8 @@ class Stages:
 
     def rehearsal(self) -> None:
         """Rehearse all rows; the scorer keeps what comes of it by itself, and its states on the way."""
-        self._one("rehearsal", "model", RehearsalScorer.rehearse)
+        task = self._task("the rehearsal", RehearsalScorer.rehearse)
+        list(self._each(Stage(name="rehearsal", tokens=0, of="model", tasks=[task])))
 
     def _gradient(self, kind: str, rows: Sequence[AnyRow]) -> None:
         """A mean loss gradient; of pairs, weighed as training weighs them. The target's are plain rows."""
@@ -238,7 +242,8 @@ class Stages:
 
     def _one(self, name: str, of: Which, call: Any, *arguments: Any) -> Any:
         """What comes of a stage of one task."""
-        stage = Stage(name=name, tokens=0, of=of, tasks=[self._task(name, call, *arguments)])
+        task = replace(self._task(name, call, *arguments), halves=False)  # what it is given is used up
+        stage = Stage(name=name, tokens=0, of=of, tasks=[task])
         [(_, found)] = self._each(stage)
         return found
 

@@ -28,12 +28,14 @@ class Task:
     """A piece of a stage that one worker does whole; picklable.
 
     `call` is a method, called as `call(self, *arguments, progress, batch_tokens)`. `what` names the task in errors.
+    `halves`: whether it goes over batches, so that it may be tried again with smaller ones.
     """
 
     what: str
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
     plan: Plan
+    halves: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ class Worker:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                if plan.batch_tokens // 2 < LEAST:
+                if not task.halves or plan.batch_tokens // 2 < LEAST:
                     raise CurateError(
                         f"Memory ran out with {plan.batch_tokens} tokens in a batch ({task.what}). Use fewer --layers,"
                         " a shorter --max-length or a device with more memory; what is finished is kept."

@@ -405,6 +405,7 @@ _MAY = {
     "models/releases": {"huggingface_hub"},
     "models/whole": {"huggingface_hub"},  # the name of an error
     "rows/hub": {"datasets", "huggingface_hub"},  # a data set that the user names by its Hub name
+    "scoring/cluster": {"socket"},  # the Ray cluster whose address the user names; the name of a machine
     "runs/stores": {"fsspec"},  # rows and published runs whose URL the user names
     "trainers/dataset": {"datasets"},  # rows of a mask as `datasets` holds them, from memory
     "trainers/current": {"datasets"},

@@ -20,7 +20,7 @@ from alphatoken_curate import ModelError
 from alphatoken_curate.models.checkpoints import Watcher, find_checkpoints, is_complete
 from alphatoken_curate.models.formats import sharded
 from alphatoken_curate.models.load import find_model, load_model
-from alphatoken_curate.scoring.refresh import watch
+from alphatoken_curate.scoring.watch import watch
 
 PICKLE = b"\x80\x04cos\nsystem\n"
 

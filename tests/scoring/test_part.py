@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pooled
 import pytest
 from tiny_files import Notes, command, contents, pair_records, token_records, write_jsonl
 
 from alphatoken_curate import Local, ScoreConfig, UsageError, score, score_part, verify
 from alphatoken_curate.errors import BusyError, FingerprintError
-from alphatoken_curate.runs.atomic import TEMPORARY, atomic_file, one_writer
+from alphatoken_curate.runs.atomic import TEMPORARY, one_writer
 from alphatoken_curate.scoring.part import share_of
+from alphatoken_curate.scoring.scorer import ShardScorer
 
 
 @pytest.fixture
@@ -89,34 +92,35 @@ def test_what_is_not_prepared_is_not_begun(settings: dict[str, Any], tmp_path: P
 def test_parts_run_beside_one_another_and_beside_nothing_else(settings: dict[str, Any], tmp_path: Path) -> None:
     config, run = ScoreConfig(**settings), tmp_path / "run"
     score_part(config, "prepare", run)
-    others = run / "values" / "generation=0" / f".part-00001.parquet.{'0' * 16}.tmp"
-    others.parent.mkdir(parents=True)
-    mine = others.with_name(f".part-00002.parquet.{'0' * 16}.tmp")
-    mine.write_bytes(b"of this part, which was killed")
-    with one_writer(run, only=["part-00001.parquet"]):  # another part
-        others.write_bytes(b"under way")
-        assert score_part(config, "0/2", run).scored == 3
-        assert others.exists() and not mine.exists()
+    live = run / "values" / "generation=0" / f".part-00001.parquet.{'0' * 16}.tmp"
+    live.parent.mkdir(parents=True)
+    with one_writer(run, shared=True):  # another part, or the same one, begun twice
+        live.write_bytes(b"under way")
+        assert score_part(config, "0/2", run).scored == 3 and live.exists()
         for alone in (lambda: score(config, run), lambda: score_part(config, "prepare", run)):
             with pytest.raises(BusyError, match="another process"):
                 alone()
+        with pytest.raises(KeyboardInterrupt), one_writer(run, shared=True):
+            raise KeyboardInterrupt
+        assert live.exists()
     with one_writer(run), pytest.raises(BusyError, match="another process"):
         score_part(config, "1/2", run)
     score(config, run)
     assert not [path for path in run.rglob("*") if TEMPORARY.fullmatch(path.name)]
 
 
-def test_an_interrupted_part_leaves_nothing_of_its_own(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    others = run / f".b.{'0' * 16}.tmp"
-    others.write_bytes(b"")
-    with pytest.raises(KeyboardInterrupt), one_writer(run, only=["a"]):
-        with pytest.raises(KeyboardInterrupt), atomic_file(run / "a"):
-            raise KeyboardInterrupt
-        (run / f".a.{'1' * 16}.tmp").write_bytes(b"")
-        raise KeyboardInterrupt
-    assert [path.name for path in run.iterdir()] == [others.name]
+def test_what_a_part_did_by_less_memory_is_told_as_one_command_tells_it(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardScorer, "score", pooled.scored_short_of_memory)
+    config, run = ScoreConfig(**settings | {"batch_tokens": 400, "threads": 1}), tmp_path / "run"
+    score(config, tmp_path / "whole")
+    score_part(config, "prepare", run)
+    for part in ("0/2", "1/2"):
+        score_part(config, part, run)
+    score(replace(config, threads=None), run)
+    assert contents(run) == contents(tmp_path / "whole")
+    assert b"threads: 1" in (run / "config.yaml").read_bytes()
 
 
 @pytest.mark.parametrize("part", ["", "1", "2/2", "3/2", "-1/2", "a/b", "0/0", "1/2/3", " 0/2", "prepared"])

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pooled
 import pytest
+import torch
 from tiny_files import Notes, contents, pair_records, token_records, write_jsonl
 
 from alphatoken_curate import CurateError, InputError, ScoreConfig, UsageError, refresh, score
@@ -20,7 +22,8 @@ from alphatoken_curate.errors import FingerprintError
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import TEMPORARY
 from alphatoken_curate.runs.manifest import Plan
-from alphatoken_curate.scoring.pool import portable
+from alphatoken_curate.scoring import processes
+from alphatoken_curate.scoring.pool import Member, portable
 from alphatoken_curate.scoring.processes import CARDS, Local, cards_of, environment
 from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.scorer import ShardScorer
@@ -117,9 +120,10 @@ def test_errors_of_workers_can_be_handed_over() -> None:
         InputError("a"),
         FingerprintError("b", ("model",), {"model": "x"}),
         ZeroDivisionError("c"),
+        pickle.PicklingError("d"),
     ):
         found = pickle.loads(pickle.dumps(portable(error)))
-        kind = RuntimeError if isinstance(error, ZeroDivisionError) else type(error)
+        kind = RuntimeError if isinstance(error, pickle.PicklingError) else type(error)
         assert type(found) is kind and str(error) in str(found) and "In a worker" in found.__notes__[0]
         if isinstance(error, FingerprintError):
             assert (found.fields, found.stored) == (("model",), {"model": "x"})
@@ -176,6 +180,41 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_worker_takes_the_card_that_fewest_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of one which died, and not the next in turn."""
+    monkeypatch.setattr(processes, "cards_of", lambda _: ["4", "7"])
+    seen: list[str | None] = []
+
+    class Process:
+        def __init__(self, **_: Any) -> None:
+            seen.append(os.environ.get(CARDS))
+
+        def start(self) -> None:
+            """Nothing."""
+
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Process)
+    engine: Any = Local(2)
+    beginning: Any = SimpleNamespace(spec=SimpleNamespace(device="cuda"))
+    monkeypatch.setattr("multiprocessing.connection.Connection.send", lambda *_: None)
+    members = engine._members
+    for _ in range(2):
+        members.append(Member(engine._start(beginning)))
+    del members[1]
+    members.append(Member(engine._start(beginning)))
+    assert seen == ["4", "7", "7"]
+
+
+def test_a_rehearsal_leaves_threads_as_they_were(settings: dict[str, Any], tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        changes = {"direction": "rehearsal", "rehearse_lr": 1e-3, "precondition": "none"}
+        score(ScoreConfig(**settings | changes), tmp_path / "run")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_script_without_a_guard_is_told_of_it(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ class Model:
         return batch_tokens
 
 
-def done(times: int, error: BaseException, notes: Any = None, tokens: int = 1000) -> tuple[int, Plan]:
+def done(
+    times: int, error: BaseException, notes: Any = None, tokens: int = 1000, halves: bool = True
+) -> tuple[int, Plan]:
     worker: Any = Worker.__new__(Worker)
     worker._of = lambda _: model
     model = Model(times, error)
-    task = Task(what="shard 3", call=Model.work, arguments=(), plan=Plan(batch_tokens=tokens))
+    task = Task(what="shard 3", call=Model.work, arguments=(), plan=Plan(batch_tokens=tokens), halves=halves)
     found = worker.do("model", task, notes or Silent())
     return found.result, found.plan
 
@@ -57,3 +59,9 @@ def test_there_is_an_end_to_halving() -> None:
         done(99, MemoryError())
     assert LEAST > 125 // 2
     assert done(0, MemoryError(), tokens=1) == (1, Plan(batch_tokens=1))
+
+
+def test_what_is_not_of_batches_is_not_tried_again() -> None:
+    """What it was given may be used up, as sums are that were divided."""
+    with pytest.raises(CurateError, match=r"Memory ran out .*shard 3"):
+        done(1, MemoryError(), halves=False)

@@ -99,7 +99,7 @@ def plain(files: Settings, **more: Any) -> Settings:
 def told(settings: Settings) -> dict[str, Json]:
     """The fingerprint fields of a run of these settings."""
     prepared = prepare_all(settings)
-    return dict(spec_of(prepared, Path("artifacts")).store.fields)
+    return dict(spec_of(prepared, Path("artifacts"), "cpu").store.fields)
 
 
 def prepare_all(settings: Settings) -> Any:
@@ -366,7 +366,7 @@ def test_any_number_of_workers_in_any_order_makes_the_same_shards(
     settings = plain(files, data=files[kind], rows_per_shard=2, batch_tokens=64, layers=2)
     run = score(ScoreConfig(**settings), tmp_path / "run").run
     prepared = prepare_all(settings)
-    spec = spec_of(prepared, run / "artifacts")
+    spec = spec_of(prepared, run / "artifacts", "cpu")
     job = job_of(prepared, spec)
     scorers = [pickle.loads(pickle.dumps(ShardScorer(spec))) for _ in range(workers)]
     order = list(enumerate(job.shards))
