@@ -21,7 +21,7 @@ FILE_ADVICE = "Copy it to this machine, and name the copy."
 """What to do where a file or a folder is read that is neither rows nor a run."""
 
 _SLASHES = re.compile(r"^\s*([^/:]+(?:::[^/:]+)*):/{0,2}")
-_SCHEME = re.compile(r"\s*[A-Za-z][\w+.-]+(::[A-Za-z][\w+.-]+)*:\s*(/|$)")
+_SCHEME = re.compile(r"\s*(?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]+:\s*(/|$)")
 _MOST_CHARS = 200
 
 

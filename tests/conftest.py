@@ -87,11 +87,14 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> None:
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tiny tensors are computed fastest by one thread, above all while other programs run; real models are not tiny."""
     asked = str(request.config.getoption("-m"))
-    if "slow" not in asked.replace("not slow", ""):
-        torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        if "slow" not in asked.replace("not slow", ""):
+            torch.set_num_threads(1)
+            patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -125,7 +125,19 @@ def test_urls_are_known_as_such(url: str) -> None:
         check_local(Path(url), "Advice.")
 
 
-OTHERS = ("run", "/a/b", "C:/run", "c:\\run", "a/s3://b", "rows:train", "owner/name", "", "é/x", ".", "nll + f('http://h/x')")
+OTHERS = (
+    "run",
+    "/a/b",
+    "C:/run",
+    "c:\\run",
+    "a/s3://b",
+    "rows:train",
+    "owner/name",
+    "",
+    "é/x",
+    ".",
+    "nll + f('http://h/x')",
+)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -237,6 +237,7 @@ def test_a_store_that_takes_no_heed_of_conditions_is_refused(run: Path, url: str
     assert manifest.NAME not in stored(url)
 
 
+@pytest.mark.long
 def test_large_files_go_in_parts_on_the_same_conditions(bucket: str, tmp_path: Path) -> None:
     uploads, path = Uploads(f"s3://{bucket}/large"), tmp_path / "x"
     path.write_bytes(os.urandom(101 * 2**20))

@@ -75,6 +75,7 @@ def test_workers_that_die_in_each_stage_change_no_byte(
     assert all(notes.done[name] >= tokens[name] > 0 for name in ("reference losses", "scoring"))
 
 
+@pytest.mark.long
 def test_memory_that_runs_out_for_a_shard_is_its_own_matter(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +90,7 @@ def test_memory_that_runs_out_for_a_shard_is_its_own_matter(
     assert list(one.manifest.generations[0].plan) == plans
 
 
+@pytest.mark.long
 def test_a_shard_that_always_kills_is_named_and_the_others_are_kept(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +143,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_command(
     how: signal.Signals, settings: dict[str, Any], tmp_path: Path, marks: Path
 ) -> None:
@@ -217,6 +220,7 @@ def test_a_rehearsal_leaves_threads_as_they_were(settings: dict[str, Any], tmp_p
         torch.set_num_threads(before)
 
 
+@pytest.mark.long
 def test_a_script_without_a_guard_is_told_of_it(settings: dict[str, Any], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

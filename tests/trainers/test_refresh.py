@@ -274,6 +274,7 @@ def test_a_reader_that_went_away_ends_no_training(monkeypatch: pytest.MonkeyPatc
     module._tell(SimpleNamespace(is_world_process_zero=True), "a line")  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_what_fails_in_a_process_of_its_own_fails_the_training(
     run: Path, models: dict[str, str], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from daily import daily
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,9 +66,10 @@ SPLIT_SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name", ["clean", "corrupted", "lightly", "mixture", "narrow", "preference", *SPLIT_SETTINGS, "D swapped 128"]
-)
+EVERY_SETTING = ["clean", "corrupted", "lightly", "mixture", "narrow", "preference", *SPLIT_SETTINGS, "D swapped 128"]
+
+
+@pytest.mark.parametrize("name", daily(EVERY_SETTING, ["mixture", "A digits"]))
 def test_what_is_measured_on_trains_nothing(name: str, pays: Any, data: Path) -> None:
     where = pays("settings").setting(name, data)
     parts = ("train", "held", "target", "retention", "remember", "beside")
