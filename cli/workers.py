@@ -69,7 +69,9 @@ def told_of_part(done: PartSummary) -> Iterator[str]:
     """What a part did, and what comes next."""
     what = "prepared" if done.part == "prepare" else f"part {done.part}: scored {count(done.scored, 'shard')}"
     yield f"{done.run}: {what}; {done.shards - done.missing} of {count(done.shards, 'shard')} are there."
-    if done.missing:
+    if done.finished:
+        yield f"The run is finished. Next: alphatoken-curate stats {done.run}"
+    elif done.missing:
         yield "Next: the same command with --part 0/N to N-1/N, each where it may run; then without --part, to end it."
     else:
         yield "Next: the same command without --part, which writes manifest and mask."

@@ -79,7 +79,7 @@ class Uploads:
         return sha256.hexdigest() == _digest(path, "sha256")
 
     def check_conditions(self, name: str) -> None:
-        """Raise `UsageError` where the store takes what it should refuse. `name`: a small object, which stays as it is."""
+        """Raise `UsageError` where the store takes what it should refuse. `name`: a small object, which stays."""
         seen = self.read(name)
         if seen and (self._is_created(name, seen[0]) or self._is_replaced(name, seen[0], _NOT_SO)):
             raise UsageError(

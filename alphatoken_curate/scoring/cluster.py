@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from alphatoken_curate.errors import CurateError, UsageError
 from alphatoken_curate.scoring.identity import versions
-from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, portable
+from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, portable, unsent
 from alphatoken_curate.scoring.worker import Task, Worker
 
 _PATIENCE = 10.0
@@ -111,6 +111,8 @@ class Ray(Pool[_Actor]):
             member.handle.awaited = None
             try:
                 said = self._ray.get(one)
+            except self._ray.exceptions.RayTaskError as error:
+                said = [("failed", _failed(member, error))]
             except self._ray.exceptions.RayError as error:
                 yield member, "died", f"was lost ({_last_line(error)})"
                 continue
@@ -174,6 +176,12 @@ def _check_open(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+
+
+def _failed(member: Member[_Actor], error: Exception) -> CurateError:
+    """The error of an actor that is there still: it hands over those of its tasks, so this is of what came of one."""
+    why = _last_line(error)
+    return CurateError(f"A worker could not begin ({why}).") if member.task is None else unsent(member.task[1], why)
 
 
 def _on_cards(beginning: Beginning) -> bool:

@@ -47,9 +47,11 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: En
     prepared, spec = read_all(config, folder, engine, listener)
     with one_writer(folder, listener.warn), told_of_data(folder, prepared):
         mend(folder, listener)
-        budget = Budget(folder, spec.store.fields, config.batch_tokens, listener, threads=config.threads)
+        job, threads = job_of(prepared, spec), config.threads
+        about, made_by = spec.store.fields, job.facts.versions
+        budget = Budget(folder, about, config.batch_tokens, listener, threads=threads, versions=made_by)
         tell(prepared, spec, listener, config)
-        scored = run_generation(folder, job_of(prepared, spec), spec, engine, budget, listener)
+        scored = run_generation(folder, job, spec, engine, budget, listener)
         if write_beside(folder, prepared, spec.dtype, budget) or scored:
             write_manifest(folder)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
@@ -122,7 +124,9 @@ def _note_plans(run: Path, job: Job, missing: Sequence[int], budget: Budget) -> 
 
 def settle(stages: Stages, missing: Sequence[int]) -> None:
     """Begin with an engine, and settle the budget by what it can do."""
-    stages.engine.begin(stages.spec, stages.budget.threads)
+    if odd := stages.budget.odd_versions:
+        stages.progress.warn(f"Computed with {odd}: values may round otherwise than those that are there.")
+    stages.engine.begin(stages.spec, stages.budget.threads_taken)
     stages.budget.decide(partial(_budget, stages, missing))
 
 
@@ -139,7 +143,7 @@ def directed(stages: Stages, *, made: bool = False) -> Iterator[Stages]:
         return
     stages.engine.close()
     with closing(Here(RehearsalScorer(stages.spec, stages.job))) as here:
-        here.begin(stages.spec, stages.budget.threads)
+        here.begin(stages.spec, stages.budget.threads_taken)
         rehearsed = replace(stages, engine=here)
         if not made:
             rehearsed.rehearsal()

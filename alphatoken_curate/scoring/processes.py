@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.models.devices import resolve_device
-from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun
+from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, unsent
 from alphatoken_curate.scoring.worker import Task, Worker
 
 CARDS = "CUDA_VISIBLE_DEVICES"
@@ -125,7 +125,17 @@ def serve(pipe: Connection) -> None:
                 pipe.send(("ready", None))
             elif worker is not None:
                 which, task = message
-                pipe.send(answer(worker, which, task, told))
+                _say(pipe, answer(worker, which, task, told), task)
+
+
+def _say(pipe: Connection, said: tuple[str, Any], task: Task) -> None:
+    """Hand over what a task came to, or why that cannot be handed over. Raises OSError where the other end is gone."""
+    try:
+        pipe.send(said)
+    except OSError:
+        raise
+    except Exception as error:  # nothing was sent: what is said is made into bytes first
+        return pipe.send(("failed", unsent(task, str(error))))
 
 
 def _end_with(parent: BaseProcess | None) -> None:

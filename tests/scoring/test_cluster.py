@@ -103,6 +103,14 @@ def test_what_a_worker_refuses_is_refused_here(ray: Any, settings: dict[str, Any
         score(ScoreConfig(**settings | {"layers": 9}), tmp_path / "run", engine=Ray(workers=1))
 
 
+def test_what_a_worker_cannot_hand_over_is_an_error_that_names_it(
+    ray: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardScorer, "score", pooled.scored_but_kept)
+    with pytest.raises(CurateError, match=r"shard 0: a worker cannot hand over what came of it \(.*lock.*\)"):
+        score(ScoreConfig(**settings), tmp_path / "run", engine=Ray(workers=1))
+
+
 def test_a_cluster_that_is_not_there_is_told(ray: Any) -> None:
     engine = Ray("127.0.0.1:1", 1)
     with pytest.raises(UsageError, match=r"--engine ray: no cluster at 127\.0\.0\.1:1"):
