@@ -44,7 +44,6 @@ REHEARSAL_DRAW = -5
 Outcome = Callable[[Trainee], Weights]
 """Gives the gradient of J in the weights, at those the rehearsal ended with."""
 
-
 Paths = Callable[[Sequence[Batch], Sequence[Weights]], Sequence[Tensor]]
 """Given the batches of a step and a direction of the weights for each outcome: direct and causal of the response tokens
 of each batch, (2, n, N of the batch), at the weights as they are."""
