@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from alphatoken_curate.errors import CurateError, UsageError
+from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.scoring.identity import versions
 from alphatoken_curate.scoring.spec import ScorerSpec
@@ -275,7 +276,8 @@ class Told:
 
 
 def begun(beginning: Beginning) -> Worker:
-    """What does the tasks of a generation, where it is called."""
+    """What does the tasks of a generation, where it is called; the models of another, which nobody holds, are gone."""
+    free_memory()
     torch.set_num_threads(beginning.threads)
     os.chdir(beginning.folder)
     return Worker(beginning.spec)

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from alphatoken_curate.errors import UsageError
 from alphatoken_curate.models.devices import resolve_device
+from alphatoken_curate.scoring.named import check_shared
 from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, unsent
 from alphatoken_curate.scoring.worker import Task, Worker
 
@@ -48,6 +48,7 @@ class Local(Pool[_Process]):
 
     def device(self, name: str) -> str:
         """As `Engine`."""
+        check_shared(name)
         return str(resolve_device(name))
 
     def _most(self, beginning: Beginning) -> int:
@@ -121,6 +122,7 @@ def serve(pipe: Connection) -> None:
         while True:
             message = pipe.recv()
             if isinstance(message, Beginning):
+                worker = None
                 worker = begun(message)
                 pipe.send(("ready", None))
             elif worker is not None:
@@ -174,11 +176,8 @@ def environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def cards_of(device: str) -> list[str]:
-    """The cards there are, as their processes are told of them; none on a CPU. Raises UsageError for a single one."""
-    kind, _, number = device.partition(":")
-    if kind == "cpu":
+    """The cards there are, as their processes are told of them; none on a CPU."""
+    if device != "cuda":
         return []
-    if kind != "cuda" or number:
-        raise UsageError(f"--device {device}: workers take cards by themselves. Give --device cuda, or cpu.")
     named = os.environ.get(CARDS)
     return named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +30,12 @@ from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import TEMPORARY
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.scoring import processes
+from alphatoken_curate.scoring.engines import Here
 from alphatoken_curate.scoring.pool import AHEAD, Member, Pool, portable
 from alphatoken_curate.scoring.processes import CARDS, Local, cards_of, environment
 from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.scoring.worker import Stage, Task
 
 
@@ -243,6 +247,7 @@ import sys
 import pooled
 from alphatoken_curate.cli.main import main
 from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.scoring.worker import Stage, Task
 if __name__ == "__main__":
     ShardScorer.score = pooled.scored_never
@@ -387,6 +392,28 @@ def test_refresh_keeps_its_workers_from_one_checkpoint_to_the_next(
     assert contents(tmp_path / "two") == contents(tmp_path / "one") and len(seen) == 2 and not engine._members
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_a_checkpoint_takes_the_place_of_the_one_before(
+    workers: int, settings: dict[str, Any], tmp_path: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory: two models may be more than a card holds."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    score(ScoreConfig(**settings), run)
+    for n, model in enumerate((settings["reference"], settings["model"])):
+        shutil.copytree(model, out / f"checkpoint-{n + 1}")
+    monkeypatch.setattr(ShardScorer, "score", pooled.scored_by_one_model)
+    plain, beside = ScorerSpec.load, list[int]()
+
+    def load(self: ScorerSpec, source: Any) -> Any:
+        beside.append(sum(isinstance(one, ScoringModel) for one in gc.get_objects()))
+        return plain(self, source)
+
+    monkeypatch.setattr(ScorerSpec, "load", load)
+    gc.collect()
+    assert len(refresh(run, out, engine=Local(workers) if workers else Here())) == 2
+    assert {path.name for path in marks.iterdir()} == {"checkpoint-1", "checkpoint-2"} and not any(beside)
+
+
 def test_cards_are_dealt_out_as_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cards_of("cpu") == []
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
@@ -396,7 +423,7 @@ def test_cards_are_dealt_out_as_they_are_named(monkeypatch: pytest.MonkeyPatch) 
     assert cards_of("cuda") == ["4", "7"]
     for device in ("cuda:1", "mps"):
         with pytest.raises(UsageError, match=f"--device {device}: workers take cards by themselves"):
-            cards_of(device)
+            Local(2).device(device)
     with environment({CARDS: "7"}):
         assert os.environ[CARDS] == "7"
     assert os.environ[CARDS] == "4,7"

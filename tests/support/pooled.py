@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.scorer import ShardScorer
 
@@ -88,6 +90,16 @@ def scored_with_threads_told(self: ShardScorer, *arguments: Any) -> Any:
     """Leaves a mark named after the threads of torch."""
     first_time(str(torch.get_num_threads()))
     return _PLAIN["score"](self, *arguments)  # type: ignore[operator]
+
+
+def scored_by_one_model(self: ShardScorer, *arguments: Any) -> Any:
+    """As it is, where no other model is in memory; leaves a mark named after the model."""
+    found = _PLAIN["score"](self, *arguments)  # type: ignore[operator]
+    first_time(Path(self.spec.model.name).name)
+    others = [one for one in gc.get_objects() if isinstance(one, ScoringModel)]
+    if len(others) != 1:
+        raise AssertionError(f"{len(others)} models are in memory")
+    return found
 
 
 def scored_but_kept(self: ShardScorer, *_: Any) -> Any:
