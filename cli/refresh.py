@@ -70,7 +70,7 @@ def command(
 
     with listening() as listener:
         places = {"base": base, "reference": reference, "device": device, "progress": listener}
-        engine = engine_of(settings)
+        engine = engine_of(settings, device or "auto")
         if checkpoint is not None:
             refresh(run, checkpoint, told=partial(_tell, listener), engine=engine, **places)  # type: ignore[arg-type]
             return

@@ -40,11 +40,12 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, part
 
     from .terminal import listener as listening
 
+    engine = engine_of(ctx.params, config.device)
     with listening() as listener:
         if part is None:
-            lines = _told(score(config, out, listener, engine_of(ctx.params)), config)
+            lines = _told(score(config, out, listener, engine), config)
         else:
-            lines = told_of_part(score_part(config, part, out, listener, engine_of(ctx.params)))
+            lines = told_of_part(score_part(config, part, out, listener, engine))
     for line in lines:
         click.echo(line)
 

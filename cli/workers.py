@@ -40,17 +40,21 @@ def engine_options(function: F) -> F:
     return function
 
 
-def engine_of(settings: dict[str, Any]) -> Engine | None:
-    """The engine that was asked for, by a command's parameters; None for this process."""
+def engine_of(settings: dict[str, Any], device: str) -> Engine | None:
+    """The engine that was asked for, by a command's parameters and the --device of workers; None for this process."""
     workers, kind, address = settings["workers"], settings["engine"], settings["ray_address"]
     if address is not None and kind != "ray":
         raise click.UsageError("--ray-address goes with --engine ray.")
+    if kind == "local" and workers == 1:
+        return None
+
+    from alphatoken_curate.scoring.named import check_shared
+
+    check_shared(device)  # before torch is imported
     if kind == "ray":
         from alphatoken_curate.scoring.cluster import Ray
 
         return Ray(address, workers)
-    if workers == 1:
-        return None
     from alphatoken_curate.scoring.processes import Local
 
     return Local(workers)
@@ -69,7 +73,9 @@ def told_of_part(done: PartSummary) -> Iterator[str]:
     """What a part did, and what comes next."""
     what = "prepared" if done.part == "prepare" else f"part {done.part}: scored {count(done.scored, 'shard')}"
     yield f"{done.run}: {what}; {done.shards - done.missing} of {count(done.shards, 'shard')} are there."
-    if done.missing:
+    if done.finished:
+        yield f"The run is finished. Next: alphatoken-curate stats {done.run}"
+    elif done.missing:
         yield "Next: the same command with --part 0/N to N-1/N, each where it may run; then without --part, to end it."
     else:
         yield "Next: the same command without --part, which writes manifest and mask."

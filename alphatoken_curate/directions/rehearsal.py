@@ -35,12 +35,14 @@ from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
 from alphatoken_curate.tokens.tokenise import TokenRow
 
+VALUES = "values-{}"
+"""The name of what some outcomes owe to tokens, once it is there, by which part of all outcomes it is."""
+
 REHEARSAL_DRAW = -5
 """Less the epoch, the position under which a row's place in it is drawn; no token has a negative one."""
 
 Outcome = Callable[[Trainee], Weights]
 """Gives the gradient of J in the weights, at those the rehearsal ended with."""
-
 
 Paths = Callable[[Sequence[Batch], Sequence[Weights]], Sequence[Tensor]]
 """Given the batches of a step and a direction of the weights for each outcome: direct and causal of the response tokens
@@ -181,7 +183,7 @@ class Rehearsal:
     ) -> dict[str, Tensor]:
         """Values of some outcomes that go back together. Before the `last` part states stay for those to come."""
         self._part, self._states_stay = n, not last
-        if (done := self.states.get(_VALUES.format(n))) is None:
+        if (done := self.states.get(VALUES.format(n))) is None:
             borders = self.course.borders
             if not self._is_kept(0):
                 self._keep_state(0)
@@ -376,13 +378,13 @@ class Rehearsal:
         taken, whole = last["told"][1:].tolist()
         share = math.sqrt(taken / whole) if whole else 0.0
         done = {"sums": found["sums"], "root_share": torch.tensor([share], dtype=torch.float64)}
-        self.states.put(_VALUES.format(self._part), done)
+        self.states.put(VALUES.format(self._part), done)
         return done
 
 
 _GENTLER = "Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1."
 _PARTS = ("own", "denominator", "direct", "causal")
-_STATE, _DIGEST, _ADJOINT, _VALUES = "state-{}", "digest-{}", "adjoint-{}-{}", "values-{}"
+_STATE, _DIGEST, _ADJOINT = "state-{}", "digest-{}", "adjoint-{}-{}"
 
 
 def _token_places(batch: Batch, places: NDArray[np.int64]) -> NDArray[np.int64]:

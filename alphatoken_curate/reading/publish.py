@@ -83,8 +83,8 @@ class _Publishing:
         fixed.sort(key=lambda name: (name != _FIRST, name in beside, name))
         for number, name in enumerate(fixed):
             self._fix(name)
-            if not number:
-                self._uploads.check_conditions(name, self._run / name)
+            if not number:  # by the manifest that is there, else by what was just put: both are small
+                self._uploads.check_conditions(NAME if self._there else name)
         what = self._commit()
         for name in changing:
             self._renew(name)

@@ -30,9 +30,10 @@ KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
 
 LOCK = ".writer.lock"
-"""In a run whose folder cannot be locked itself, while it is written to."""
+"""In every run that was written to: what is locked of it while it is."""
 
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
 _passed: Counter[str] = Counter()
 _held: dict[Path, tuple[int, int]] = {}
@@ -201,32 +202,42 @@ def one_writer(run: Path, warn: Callable[[str], object] = _unheard, *, shared: b
 
 @contextlib.contextmanager
 def _locked(run: Path, warn: Callable[[str], object], *, shared: bool) -> Iterator[None]:
-    """A lock on the folder itself; where folders have none, as over NFS, on a file in it that is opened for writing.
+    """A lock on the folder itself, and one on a file in it that is opened for writing, both in the same mode.
 
-    The folder comes first, wherever it can be locked: earlier releases lock nothing else, so that no two of any
-    releases write at once. Where it cannot they refuse to write, and the file holds later ones apart.
+    Earlier releases lock the folder alone, so that it keeps apart what runs on one machine. Over NFS a lock on a folder
+    is one machine's own, or none at all, and one on a file holds for all, if the file can be written. It stays when it
+    is let go: a file that is removed while another opens it holds nothing.
     """
     with _refusal(run):
         descriptors = [os.open(run, os.O_RDONLY)]
-    file, made = run / LOCK, False
     try:
-        if not _lock(descriptors[0], run, shared=shared):
-            with _refusal(file):
-                descriptors.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o666))
-            if not _lock(descriptors[1], run, shared=shared):
-                warn(
-                    f"{run}: its file system has no locks, so nothing keeps a second process from writing to it: see to"
-                    " it that there is none."
-                )
-            elif not _is_at(descriptors[1], file):  # its last holder removed it in between
-                raise _busy(run)
-            made = not shared  # others may hold it
+        alone = _lock(descriptors[0], run, shared=shared)
+        descriptors += _opened(run / LOCK, needed=not alone)
+        if len(descriptors) > 1 and not _lock(descriptors[1], run, shared=shared):
+            warn(
+                f"{run}: its file system has no locks, so nothing keeps a second process from writing to it: see to"
+                " it that there is none."
+            )
+        elif len(descriptors) > 1 and not _is_at(descriptors[1], run / LOCK):
+            raise _busy(run)  # somebody removed it in between
         yield
     finally:
-        if made:
-            _remove(file)  # while it is still held
         for descriptor in reversed(descriptors):
             os.close(descriptor)
+
+
+def _opened(file: Path, *, needed: bool) -> list[int]:
+    """The file of a lock, opened; none where it may not be written, as nothing else may then, unless it is `needed`.
+
+    Raises `CurateError` where the disk refuses.
+    """
+    try:
+        return [os.open(file, os.O_RDWR | os.O_CREAT, 0o666)]
+    except OSError as error:
+        if error.errno in _READ_ONLY and not needed:
+            return []
+        with _refusal(file):
+            raise
 
 
 def _lock(descriptor: int, run: Path, *, shared: bool) -> bool:

@@ -54,17 +54,7 @@ class Uploads:
 
     def create(self, name: str, path: Path) -> bool:
         """Put a file where no object is; False where there is one, also one that another writer has just put."""
-        with told(self._place(name), UsageError):
-            try:
-                if path.stat().st_size > _MOST_AT_ONCE:
-                    self._store.put_file(str(path), self._name(name), mode="create")
-                else:
-                    self._store.pipe_file(self._name(name), path.read_bytes(), mode="create")
-            except OSError as error:
-                if _code(error) in _OTHERS[:2]:
-                    return False
-                raise
-        return True
+        return self._is_created(name, path if path.stat().st_size > _MOST_AT_ONCE else path.read_bytes())
 
     def replace(self, name: str, data: bytes, seen: str) -> None:
         """Put bytes in the place of the object whose ETag was `seen`. Raises `BusyError` where it is another by now."""
@@ -88,13 +78,27 @@ class Uploads:
                     sha256.update(part)
         return sha256.hexdigest() == _digest(path, "sha256")
 
-    def check_conditions(self, name: str, path: Path) -> None:
-        """Raise `UsageError` where the store takes what it should refuse; `name` has the bytes of the file already."""
-        if self.create(name, path) or self._is_replaced(name, path.read_bytes(), _NOT_SO):
+    def check_conditions(self, name: str) -> None:
+        """Raise `UsageError` where the store takes what it should refuse. `name`: a small object, which stays."""
+        seen = self.read(name)
+        if seen and (self._is_created(name, seen[0]) or self._is_replaced(name, seen[0], _NOT_SO)):
             raise UsageError(
                 f"{self.url}: this store takes no heed of If-None-Match or If-Match, so that two publishers would"
                 " overwrite each other unseen. Copy the run there with the store's own tool."
             )
+
+    def _is_created(self, name: str, data: bytes | Path) -> bool:
+        with told(self._place(name), UsageError):
+            try:
+                if isinstance(data, Path):
+                    self._store.put_file(str(data), self._name(name), mode="create")
+                else:
+                    self._store.pipe_file(self._name(name), data, mode="create")
+            except OSError as error:
+                if _code(error) in _OTHERS[:2]:
+                    return False
+                raise
+        return True
 
     def _is_replaced(self, name: str, data: bytes, seen: str) -> bool:
         with told(self._place(name), UsageError):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alphatoken_curate.config import OF_OPTIMISER, OF_REHEARSAL
-from alphatoken_curate.errors import FingerprintError, StoredDataError
+from alphatoken_curate.errors import FingerprintError, StoredDataError, UsageError
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.atomic import atomic_file
-from alphatoken_curate.runs.documents import Unreadable, decode, sealed, unsealed
+from alphatoken_curate.runs.documents import LATER, Unreadable, decode, sealed, unsealed
 from alphatoken_curate.runs.fingerprint import Json, differing, told_apart
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.runs.schema import SCHEMA_VERSION, VERSIONS
@@ -55,17 +55,23 @@ class _Record:
     """What all work is begun with; None until `auto` is settled."""
     threads: int | None = None
     """Threads of each process on a CPU, where they were named: others may round otherwise."""
+    taken: int | None = field(default=None, metadata=LATER)
+    """Those that torch took by itself, where they were not."""
+    versions: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
+    """Of what computed first, by name."""
     shards: Mapping[str, Plan] = field(default_factory=dict)
     """The plans of shards for which memory ran out, by number."""
+    tasks: Mapping[str, Plan] = field(default_factory=dict, metadata=LATER)
+    """Likewise of what comes before the shards, by name: in other batches sums round otherwise."""
 
 
 class Budget:
     """The token budget of a generation, kept in `artifacts/run.json` beside the fields it was begun with.
 
     `batch_tokens`: `auto` is settled by `decide`, unless it was in an earlier attempt. `threads`: those that are named.
-    `plans`: those of the shards of generation 0, which a later generation begins with. Without `writes` it must be
-    settled, and stays as it is. Raises FingerprintError, naming what differs, where something was computed with other
-    fields.
+    `versions`: of what computes here. `plans`: those of the shards of generation 0, which a later generation begins
+    with. Without `writes` it must be settled, and stays as it is. Raises FingerprintError, naming what differs, where
+    something was computed with other fields, and UsageError where a part names other threads.
     """
 
     def __init__(
@@ -76,12 +82,13 @@ class Budget:
         progress: Progress,
         *,
         threads: int | None = None,
+        versions: Mapping[str, str] | None = None,
         generation: int = 0,
         plans: Sequence[Plan] = (),
         writes: bool = True,
     ) -> None:
         self.path = run / "artifacts" / (f"run-{generation:05d}.json" if generation else NAME)
-        self._plans, self._writes, self.generation = plans, writes, generation
+        self._plans, self._writes, self.generation, self._versions = plans, writes, generation, dict(versions or {})
         stored = self._read()
         if generation and stored is not None and differing(stored.fields, fields):
             stored = None  # of another checkpoint, of whose shards none was finished: the number is free
@@ -92,13 +99,16 @@ class Budget:
         if begun and stored is not None:
             _check_same(run, stored.fields, fields)
         same = stored is not None and not differing(stored.fields, fields)
+        given = plans[0].batch_tokens if plans else None if batch_tokens == "auto" else batch_tokens
+        taken = _taken(threads, self._versions)
+        own = _Record(fields=dict(fields), first=given, threads=threads, taken=taken, versions=self._versions)
         if stored is not None and same and stored.first is not None and (begun or batch_tokens == "auto"):
-            self._record = stored if begun else replace(stored, threads=threads)
+            begins = replace(own, first=stored.first, shards=stored.shards, tasks=stored.tasks)
+            self._record = stored if begun else begins
         else:
-            given = plans[0].batch_tokens if plans else None if batch_tokens == "auto" else batch_tokens
-            self._record = _Record(fields=dict(fields), first=given, threads=threads)
-        if threads not in (None, self.threads):
-            progress.warn(f"--threads {threads} is without effect: the run was begun {_with(self.threads)}.")
+            self._record = own
+        if threads not in (None, self.threads, self._record.taken):
+            self._refuse_threads(threads, run, progress)
         if self._record != stored:
             self._write()
 
@@ -114,8 +124,19 @@ class Budget:
 
     @property
     def threads(self) -> int | None:
-        """Threads of each process on a CPU; None leaves them to torch."""
+        """Threads of each process on a CPU, as they were named; None leaves them to torch."""
         return self._record.threads
+
+    @property
+    def threads_taken(self) -> int | None:
+        """The same, or as torch took them where the run was begun: on a machine of other cores, too."""
+        return self._record.threads or self._record.taken
+
+    @property
+    def odd_versions(self) -> str:
+        """What computes here in other versions than what computed first, by name with both; empty without any."""
+        each = ((name, self._record.versions.get(name, now), now) for name, now in self._versions.items())
+        return ", ".join(f"{name} {now} (begun with {then})" for name, then, now in each if self._begun and then != now)
 
     def decide(self, find: Callable[[], int]) -> None:
         """Settle `auto` by `find` and write it down; where it is settled, do nothing."""
@@ -123,18 +144,30 @@ class Budget:
             self._record = replace(self._record, first=find())
             self._write()
 
-    def plan(self, shard: int | None = None) -> Plan:
-        """What the work of a shard, or any other, is begun with."""
+    def plan(self, of: int | str | None = None) -> Plan:
+        """What the work of a shard, by number, of another task, by name, or any other is begun with."""
         if self._record.first is None:
             raise RuntimeError("--batch-tokens auto is used before it is settled by decide()")
-        planned = self._plans[shard] if shard is not None and shard < len(self._plans) else None
-        return self._record.shards.get(str(shard)) or planned or Plan(batch_tokens=self._record.first)
+        if isinstance(of, str):
+            return self._record.tasks.get(of) or Plan(batch_tokens=self._record.first)
+        planned = self._plans[of] if of is not None and of < len(self._plans) else None
+        return self._record.shards.get(str(of)) or planned or Plan(batch_tokens=self._record.first)
 
-    def note(self, shard: int, plan: Plan) -> None:
-        """Write down the plan of a shard, where it is another than it was begun with: it is made again by the same."""
-        if plan != self.plan(shard):
-            self._record = replace(self._record, shards={**self._record.shards, str(shard): plan})
-            self._write()
+    def note(self, of: int | str, plan: Plan) -> None:
+        """Write down the plan of a task, where it is another than it was begun with: it is made again by the same."""
+        if plan == self.plan(of):
+            return
+        if isinstance(of, str):
+            self._record = replace(self._record, tasks={**self._record.tasks, of: plan})
+        else:
+            self._record = replace(self._record, shards={**self._record.shards, str(of): plan})
+        self._write()
+
+    def _refuse_threads(self, threads: int | None, run: Path, progress: Progress) -> None:
+        begun = _with(self.threads, self._record.taken)
+        if not self._writes:
+            raise UsageError(f"--threads {threads}: {run} was prepared {begun}. Leave it out: parts take the run's.")
+        progress.warn(f"--threads {threads} is without effect: the run was begun {begun}.")
 
     def _write(self) -> None:
         if not self._writes:
@@ -173,9 +206,9 @@ def begun_with(run: Path) -> Mapping[str, Json]:
 
 
 def _is_sound(record: _Record) -> bool:
-    counts = [plan.batch_tokens for plan in record.shards.values()]
-    counts += [count for count in (record.first, record.threads) if count is not None]
-    settled = record.first is not None or not record.shards
+    counts = [plan.batch_tokens for plan in (*record.shards.values(), *record.tasks.values())]
+    counts += [count for count in (record.first, record.threads, record.taken) if count is not None]
+    settled = record.first is not None or not (record.shards or record.tasks)
     return settled and min(counts, default=1) > 0 and all(shard.isdecimal() for shard in record.shards)
 
 
@@ -184,8 +217,19 @@ def halved(plan: Plan) -> Plan:
     return Plan(batch_tokens=plan.batch_tokens // 2, halvings=plan.halvings + 1)
 
 
-def _with(threads: int | None) -> str:
-    return "without it" if threads is None else f"with {threads}"
+def _with(threads: int | None, taken: int | None) -> str:
+    if threads is not None:
+        return f"with {threads}"
+    return "without it" if taken is None else f"without it, with {taken}"
+
+
+def _taken(threads: int | None, versions: Mapping[str, str]) -> int | None:
+    """Threads that torch takes by itself on a CPU; None where they are named, and of what computes elsewhere."""
+    if threads is not None or versions.get("device") != "cpu":
+        return None
+    import torch
+
+    return torch.get_num_threads()
 
 
 def older(run: Path, version: object) -> FingerprintError:

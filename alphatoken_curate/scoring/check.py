@@ -108,9 +108,10 @@ def _tried(config: ScoreConfig, progress: Progress, *, estimated: bool) -> tuple
     check_named(config)
     progress.stage("starting", 0)
 
+    from alphatoken_curate.models.devices import resolve_device
     from alphatoken_curate.scoring.estimate import StageEstimate, estimate
 
-    progress.note(told_of_models(config))
+    progress.note(told_of_models(config, str(resolve_device(config.device))))
     progress.stage("reading rows", 0)
     if not estimated:
         return prepare(config), None

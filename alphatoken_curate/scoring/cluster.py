@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any, Literal
 
 from alphatoken_curate.errors import CurateError, UsageError
 from alphatoken_curate.scoring.identity import versions
-from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, portable
+from alphatoken_curate.scoring.named import check_shared
+from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, portable, unsent
 from alphatoken_curate.scoring.worker import Task, Worker
 
 _PATIENCE = 10.0
@@ -38,33 +40,35 @@ class Ray(Pool[_Actor]):
     """`workers` actors on the cluster at `address`; `auto` is one for each card, or as many as cores have room for.
 
     `address`: as `ray.init` takes it, such as `auto` for the cluster of this machine. None is that of RAY_ADDRESS, or
-    without it a cluster of this machine alone, which ends with the scoring.
+    without it a cluster of this machine alone, which ends with the scoring. Where this process is connected to one by
+    itself (`ray.init`), it is that, and stays so.
     """
 
     def __init__(self, address: str | None = None, workers: int | Literal["auto"] = "auto") -> None:
         super().__init__(workers)
         self._address = address
         self._ray: Any = None
+        self._ours = False
 
     def device(self, name: str) -> str:
         """As `Engine`: what the machines of the cluster have."""
-        kind, _, number = name.partition(":")
+        check_shared(name)
         cards = self._cluster().cluster_resources().get("GPU", 0)
-        if kind not in ("auto", "cpu", "cuda") or number:
-            raise UsageError(f"--device {name}: workers take cards by themselves. Give --device cuda, or cpu.")
-        if kind == "cuda" and not cards:
+        if name == "cuda" and not cards:
             raise UsageError(f"--device {name}: the Ray cluster has no card. Use --device cpu.")
-        return "cuda" if cards and kind != "cpu" else "cpu"
+        return "cuda" if cards and name in ("auto", "cuda") else "cpu"
 
     def close(self) -> None:
         """As `Engine`."""
         super().close()
-        if self._ray is not None:
+        if self._ray is not None and self._ours:
             self._ray.shutdown()
-            self._ray = None
+        self._ray, self._ours = None, False
 
     def _cluster(self) -> Any:
         """Ray, connected. Raises UsageError where it is not installed, or the cluster does not answer."""
+        if self._ray is None and (known := sys.modules.get("ray")) is not None and known.is_initialized():
+            self._ray = known
         if self._ray is None:
             address = self._address or os.environ.get("RAY_ADDRESS") or "local"
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -81,7 +85,7 @@ class Ray(Pool[_Actor]):
                 ray.init(address, include_dashboard=False if address == "local" else None, **_QUIET)
             except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
                 raise UsageError(f"--engine ray: no cluster at {address} ({_first_line(error)}).") from error
-            self._ray = ray
+            self._ray, self._ours = ray, True
         return self._ray
 
     def _most(self, beginning: Beginning) -> int:
@@ -111,6 +115,8 @@ class Ray(Pool[_Actor]):
             member.handle.awaited = None
             try:
                 said = self._ray.get(one)
+            except self._ray.exceptions.RayTaskError as error:
+                said = [("failed", _failed(member, error))]
             except self._ray.exceptions.RayError as error:
                 yield member, "died", f"was lost ({_last_line(error)})"
                 continue
@@ -142,6 +148,7 @@ class Serving:
         """Be ready for a generation, once this machine is found to be as the one that leads."""
         if odd := _odd(beginning):
             return [("failed", CurateError(f"{socket.gethostname()}: {odd}"))]
+        self._worker = None
         try:
             self._worker = begun(beginning)
         except Exception as error:
@@ -174,6 +181,12 @@ def _check_open(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+
+
+def _failed(member: Member[_Actor], error: Exception) -> CurateError:
+    """The error of an actor that is there still: it hands over those of its tasks, so this is of what came of one."""
+    why = _last_line(error)
+    return CurateError(f"A worker could not begin ({why}).") if member.task is None else unsent(member.task[1], why)
 
 
 def _on_cards(beginning: Beginning) -> bool:

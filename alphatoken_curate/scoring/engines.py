@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from alphatoken_curate.models.devices import resolve_device
+from alphatoken_curate.models.devices import free_memory, resolve_device
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec
@@ -65,7 +65,9 @@ class Here:
 
     def close(self) -> None:
         """As `Engine`."""
-        self._worker = None
+        if self._worker is not None:
+            self._worker = None
+            free_memory()
         if self._threads is not None:
             torch.set_num_threads(self._threads)
             self._threads = None

@@ -11,12 +11,14 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions import precondition
@@ -39,7 +41,7 @@ from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.rehearse import at_once, course_of, rehearsal_in, trainee_of
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
-from alphatoken_curate.scoring.trial import blank, tokens_of, tried, untried
+from alphatoken_curate.scoring.trial import blank, sampled, tokens_of, tried, untried
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
 from alphatoken_curate.tokens.plan import Batch, by_shard, collate, plan_batches, sequences
@@ -103,11 +105,26 @@ def estimate(config: ScoreConfig, progress: Progress | None = None) -> tuple[Pre
 
     Raises what `score` raises before it writes, and CurateError where memory does not last for a trial.
     """
-    meter = Meter(resolve_device(config.device))
+    with _threads(config.threads):
+        return _estimated(config, Meter(resolve_device(config.device)), progress or Silent())
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Have torch take so many in this block, where they are named."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _estimated(config: ScoreConfig, meter: Meter, progress: Progress) -> tuple[Prepared, Estimate]:
     began = meter.now()
     prepared = prepare(config)
     spec = spec_of(prepared, Path(os.devnull), str(meter.device))  # nothing is kept, and nothing found
-    trials = _Trials(prepared, spec, meter, progress or Silent())
+    trials = _Trials(prepared, spec, meter, progress)
     trials.stages.append(StageEstimate(name="reading rows", seconds=meter.now() - began))
     try:
         return prepared, trials.run()
@@ -245,7 +262,8 @@ class _Trials:
             return
         if (found := untried(self.spec, self.shards)) is None:
             self.progress.stage("trial of --batch-tokens", tokens_of(self.shards))
-            found = self._timed("trial of --batch-tokens", partial(tried, of, self.shards, self.progress))
+            sample = sampled(self.shards, self.meter.device.type)
+            found = self._timed("trial of --batch-tokens", partial(tried, of, sample, self.progress))
         self.budget = found
 
     def _answers(self, scoring: ScoringModel, prompts: list[TokenRow]) -> list[TokenRow]:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.masks.mask import mask_and_card, mend
@@ -35,7 +37,7 @@ from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.sources import watch_inputs
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, spec_of
 from alphatoken_curate.scoring.stages import Stages
-from alphatoken_curate.scoring.trial import needed_first, tokens_of, tried, untried
+from alphatoken_curate.scoring.trial import needed_first, sampled, tokens_of, tried, untried
 from alphatoken_curate.scoring.worker import Stage, Task
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.plan import cut_of
@@ -47,9 +49,11 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: En
     prepared, spec = read_all(config, folder, engine, listener)
     with one_writer(folder, listener.warn), told_of_data(folder, prepared):
         mend(folder, listener)
-        budget = Budget(folder, spec.store.fields, config.batch_tokens, listener, threads=config.threads)
+        job, threads = job_of(prepared, spec), config.threads
+        about, made_by = spec.store.fields, job.facts.versions
+        budget = Budget(folder, about, config.batch_tokens, listener, threads=threads, versions=made_by)
         tell(prepared, spec, listener, config)
-        scored = run_generation(folder, job_of(prepared, spec), spec, engine, budget, listener)
+        scored = run_generation(folder, job, spec, engine, budget, listener)
         if write_beside(folder, prepared, spec.dtype, budget) or scored:
             write_manifest(folder)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
@@ -59,12 +63,12 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: En
 
 def read_all(config: ScoreConfig, folder: Path, engine: Engine, listener: Progress) -> tuple[Prepared, ScorerSpec]:
     """All rows that a run is made of, and what scores them. Nothing is written."""
-    listener.note(told_of_models(config))
+    device = engine.device(config.device)
+    listener.note(told_of_models(config, device))
     listener.stage("reading rows", 0)
     watched = watch_inputs(config)
     prepared = prepare(dated(config, begun_with(folder)))
     check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
-    device = engine.device(config.device)
     spec = spec_of(prepared, folder / "artifacts", device, artifacts_of(config.reuse), watched)
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
@@ -122,7 +126,9 @@ def _note_plans(run: Path, job: Job, missing: Sequence[int], budget: Budget) -> 
 
 def settle(stages: Stages, missing: Sequence[int]) -> None:
     """Begin with an engine, and settle the budget by what it can do."""
-    stages.engine.begin(stages.spec, stages.budget.threads)
+    if odd := stages.budget.odd_versions:
+        stages.progress.warn(f"Computed with {odd}: values may round otherwise than those that are there.")
+    stages.engine.begin(stages.spec, stages.budget.threads_taken)
     stages.budget.decide(partial(_budget, stages, missing))
 
 
@@ -139,7 +145,7 @@ def directed(stages: Stages, *, made: bool = False) -> Iterator[Stages]:
         return
     stages.engine.close()
     with closing(Here(RehearsalScorer(stages.spec, stages.job))) as here:
-        here.begin(stages.spec, stages.budget.threads)
+        here.begin(stages.spec, stages.budget.threads_taken)
         rehearsed = replace(stages, engine=here)
         if not made:
             rehearsed.rehearsal()
@@ -169,7 +175,8 @@ def _budget(stages: Stages, missing: Sequence[int]) -> int:
     if (found := untried(stages.spec, rows)) is not None:
         return found
     what = "trial of --batch-tokens"
-    task = Task(what=what, call=tried, arguments=(rows,), plan=Plan(batch_tokens=LEAST))
+    sample = sampled(rows, torch.device(stages.spec.device).type)
+    task = Task(what=what, call=tried, arguments=(sample,), plan=Plan(batch_tokens=LEAST))
     stage = Stage(name=what, tokens=tokens_of(rows), of=needed_first(stages.spec, missing), tasks=[task])
     [(_, done)] = stages.engine.run(stage, stages.progress)
     return int(done.result)

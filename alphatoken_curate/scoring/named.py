@@ -8,7 +8,7 @@ from pathlib import Path
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import check_settings
-from alphatoken_curate.models.devices import resolve_device, resolve_dtype
+from alphatoken_curate.models.devices import resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
 from alphatoken_curate.models.load import DEMO_MODEL, find_model
 from alphatoken_curate.rows.columns import named_columns
@@ -54,9 +54,15 @@ def _check_mask(config: ScoreConfig) -> None:
         raise problems[0]
 
 
-def told_of_models(config: ScoreConfig) -> str:
-    """What will compute: `model smollm2-135m (default), cpu, float32`. Torch is imported for `auto`."""
-    device = str(resolve_device("auto")) if config.device == "auto" else config.device
+def check_shared(device: str) -> None:
+    """Raise UsageError where --device names a single card, or what several workers cannot share."""
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and kind != "cpu"):
+        raise UsageError(f"--device {device}: workers take cards by themselves. Give --device cuda, or cpu.")
+
+
+def told_of_models(config: ScoreConfig, device: str) -> str:
+    """What will compute, and where: `model smollm2-135m (default), cpu, float32`."""
     dtype = resolve_dtype(config.dtype, device.partition(":")[0], in_full=config.in_full)
     default = " (default)" if config.model == DEMO_MODEL else ""
     reference = f", reference {config.reference}" if config.reference not in (None, config.model) else ""

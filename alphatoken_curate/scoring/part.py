@@ -13,8 +13,9 @@ from pathlib import Path
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.progress import Progress
-from alphatoken_curate.runs import artifacts, shards
+from alphatoken_curate.runs import artifacts, manifest, shards
 from alphatoken_curate.runs.atomic import one_writer
+from alphatoken_curate.scoring.budget import NAME as BUDGET
 from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.engines import Engine
@@ -30,13 +31,17 @@ _SHARE = re.compile(r"(\d{1,6})/(\d{1,6})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartSummary:
-    """What a part did: shards `scored` by it, and how many of all `shards` of the run are `missing` then."""
+    """What a part did: shards `scored` by it, and how many of all `shards` of the run are `missing` then.
+
+    `finished`: whether the run has a manifest and a mask, too.
+    """
 
     run: Path
     part: str
     scored: int
     missing: int
     shards: int
+    finished: bool
 
 
 def share_of(part: str) -> tuple[int, int] | None:
@@ -52,12 +57,21 @@ def share_of(part: str) -> tuple[int, int] | None:
 def part_of_rows(config: ScoreConfig, part: str, folder: Path, listener: Progress, engine: Engine) -> PartSummary:
     """Do a part of what `loop.score_rows` does. Raises as `score_part`."""
     share = share_of(part)
+    if share is not None and not (folder / "artifacts" / BUDGET).is_file():
+        raise _not_prepared(part, folder)  # before a lock makes the folder
     prepared, spec = read_all(config, folder, engine, listener)
     job = job_of(prepared, spec)
     mine = range(0) if share is None else range(share[0], len(job.shards), share[1])
     with one_writer(folder, listener.warn, shared=share is not None), told_of_data(folder, prepared):
-        about, writes = spec.store.fields, share is None
-        budget = Budget(folder, about, config.batch_tokens, listener, threads=config.threads, writes=writes)
+        budget = Budget(
+            folder,
+            spec.store.fields,
+            config.batch_tokens,
+            listener,
+            threads=config.threads,
+            versions=job.facts.versions,
+            writes=share is None,
+        )
         stages = Stages(job=job, spec=spec, engine=engine, budget=budget, progress=listener)
         missing = missing_shards(folder, job, spec)
         scored = [index for index in missing if index in mine]
@@ -77,7 +91,12 @@ def part_of_rows(config: ScoreConfig, part: str, folder: Path, listener: Progres
         spec.store.check_sources(whole=True)
     there = len(shards.listed(shards.values_folder(folder, 0)))
     return PartSummary(
-        run=folder, part=part, scored=len(scored), missing=len(job.shards) - there, shards=len(job.shards)
+        run=folder,
+        part=part,
+        scored=len(scored),
+        missing=len(job.shards) - there,
+        shards=len(job.shards),
+        finished=(folder / manifest.NAME).is_file() and bool(manifest.read(folder).masks),
     )
 
 
@@ -87,7 +106,11 @@ def _check_prepared(stages: Stages, part: str) -> None:
     lacks = [kind for kind in kinds if not store.is_made(kind, COLUMNS if kind == artifacts.REHEARSAL else None)]
     if lacks or not stages.budget.is_settled:
         what = f" ({', '.join(lacks)} of these settings and inputs is not there)" if lacks else ""
-        raise UsageError(
-            f"--part {part}: {store.folder.parent} is not prepared{what}. Run the same command with --part prepare"
-            " first, and wait for its end."
-        )
+        raise _not_prepared(part, store.folder.parent, what)
+
+
+def _not_prepared(part: str, run: Path, what: str = "") -> UsageError:
+    return UsageError(
+        f"--part {part}: {run} is not prepared{what}. Run the same command with --part prepare first, and wait for its"
+        " end."
+    )

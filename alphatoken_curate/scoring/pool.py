@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 from alphatoken_curate.errors import CurateError, UsageError
+from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.scoring.identity import versions
 from alphatoken_curate.scoring.spec import ScorerSpec
@@ -26,6 +27,9 @@ from alphatoken_curate.wording import count
 
 TRIES = 3
 """Workers that may die of a task before it is given up."""
+
+AHEAD = 3
+"""Tasks for each worker that may be begun beyond the first that is not done, where they are wanted in order."""
 
 _WORTH_TELLING = 10.0
 """Seconds of a stage after which it is said how busy workers were."""
@@ -109,19 +113,21 @@ class Pool(ABC, Generic[H]):
 
     def run(self, stage: Stage, progress: Progress) -> Iterator[tuple[int, Done]]:
         """As `Engine`."""
-        todo, clock = _Todo(enumerate(stage.tasks)), _Clock()
+        todo, clock = _Todo(enumerate(stage.tasks), AHEAD * self._workers if stage.in_order else None), _Clock()
         if stage.tokens:
             progress.stage(stage.name, stage.tokens)
         if todo.more():
             self._grow(self._workers)  # all of them: a stage of few tasks is followed by one of many
         try:
-            while self._deal(stage, todo):
+            # Where one is lost of tasks that are wanted in order, what comes of the others is of no use.
+            while not (stage.in_order and todo.lost) and self._deal(stage, todo):
                 clock.goes_on(sum(member.task is not None for member in self._members))
                 for member, what, told in self._hear():
                     if what == "ready":
                         member.ready, self._stillborn = True, 0
                     elif what == "done" and member.task is not None:
                         (n, _), member.task = member.task, None
+                        todo.done(n)
                         self._deal(stage, todo)  # before what came is written
                         yield n, told
                     elif what == "failed":
@@ -206,28 +212,43 @@ class _Clock:
 
 
 class _Todo:
-    """The tasks of a stage that nobody has, and those that were given up."""
+    """The tasks of a stage that nobody has, and those that were given up.
 
-    def __init__(self, tasks: Iterator[_Numbered]) -> None:
-        self._tasks, self._again, self._deaths = tasks, deque[_Numbered](), Counter[int]()
+    None is given further than `ahead` of the first that is not done: what comes of those between is held in memory.
+    """
+
+    def __init__(self, tasks: Iterator[_Numbered], ahead: int | None) -> None:
+        self._tasks, self._ahead, self._deaths = tasks, ahead, Counter[int]()
+        self._known, self._under_way = dict[int, Task](), set[int]()
         self.lost: list[str] = []
 
     def more(self) -> int:
         """How many there are still, as far as that is known: 0 where there is none."""
-        if not self._again and (found := next(self._tasks, None)) is not None:
-            self._again.append(found)
-        return len(self._again)
+        if not self._known and (found := next(self._tasks, None)) is not None:
+            self._known[found[0]] = found[1]
+        return len(self._known)
 
     def next(self) -> _Numbered | None:
-        """The next to be done; None where there is none now."""
-        return self._again.popleft() if self.more() else None
+        """The first that is to be done; None where there is none now."""
+        if not self.more():
+            return None
+        number = min(self._known)
+        if self._ahead is not None and number > min(self._under_way, default=number) + self._ahead:
+            return None
+        self._under_way.add(number)
+        return number, self._known.pop(number)
+
+    def done(self, number: int) -> None:
+        """Nobody is at it any more."""
+        self._under_way.discard(number)
 
     def died(self, task: _Numbered, how: str) -> None:
         """Whoever had it is no more."""
         number, about = task
+        self.done(number)
         self._deaths[number] += 1
         if self._deaths[number] < TRIES:
-            self._again.append(task)
+            self._known[number] = about
         else:
             self.lost.append(f"{about.what}: its worker {how}, {count(TRIES, 'time')}")
 
@@ -255,7 +276,8 @@ class Told:
 
 
 def begun(beginning: Beginning) -> Worker:
-    """What does the tasks of a generation, where it is called."""
+    """What does the tasks of a generation, where it is called; the models of another, which nobody holds, are gone."""
+    free_memory()
     torch.set_num_threads(beginning.threads)
     os.chdir(beginning.folder)
     return Worker(beginning.spec)
@@ -272,8 +294,14 @@ def answer(worker: Worker, which: Any, task: Task, told: Told) -> tuple[str, Any
 def portable(error: Exception) -> Exception:
     """An error that can be pickled, with where it came from."""
     where = "".join(traceback.format_exception(error))
-    if not isinstance(error, CurateError) and type(error).__module__ != "builtins":
+    plain = all(isinstance(part, str | int | float | bytes | None) for part in error.args)
+    if not isinstance(error, CurateError) and (type(error).__module__ != "builtins" or not plain):
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(f"In a worker:\n{where}")
     error.__cause__ = error.__context__ = None
     return error
+
+
+def unsent(task: Task, why: str) -> CurateError:
+    """The error where a worker cannot hand over what a task came to."""
+    return CurateError(f"{task.what}: a worker cannot hand over what came of it ({why}).")

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from alphatoken_curate.errors import UsageError
 from alphatoken_curate.models.devices import resolve_device
-from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun
+from alphatoken_curate.scoring.named import check_shared
+from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, unsent
 from alphatoken_curate.scoring.worker import Task, Worker
 
 CARDS = "CUDA_VISIBLE_DEVICES"
@@ -48,6 +48,7 @@ class Local(Pool[_Process]):
 
     def device(self, name: str) -> str:
         """As `Engine`."""
+        check_shared(name)
         return str(resolve_device(name))
 
     def _most(self, beginning: Beginning) -> int:
@@ -121,11 +122,22 @@ def serve(pipe: Connection) -> None:
         while True:
             message = pipe.recv()
             if isinstance(message, Beginning):
+                worker = None
                 worker = begun(message)
                 pipe.send(("ready", None))
             elif worker is not None:
                 which, task = message
-                pipe.send(answer(worker, which, task, told))
+                _say(pipe, answer(worker, which, task, told), task)
+
+
+def _say(pipe: Connection, said: tuple[str, Any], task: Task) -> None:
+    """Hand over what a task came to, or why that cannot be handed over. Raises OSError where the other end is gone."""
+    try:
+        pipe.send(said)
+    except OSError:
+        raise
+    except Exception as error:  # nothing was sent: what is said is made into bytes first
+        return pipe.send(("failed", unsent(task, str(error))))
 
 
 def _end_with(parent: BaseProcess | None) -> None:
@@ -164,11 +176,8 @@ def environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def cards_of(device: str) -> list[str]:
-    """The cards there are, as their processes are told of them; none on a CPU. Raises UsageError for a single one."""
-    kind, _, number = device.partition(":")
-    if kind == "cpu":
+    """The cards there are, as their processes are told of them; none on a CPU."""
+    if device != "cuda":
         return []
-    if kind != "cuda" or number:
-        raise UsageError(f"--device {device}: workers take cards by themselves. Give --device cuda, or cpu.")
     named = os.environ.get(CARDS)
     return named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]

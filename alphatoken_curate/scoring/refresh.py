@@ -164,6 +164,7 @@ class Rescored:
             self.config.batch_tokens,
             progress,
             threads=self.config.threads,
+            versions=job.facts.versions,
             generation=number,
             plans=stored.generations[0].plan,
         )

@@ -20,6 +20,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import (
+    VALUES,
     Course,
     Outcome,
     Rehearsal,
@@ -56,8 +57,8 @@ FEW_ROWS = 100
 MUCH_OF_A_STEP = 0.05
 """What the root term may change of the steps before it is warned of."""
 
-COLUMNS, _LOSSES, _PLAN = "columns", "losses", "plan"
-"""Parts of what a rehearsal keeps: what came of it, and what it keeps while it lasts."""
+COLUMNS, _LOSSES, _PLAN, _ADJOINTS = "columns", "losses", "plan", "-adjoint-"
+"""Parts of what a rehearsal keeps: what came of it, and what it keeps while it lasts; in the name of its adjoints."""
 
 
 class RehearsalScorer(ShardScorer):
@@ -205,11 +206,24 @@ class RehearsalScorer(ShardScorer):
         return self._fisher(), [w.detach().clone() for w in scoring.weights]
 
     def _at_once(self, trainee: Trainee, outcomes: int, own: Store) -> int:
-        """How many outcomes go back together: what memory there is for when the rehearsal begins."""
-        if (kept := own.load(REHEARSAL, part=_PLAN)) is None:
-            kept = {"at_once": torch.tensor([at_once(trainee, outcomes, self.spec.config)])}
-            own.save(REHEARSAL, kept, _PLAN)
-        return int(kept["at_once"])
+        """How many outcomes go back together: what memory there was for when the rehearsal began.
+
+        Where there is less now, as for one that was killed for what it took, it goes back anew by fewer; but not once
+        some outcomes have come back, with which the others go on.
+        """
+        fits, kept = at_once(trainee, outcomes, self.spec.config), own.load(REHEARSAL, part=_PLAN)
+        if kept is not None and (int(kept["at_once"]) <= fits or self._came_back(own)):
+            return int(kept["at_once"])
+        # Backwards by name: what says that adjoints are there goes before they do.
+        for path in reversed(own.parts(REHEARSAL)):
+            if _ADJOINTS in path.name:
+                path.unlink()
+        own.save(REHEARSAL, {"at_once": torch.tensor([fits])}, _PLAN)
+        return fits
+
+    def _came_back(self, own: Store) -> bool:
+        """Whether the values of some outcomes are there, of any order."""
+        return any(own.is_made(REHEARSAL, f"{n}-{VALUES.format(0)}") for n in range(self.spec.config.rehearse_seeds))
 
 
 def trainee_of(config: ScoreConfig, model: Any, dtype: str) -> Trainee:

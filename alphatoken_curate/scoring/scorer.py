@@ -33,7 +33,7 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
 from alphatoken_curate.scoring.outcome import largest
-from alphatoken_curate.scoring.spec import ScorerSpec, counted
+from alphatoken_curate.scoring.spec import ScorerSpec, counted, loading
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.preference import Pairs, reference_sums
 from alphatoken_curate.signals.stored import BatchScorer, RowResult, row_signals
@@ -168,14 +168,18 @@ class ShardScorer:
 
     def _batch_scorer(self, progress: Progress) -> BatchScorer:
         if self._scorer is None:
-            scoring = self.scoring
-            made = {objective: self._direction(objective) for objective in self.spec.objectives}
-            self.largest = {name: largest(self.spec.config, name, found) for name, found in made.items()}
-            if not all(any(matrix.any() for matrix in direction) for direction in [*made.values()][1:]):
-                progress.warn("Stability is 0: the blocks that score have the weights of the reference.")
-            along = [*made.values(), *self._of_groups()]
-            self._scorer = make_scorer(scoring, along, self.spec.config.estimator, self.spec.config.window)
+            with loading("the directions that rows are scored along were made"):
+                self._scorer = self._along_directions(progress)
         return self._scorer
+
+    def _along_directions(self, progress: Progress) -> BatchScorer:
+        scoring = self.scoring
+        made = {objective: self._direction(objective) for objective in self.spec.objectives}
+        self.largest = {name: largest(self.spec.config, name, found) for name, found in made.items()}
+        if not all(any(matrix.any() for matrix in direction) for direction in [*made.values()][1:]):
+            progress.warn("Stability is 0: the blocks that score have the weights of the reference.")
+        along = [*made.values(), *self._of_groups()]
+        return make_scorer(scoring, along, self.spec.config.estimator, self.spec.config.window)
 
     def _of_groups(self) -> Iterator[Direction]:
         """The directions of groups of rows, objective by objective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.directions.drift import read_weights
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.engine.precision import narrow
+from alphatoken_curate.errors import CurateError
 from alphatoken_curate.models.devices import resolve_dtype
 from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import ModelSource, find_model, load_model
@@ -22,6 +24,7 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.runs.watched import Watched
+from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.identity import has_drift
 from alphatoken_curate.scoring.prepare import Prepared, fingerprint_fields
 from alphatoken_curate.scoring.sources import digests_of
@@ -107,7 +110,8 @@ class ScorerSpec:
 
     def _load(self, source: ModelSource, dtype: str, device: str) -> PreTrainedModel:
         trusted, place = self.config.trust_remote_code, torch.device(device)
-        return load_model(source, dtype=getattr(torch, dtype), device=place, trust_remote_code=trusted)
+        with loading(f"{source.name} was loaded"):
+            return load_model(source, dtype=getattr(torch, dtype), device=place, trust_remote_code=trusted)
 
     def capture(self, source: ModelSource, model: PreTrainedModel | None = None) -> ScoringModel:
         """A model of the run, captured; it is loaded unless it is given.
@@ -115,7 +119,11 @@ class ScorerSpec:
         Where it runs in less than float32, the weights of S are as its files have them nonetheless, until it settles: a
         drift of a few steps is smaller than what rounding a weight to bfloat16 changes.
         """
-        scoring = self._captured(model if model is not None else self.load(source))
+        model = self.load(source) if model is None else model
+        with loading(f"{source.name} was loaded"):
+            return self._exact(source, self._captured(model))
+
+    def _exact(self, source: ModelSource, scoring: ScoringModel) -> ScoringModel:
         if narrow(getattr(torch, self.dtype_of_weights)):
             exact = read_weights(source.weight_files(), scoring) if source.tensors_on_disk else None
             if exact is None:
@@ -126,6 +134,20 @@ class ScorerSpec:
 
     def _captured(self, model: PreTrainedModel) -> ScoringModel:
         return ScoringModel(model, self.config.layers, self.config.parameters)  # type: ignore[arg-type]
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Have memory that runs out in this block told as what it is, and not as a matter of batches (`Worker.do`)."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise CurateError(
+            f"Memory ran out while {what}, before any batch. Use fewer --workers, fewer --layers or a device with more"
+            " memory; what is finished is kept."
+        ) from error
 
 
 def spec_of(

@@ -93,7 +93,7 @@ class Stages:
         if config.fisher == "generate":
             rows = self._answers(rows)
         name = "Fisher of the reference"
-        tasks = [self._task(f"the {name}", ReferencePass.fisher, part) for part in in_parts(rows)]
+        tasks = [self._task(f"the {name}, part {n}", ReferencePass.fisher, part) for n, part in _parts(rows)]
         tokens = self.spec.passes * count_tokens(rows)
         found = self._total(Stage(name=name, tokens=tokens, of="reference", tasks=tasks))
         if not _finite(found):
@@ -166,8 +166,8 @@ class Stages:
         if self.spec.store.has(kind):
             return
         tasks = [
-            self._task(f"the {kind} gradient", ShardScorer.gradient, kind, part, pairs)
-            for part, pairs in self._with_pairs(rows)
+            self._task(f"the {kind} gradient, part {n}", ShardScorer.gradient, kind, part, pairs)
+            for n, (part, pairs) in enumerate(self._with_pairs(rows))
         ]
         tokens = count_tokens(rows) * self.spec.passes
         found = self._total(Stage(name=f"{kind} gradient", tokens=tokens, of="model", tasks=tasks))
@@ -178,9 +178,12 @@ class Stages:
         if self.spec.store.has(_GROUPED[kind]):
             return
         dealt = deal(rows, self.spec.groups, self.spec.config.seed)
-        parts = [(n, part) for n, group in enumerate(dealt) for part in in_parts(group)]
         name = f"{kind} gradient of {len(dealt)} groups"
-        tasks = [self._task(f"the {name}", ShardScorer.gradient, kind, part, None) for _, part in parts]
+        parts = [(group, *one) for group, of_group in enumerate(dealt) for one in _parts(of_group)]
+        tasks = [
+            self._task(f"the {name}, part {n} of group {group}", ShardScorer.gradient, kind, part, None)
+            for group, n, part in parts
+        ]
         sums: dict[int, Sums] = {}
         tokens = count_tokens(rows) * self.spec.passes
         for i, found in self._in_order(Stage(name=name, tokens=tokens, of="model", tasks=tasks)):
@@ -200,7 +203,8 @@ class Stages:
         parts = list(self._with_pairs(rows))
 
         def summed(call: Any, times: int) -> Sums:
-            tasks = [self._task(f"the {kind} curvature", call, part, pairs) for part, pairs in parts]
+            what = f"the {kind} {call.__name__}"
+            tasks = [self._task(f"{what}, part {n}", call, *part) for n, part in enumerate(parts)]
             tokens = times * count_tokens(rows)
             return self._total(Stage(name=f"{kind} curvature", tokens=tokens, of="model", tasks=tasks))
 
@@ -238,7 +242,8 @@ class Stages:
     # --------------------------------------------------------------------------------------------------- tasks, done
 
     def _task(self, what: str, call: Any, *arguments: Any) -> Task:
-        return Task(what=what, call=call, arguments=arguments, plan=self.budget.plan())
+        """`what` names no other task of a run: its plan is kept by that."""
+        return Task(what=what, call=call, arguments=arguments, plan=self.budget.plan(what))
 
     def _one(self, name: str, of: Which, call: Any, *arguments: Any) -> Any:
         """What comes of a stage of one task."""
@@ -248,15 +253,17 @@ class Stages:
         return found
 
     def _each(self, stage: Stage) -> Iterator[tuple[int, Any]]:
-        """The number of each task and what came of it, as they are done."""
-        for n, done in self.engine.run(stage, self.progress):
+        """The number of each task and what came of it, as they are done; where memory ran out, its plan is noted."""
+        tasks = list(stage.tasks)
+        for n, done in self.engine.run(replace(stage, tasks=tasks), self.progress):
+            self.budget.note(tasks[n].what, done.plan)
             yield n, done.result
 
     def _in_order(self, stage: Stage) -> Iterator[tuple[int, Any]]:
         """The same, in the order of tasks."""
         waiting: dict[int, Any] = {}
         wanted = 0
-        for n, result in self._each(stage):
+        for n, result in self._each(replace(stage, in_order=True)):
             waiting[n] = result
             while wanted in waiting:
                 yield wanted, waiting.pop(wanted)
@@ -265,6 +272,11 @@ class Stages:
     def _total(self, stage: Stage) -> Sums:
         """The sums of all parts."""
         return total(part for _, part in self._in_order(stage))
+
+
+def _parts(rows: Sequence[TokenRow]) -> Iterator[tuple[int, Sequence[TokenRow]]]:
+    """The parts of rows that sums are made of, numbered."""
+    return enumerate(in_parts(rows))
 
 
 def _direction(kind: str, found: Sums) -> dict[str, torch.Tensor]:

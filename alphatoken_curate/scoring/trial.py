@@ -6,7 +6,8 @@ faster and what its largest batch needs is there. What is tried decides the plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -80,12 +81,75 @@ def tokens_of(shards: Shards) -> int:
     return sum(map(count_tokens, shards)) // SHARE
 
 
-def tried(of: ReferencePass | ShardScorer, shards: Shards, progress: Progress, _: int = 0) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step:
+    """What is tried of a budget: a batch of rows of middling length, and the largest; padded tokens for each token."""
+
+    typical: list[AnyRow]
+    longest: list[AnyRow]
+    padding: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """What a trial needs to know of the rows of a run: few of them, since it may be made in another process."""
+
+    tokens: int
+    """Of all rows."""
+    width: int
+    """Of a row of middling length: most tokens lie in such."""
+    first: int
+    most: int
+    """The budget that is tried first, and the one that holds all rows of any shard."""
+    steps: Mapping[int, Step]
+    """By budget: down from the first one, and up to what a trial may run of all tokens."""
+
+
+def sampled(shards: Shards, device_type: str) -> Sample:
+    """The sample of the rows to score."""
+    rows, tokens = sorted((row for shard in shards for row in shard), key=_width), sum(map(count_tokens, shards))
+    middle = _middle(rows)
+    width, most = _width(rows[middle]), _power(_largest_batch(shards))
+    first = min(max(_SMALLEST.get(device_type, _SMALLEST["cpu"]), _power(width)), most)
+    few = shards[:: max(1, len(shards) // _SAMPLED_SHARDS)][:_SAMPLED_SHARDS]
+    steps = {
+        budget: Step(
+            typical=_typical(rows, middle, budget),
+            longest=_first_batch(rows[-max(1, budget // 2) :], budget),
+            padding=sum(planned(shard, budget)[1] for shard in few) / sum(map(count_tokens, few)),
+        )
+        for budget in _budgets(first, min(most, tokens // SHARE))
+    }
+    return Sample(tokens=tokens, width=width, first=first, most=most, steps=steps)
+
+
+def _budgets(first: int, most: int) -> Iterator[int]:
+    """All that `grow` may try."""
+    budget = first
+    while budget // 2 >= LEAST:
+        budget //= 2
+        yield budget
+    yield first
+    while (first := 2 * first) <= most:
+        yield first
+
+
+def _typical(rows: Sequence[AnyRow], middle: int, budget: int) -> list[AnyRow]:
+    """Rows of middling length that fill a batch; `rows` by their width."""
+    count = max(1, budget // _width(rows[middle]))
+    first = max(0, min(middle - count // 2, len(rows) - count))
+    return _first_batch(rows[first : first + count], budget)
+
+
+def _first_batch(rows: Sequence[AnyRow], budget: int) -> list[AnyRow]:
+    return [rows[i] for i in plan_batches(rows, budget)[0]]
+
+
+def tried(of: ReferencePass | ShardScorer, sample: Sample, progress: Progress, _: int = 0) -> int:
     """The largest budget that pays for these rows, on a model of the shapes of the one that will score them."""
-    spec, device = of.spec, torch.device(of.spec.device)
-    trial = Trial(of.scoring, spec.config, spec.directions, shards, Meter(device), progress)
-    first = min(max(_SMALLEST.get(device.type, _SMALLEST["cpu"]), _power(trial.width)), trial.most)
-    found = grow(trial.speed, first, trial.most, trial.affords)
+    spec = of.spec
+    trial = Trial(of.scoring, spec.config, spec.directions, sample, Meter(torch.device(spec.device)), progress)
+    found = grow(trial.speed, sample.first, sample.most, trial.affords)
     del trial
     free_memory()
     progress.note(f"--batch-tokens auto: {found}")
@@ -119,18 +183,11 @@ class Trial:
         scoring: ScoringModel,
         config: ScoreConfig,
         directions: int,
-        shards: Shards,
+        sample: Sample,
         meter: Meter,
         progress: Progress,
     ) -> None:
-        self.scoring, self.meter, self.progress = scoring, meter, progress
-        step = max(1, len(shards) // _SAMPLED_SHARDS)
-        self._sample = shards[::step][:_SAMPLED_SHARDS]
-        self._rows = sorted((row for shard in shards for row in shard), key=_width)
-        self._tokens = sum(map(count_tokens, shards))
-        self._middle = _middle(self._rows)
-        self.width = _width(self._rows[self._middle])
-        self.most = _power(_largest_batch(shards))
+        self.scoring, self.meter, self.progress, self.sample = scoring, meter, progress, sample
         along = blank(scoring, directions)
         self._scorer = make_scorer(scoring, along, config.estimator, config.window, settle=False)
         self._spent, self._last, self._began = 0, 0.0, meter.now()
@@ -140,13 +197,14 @@ class Trial:
     def affords(self, budget: int) -> bool:
         """Whether a step with that budget is worth its tokens and seconds."""
         seconds = self.meter.now() - self._began
-        return self._spent + budget <= self._tokens // SHARE and seconds + 2 * self._last <= SECONDS
+        return self._spent + budget <= self.sample.tokens // SHARE and seconds + 2 * self._last <= SECONDS
 
     def speed(self, budget: int) -> float:
         """Tokens per second that a run with this budget would score; 0 where memory does not last for it."""
-        rows = self._typical(budget)
+        step = self.sample.steps[budget]
+        rows = step.typical
         try:
-            if not self._fits(rows, budget):
+            if not self._fits(rows, step.longest):
                 return 0.0
             began = self.meter.now()
             padded = self._score(rows)
@@ -155,33 +213,16 @@ class Trial:
             if not out_of_memory(error):
                 raise
         else:
-            return padded / self._last / self._padding(budget)
+            return padded / self._last / step.padding
         free_memory()
         return 0.0
 
-    def _padding(self, budget: int) -> float:
-        """Padded tokens for each token that counts."""
-        return sum(planned(shard, budget)[1] for shard in self._sample) / sum(map(count_tokens, self._sample))
-
-    def _typical(self, budget: int) -> list[AnyRow]:
-        """Rows of middling length that fill a batch."""
-        count = max(1, budget // self.width)
-        first = max(0, min(self._middle - count // 2, len(self._rows) - count))
-        rows = self._rows[first : first + count]
-        return [rows[i] for i in plan_batches(rows, budget)[0]]
-
-    def _longest(self, budget: int) -> list[AnyRow]:
-        """The rows of a run's largest batch."""
-        rows = self._rows[-max(1, budget // 2) :]
-        return [rows[i] for i in plan_batches(rows, budget)[0]]
-
-    def _fits(self, rows: list[AnyRow], budget: int) -> bool:
+    def _fits(self, rows: list[AnyRow], longest: list[AnyRow]) -> bool:
         """Whether memory lasts for the largest batch. Where that is not plain from a small one, it is run."""
         if self._rate is None:
             self._rate = self._need(rows) / _padded(rows)  # warms up, too
-        longest = self._longest(budget)
         # What attention needs grows with the length of rows besides.
-        stretch = _width(longest[0]) / min(self.width, _width(longest[0]))
+        stretch = _width(longest[0]) / min(self.sample.width, _width(longest[0]))
         room = ROOM * self.meter.room()
         return self._rate * _padded(longest) * stretch <= room or self._need(longest) <= room
 

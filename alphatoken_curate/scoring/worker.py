@@ -40,12 +40,16 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Tasks to be done in any order, or at the same time, and the tokens they are told in: of 0 none is told of."""
+    """Tasks to be done in any order, or at the same time, and the tokens they are told in: of 0 none is told of.
+
+    `in_order`: what comes of them is wanted in their order, and is held until then.
+    """
 
     name: str
     tokens: int
     of: Which
     tasks: Iterable[Task]
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import orjson
 import pytest
 import torch
 from small_run import renamed, sealed_manifest, small_run, value_row
-from tiny_files import command
+from tiny_files import command, contents
 
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.page.report import render
@@ -99,7 +99,7 @@ def truth(whole: Path) -> dict[str, str]:
 
 def files(run: Path) -> list[str]:
     """All that is checked by digest: everything but the card, which users may write on."""
-    found = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
+    found = list(contents(run))
     return sorted(name for name in found if name != "README.md")
 
 

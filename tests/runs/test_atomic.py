@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from small_run import published, small_run
-from tiny_files import Notes, contents
+from tiny_files import Notes
 
 from alphatoken_curate import mask, verify
 from alphatoken_curate.errors import BusyError, CurateError, UsageError
@@ -77,12 +77,50 @@ def test_where_a_folder_has_no_lock_a_file_has(
         assert (run / LOCK).is_file() and verify(run) == []
         with pytest.raises(BusyError, match="another process is writing to it"), one_writer(run):
             pass
-        assert (run / LOCK).is_file()
-    before = contents(run)
-    assert LOCK not in before and notes.warnings == []
-    (run / LOCK).touch()  # of a writer that was killed
+    assert notes.warnings == []
     mask(run, published(keep=0.25))
-    assert not (run / LOCK).exists() and verify(run) == []
+    assert (run / LOCK).read_bytes() == b"" and verify(run) == []
+
+
+def test_where_a_lock_on_a_folder_holds_for_one_machine_alone_the_file_holds_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS: another machine's lock on the folder is not seen, and one on a file is."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            FLOCK(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = tmp_path / "run"
+    for first in (False, True):
+        for second in (False, True):
+            with one_writer(run, shared=first):
+                if first and second:
+                    with one_writer(run, shared=True):
+                        pass
+                    continue
+                with pytest.raises(BusyError), one_writer(run, shared=second):
+                    pass
+
+
+def test_a_folder_that_may_not_be_written_is_held_without_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`publish` writes nothing to it."""
+    plain = os.open
+
+    def opened(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return plain(path, flags, *mode)
+
+    run, notes = tmp_path / "run", Notes()
+    run.mkdir()
+    monkeypatch.setattr(os, "open", opened)
+    with one_writer(run, notes.warn), pytest.raises(BusyError), one_writer(run):
+        pass
+    assert not notes.warnings and not (run / LOCK).exists()
 
 
 @pytest.mark.parametrize("number", UNABLE)
@@ -96,7 +134,7 @@ def test_where_nothing_has_a_lock_that_is_said_in_one_line(
     assert [told for told in notes.warnings if "has no locks, so nothing keeps a second process from" in told] == (
         notes.warnings
     )
-    assert len(notes.warnings) == 1 and not (run / LOCK).exists() and verify(run) == []
+    assert len(notes.warnings) == 1 and verify(run) == []
 
 
 def test_the_lock_of_a_killed_writer_makes_no_folder_of_other_things(tmp_path: Path) -> None:

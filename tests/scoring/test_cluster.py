@@ -104,6 +104,24 @@ def test_what_a_worker_refuses_is_refused_here(ray: Any, settings: dict[str, Any
         score(ScoreConfig(**settings | {"layers": 9}), tmp_path / "run", engine=Ray(workers=1))
 
 
+def test_what_a_worker_cannot_hand_over_is_an_error_that_names_it(
+    ray: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardScorer, "score", pooled.scored_but_kept)
+    with pytest.raises(CurateError, match=r"shard 0: a worker cannot hand over what came of it \(.*lock.*\)"):
+        score(ScoreConfig(**settings), tmp_path / "run", engine=Ray(workers=1))
+
+
+def test_a_cluster_that_the_process_is_connected_to_is_taken_and_stays(
+    ray: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    notes = Notes()
+    score(ScoreConfig(**settings), tmp_path / "run", notes, Ray("127.0.0.1:1", 1))
+    assert ray.is_initialized() and ray.cluster_resources()["CPU"] == 2
+    assert any(note.endswith(", cpu, float32") for note in notes.notes)
+
+
 def test_a_cluster_that_is_not_there_is_told(ray: Any) -> None:
     engine = Ray("127.0.0.1:1", 1)
     with pytest.raises(UsageError, match=r"--engine ray: no cluster at 127\.0\.0\.1:1"):
@@ -142,9 +160,16 @@ def test_engines_of_the_command_line() -> None:
     import click
 
     def asked(**settings: Any) -> Any:
-        return workers.engine_of({"workers": 1, "engine": "local", "ray_address": None} | settings)
+        return workers.engine_of({"workers": 1, "engine": "local", "ray_address": None} | settings, device)
+
+    device = "auto"
 
     assert asked() is None and type(asked(workers="auto")).__name__ == "Local"
     assert type(asked(engine="ray")) is type(asked(engine="ray", ray_address="auto")) is Ray
     with pytest.raises(click.UsageError, match="--ray-address goes with --engine ray"):
         asked(ray_address="auto")
+    device = "cuda:1"
+    assert asked() is None
+    for settings in ({"workers": 2}, {"engine": "ray"}):
+        with pytest.raises(UsageError, match="--device cuda:1: workers take cards by themselves"):
+            asked(**settings)

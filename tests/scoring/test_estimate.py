@@ -12,7 +12,7 @@ from alphatoken_curate import CurateError, ScoreConfig, score
 from alphatoken_curate.models.load import find_model
 from alphatoken_curate.scoring.check import check
 from alphatoken_curate.scoring.engines import Here
-from alphatoken_curate.scoring.estimate import Estimate, Size, StageEstimate, choose, estimate, predict
+from alphatoken_curate.scoring.estimate import Estimate, Size, StageEstimate, _Trials, choose, estimate, predict
 from alphatoken_curate.scoring.meter import peak_of_process
 from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.signals.paths import PathScorer
@@ -238,3 +238,16 @@ def test_without_it_no_model_is_loaded(settings: dict[str, Any], monkeypatch: py
     assert find_model(settings["model"])
     ended = command("check", settings["data"], "--model", settings["model"])
     assert ended.code == 0 and "estimate" not in ended.out
+
+
+def test_it_tries_with_the_threads_that_are_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen, plain = torch.get_num_threads(), list[int](), _Trials.run
+
+    def run(self: _Trials) -> Any:
+        seen.append(torch.get_num_threads())
+        return plain(self)
+
+    monkeypatch.setattr(_Trials, "run", run)
+    for threads in (before + 1, None):
+        estimate(ScoreConfig(**settings, threads=threads))
+    assert seen == [before + 1, before] and torch.get_num_threads() == before

@@ -8,8 +8,8 @@ import pytest
 from loaded import HEAVY, loaded_by
 from tiny_files import token_records, write_jsonl
 
-from alphatoken_curate import CurateError, ScoreConfig
-from alphatoken_curate.scoring.named import check_named
+from alphatoken_curate import CurateError, ScoreConfig, UsageError
+from alphatoken_curate.scoring.named import check_named, check_shared
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"data": "absent.jsonl"}, "absent.jsonl: no such file"),
@@ -62,3 +62,13 @@ def test_the_command_tells_it_before_anything_heavy_is_imported(
     ended = loaded_by(command, *named)
     assert ended.code in (2, 3) and told in ended.err
     assert not ended.modules & HEAVY
+
+
+def test_a_card_that_workers_cannot_share_is_told_before_anything_heavy_is_imported(data: str) -> None:
+    ended = loaded_by("score", data, "--workers", "2", "--device", "cuda:1")
+    assert ended.code == 2 and "--device cuda:1: workers take cards by themselves" in ended.err
+    assert not ended.modules & HEAVY
+    for device in ("auto", "cpu", "cuda"):
+        check_shared(device)
+    with pytest.raises(UsageError, match="--device mps: workers take cards by themselves"):
+        check_shared("mps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,13 +12,17 @@ from typing import Any
 
 import pooled
 import pytest
+import torch
 from tiny_files import Notes, command, contents, pair_records, token_records, write_jsonl
 
 from alphatoken_curate import Local, ScoreConfig, UsageError, score, score_part, verify
 from alphatoken_curate.errors import BusyError, FingerprintError
 from alphatoken_curate.runs.atomic import TEMPORARY, one_writer
+from alphatoken_curate.scoring import identity
 from alphatoken_curate.scoring.part import share_of
 from alphatoken_curate.scoring.scorer import ShardScorer
+
+PYTHON = platform.python_version()
 
 
 @pytest.fixture
@@ -75,9 +80,11 @@ def test_parts_of_every_kind_of_run(changes: dict[str, Any], settings: dict[str,
 
 def test_what_is_not_prepared_is_not_begun(settings: dict[str, Any], tmp_path: Path) -> None:
     config, run = ScoreConfig(**settings), tmp_path / "run"
-    with pytest.raises(UsageError, match=r"--part 0/2: .*run is not prepared \(fisher, target .*--part prepare"):
-        score_part(config, "0/2", run)
-    assert contents(run) == {}
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"--part 0/2: .*run is not prepared\. .*--part prepare"):
+            score_part(config, "0/2", run)
+        assert not run.exists() or not list(run.iterdir())
+        run.mkdir(exist_ok=True)
     score_part(config, "prepare", run)
     before = contents(run)
     with pytest.raises(FingerprintError, match="seed"):
@@ -123,6 +130,31 @@ def test_what_a_part_did_by_less_memory_is_told_as_one_command_tells_it(
     assert b"threads: 1" in (run / "config.yaml").read_bytes()
 
 
+def test_parts_take_the_threads_and_tell_of_other_releases_of_what_was_prepared(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, before = ScoreConfig(**settings), torch.get_num_threads()
+    torch.set_num_threads(3)  # as torch takes them on the machine that prepares
+    try:
+        score_part(config, "prepare", tmp_path / "run")
+        torch.set_num_threads(1)
+        monkeypatch.setenv(pooled.MARKS, str(tmp_path))
+        monkeypatch.setattr(ShardScorer, "score", pooled.scored_with_threads_told)
+        run, notes = tmp_path / "run", Notes()
+        with pytest.raises(UsageError, match=r"--threads 2: .*run was prepared without it, with 3\. Leave it out"):
+            score_part(replace(config, threads=2), "0/2", run)
+        score_part(config, "0/2", run, notes)
+        assert (tmp_path / "3").exists() and not (tmp_path / "1").exists() and torch.get_num_threads() == 1
+        assert not notes.warnings
+        monkeypatch.setattr(identity.platform, "python_version", lambda: "3.99")
+        score_part(replace(config, threads=3), "1/2", run, notes)
+    finally:
+        torch.set_num_threads(before)
+    assert notes.warnings == [
+        f"Computed with python 3.99 (begun with {PYTHON}): values may round otherwise than those that are there."
+    ]
+
+
 @pytest.mark.parametrize("part", ["", "1", "2/2", "3/2", "-1/2", "a/b", "0/0", "1/2/3", " 0/2", "prepared"])
 def test_what_no_part_is(part: str) -> None:
     with pytest.raises(UsageError, match="it takes prepare, or I/N"):
@@ -149,6 +181,8 @@ def test_what_the_command_says_of_parts(settings: dict[str, Any], tmp_path: Path
         "Next: the same command without --part, which writes manifest and mask.",
     ]
     assert told()[0] == f"Wrote {run}"
+    for part in ("prepare", "0/2"):
+        assert told("--part", part)[1:] == [f"The run is finished. Next: alphatoken-curate stats {run}"]
     bad = command("score", settings["data"], *flags, "-o", run, "--part", "2/2")
     assert bad.code == 2 and "it takes prepare, or I/N" in bad.err
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pooled
 import pytest
@@ -19,14 +25,18 @@ from tiny_files import Notes, contents, pair_records, token_records, write_jsonl
 from alphatoken_curate import CurateError, InputError, ScoreConfig, UsageError, refresh, score
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.errors import FingerprintError
+from alphatoken_curate.progress import Silent
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import TEMPORARY
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.scoring import processes
-from alphatoken_curate.scoring.pool import Member, portable
+from alphatoken_curate.scoring.engines import Here
+from alphatoken_curate.scoring.pool import AHEAD, Member, Pool, portable
 from alphatoken_curate.scoring.processes import CARDS, Local, cards_of, environment
 from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import ScorerSpec
+from alphatoken_curate.scoring.worker import Stage, Task
 
 
 @pytest.fixture
@@ -123,12 +133,115 @@ def test_errors_of_workers_can_be_handed_over() -> None:
         FingerprintError("b", ("model",), {"model": "x"}),
         ZeroDivisionError("c"),
         pickle.PicklingError("d"),
+        KeyError(threading.Lock()),
     ):
         found = pickle.loads(pickle.dumps(portable(error)))
-        kind = RuntimeError if isinstance(error, pickle.PicklingError) else type(error)
+        kind = RuntimeError if isinstance(error, pickle.PicklingError | KeyError) else type(error)
         assert type(found) is kind and str(error) in str(found) and "In a worker" in found.__notes__[0]
         if isinstance(error, FingerprintError):
             assert (found.fields, found.stored) == (("model",), {"model": "x"})
+
+
+@pytest.mark.long
+def test_what_a_worker_cannot_hand_over_is_an_error_that_names_it(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardScorer, "score", pooled.scored_but_kept)
+    told = r"shard 0: a worker cannot hand over what came of it \(cannot pickle '_thread\.lock' object\)\."
+    with pytest.raises(CurateError, match=told):
+        score(ScoreConfig(**settings), tmp_path / "run", engine=Local(1))
+
+
+def test_what_cannot_be_sent_is_told_and_a_closed_pipe_is_one() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    [task] = numbered(1, in_order=False).tasks
+    processes._say(theirs, ("done", threading.Lock()), task)
+    what, told = ours.recv()
+    assert what == "failed" and str(told).startswith("task 0: a worker cannot hand over what came of it (cannot pickle")
+    ours.close()
+    with pytest.raises(BrokenPipeError):
+        processes._say(theirs, ("done", 1), task)
+
+
+class LastFirst(Pool[int]):
+    """Workers of which that with the last task is done first; those at task `deadly` die. Nothing is computed."""
+
+    def __init__(self, workers: int, deadly: int | None = None) -> None:
+        super().__init__(workers)
+        self.deadly, self._workers, self._beginning = deadly, workers, cast("Any", object())
+        self.given: list[int] = []
+
+    def device(self, name: str) -> str:
+        return name
+
+    def _most(self, _: Any) -> int:
+        return 1
+
+    def _start(self, _: Any) -> int:
+        return len(self._members)
+
+    def _hand(self, member: Member[int], message: Any) -> None:
+        assert member.task is not None
+        self.given.append(member.task[0])
+
+    def _hear(self) -> Iterator[tuple[Member[int], str, Any]]:
+        for member in [one for one in self._members if not one.ready]:
+            yield member, "ready", None
+        busy = {one.task[0]: one for one in self._members if one.task is not None}
+        last = self.deadly if self.deadly in busy else max(busy, default=None)
+        if last is not None:
+            yield busy[last], *(("died", "was lost") if last == self.deadly else ("done", last))
+
+    def _stop(self, members: Any) -> None:
+        pass
+
+
+def numbered(count: int, *, in_order: bool) -> Stage:
+    tasks = [Task(what=f"task {n}", call=numbered, arguments=(), plan=Plan(batch_tokens=1)) for n in range(count)]
+    return Stage(name="numbers", tokens=0, of="model", tasks=tasks, in_order=in_order)
+
+
+def test_what_is_wanted_in_order_does_not_pile_up_behind_a_slow_task() -> None:
+    engine, done = LastFirst(3), set[int]()
+    held = 0
+    for n, _ in engine.run(numbered(40, in_order=True), Silent()):
+        done.add(n)
+        first = min(set(range(41)) - done)
+        assert max(engine.given) <= first + 3 * AHEAD
+        held = max(held, sum(one > first for one in done))
+    assert done == set(range(40)) and held == 3 * AHEAD
+    engine = LastFirst(3)
+    assert [n for n, _ in engine.run(numbered(40, in_order=False), Silent())][-1] == 0
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_task_that_is_lost_ends_what_is_wanted_in_order(in_order: bool) -> None:
+    engine, done = LastFirst(3, deadly=5), set[int]()
+    with pytest.raises(CurateError, match="task 5: its worker was lost, 3 times"):
+        for n, _ in engine.run(numbered(40, in_order=in_order), Silent()):
+            done.add(n)
+    assert (done == set(range(40)) - {5}) is not in_order
+    assert engine.given.count(5) == 3
+
+
+def test_batches_that_were_halved_before_the_shards_are_made_again_so(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in other batches round otherwise, so that what was halved is written down, and begun with."""
+    settings, one = settings | {"precondition": "none"}, tmp_path / "one"
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardScorer, "gradient", pooled.gradient_short_of_memory)
+        score(ScoreConfig(**settings), tmp_path / "two")
+        patch.setattr(ShardScorer, "score", pooled.scored_but_kept)
+        with pytest.raises(TypeError):
+            score(ScoreConfig(**settings), one)
+    plans = json.loads((one / "artifacts" / "run.json").read_text())["tasks"]
+    assert plans == {"the target gradient, part 1": {"batch_tokens": 100, "halvings": 1}}
+    made = one / "artifacts" / "target-00000.safetensors"
+    before = made.read_bytes()
+    made.unlink()
+    score(ScoreConfig(**settings), one)
+    assert made.read_bytes() == before and contents(one) == contents(tmp_path / "two")
 
 
 _SCRIPT = """
@@ -136,6 +249,8 @@ import sys
 import pooled
 from alphatoken_curate.cli.main import main
 from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spec import ScorerSpec
+from alphatoken_curate.scoring.worker import Stage, Task
 if __name__ == "__main__":
     ShardScorer.score = pooled.scored_never
     sys.argv[0] = "alphatoken-curate"
@@ -281,6 +396,28 @@ def test_refresh_keeps_its_workers_from_one_checkpoint_to_the_next(
     assert contents(tmp_path / "two") == contents(tmp_path / "one") and len(seen) == 2 and not engine._members
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_a_checkpoint_takes_the_place_of_the_one_before(
+    workers: int, settings: dict[str, Any], tmp_path: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory: two models may be more than a card holds."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    score(ScoreConfig(**settings), run)
+    for n, model in enumerate((settings["reference"], settings["model"])):
+        shutil.copytree(model, out / f"checkpoint-{n + 1}")
+    monkeypatch.setattr(ShardScorer, "score", pooled.scored_by_one_model)
+    plain, beside = ScorerSpec.load, list[int]()
+
+    def load(self: ScorerSpec, source: Any) -> Any:
+        beside.append(sum(isinstance(one, ScoringModel) for one in gc.get_objects()))
+        return plain(self, source)
+
+    monkeypatch.setattr(ScorerSpec, "load", load)
+    gc.collect()
+    assert len(refresh(run, out, engine=Local(workers) if workers else Here())) == 2
+    assert {path.name for path in marks.iterdir()} == {"checkpoint-1", "checkpoint-2"} and not any(beside)
+
+
 def test_cards_are_dealt_out_as_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cards_of("cpu") == []
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
@@ -290,7 +427,7 @@ def test_cards_are_dealt_out_as_they_are_named(monkeypatch: pytest.MonkeyPatch) 
     assert cards_of("cuda") == ["4", "7"]
     for device in ("cuda:1", "mps"):
         with pytest.raises(UsageError, match=f"--device {device}: workers take cards by themselves"):
-            cards_of(device)
+            Local(2).device(device)
     with environment({CARDS: "7"}):
         assert os.environ[CARDS] == "7"
     assert os.environ[CARDS] == "4,7"

@@ -30,9 +30,10 @@ from unrolled import J, mean_over, values_by_autograd
 
 from alphatoken_curate import InputError, ScoreConfig, UsageError, refresh, score, verify
 from alphatoken_curate.directions.groups import deal
-from alphatoken_curate.directions.rehearsal import plan_steps
+from alphatoken_curate.directions.rehearsal import Rehearsal, plan_steps
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.runs import manifest
+from alphatoken_curate.scoring import rehearse
 from alphatoken_curate.scoring.rehearse import optimiser_of
 from alphatoken_curate.tokens.tokenise import TokenRow
 
@@ -254,6 +255,38 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     left = [path.name for path in (tmp_path / "run/artifacts").glob("rehearsal*")]
     assert left == ["rehearsal-00000-columns.safetensors"], "states are gone"
+
+
+@pytest.mark.parametrize(
+    ("at", "outcomes"),
+    [("adjoint-0-1", [2, 2, 2]), pytest.param("values-0", [6], marks=pytest.mark.long)],
+)
+def test_where_a_killed_one_finds_less_memory_fewer_outcomes_go_back_together(
+    at: str, outcomes: list[int], files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not once values are there, which fewer outcomes would have others of."""
+    made = config(files, layers=1)
+    score(made, tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        os.environ[KILL_AT] = f"after-rename@rehearsal-00000-0-{at}.safetensors"
+        try:
+            score(made, tmp_path / "run")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    seen: list[int] = []
+    plain = Rehearsal._run_part
+
+    def counted(self: Rehearsal, n: int, some: Any, *others: Any, **named: Any) -> Any:
+        seen.append(len(some))
+        return plain(self, n, some, *others, **named)
+
+    monkeypatch.setattr(Rehearsal, "_run_part", counted)
+    monkeypatch.setattr(rehearse, "at_once", lambda *_: 2)
+    score(made, tmp_path / "run")
+    assert seen == outcomes
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 def test_a_checkpoint_is_rehearsed_from_where_it_is(files: dict[str, str], tmp_path: Path) -> None:

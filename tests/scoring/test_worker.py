@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_files import Notes
+from tiny_files import Notes, token_records, write_jsonl
 
-from alphatoken_curate import CurateError
+from alphatoken_curate import CurateError, ScoreConfig, score
 from alphatoken_curate.progress import Silent
 from alphatoken_curate.runs.manifest import Plan
+from alphatoken_curate.scoring import scorer, spec
 from alphatoken_curate.scoring.budget import LEAST
 from alphatoken_curate.scoring.worker import Task, Worker
 
@@ -65,3 +67,20 @@ def test_what_is_not_of_batches_is_not_tried_again() -> None:
     """What it was given may be used up, as sums are that were divided."""
     with pytest.raises(CurateError, match=r"Memory ran out .*shard 3"):
         done(1, MemoryError(), halves=False)
+
+
+@pytest.mark.parametrize("what", ["load_model", "ScoringModel", "drift_direction"])
+def test_memory_that_runs_out_before_any_batch_is_no_matter_of_batches(
+    what: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker in another process loads its model when it does its first task."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Worker, "ready", lambda *_: None)
+    monkeypatch.setattr(scorer if what == "drift_direction" else spec, what, fails)
+    data, notes = write_jsonl(tmp_path / "rows.jsonl", token_records(12)), Notes()
+    with pytest.raises(CurateError, match=r"Memory ran out while .*, before any batch\. Use fewer --workers"):
+        score(ScoreConfig(data=data, model=models["tuned"], reference=models["base"]), tmp_path / "run", notes)
+    assert not notes.warnings

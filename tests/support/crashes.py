@@ -15,7 +15,7 @@ from tiny_files import contents, token_records, write_jsonl
 
 from alphatoken_curate import verify
 from alphatoken_curate.runs import shards
-from alphatoken_curate.runs.atomic import TEMPORARY
+from alphatoken_curate.runs.atomic import LOCK, TEMPORARY
 
 POINTS = ("after-temp-open", "mid-write", "after-fsync", "after-close", "after-rename")
 
@@ -23,7 +23,7 @@ POINTS = ("after-temp-open", "mid-write", "after-fsync", "after-close", "after-r
 def assert_readable(run: Path) -> None:
     """Every file at a final name is whole."""
     for path in run.rglob("*"):
-        if not path.is_file() or TEMPORARY.fullmatch(path.name):
+        if not path.is_file() or TEMPORARY.fullmatch(path.name) or path.name == LOCK:
             continue
         if path.suffix == ".parquet":
             with pq.ParquetFile(path, page_checksum_verification=True) as file:

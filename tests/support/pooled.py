@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.scorer import ShardScorer
 
@@ -67,11 +72,39 @@ def scored_short_of_memory(self: ShardScorer, shard: int, rows: Any, progress: A
     return _PLAIN["score"](self, shard, rows, progress, batch_tokens)  # type: ignore[operator]
 
 
+def gradient_short_of_memory(self: ShardScorer, kind: str, rows: Any, *rest: Any) -> Any:
+    """A part of fewer rows than 32 has no memory for more than 100 tokens in a batch."""
+    if len(rows) < 32 and rest[-1] > 100:
+        raise MemoryError
+    return _PLAIN["gradient"](self, kind, rows, *rest)  # type: ignore[operator]
+
+
 def scored_but_one(self: ShardScorer, shard: int, *arguments: Any) -> Any:
     """Shard 1 kills whoever scores it."""
     if shard == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return _PLAIN["score"](self, shard, *arguments)  # type: ignore[operator]
+
+
+def scored_with_threads_told(self: ShardScorer, *arguments: Any) -> Any:
+    """Leaves a mark named after the threads of torch."""
+    first_time(str(torch.get_num_threads()))
+    return _PLAIN["score"](self, *arguments)  # type: ignore[operator]
+
+
+def scored_by_one_model(self: ShardScorer, *arguments: Any) -> Any:
+    """As it is, where no other model is in memory; leaves a mark named after the model."""
+    found = _PLAIN["score"](self, *arguments)  # type: ignore[operator]
+    first_time(Path(self.spec.model.name).name)
+    others = [one for one in gc.get_objects() if isinstance(one, ScoringModel)]
+    if len(others) != 1:
+        raise AssertionError(f"{len(others)} models are in memory")
+    return found
+
+
+def scored_but_kept(self: ShardScorer, *_: Any) -> Any:
+    """What no process can hand to another."""
+    return threading.Lock()
 
 
 def scored_never(self: ShardScorer, *_: Any) -> Any:

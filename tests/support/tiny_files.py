@@ -19,6 +19,7 @@ from tiny import VOCABULARY, make_row, tiny_model
 from transformers.utils import logging
 
 from alphatoken_curate.cli.main import main
+from alphatoken_curate.runs.atomic import LOCK
 from alphatoken_curate.tokens.tokenise import TokenRow
 
 NAN_TOKEN = 47
@@ -166,8 +167,9 @@ def write_jsonl(path: Path, records: Sequence[Any]) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below a folder, but for those that are locked."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def moments(folder: Path) -> dict[str, int]:
