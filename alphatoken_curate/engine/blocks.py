@@ -109,6 +109,12 @@ def trunk(model: Any) -> nn.Module:
     return base
 
 
+def embeddings(model: Any) -> Tensor:
+    """The weight of a model's input embeddings, (V, D): token ids go where it is."""
+    weight: Tensor = model.get_input_embeddings().weight
+    return weight
+
+
 class _Trunk:
     """What a head gets in place of its trunk's output: last hidden states, and None for whatever else it looks up."""
 
