@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -154,7 +154,8 @@ class _Trials:
             rows: list[TokenRow] = self.prepared.prompts.rows or [chosen(row) for row in self.prepared.rows]
             rows = drawn(rows, config.fisher_rows, config.seed, FISHER_DRAW)
             if config.fisher == "generate":
-                rows = self._answers(scoring, rows)
+                rows = self._answers(reference.answering, rows)
+                scoring = reference.scoring
             self._fisher(scoring, rows)
         if spec.has_reference:
             scoring.settle()
@@ -248,7 +249,7 @@ class _Trials:
             found = self._timed("trial of --batch-tokens", partial(tried, of, self.shards, self.progress))
         self.budget = found
 
-    def _answers(self, scoring: ScoringModel, prompts: list[TokenRow]) -> list[TokenRow]:
+    def _answers(self, model: Any, prompts: list[TokenRow]) -> list[TokenRow]:
         """Generating answers, none of which ends early; returns what such answers would be."""
         config = self.config
         room = answer_room(prompts, new_tokens=config.fisher_new_tokens, limit=None)
@@ -258,7 +259,7 @@ class _Trials:
         seconds = []
         for steps in _STEPS:
             began = self.meter.now()
-            sample_answers(scoring.model, tried, new_tokens=steps, seed=0, batch_tokens=self.budget, progress=Silent())
+            sample_answers(model, tried, new_tokens=steps, seed=0, batch_tokens=self.budget, progress=Silent())
             seconds.append(self.meter.now() - began)
         each = max(0.0, seconds[1] - seconds[0]) / (_STEPS[1] - _STEPS[0])
         batch = seconds[0] + each * (float(room.mean()) - _STEPS[0])
