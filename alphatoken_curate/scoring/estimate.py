@@ -28,8 +28,9 @@ from alphatoken_curate.directions.rehearsal import mean_loss
 from alphatoken_curate.directions.sums import in_parts
 from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import ScoringModel
+from alphatoken_curate.engine.placement import told
 from alphatoken_curate.errors import CurateError
-from alphatoken_curate.models.devices import resolve_device
+from alphatoken_curate.models.devices import devices_of, names_of
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.budget import out_of_memory
@@ -44,6 +45,7 @@ from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
 from alphatoken_curate.tokens.plan import Batch, by_shard, collate, plan_batches, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
+from alphatoken_curate.wording import count
 
 _STEPS = (2, 10)
 """Tokens that are generated to find what one costs."""
@@ -86,6 +88,8 @@ class Estimate:
     """Most memory in use at a time: of the card on CUDA, of the whole process elsewhere."""
     batch_tokens: int
     """The budget that was tried: what `auto` came to."""
+    placement: tuple[str, ...] = ()
+    """In words: where the model lies, and the directions of S beside it."""
 
     @property
     def seconds(self) -> float:
@@ -103,10 +107,11 @@ def estimate(config: ScoreConfig, progress: Progress | None = None) -> tuple[Pre
 
     Raises what `score` raises before it writes, and CurateError where memory does not last for a trial.
     """
-    meter = Meter(resolve_device(config.device))
+    devices = devices_of(config.device)
+    meter = Meter(*devices)
     began = meter.now()
     prepared = prepare(config)
-    spec = spec_of(prepared, Path(os.devnull), str(meter.device))  # nothing is kept, and nothing found
+    spec = spec_of(prepared, Path(os.devnull), names_of(devices))  # nothing is kept, and nothing found
     trials = _Trials(prepared, spec, meter, progress or Silent())
     trials.stages.append(StageEstimate(name="reading rows", seconds=meter.now() - began))
     try:
@@ -135,13 +140,29 @@ class _Trials:
             self._reference()
         scorer = ShardScorer(self.spec)
         scoring = self._timed("loading the model", lambda: scorer.scoring)
+        placement = self._placement(scoring)
         self._find_budget(scorer)
         if self.config.rehearses:
             self._rehearsal(scoring)
         else:
             self._directions(scoring)
             self._scoring(scoring)
-        return Estimate(stages=tuple(self.stages), peak_bytes=self.meter.peak(), batch_tokens=self.budget)
+        return Estimate(
+            stages=tuple(self.stages),
+            peak_bytes=self.meter.peak(),
+            batch_tokens=self.budget,
+            placement=placement,
+        )
+
+    def _placement(self, scoring: ScoringModel) -> tuple[str, ...]:
+        where = told(scoring.model, scoring.layers, self.spec.placement)
+        if self.config.rehearses:
+            return (where,)
+        each = sum(4 * w.numel() for w in scoring.weights) / 2**20  # float32, until they settle
+        return (
+            where,
+            f"{count(self.spec.directions, 'direction')} of {each:,.1f} MiB each, beside the weights they move",
+        )
 
     def _reference(self) -> None:
         spec, config, reference = self.spec, self.config, ReferencePass(self.spec)

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from alphatoken_curate.errors import UsageError
-from alphatoken_curate.models.devices import resolve_device
+from alphatoken_curate.models.devices import devices_of, names_of
 from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun
 from alphatoken_curate.scoring.worker import Task, Worker
 
@@ -48,7 +48,7 @@ class Local(Pool[_Process]):
 
     def device(self, name: str) -> str:
         """As `Engine`."""
-        return str(resolve_device(name))
+        return names_of(devices_of(name))
 
     def _most(self, beginning: Beginning) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

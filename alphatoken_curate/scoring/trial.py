@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-import torch
-
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.parameters import rest_zeros
 from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import Direction, ScoringModel
-from alphatoken_curate.models.devices import free_memory
+from alphatoken_curate.models.devices import devices_of, free_memory, kind_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
@@ -71,7 +69,7 @@ def untried(spec: ScorerSpec, shards: Shards) -> int | None:
     """The budget of these rows without a trial; None where one pays."""
     if spec.config.rehearses:
         return REHEARSAL_TOKENS
-    kind = torch.device(spec.device).type
+    kind = kind_of(spec.device)
     return None if pays(shards, kind) else usual_budget(shards, kind)
 
 
@@ -82,9 +80,10 @@ def tokens_of(shards: Shards) -> int:
 
 def tried(of: ReferencePass | ShardScorer, shards: Shards, progress: Progress, _: int = 0) -> int:
     """The largest budget that pays for these rows, on a model of the shapes of the one that will score them."""
-    spec, device = of.spec, torch.device(of.spec.device)
-    trial = Trial(of.scoring, spec.config, spec.directions, shards, Meter(device), progress)
-    first = min(max(_SMALLEST.get(device.type, _SMALLEST["cpu"]), _power(trial.width)), trial.most)
+    spec, kind = of.spec, kind_of(of.spec.device)
+    meter = Meter(*devices_of(spec.device))
+    trial = Trial(of.scoring, spec.config, spec.directions, shards, meter, progress)
+    first = min(max(_SMALLEST.get(kind, _SMALLEST["cpu"]), _power(trial.width)), trial.most)
     found = grow(trial.speed, first, trial.most, trial.affords)
     del trial
     free_memory()
