@@ -21,7 +21,9 @@ from alphatoken_curate.engine.blocks import (
     decoder_blocks,
     embeddings,
     head_logits,
+    in_memory,
     linear_maps,
+    refuse_odd,
     trunk,
     unwrapped,
 )
@@ -59,6 +61,7 @@ class ScoringModel:
                 f"--layers {layers}: the model has {count(len(blocks), 'decoder block')}."
                 f" Give 1 to {len(blocks)}, or all."
             )
+        in_memory(type(model).__name__, "the weight of its embeddings", embeddings(model))
         self.depth = len(blocks)
         self._all_blocks = blocks
         self.blocks = blocks[-self.layers :]
@@ -66,6 +69,8 @@ class ScoringModel:
         self.maps = [m for block in self.blocks for m in linear_maps(model, block)]
         self.rest = _rest(model, self.maps, blocks[: self.depth - self.layers]) if parameters == "all" else {}
         """The other parameters of S, by name. A direction holds their tensors after the matrices of `maps`."""
+        for name, parameter in self.rest.items():
+            refuse_odd(type(model).__name__, name, parameter)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._index = {(m.module, m.slot, m.expert): i for i, m in enumerate(self.maps)}

@@ -141,6 +141,8 @@ def test_a_model_that_transformers_dealt_out_is_scored_as_it_is(files: dict[str,
     told: dict[str, Any] = {"target": token_records(3, seed=9), "layers": 2, "estimator": "exact"}
     found = [score_tokens(model, token_records(5), **told) for model in (plain, dealt)]
     assert found[0].equals(found[1])
+    with pytest.raises(UsageError, match=r"model\.layers\.1\.\S+ is on no device \(meta\)"):
+        score_tokens(dealt, token_records(5), **told | {"layers": 3})
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
