@@ -170,7 +170,15 @@ class ScoreConfig(MaskConfig):
         _MODEL,
         choices=("auto", "float32", "bfloat16", "float16", "float64"),
     )
-    device: str = _option("auto", "`auto`: cuda where there is a card, else cpu.", _MODEL, kind="device")
+    device: str = _option(
+        "auto", "`auto`: cuda where there is a card, else cpu. Several: cuda:0,cuda:1.", _MODEL, kind="device"
+    )
+    trunk_device: str | None = _option(
+        None,
+        "Where blocks below the last K stay until each runs. Default: the device.",
+        _MODEL,
+        choices=("cpu", "disk"),
+    )
     trust_remote_code: bool = _option(
         False, "Run code that comes with a model. Recorded in the run.", _MODEL, kind="bool"
     )

@@ -18,7 +18,7 @@ _MOST_YAML_BYTES = 1 << 16
 
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
-_DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu|hpu|npu)(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|(cuda|mps|xpu|hpu|npu)(:\d+)?|(?P<kind>cuda|xpu|hpu|npu):\d+(,(?P=kind):\d+)+")
 
 
 def load_settings(path: Path) -> dict[str, Any]:
@@ -234,7 +234,7 @@ _TAKES = {
     "scope": "global, row, or batch:N with N rows",
     "weights": f"{', '.join(WEIGHTS)}, or tilt:C with C above 0 and up to {MOST_TILT:g}, such as tilt:0.25",
     "data": "files, folders, globs or a dataset name",
-    "device": "auto, cpu, cuda or cuda:N",
+    "device": "auto, cpu, cuda, cuda:N, or several: cuda:0,cuda:1",
     "file": "a file",
     "object": 'a JSON object, such as {"enable_thinking": false}',
     "pairs": "columns and what they are read as, such as question=prompt,answer=completion",

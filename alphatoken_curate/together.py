@@ -27,6 +27,8 @@ def check_together(config: Any) -> None:
         raise UsageError("--fisher-prompts is read with --fisher generate only.")
     if config.precondition_stability and config.precondition == "none":
         raise UsageError("--precondition-stability needs --precondition adam, kfac or ekfac.")
+    if config.trunk_device is not None:
+        _check_trunk(config)
     if config.parameters == "all":
         _check_all_parameters(config)
     if config.rehearses != (config.rehearse_lr is not None):
@@ -36,6 +38,20 @@ def check_together(config: Any) -> None:
         )
     if config.rehearses:
         _check_rehearsal(config)
+
+
+def _check_trunk(config: Any) -> None:
+    asked = f"--trunk-device {config.trunk_device} with"
+    if config.layers == "all":
+        raise UsageError(
+            f"{asked} --layers all: no block is left that could lie elsewhere. Give --layers K, or several cards:"
+            " --device cuda:0,cuda:1."
+        )
+    if config.parameters == "all":
+        raise UsageError(
+            f"{asked} --parameters all: gradients of the embeddings go through every block, and all would be held."
+            " Give --parameters linear, or several cards: --device cuda:0,cuda:1."
+        )
 
 
 def _check_all_parameters(config: Any) -> None:
@@ -58,6 +74,8 @@ def _check_all_parameters(config: Any) -> None:
 
 def _check_rehearsal(config: Any) -> None:
     beside = "with --direction rehearsal"
+    if "," in config.device:
+        raise UsageError(f"--device {config.device} {beside}: a training is rehearsed on one device. Name one.")
     if config.estimator == "published":
         raise UsageError(
             f"--estimator published {beside}: its gradient is not the true one, which steps are taken along. Give"

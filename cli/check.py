@@ -54,9 +54,8 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, worke
     click.echo(f"tokens           {found.tokens:>12,}   longest row {found.longest:,}")
     click.echo(f"response tokens  {found.response_tokens:>12,}   {found.response_tokens / found.tokens:.1%} of all")
     if found.truncated_rows:
-        click.echo(
-            f"cut off          {found.truncated_tokens:>12,}   in {count(found.truncated_rows, 'row')}, by --max-length"
-        )
+        cut = count(found.truncated_rows, "row")
+        click.echo(f"cut off          {found.truncated_tokens:>12,}   in {cut}, by --max-length")
     for what, rows in found.read_as.items():
         click.echo(f"read so          {rows:>12,}   rows: {legible(what)}")
     if found.template_date is not None:
@@ -78,7 +77,8 @@ def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, worke
 
 
 def _tell(found: Estimate, workers: int | None) -> None:
-    """A line for each stage, the total, and what several workers make of it."""
+    """What lies where, a line for each stage, the total, and what several workers make of it."""
+    click.echo(f"{'placement':<32}" + f"\n{'':32}".join(found.placement))
     click.echo(f"{'estimate':<26}{'seconds':>9}")
     for stage in found.stages:
         click.echo(f"  {stage.name:<24}{stage.seconds:>9,.1f}")
@@ -86,9 +86,8 @@ def _tell(found: Estimate, workers: int | None) -> None:
     click.echo(f"  {'total':<24}{found.seconds:>9,.1f}   {peak}")
     if workers is not None:
         seconds, share = found.by(workers)
-        click.echo(
-            f"  {f'by {workers} workers':<24}{seconds:>9,.1f}   each like one alone; {share:.0%} of that at work"
-        )
+        who = f"by {workers} workers"
+        click.echo(f"  {who:<24}{seconds:>9,.1f}   each like one alone; {share:.0%} of that at work")
 
 
 def _size(count: int) -> str:

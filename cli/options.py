@@ -29,7 +29,7 @@ _METAVARS = {
     "float": "X",
     "positive": "X",
     "generation": "latest|all|N,M",
-    "device": "auto|cpu|cuda[:N]",
+    "device": "auto|cpu|cuda[:N,...]",
     "file": "FILE",
     "object": "JSON",
     "pairs": "COLUMN=NAME,...",

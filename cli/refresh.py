@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--reference", metavar="NAME", help="Where the run's reference lies now. Default: where it lay.")
 @click.option("--device", metavar="NAME", help="Default: as the run was told.")
+@click.option("--trunk-device", type=click.Choice(["cpu", "disk"]), help="As `score` takes it. Default: likewise.")
 @engine_options
 def command(
     run: Path,
@@ -51,6 +52,7 @@ def command(
     base: str | None,
     reference: str | None,
     device: str | None,
+    trunk_device: str | None,
     **settings: Any,
 ) -> None:
     """Score the rows of RUN again at a checkpoint, as a new generation, then make the mask anew.
@@ -69,7 +71,8 @@ def command(
     from .terminal import listener as listening
 
     with listening() as listener:
-        places = {"base": base, "reference": reference, "device": device, "progress": listener}
+        places = {"base": base, "reference": reference, "device": device, "trunk_device": trunk_device}
+        places |= {"progress": listener}  # type: ignore[dict-item]
         engine = engine_of(settings, device or "auto")
         if checkpoint is not None:
             refresh(run, checkpoint, told=partial(_tell, listener), engine=engine, **places)  # type: ignore[arg-type]

@@ -64,6 +64,8 @@ BAD: list[tuple[str, Any]] = [
     *(("rows_per_shard", value) for value in (0, "1e3")),
     *(("batch_tokens", value) for value in (0, "automatic")),
     *(("dtype", value) for value in ("int8", "torch.float32")),
+    *(("device", value) for value in ("cuda,", "cuda,cuda:1", "cuda:0,xpu:1", "cuda:0, cuda:1", "cpu,cpu", "", None)),
+    *(("trunk_device", value) for value in ("cuda", "meta", "", 1)),
     *(("bad_rows", value) for value in ("drop",)),
     *(("trust_remote_code", value) for value in ("true",)),
     *(("data", value) for value in ((), [], "", [""], [3], 3)),
@@ -227,6 +229,16 @@ def test_an_unknown_setting_gets_a_suggestion(name: str, hint: str) -> None:
             for name in ("published", "exact", "exact+influence")
         ),
         ({"parameters": "all", "estimator": "influence", "precondition": "kfac"}, "--precondition kfac with --param"),
+        (
+            {"trunk_device": "cpu", "layers": "all"},
+            "--trunk-device cpu with --layers all: no block is left",
+        ),
+        (
+            {"trunk_device": "disk", "parameters": "all", "estimator": "influence"},
+            "--trunk-device disk with --parameters all: gradients .* --parameters linear, or several cards",
+        ),
+        ({"trunk_device": "disk", "direction": "rehearsal", "rehearse_lr": 1e-4}, "disk with --layers all"),
+        ({"device": "cuda:0,cuda:1", "direction": "rehearsal", "rehearse_lr": 1e-4}, "is rehearsed on one device"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], says: str) -> None:

@@ -20,9 +20,9 @@ ORDER = """
     runs: stores fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary
         direction card watched tensor_file uploads
         artifacts
-    models: releases formats tensors whole vocabularies folders adapters devices load likeness checkpoints
+    models: releases formats tensors whole vocabularies folders adapters devices disk load likeness checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention twice experts foreign below
-        blocks caches capture value_rows
+        blocks caches placement capture value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs beside columns read
     tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
         speller tokenise plan draws

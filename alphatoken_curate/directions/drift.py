@@ -58,7 +58,7 @@ def read_direction(path: Path, scoring: ScoringModel, *, flag: str) -> Direction
             raise UsageError(f"{flag} {path}: {name} holds NaN or infinity.")
         if (tensor < 0).any():
             raise UsageError(f"{flag} {path}: {name} holds negative numbers; a Fisher diagonal has none.")
-    return [t.to(scoring.device) for t in tensors]
+    return [t.to(own.device) for own, t in zip(scoring.weights, tensors, strict=True)]
 
 
 def read_weights(files: Sequence[Path], scoring: ScoringModel) -> Direction | None:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alphatoken_curate.engine.blocks import embeddings
 from alphatoken_curate.engine.caches import cache_of, forward_with_cache
 from alphatoken_curate.errors import InputError, ModelError, StoredDataError
 from alphatoken_curate.progress import Progress
@@ -141,7 +142,7 @@ def _sample(
     lengths = np.array([prompt_tokens(row) for row in rows])
     ends = lengths + room
     row_ids, turns = (np.array([getattr(row, name) for row in rows])[:, None] for name in ("row_id", "turn"))
-    device = next(model.parameters()).device
+    device = embeddings(model).device
     tokens = torch.from_numpy(_laid_out(rows, lengths, int(ends.max()))).to(device)
     draws = torch.from_numpy(keyed_uniform(seed, row_ids, of_turn(np.arange(tokens.shape[1]), turns))).to(device)
     start, end, last = (torch.from_numpy(numbers).to(device) for numbers in (lengths, ends, stop))

@@ -109,6 +109,12 @@ def trunk(model: Any) -> nn.Module:
     return base
 
 
+def embeddings(model: Any) -> Tensor:
+    """The weight of a model's input embeddings, (V, D): token ids go where it is."""
+    weight: Tensor = model.get_input_embeddings().weight
+    return weight
+
+
 class _Trunk:
     """What a head gets in place of its trunk's output: last hidden states, and None for whatever else it looks up."""
 
@@ -150,9 +156,36 @@ def decoder_blocks(model: Any, base: nn.Module) -> list[nn.Module]:
 
 
 def linear_maps(model: nn.Module, block: nn.Module) -> list[LinearMap]:
-    """Every linear map of a block. Raises ModelError, by name, for anything else that owns a matrix."""
+    """Every linear map of a block. Raises ModelError, by name, for anything else that owns a matrix.
+
+    Also for a weight whose numbers are not there to be moved: quantised ones, and those left on disk.
+    """
     names = {module: name for name, module in model.named_modules()}
+    for slot, parameter in block.named_parameters():
+        refuse_odd(type(model).__name__, f"{names[block]}.{slot}", parameter)
     return [m for module in block.modules() for m in _maps_of(model, names[module], module)]
+
+
+def in_memory(kind: str, name: str, weight: Tensor) -> None:
+    """Raise ModelError where a weight has no numbers: it was left on disk, or on torch's device meta."""
+    if weight.device.type == "meta":
+        raise ModelError(
+            f"{kind}: {name} is on no device (meta): blocks that score and embeddings have to be in memory, and only"
+            " blocks below them may lie elsewhere: --trunk-device cpu or disk."
+        )
+
+
+def refuse_odd(kind: str, name: str, weight: nn.Parameter) -> None:
+    """Raise ModelError where a weight of S is no plain tensor of floating-point numbers in memory.
+
+    A map of torchao is an nn.Linear whose weight is a tensor of a kind of its own, which stands for other numbers.
+    """
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise ModelError(
+            f"{kind}: {name} is no plain tensor of floating-point numbers ({type(weight).__name__}, {weight.dtype}):"
+            " weights that are quantised, or spread over processes, cannot be scored. Load the model as it was before."
+        )
+    in_memory(kind, name, weight)
 
 
 def _maps_of(model: nn.Module, name: str, module: nn.Module) -> Iterator[LinearMap]:

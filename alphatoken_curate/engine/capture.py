@@ -7,7 +7,7 @@ Shapes: B rows, T positions, D hidden size, V vocabulary; h (B, T, d_in), delta 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from alphatoken_curate.engine import attention, experts, foreign
 from alphatoken_curate.engine.attention import Tape
-from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
+from alphatoken_curate.engine.blocks import (
+    LinearMap,
+    decoder_blocks,
+    embeddings,
+    head_logits,
+    in_memory,
+    linear_maps,
+    refuse_odd,
+    trunk,
+    unwrapped,
+)
 from alphatoken_curate.engine.caches import cache_of, forward_with_cache
 from alphatoken_curate.engine.precision import narrow, widen
 from alphatoken_curate.errors import ModelError
@@ -51,6 +61,7 @@ class ScoringModel:
                 f"--layers {layers}: the model has {count(len(blocks), 'decoder block')}."
                 f" Give 1 to {len(blocks)}, or all."
             )
+        in_memory(type(model).__name__, "the weight of its embeddings", embeddings(model))
         self.depth = len(blocks)
         self._all_blocks = blocks
         self.blocks = blocks[-self.layers :]
@@ -58,6 +69,8 @@ class ScoringModel:
         self.maps = [m for block in self.blocks for m in linear_maps(model, block)]
         self.rest = _rest(model, self.maps, blocks[: self.depth - self.layers]) if parameters == "all" else {}
         """The other parameters of S, by name. A direction holds their tensors after the matrices of `maps`."""
+        for name, parameter in self.rest.items():
+            refuse_odd(type(model).__name__, name, parameter)
         self._trained = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         self._index = {(m.module, m.slot, m.expert): i for i, m in enumerate(self.maps)}
@@ -94,9 +107,8 @@ class ScoringModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        """Where token ids go in."""
+        return embeddings(self.model).device
 
     @property
     def vocabulary(self) -> int:
@@ -113,6 +125,19 @@ class ScoringModel:
     def weights(self) -> list[Tensor]:
         """The weights a direction moves, each (d_out, d_in) or of its parameter's own shape."""
         return [*(m.weight for m in self.maps), *self.rest.values()]
+
+    def near(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors, each on the device of the weight that it is named after; of others' names, as they are.
+
+        Names are those of `names`, with `3 ` before or `.part` behind where there are several of a weight.
+        """
+        homes = {name: weight.device for name, weight in zip(self.names, self.weights, strict=True)}
+        found = {}
+        for key, tensor in tensors.items():
+            own = key.rpartition(" ")[2]
+            home = homes.get(own, homes.get(own.rpartition(".")[0]))
+            found[key] = tensor if home is None else tensor.to(home)
+        return found
 
     def zeros(self) -> Direction:
         """A matrix of zeros for each linear map, float32 at least: what directions are summed in."""
@@ -281,8 +306,7 @@ def _rest(model: nn.Module, maps: list[LinearMap], below: list[nn.Module]) -> di
 def probe_ids(model: Any) -> Tensor:
     """A few tokens to try a model on, (2, 12) int64."""
     size = model.config.get_text_config().vocab_size
-    device = next(model.parameters()).device
-    ids: Tensor = (torch.arange(2 * 12, device=device).reshape(2, 12) * 7919 + 11) % size
+    ids: Tensor = (torch.arange(2 * 12, device=embeddings(model).device).reshape(2, 12) * 7919 + 11) % size
     return ids
 
 

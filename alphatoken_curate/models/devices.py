@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.wording import count
 
 if TYPE_CHECKING:
     import torch
@@ -20,19 +23,56 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+@contextmanager
+def taking_threads(count: int | None) -> Iterator[None]:
+    """Have torch take so many threads in this block, where they are named."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the card where there is one."""
+    """The one device of a name, of which `auto` is the card where there is one; of several the last (`devices_of`)."""
+    return devices_of(name)[-1]
+
+
+def devices_of(name: str) -> tuple[torch.device, ...]:
+    """The devices of `--device`: one, or `cuda:0,cuda:1`. Raises UsageError where one is not there, or named twice."""
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return (torch.device("cuda" if torch.cuda.is_available() else "cpu"),)
     try:
-        device = torch.device(name)
+        found = tuple(map(torch.device, name.split(",")))
     except RuntimeError as error:
-        raise UsageError(f"--device {name}: no such device. Use cpu, cuda, cuda:0 or auto.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {name}: no such device. Use cpu, cuda, cuda:0, auto, or several: cuda:0,cuda:1."
+        ) from error
+    if any(device.type == "cuda" for device in found) and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch sees no CUDA card here. Use --device cpu.")
-    return device
+    numbers = [device.index for device in found if device.type == "cuda" and device.index is not None]
+    if numbers and max(numbers) >= (there := torch.cuda.device_count()):
+        raise UsageError(f"--device {name}: torch sees {count(there, 'CUDA card')} here, from cuda:0.")
+    kinds = {device.type for device in found}
+    apart = len(set(found)) == len(found) and all(device.index is not None for device in found)
+    if len(found) > 1 and (not apart or len(kinds) > 1 or kinds == {"cpu"}):
+        raise UsageError(f"--device {name}: several devices are cards of one kind, each by its number: cuda:0,cuda:1.")
+    return found
+
+
+def kind_of(name: str) -> str:
+    """The type of device that names of one or several are of, whether it is here or not: `cuda`."""
+    return name.partition(":")[0]
+
+
+def names_of(devices: tuple[torch.device, ...]) -> str:
+    """As `--device` has them."""
+    return ",".join(map(str, devices))
 
 
 def resolve_dtype(name: str, device_type: str, *, in_full: bool) -> str:

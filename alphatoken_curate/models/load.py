@@ -11,12 +11,13 @@ import importlib.metadata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.adapters import AdapterRecord, merge_adapter, read_record, refuse_resized
+from alphatoken_curate.models.disk import Disk
 from alphatoken_curate.models.folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -32,7 +33,7 @@ from alphatoken_curate.models.folders import (
 )
 from alphatoken_curate.models.releases import before, in_memory, keep_soft_caps, name_stops, unmapped
 from alphatoken_curate.models.vocabularies import refuse_endless, refuse_odd
-from alphatoken_curate.models.whole import Readable, refuse_depth, refuse_other
+from alphatoken_curate.models.whole import Readable, quiet_loading, refuse_depth, refuse_other
 from alphatoken_curate.urls import FILE_ADVICE, check_local
 
 if TYPE_CHECKING:
@@ -287,25 +288,6 @@ def tokenizer_files(source: ModelSource) -> list[Path]:
     return sorted(p for p in home.folder.iterdir() if p.is_file() and p.name.startswith(TOKENIZER_FILES))
 
 
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep transformers' and its GGUF reader's progress bars and chatter off our own output while a model loads."""
-    from transformers.utils import logging
-
-    gguf_reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    bars, level, bar = logging.is_progress_bar_enabled(), logging.get_verbosity(), gguf_reader.tqdm
-    gguf_reader.tqdm = partial(bar, disable=True)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        gguf_reader.tqdm = bar
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None where the folder has none (pre-tokenised rows need none)."""
     from transformers import AutoTokenizer
@@ -316,7 +298,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
         return None
     refuse_endless(source.name, home.folder)
     what = Readable(f"{source.name}: transformers cannot load its tokenizer", home.gguf)
-    with what, _quiet_loading(), _gguf_needed(source):
+    with what, quiet_loading(), _gguf_needed(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             home.folder, trust_remote_code=trust_remote_code, **home.load_options
         )
@@ -327,28 +309,49 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
 
 
 def load_model(
-    source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    disk: Disk | None = None,
 ) -> PreTrainedModel:
     """The causal language model, frozen, in evaluation mode, on `device`; an adapter is merged into its base.
 
+    With a `disk` it is on the CPU, and the weights of the modules that stay on disk are tensors of torch's device meta.
     Raises ModelError where it cannot be loaded or merged, or its files lack a weight.
     """
     check_remote_code(source, trust_remote_code)
-    model = in_memory(_load_whole(source, dtype, trust_remote_code).to(device))
+    if disk is None:
+        model = in_memory(_load_whole(source, dtype, trust_remote_code).to(device))
+    else:
+        with disk.left() as options:
+            model = _load_whole(source, dtype, trust_remote_code, **options)
     if source.adapter is not None:
-        with _quiet_loading():
+        with quiet_loading():
             model = merge_adapter(model, source.adapter, source.name)
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     return frozen
 
 
-def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The modules of a model in safetensors, without weights (on torch's device meta)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_remote_code(source, trust_remote_code)
+    with Readable(f"{source.name}: transformers cannot read it", None), quiet_loading(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     config, files = ({} if source.gguf else model_config(source)), replace(source, adapter=None).weight_files()
     refuse_depth(source.name, config, files)
     what = Readable(f"{source.name}: transformers cannot load it", source.gguf)
-    with what, _quiet_loading(), _gguf_needed(source), unmapped():
+    with what, quiet_loading(), _gguf_needed(source), unmapped():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=dtype,
@@ -356,6 +359,7 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **source.load_options,
+            **options,
         )
     model, report = loaded
     keep_soft_caps(model)

@@ -7,11 +7,13 @@ look as good as any.
 
 from __future__ import annotations
 
+import importlib
 import mmap
 import re
 import struct
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +34,25 @@ _GGUF_BLOCK = re.compile(rb"\bblk\.(\d{1,9})\.")
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 10: 8, 11: 8}  # of GGUF's kinds of whole numbers
 _METADATA = 1 << 26  # bytes of a GGUF file in which its metadata is looked for
 _LONGEST = 300
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers' and its GGUF reader's progress bars and chatter off our own output while a model loads."""
+    from transformers.utils import logging
+
+    gguf_reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bars, level, bar = logging.is_progress_bar_enabled(), logging.get_verbosity(), gguf_reader.tqdm
+    gguf_reader.tqdm = partial(bar, disable=True)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        gguf_reader.tqdm = bar
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 class Readable(AbstractContextManager["Readable"]):

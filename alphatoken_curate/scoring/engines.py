@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from alphatoken_curate.models.devices import free_memory, resolve_device
+from alphatoken_curate.models.devices import devices_of, free_memory, names_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec
@@ -44,7 +44,7 @@ class Here:
 
     def device(self, name: str) -> str:
         """As `Engine`."""
-        return str(resolve_device(name))
+        return names_of(devices_of(name))
 
     def begin(self, spec: ScorerSpec, threads: int | None) -> None:
         """As `Engine`."""

@@ -11,11 +11,10 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +29,9 @@ from alphatoken_curate.directions.rehearsal import mean_loss
 from alphatoken_curate.directions.sums import in_parts
 from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import ScoringModel
+from alphatoken_curate.engine.placement import told
 from alphatoken_curate.errors import CurateError
-from alphatoken_curate.models.devices import resolve_device
+from alphatoken_curate.models.devices import devices_of, kind_of, names_of, taking_threads
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.budget import out_of_memory
@@ -46,6 +46,7 @@ from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
 from alphatoken_curate.tokens.plan import Batch, by_shard, collate, plan_batches, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
+from alphatoken_curate.wording import count
 
 _STEPS = (2, 10)
 """Tokens that are generated to find what one costs."""
@@ -88,6 +89,8 @@ class Estimate:
     """Most memory in use at a time: of the card on CUDA, of the whole process elsewhere."""
     batch_tokens: int
     """The budget that was tried: what `auto` came to."""
+    placement: tuple[str, ...] = ()
+    """In words: where the model lies, and the directions of S beside it."""
 
     @property
     def seconds(self) -> float:
@@ -105,25 +108,15 @@ def estimate(config: ScoreConfig, progress: Progress | None = None) -> tuple[Pre
 
     Raises what `score` raises before it writes, and CurateError where memory does not last for a trial.
     """
-    with _threads(config.threads):
-        return _estimated(config, Meter(resolve_device(config.device)), progress or Silent())
+    with taking_threads(config.threads):
+        return _estimated(config, devices_of(config.device), progress or Silent())
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Have torch take so many in this block, where they are named."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _estimated(config: ScoreConfig, meter: Meter, progress: Progress) -> tuple[Prepared, Estimate]:
+def _estimated(config: ScoreConfig, devices: tuple[torch.device, ...], progress: Progress) -> tuple[Prepared, Estimate]:
+    meter = Meter(*devices)
     began = meter.now()
     prepared = prepare(config)
-    spec = spec_of(prepared, Path(os.devnull), str(meter.device))  # nothing is kept, and nothing found
+    spec = spec_of(prepared, Path(os.devnull), names_of(devices))  # nothing is kept, and nothing found
     trials = _Trials(prepared, spec, meter, progress)
     trials.stages.append(StageEstimate(name="reading rows", seconds=meter.now() - began))
     try:
@@ -152,13 +145,29 @@ class _Trials:
             self._reference()
         scorer = ShardScorer(self.spec)
         scoring = self._timed("loading the model", lambda: scorer.scoring)
+        placement = self._placement(scoring)
         self._find_budget(scorer)
         if self.config.rehearses:
             self._rehearsal(scoring)
         else:
             self._directions(scoring)
             self._scoring(scoring)
-        return Estimate(stages=tuple(self.stages), peak_bytes=self.meter.peak(), batch_tokens=self.budget)
+        return Estimate(
+            stages=tuple(self.stages),
+            peak_bytes=self.meter.peak(),
+            batch_tokens=self.budget,
+            placement=placement,
+        )
+
+    def _placement(self, scoring: ScoringModel) -> tuple[str, ...]:
+        where = told(scoring.model, scoring.layers, self.spec.placement)
+        if self.config.rehearses:
+            return (where,)
+        each = sum(4 * w.numel() for w in scoring.weights) / 2**20  # float32, until they settle
+        return (
+            where,
+            f"{count(self.spec.directions, 'direction')} of {each:,.1f} MiB each, beside the weights they move",
+        )
 
     def _reference(self) -> None:
         spec, config, reference = self.spec, self.config, ReferencePass(self.spec)
@@ -171,7 +180,8 @@ class _Trials:
             rows: list[TokenRow] = self.prepared.prompts.rows or [chosen(row) for row in self.prepared.rows]
             rows = drawn(rows, config.fisher_rows, config.seed, FISHER_DRAW)
             if config.fisher == "generate":
-                rows = self._answers(scoring, rows)
+                rows = self._answers(reference.answering, rows)
+                scoring = reference.scoring
             self._fisher(scoring, rows)
         if spec.has_reference:
             scoring.settle()
@@ -262,11 +272,11 @@ class _Trials:
             return
         if (found := untried(self.spec, self.shards)) is None:
             self.progress.stage("trial of --batch-tokens", tokens_of(self.shards))
-            sample = sampled(self.shards, self.meter.device.type)
+            sample = sampled(self.shards, kind_of(self.spec.device))
             found = self._timed("trial of --batch-tokens", partial(tried, of, sample, self.progress))
         self.budget = found
 
-    def _answers(self, scoring: ScoringModel, prompts: list[TokenRow]) -> list[TokenRow]:
+    def _answers(self, model: Any, prompts: list[TokenRow]) -> list[TokenRow]:
         """Generating answers, none of which ends early; returns what such answers would be."""
         config = self.config
         room = answer_room(prompts, new_tokens=config.fisher_new_tokens, limit=None)
@@ -276,7 +286,7 @@ class _Trials:
         seconds = []
         for steps in _STEPS:
             began = self.meter.now()
-            sample_answers(scoring.model, tried, new_tokens=steps, seed=0, batch_tokens=self.budget, progress=Silent())
+            sample_answers(model, tried, new_tokens=steps, seed=0, batch_tokens=self.budget, progress=Silent())
             seconds.append(self.meter.now() - began)
         each = max(0.0, seconds[1] - seconds[0]) / (_STEPS[1] - _STEPS[0])
         batch = seconds[0] + each * (float(room.mean()) - _STEPS[0])

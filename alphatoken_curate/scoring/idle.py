@@ -20,6 +20,7 @@ def _steps_by(optimiser: str, config: ScoreConfig, _: str) -> bool:
 
 
 _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
+    "trunk_device": ("beside another --device", lambda config, _: config.trunk_device != config.device),
     "target_rows": ("without --target", lambda config, _: config.target is None),
     "window": ("with --estimator published", lambda config, _: config.estimator == "published"),
     "fisher": ("without --retention, or with --drift", lambda config, _: _has_drift(config)),

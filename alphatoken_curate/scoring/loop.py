@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import StoredDataError, UsageError
 from alphatoken_curate.masks.mask import mask_and_card, mend
 from alphatoken_curate.masks.remask import check_settings
+from alphatoken_curate.models.devices import kind_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import one_writer
@@ -175,7 +174,7 @@ def _budget(stages: Stages, missing: Sequence[int]) -> int:
     if (found := untried(stages.spec, rows)) is not None:
         return found
     what = "trial of --batch-tokens"
-    sample = sampled(rows, torch.device(stages.spec.device).type)
+    sample = sampled(rows, kind_of(stages.spec.device))
     task = Task(what=what, call=tried, arguments=(sample,), plan=Plan(batch_tokens=LEAST))
     stage = Stage(name=what, tokens=tokens_of(rows), of=needed_first(stages.spec, missing), tasks=[task])
     [(_, done)] = stages.engine.run(stage, stages.progress)

@@ -1,4 +1,4 @@
-"""Seconds and bytes of what a device is doing: of the card on CUDA, of this process anywhere else."""
+"""Seconds and bytes of what devices are doing: of the cards on CUDA, of this process anywhere else."""
 
 from __future__ import annotations
 
@@ -19,37 +19,42 @@ _CGROUP_FILES = (
 
 
 class Meter:
-    """Measures one device."""
+    """Measures a device, or several cards that a model is dealt over."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._cuda = device.type == "cuda"
+    def __init__(self, *devices: torch.device) -> None:
+        self._cards = [device for device in devices if device.type == "cuda"]
 
     def now(self) -> float:
-        """Seconds on a clock that only goes forward, once all work given to the device is done."""
-        if self._cuda:
-            torch.cuda.synchronize(self.device)
+        """Seconds on a clock that only goes forward, once all work given to the devices is done."""
+        for card in self._cards:
+            torch.cuda.synchronize(card)
         return time.perf_counter()
 
     def used(self) -> int:
-        """Bytes in use."""
-        return torch.cuda.memory_allocated(self.device) if self._cuda else _status("VmRSS") or peak_of_process()
+        """Bytes in use, of all cards together."""
+        if self._cards:
+            return sum(torch.cuda.memory_allocated(card) for card in self._cards)
+        return _status("VmRSS") or peak_of_process()
 
     def begin(self) -> None:
         """Forget the peak so far. That of a process only ever grows: there it remains a bound from above."""
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        for card in self._cards:
+            torch.cuda.reset_peak_memory_stats(card)
 
     def peak(self) -> int:
-        """Most bytes in use since `begin`."""
-        return torch.cuda.max_memory_allocated(self.device) if self._cuda else peak_of_process()
+        """Most bytes in use since `begin`; of several cards the sum of theirs."""
+        if self._cards:
+            return sum(torch.cuda.max_memory_allocated(card) for card in self._cards)
+        return peak_of_process()
 
     def room(self) -> int:
-        """Bytes that could be taken beside those in use."""
-        if self._cuda:
-            free = torch.cuda.mem_get_info(self.device)[0]
-            return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return min([_free(), *cgroup_room()])
+        """Bytes that could be taken beside those in use; of several cards on the fullest, as if all fell to that."""
+        return min(map(_free_of, self._cards)) if self._cards else min([_free(), *cgroup_room()])
+
+
+def _free_of(card: torch.device) -> int:
+    free = torch.cuda.mem_get_info(card)[0]
+    return free + torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card)
 
 
 def peak_of_process() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import check_settings
-from alphatoken_curate.models.devices import resolve_dtype
+from alphatoken_curate.models.devices import kind_of, resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
 from alphatoken_curate.models.load import DEMO_MODEL, find_model
 from alphatoken_curate.rows.columns import named_columns
@@ -63,7 +63,8 @@ def check_shared(device: str) -> None:
 
 def told_of_models(config: ScoreConfig, device: str) -> str:
     """What will compute, and where: `model smollm2-135m (default), cpu, float32`."""
-    dtype = resolve_dtype(config.dtype, device.partition(":")[0], in_full=config.in_full)
+    dtype = resolve_dtype(config.dtype, kind_of(device), in_full=config.in_full)
     default = " (default)" if config.model == DEMO_MODEL else ""
     reference = f", reference {config.reference}" if config.reference not in (None, config.model) else ""
-    return f"model {config.model}{default}{reference}, {device}, {dtype}"
+    trunk = f", trunk on {config.trunk_device}" if config.trunk_device else ""
+    return f"model {config.model}{default}{reference}, {device}{trunk}, {dtype}"

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from alphatoken_curate.models.devices import resolve_device
+from alphatoken_curate.models.devices import devices_of, names_of
 from alphatoken_curate.scoring.named import check_shared
 from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, unsent
 from alphatoken_curate.scoring.worker import Task, Worker
@@ -49,7 +49,7 @@ class Local(Pool[_Process]):
     def device(self, name: str) -> str:
         """As `Engine`."""
         check_shared(name)
-        return str(resolve_device(name))
+        return names_of(devices_of(name))
 
     def _most(self, beginning: Beginning) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

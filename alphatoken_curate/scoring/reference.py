@@ -50,6 +50,14 @@ class ReferencePass:
             self._scoring = self.spec.capture(self.spec.reference, self.model)
         return self._scoring
 
+    @property
+    def answering(self) -> PreTrainedModel:
+        """The reference as it answers: given back where it is captured in more than its head computes in."""
+        if self._scoring is not None and self._scoring.narrow:
+            self._scoring.release_model()
+            self._scoring = None
+        return self.model
+
     def ready(self, progress: Progress) -> ScoringModel:
         """The same; that it is being loaded is said."""
         if self._scoring is None:
@@ -60,7 +68,7 @@ class ReferencePass:
         """Answers the reference generates to some prompts."""
         config = self.spec.config
         return sample_answers(
-            self.model,
+            self.answering,
             prompts,
             new_tokens=config.fisher_new_tokens,
             seed=config.seed,

@@ -68,6 +68,7 @@ def refresh(
     base: str | None = None,
     reference: str | None = None,
     device: str | None = None,
+    trunk_device: str | None = None,
     progress: Progress | None = None,
     told: Callable[[RefreshSummary], object] = lambda _: None,
     engine: Engine | None = None,
@@ -75,15 +76,16 @@ def refresh(
     """Score the rows of a finished run again at a checkpoint, each as a new generation, then make the mask anew.
 
     `checkpoint`: a model folder, an adapter folder of PEFT, or a folder of `checkpoint-*` folders, all of which are
-    scored in step order. `base` and `reference` say where those models lie now, `device` where to compute; by default
-    as the run was told. The mask is made by the settings of the run's newest one. `told` of each checkpoint when it is
-    done. `engine`: as in `score`.
+    scored in step order. `base` and `reference` say where those models lie now, `device` and `trunk_device` where to
+    compute; by default as the run was told. The mask is made by the settings of the run's newest one. `told` of each
+    checkpoint when it is done. `engine`: as in `score`.
 
     The same call resumes, and leaves what is there alone. Raises UsageError, ModelError, FingerprintError (another
     reference than the run's), StoredDataError (no finished run, or damage).
     """
     listener = progress or Silent()
-    known, summaries = Rescored(Path(run), listener, base=base, reference=reference, device=device), []
+    places = {"base": base, "reference": reference, "device": device, "trunk_device": trunk_device}
+    known, summaries = Rescored(Path(run), listener, **places), []
     with closing(engine or Here()) as running:
         for one in find_checkpoints(Path(checkpoint), base=known.base):
             summaries.append(known.refresh(one, running, listener))
@@ -95,14 +97,22 @@ class Rescored:
     """A finished run, and the models that go with it."""
 
     def __init__(
-        self, folder: Path, progress: Progress, *, base: str | None, reference: str | None, device: str | None
+        self,
+        folder: Path,
+        progress: Progress,
+        *,
+        base: str | None,
+        reference: str | None,
+        device: str | None,
+        trunk_device: str | None,
     ) -> None:
         self.folder = folder
         stored = _read(folder, progress)
         first = shards.read_footer(folder / stored.generations[0].shards[0].path)
         self.fields: Mapping[str, Json] = first.fields
         _check_config(folder, stored)
-        self.config = checked(ScoreConfig, load_settings(folder / beside.CONFIG), str(folder / beside.CONFIG))
+        config = checked(ScoreConfig, load_settings(folder / beside.CONFIG), str(folder / beside.CONFIG))
+        self.config = replace(config, trunk_device=trunk_device or config.trunk_device)
         self.base = find_model(base) if base is not None else _found(self.config.model)
         moved = base if self.config.reference in (None, self.config.model) else None
         self._reference_name = reference or moved or self.config.reference or self.config.model

@@ -94,10 +94,10 @@ class ShardScorer:
 
     def bases(self, sums: Sums, progress: Progress, _batch_tokens: int) -> dict[str, NDArray[Any]]:
         """Those bases, of sums over all rows; for `kfac` all of its curvature."""
-        maps, device, tensors = self.scoring.maps, self.scoring.device, sums.tensors()
+        maps, tensors = self.scoring.maps, self.scoring.near(sums.tensors())
         factors = Factors(
-            inputs=[tensors[f"{m.parameter}.{_INPUTS}"].to(device) for m in maps],
-            outputs=[tensors[f"{m.parameter}.{_OUTPUTS}"].to(device) for m in maps],
+            inputs=[tensors[f"{m.parameter}.{_INPUTS}"] for m in maps],
+            outputs=[tensors[f"{m.parameter}.{_OUTPUTS}"] for m in maps],
             seen=[sums.counts[m.parameter] for m in maps],
             units=sums.counts["units"],
         )
@@ -112,8 +112,8 @@ class ShardScorer:
 
     def curvature(self, sums: Sums, progress: Progress, _batch_tokens: int) -> dict[str, NDArray[Any]]:
         """The curvature of those two, of sums over all rows."""
-        tensors = sums.tensors()
-        found = [tensors[m.parameter].to(self.scoring.device) for m in self.scoring.maps]
+        tensors = self.scoring.near(sums.tensors())
+        found = [tensors[m.parameter] for m in self.scoring.maps]
         kind, units = self.spec.config.precondition, sums.counts["units"]
         made = second_moments(kind, self.scoring, found, units, self._bases(), progress.note)
         return _arrays(made)
@@ -123,9 +123,8 @@ class ShardScorer:
         if self.spec.config.precondition != "ekfac":
             return None
         if self._kept_bases is None:
-            self._kept_bases = self.spec.store.require(
-                artifacts.PRECONDITION, self.scoring.device, part=artifacts.BASES
-            )
+            kept = self.spec.store.require(artifacts.PRECONDITION, part=artifacts.BASES)
+            self._kept_bases = self.scoring.near(kept)
         return self._kept_bases
 
     def __call__(
@@ -187,7 +186,7 @@ class ShardScorer:
         if self.spec.config.retention is not None:
             kinds["stab"] = artifacts.RETENTION_GROUPS
         for objective, kind in kinds.items() if self.spec.groups > 1 else ():
-            stored = self.spec.store.require(kind, self.scoring.device)
+            stored = self.scoring.near(self.spec.store.require(kind))
             tokens = stored["tokens"].tolist()
             if len(tokens) == 1:
                 continue  # of a single row
@@ -209,7 +208,7 @@ class ShardScorer:
         config = self.spec.config
         if config.precondition == "none" or (objective != "adapt" and not config.precondition_stability):
             return found
-        stored = self.spec.store.require(artifacts.PRECONDITION, self.scoring.device)
+        stored = self.spec.store.require(artifacts.PRECONDITION)
         return precondition(
             config.precondition,
             stored,
@@ -220,7 +219,7 @@ class ShardScorer:
         )
 
     def _stored(self, kind: str) -> Direction:
-        stored, names = self.spec.store.require(kind, self.scoring.device), self.scoring.names
+        stored, names = self.scoring.near(self.spec.store.require(kind)), self.scoring.names
         missing = [name for name in names if name not in stored]
         if missing:
             raise ModelError(
@@ -242,12 +241,12 @@ class ShardScorer:
 
     def _reference_weights(self) -> Direction:
         scoring, reference = self.scoring, self.spec.reference
-        kept = self.spec.store.load(artifacts.REFERENCE, scoring.device)
+        kept = self.spec.store.load(artifacts.REFERENCE)
         if kept is not None:
             return checked_weights(scoring, [kept[name] for name in scoring.names])
         found = read_weights(reference.weight_files(), scoring) if reference.tensors_on_disk else None
         if found is None:  # renamed or merged on loading, and nothing else needed the reference so far
-            found = [w.to(scoring.device) for w in self.spec.capture(reference).weights]
+            found = self.spec.capture(reference).weights
         return checked_weights(scoring, found)
 
 

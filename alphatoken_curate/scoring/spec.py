@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.directions.drift import read_weights
 from alphatoken_curate.engine.capture import ScoringModel
+from alphatoken_curate.engine.placement import Placement, check_placed, load_placed, placement_of
 from alphatoken_curate.engine.precision import narrow
 from alphatoken_curate.errors import CurateError
-from alphatoken_curate.models.devices import resolve_dtype
+from alphatoken_curate.models.devices import kind_of, resolve_dtype
 from alphatoken_curate.models.likeness import check_alike
-from alphatoken_curate.models.load import ModelSource, find_model, load_model
+from alphatoken_curate.models.load import ModelSource, find_model
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
@@ -44,6 +45,7 @@ class ScorerSpec:
     reference: ModelSource
     dtype: str
     device: str
+    """Of several their names, as --device has them."""
     store: Store
     maps: Mapping[str, tuple[int, ...]] | None = None
     """Names and shapes that the linear maps of S must have, where the run knows them already."""
@@ -106,12 +108,24 @@ class ScorerSpec:
 
     def load(self, source: ModelSource) -> PreTrainedModel:
         """A model of the run."""
-        return self._load(source, self.dtype_of_weights, self.device)
+        return self._load(source, self.dtype_of_weights, self.placement)
 
-    def _load(self, source: ModelSource, dtype: str, device: str) -> PreTrainedModel:
-        trusted, place = self.config.trust_remote_code, torch.device(device)
+    @property
+    def placement(self) -> Placement:
+        """Where models lie."""
+        return placement_of(self.device, self.config.trunk_device)
+
+    def _load(self, source: ModelSource, dtype: str, placement: Placement) -> PreTrainedModel:
         with loading(f"{source.name} was loaded"):
-            return load_model(source, dtype=getattr(torch, dtype), device=place, trust_remote_code=trusted)
+            model: PreTrainedModel = load_placed(
+                source,
+                placement,
+                dtype=getattr(torch, dtype),
+                layers=self.config.layers,
+                directions=self.directions,
+                trust_remote_code=self.config.trust_remote_code,
+            )
+        return model
 
     def capture(self, source: ModelSource, model: PreTrainedModel | None = None) -> ScoringModel:
         """A model of the run, captured; it is loaded unless it is given.
@@ -127,7 +141,8 @@ class ScorerSpec:
         if narrow(getattr(torch, self.dtype_of_weights)):
             exact = read_weights(source.weight_files(), scoring) if source.tensors_on_disk else None
             if exact is None:
-                exact = self._captured(self._load(source, "float32", "cpu")).weights
+                host = replace(self.placement, devices=(torch.device("cpu"),))
+                exact = self._captured(self._load(source, "float32", host)).weights
             for own, weight in zip(scoring.weights, exact, strict=True):
                 own.copy_(weight)
         return scoring
@@ -160,9 +175,11 @@ def spec_of(
     not there or do not go together.
     """
     config = prepared.config
-    dtype = resolve_dtype(config.dtype, torch.device(device).type, in_full=config.in_full)
+    dtype = resolve_dtype(config.dtype, kind_of(device), in_full=config.in_full)
     reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
     check_alike(prepared.source, reference)
+    for source in (prepared.source, reference):
+        check_placed(source, placement_of(device, config.trunk_device))
     fields = fingerprint_fields(prepared, reference, dtype)
     if watched is not None:
         watched.settle(digests_of(fields, prepared.inputs))

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
-
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.parameters import rest_zeros
 from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import Direction, ScoringModel
-from alphatoken_curate.models.devices import free_memory
+from alphatoken_curate.models.devices import devices_of, free_memory, kind_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
@@ -72,7 +70,7 @@ def untried(spec: ScorerSpec, shards: Shards) -> int | None:
     """The budget of these rows without a trial; None where one pays."""
     if spec.config.rehearses:
         return REHEARSAL_TOKENS
-    kind = torch.device(spec.device).type
+    kind = kind_of(spec.device)
     return None if pays(shards, kind) else usual_budget(shards, kind)
 
 
@@ -148,7 +146,8 @@ def _first_batch(rows: Sequence[AnyRow], budget: int) -> list[AnyRow]:
 def tried(of: ReferencePass | ShardScorer, sample: Sample, progress: Progress, _: int = 0) -> int:
     """The largest budget that pays for these rows, on a model of the shapes of the one that will score them."""
     spec = of.spec
-    trial = Trial(of.scoring, spec.config, spec.directions, sample, Meter(torch.device(spec.device)), progress)
+    meter = Meter(*devices_of(spec.device))
+    trial = Trial(of.scoring, spec.config, spec.directions, sample, meter, progress)
     found = grow(trial.speed, sample.first, sample.most, trial.affords)
     del trial
     free_memory()

@@ -22,6 +22,7 @@ def watch(
     base: str | None = None,
     reference: str | None = None,
     device: str | None = None,
+    trunk_device: str | None = None,
     progress: Progress | None = None,
     engine: Engine | None = None,
 ) -> Iterator[RefreshSummary]:
@@ -31,10 +32,9 @@ def watch(
     checkpoint that cannot be scored is told of and passed over; while another process holds the run, it is waited for.
     `engine`: as in `score`; its workers stay from one checkpoint to the next.
     """
+    places = {"base": base, "reference": reference, "device": device, "trunk_device": trunk_device}
     with closing(engine or Here()) as running:
-        yield from _watched(
-            run, folder, interval, running, progress or Silent(), base=base, reference=reference, device=device
-        )
+        yield from _watched(run, folder, interval, running, progress or Silent(), **places)
 
 
 def _watched(

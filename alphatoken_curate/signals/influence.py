@@ -54,9 +54,9 @@ class InfluenceScorer:
         # Tangents of a prompt move the response: it is no constant prefix, and branches of a pair run by themselves.
         batch = replace(batch, start=0, pairs=False)
         ids = torch.from_numpy(batch.input_ids).to(self.scoring.device)
-        where, target = positions(batch, ids.device), torch.from_numpy(batch.target).to(ids.device)
         with self._swapped():
             hidden, tangents = parts(self.scoring.hidden(ids))
+        where, target = positions(batch, hidden.device), torch.from_numpy(batch.target).to(hidden.device)
         moved = [at(t, where) for t in tangents]
         of_head = self._moving_head if self.scoring.rest else self._fixed_head
         losses, influence = of_head(at(hidden, where), moved, target)

@@ -113,7 +113,7 @@ class PathScorer:
         scoring.tape.keep_cross = self.estimator == "exact"
         with scoring.graph(ids, batch.start, pairs=batch.pairs) as hidden:
             losses, grad = loss_gradient(scoring, hidden, batch)
-            chosen = Selection(positions(batch, ids.device), hidden.shape[:2].numel())
+            chosen = Selection(positions(batch, hidden.device), hidden.shape[:2].numel())
             total = losses.nll.new_zeros(self.count, len(chosen.positions))
             causal = torch.zeros_like(total)
             if self.estimator == "published":
@@ -134,8 +134,8 @@ class PathScorer:
                 received[:, rows] = self._propagate(block, delta[:, rows].unflatten(0, hidden.shape[:2])).flatten(0, 1)
                 _, (own, error, passed) = chosen.rows(where, h, delta, received)
                 both = self.stacks[index].contract(own, [error, passed])
-                total.add_(both[0])
-                causal.add_(both[1])
+                _add(total, None, both[0])
+                _add(causal, None, both[1])
             self.scoring.release(index)
 
         self.scoring.backward([hidden], [grad], contract)
@@ -178,11 +178,12 @@ class PathScorer:
 
 
 def _add(sums: Tensor, places: Tensor | None, parts: Tensor) -> None:
-    """Add parts (n, k) to sums (n, N) at k of the N tokens, or at all of them."""
+    """Add parts (n, k), of whatever device, to sums (n, N) at k of the N tokens, or at all of them."""
+    parts = parts.to(sums.device)
     if places is None:
         sums.add_(parts)
     else:
-        sums.index_add_(1, places, parts)
+        sums.index_add_(1, places.to(sums.device), parts)
 
 
 def _stack(matrices: list[Tensor], on_input: bool) -> _Stack:

@@ -137,7 +137,7 @@ def watched(clock: Clock, light: bool) -> ExitStack:
         (prepare, "find_model", START),
         (prepare, "load_tokenizer", START),
         (identity, "model_digest", START),
-        (spec, "load_model", START),
+        (spec, "load_placed", START),
         (loop, "write_beside", START),
         (prepare, "tokenise", "read, tokens"),
         (shards, "write_values", "write values"),

@@ -335,7 +335,7 @@ def test_bad_rows_are_all_listed_before_a_model_is_loaded(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(spec, "load_model", load)
+    monkeypatch.setattr(spec, "load_placed", load)
     records: list[Any] = token_records(6)
     records[1] = "[1, 2]"
     records[3] = {"text": "words"}

@@ -20,6 +20,15 @@ def test_selected_rows_are_those_at_the_positions(positions: list[int], where: l
     assert (list(range(len(positions))) if places is None else places.tolist()) == [positions.index(p) for p in both]
 
 
+def test_tensors_of_another_device_are_selected_there() -> None:
+    """Of two devices that there are everywhere."""
+    chosen, meta = Selection(torch.tensor([1, 4, 5]), 8), torch.device("meta")
+    _, (found,) = chosen.rows(None, torch.empty(8, 3, device=meta))
+    assert (found.shape, found.device) == ((3, 3), meta)
+    _, (found,) = chosen.rows(None, torch.arange(8.0)[:, None])
+    assert found.flatten().tolist() == [1, 4, 5]
+
+
 def test_where_every_position_is_selected_nothing_is_copied() -> None:
     x = torch.randn(4, 2)
     places, (found,) = Selection(torch.arange(4), 4).rows(None, x)

@@ -7,10 +7,11 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows
+from tiny import left_out, tiny_model, tiny_rows
 from tiny_files import quiet
 from torch import nn
 
+from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.blocks import LinearMap, linear_maps, unwrapped
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.errors import ModelError
@@ -152,3 +153,82 @@ def test_a_subclass_that_computes_otherwise_is_refused_by_name() -> None:
     model.model.layers[3].mlp.down_proj = Doubled(24, 16, dtype=torch.float64)
     with pytest.raises(ModelError, match=r"mlp\.down_proj\.weight \(16x24\) is a weight of .*Doubled, which cannot"):
         ScoringModel(model, 1)
+
+
+class Quantised(torch.Tensor):
+    """A weight as libraries of quantisation make them: an nn.Linear holds it, and it dispatches what meets it."""
+
+    @staticmethod
+    def __new__(cls, numbers: Any) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+
+    def __init__(self, numbers: Any) -> None:
+        self.numbers = numbers.mul(127).to(torch.int8)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        plain = [x.numbers.float() / 127 if isinstance(x, Quantised) else x for x in args]
+        return func(*plain, **(kwargs or {}))
+
+
+class Own(nn.Parameter):
+    """A parameter of a kind of its own."""
+
+
+def with_weight(weight: Any, block: int = 3) -> Any:
+    model = tiny_model("llama", dtype=torch.float32)
+    linear = model.model.layers[block].mlp.up_proj
+    linear._parameters["weight"] = weight(linear.weight.detach())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        (lambda w: nn.Parameter(Quantised(w), requires_grad=False), "Quantised, torch.float32"),
+        (Own, "Own, torch.float32"),
+        (lambda w: nn.Parameter(w.to(torch.int8), requires_grad=False), "Parameter, torch.int8"),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused_by_name(weight: Any, kind: str) -> None:
+    said = rf"LlamaForCausalLM: model\.layers\.3\.mlp\.up_proj\.weight is no plain tensor .*\({kind}\).* quantised"
+    with pytest.raises(ModelError, match=said) as error:
+        ScoringModel(with_weight(weight), 1)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match=said):
+        Trainee(with_weight(weight), 1, "linear")
+
+
+def test_quantised_weights_below_the_blocks_that_score_are_none_of_theirs() -> None:
+    model = with_weight(lambda w: nn.Parameter(Quantised(w), requires_grad=False), block=1)
+    assert len(ScoringModel(model, 1).maps) == 7
+
+
+def test_torchao_is_refused_in_the_blocks_that_score() -> None:
+    torchao: Any = pytest.importorskip("torchao.quantization")
+    model = tiny_model("llama", dtype=torch.float32)
+    torchao.quantize_(model.model.layers[3], torchao.Int8WeightOnlyConfig())
+    with pytest.raises(ModelError, match=r"model\.layers\.3\.self_attn\.q_proj\.weight is no plain tensor"):
+        ScoringModel(model, 1)
+
+
+IN_MEMORY = {"layers.3.mlp": r"model\.layers\.3\.mlp\.\w+\.weight", "embed_tokens": "the weight of its embeddings"}
+
+
+@pytest.mark.parametrize("part", IN_MEMORY)
+def test_blocks_that_score_and_embeddings_have_to_be_in_memory(part: str) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    left_out(model.model.get_submodule(part))
+    said = rf"LlamaForCausalLM: {IN_MEMORY[part]} is on no device \(meta\).*--trunk-device cpu or disk"
+    with pytest.raises(ModelError, match=said) as error:
+        ScoringModel(model, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_with_all_parameters_whatever_lies_around_the_blocks_has_to_be_there_too() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    left_out(model.lm_head)
+    with pytest.raises(ModelError, match=r"lm_head\.weight is on no device \(meta\)"):
+        ScoringModel(model, 2, "all")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, left_out, tiny_model
 
 from alphatoken_curate.engine.capture import ScoringModel, captured
 from alphatoken_curate.errors import ModelError
@@ -33,6 +33,18 @@ def test_the_prefix_needs_no_graph_and_the_trunk_keeps_none() -> None:
         scoring.backward([hidden], [torch.ones_like(hidden)], lambda index, *_: seen.append(index))
     assert sorted(seen) == list(range(len(scoring.maps)))
     assert not any(p.requires_grad for p in scoring.model.parameters())
+
+
+def test_what_is_named_after_a_weight_goes_where_that_is() -> None:
+    scoring = ScoringModel(tiny_model("mixtral"), 2, "all")
+    left_out(scoring.model.model.layers[2])
+    scoring.rest = {name: scoring.model.get_parameter(name) for name in scoring.rest}
+    names = [f"{before}{name}{behind}" for name in scoring.names for before in ("", "3 ") for behind in ("", ".part")]
+    found = scoring.near({name: torch.zeros(1) for name in (*names, "lent", "tokens")})
+    assert list(found) == [*names, "lent", "tokens"]
+    on_meta = {name for name, x in found.items() if x.device.type == "meta"}
+    assert on_meta == {name for name in names if "model.layers.2." in name} and len(on_meta) < len(names)
+    assert scoring.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("turned", [True, False])

@@ -127,7 +127,13 @@ CASES: dict[str, dict[str, Any]] = {
     "reference": {"reference": True},
     "influence": {"reference": True, "estimator": "influence"},
     "both": {"estimator": "exact+influence", "layers": "all"},
-    "generate": {"reference": True, "fisher": "generate", "fisher_new_tokens": 4, "fisher_rows": 8},
+    "generate": {
+        "reference": True,
+        "fisher": "generate",
+        "fisher_new_tokens": 4,
+        "fisher_rows": 8,
+        "dtype": "bfloat16",
+    },
     "retention": {"retention": True, "precondition": "adam", "precondition_rows": 20},
     "lookahead": {"drift": "lookahead", "lookahead_lr": 0.1, "lookahead_rows": 9, "precondition": "ekfac"},
 }

@@ -31,6 +31,7 @@ _BY = "read only with --direction rehearsal and --rehearse-optimizer"
 
 CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"target_rows": 3}, {"target": "t.jsonl"}, "read only without --target"),
+    ({"trunk_device": "cpu"}, {"device": "cpu"}, "read only beside another --device"),
     ({"window": 3}, {"estimator": "exact"}, "read only with --estimator published"),
     ({"window": 3}, {"estimator": "influence"}, "read only with --estimator published"),
     ({"window": 3}, {"estimator": "exact+influence"}, "read only with --estimator published"),
@@ -53,6 +54,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 PLAYS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"target_rows": 3}, {}, "sft"),
+    ({"trunk_device": "cpu"}, {}, "sft"),
+    ({"trunk_device": "disk"}, {"device": "cpu"}, "sft"),
     ({"window": 3}, {}, "sft"),
     ({"fisher": "empirical"}, {"retention": "r.jsonl", "drift": "weights"}, "sft"),
     ({"fisher_rows": 3}, {}, "sft"),

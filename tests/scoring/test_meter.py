@@ -81,3 +81,22 @@ def test_memory_of_a_card() -> None:
     assert meter.peak() >= before + 64 * MIB
     meter.begin()
     assert meter.peak() == before
+
+
+def test_of_several_cards_memory_is_added_and_the_fullest_has_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, waited = [], []
+    known = {
+        "memory_allocated": lambda card: 100 * (1 + card.index),
+        "max_memory_allocated": lambda card: 300 * (1 + card.index),
+        "memory_reserved": lambda card: 500,
+        "mem_get_info": lambda card: (1000 - 400 * card.index, 9000),
+        "reset_peak_memory_stats": begun.append,
+        "synchronize": waited.append,
+    }
+    for name, told in known.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", told)
+    cards = [torch.device("cuda", n) for n in range(2)]
+    meter = Meter(*cards)
+    meter.begin()
+    assert meter.now() > 0 and begun == waited == cards
+    assert (meter.used(), meter.peak(), meter.room()) == (100 + 200, 300 + 600, 600 + 500 - 200)

@@ -43,11 +43,17 @@ from alphatoken_curate import (
     score_tokens,
     verify,
 )
+from alphatoken_curate.directions.generate import sample_answers
 from alphatoken_curate.errors import CurateError
+from alphatoken_curate.models.load import find_model, load_model
+from alphatoken_curate.progress import Silent
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.atomic import TEMPORARY
 from alphatoken_curate.runs.schema import COMPONENTS, SFT, SIGNALS
 from alphatoken_curate.scoring.folder import default_run
+from alphatoken_curate.scoring.prepare import prepare
+from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.spec import spec_of
 from alphatoken_curate.signals.paths import PathScorer
 from alphatoken_curate.tokens.plan import Batch
 
@@ -936,6 +942,20 @@ def test_generated_answers_are_kept_part_by_part(settings: dict[str, Any], targe
     assert contents(made) == before and moments(made)[str(made / "artifacts" / parts[0])] == kept
     other = score(ScoreConfig(**{k: v for k, v in base.items() if k != "fisher_prompts"}), tmp_path / "other").run
     assert (other / "artifacts/fisher.safetensors").read_bytes() != before["artifacts/fisher.safetensors"]
+
+
+def test_a_reference_in_bfloat16_answers_as_it_is(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Captured it computes in float32 where it scores, which its head does not take."""
+    prepared = prepare(ScoreConfig(**settings, fisher="generate", fisher_new_tokens=6, dtype="bfloat16"))
+    reference = ReferencePass(spec_of(prepared, tmp_path / "artifacts", "cpu"))
+    rows: Any = prepared.rows
+    weights = [w.clone() for w in reference.ready(Silent()).weights]
+    found = reference.answers(rows, Silent(), 64)
+    plain = load_model(find_model(settings["reference"]), dtype=torch.bfloat16, device=torch.device("cpu"))
+    wanted = sample_answers(plain, rows, new_tokens=6, seed=0, batch_tokens=64, progress=Silent())
+    assert [row.input_ids.tolist() for row in found] == [row.input_ids.tolist() for row in wanted]
+    assert all(torch.equal(own, w) for own, w in zip(reference.scoring.weights, weights, strict=True))
+    score(ScoreConfig(**settings, fisher="generate", fisher_new_tokens=2, dtype="bfloat16"), tmp_path / "run")
 
 
 def test_a_mixture_of_rows_is_refused(settings: dict[str, Any], folder: Path, tmp_path: Path) -> None:

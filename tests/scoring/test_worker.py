@@ -69,7 +69,7 @@ def test_what_is_not_of_batches_is_not_tried_again() -> None:
         done(1, MemoryError(), halves=False)
 
 
-@pytest.mark.parametrize("what", ["load_model", "ScoringModel", "drift_direction"])
+@pytest.mark.parametrize("what", ["load_placed", "ScoringModel", "drift_direction"])
 def test_memory_that_runs_out_before_any_batch_is_no_matter_of_batches(
     what: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

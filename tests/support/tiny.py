@@ -245,6 +245,13 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64
     return model.eval()
 
 
+def left_out(module: torch.nn.Module) -> None:
+    """Take the weights of a module away: they are on torch's device meta, as where a loader left them on disk."""
+    for part in module.modules():
+        kept = {name: p for name, p in part._parameters.items() if p is not None}
+        part._parameters.update({name: torch.nn.Parameter(p.to("meta")) for name, p in kept.items()})
+
+
 def make_row(row_id: int, ids: list[int], responses: list[tuple[int, int]]) -> TokenRow:
     """A row whose tokens first..last-1 respond, for each (first, last)."""
     response = np.zeros(len(ids), dtype=np.bool_)

@@ -18,6 +18,7 @@ from tiny import tiny_model, tiny_rows
 from torch import Tensor
 
 from alphatoken_curate.engine.capture import ScoringModel
+from alphatoken_curate.engine.placement import Placement, place
 from alphatoken_curate.engine.value_rows import find_value_rows
 from alphatoken_curate.signals.influence import InfluenceScorer
 from alphatoken_curate.signals.paths import PathScorer
@@ -65,7 +66,7 @@ def score(model: Any, estimator: str, rows: list[TokenRow], budget: int) -> list
     scoring = ScoringModel(model, LAYERS)
     kinds = [torch.promote_types(m.weight.dtype, torch.float32) for m in scoring.maps]
     moved = [
-        [matrix.to(scoring.device, kind) for matrix, kind in zip(direction, kinds, strict=True)]
+        [x.to(m.weight.device, kind) for x, kind, m in zip(direction, kinds, scoring.maps, strict=True)]
         for direction in directions_of(scoring)
     ]
     scorer: Any = InfluenceScorer(scoring, moved)
@@ -161,3 +162,25 @@ def test_a_prompt_run_as_prefix_changes_nothing(estimator: str) -> None:
     split, whole = scorer.score(batch), scorer.score(replace(batch, start=0))
     for name in ("nll", "direct", "causal"):
         assert_close(getattr(split, name), getattr(whole, name), FLOAT32 / 2)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_trunk_in_memory_of_the_host_changes_no_bit(estimator: str) -> None:
+    rows, model = tiny_rows(), tiny_model("llama").float()
+    place(model, Placement(devices=(CARD,), trunk="cpu"), layers=LAYERS, directions=2)
+    found = score(model, estimator, rows, 45)
+    assert {p.device.type for p in model.model.layers[0].parameters()} == {"cpu"}
+    wanted = score(tiny_model("llama").float().to(CARD), estimator, rows, 45)
+    assert all(torch.equal(joined(found, name), joined(wanted, name)) for name in wanted[0])
+
+
+@pytest.mark.skipif(CARD.type == "cuda" and torch.cuda.device_count() < 2, reason="needs two CUDA cards")
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_over_two_cards_give_what_one_card_gives(family: str, estimator: str) -> None:
+    rows, model = tiny_rows(), tiny_model(family).float()
+    cards = tuple(torch.device(CARD.type, n) for n in range(2))
+    place(model, Placement(devices=cards), layers=LAYERS, directions=2)
+    found, wanted = score(model, estimator, rows, 45), score(tiny_model(family).float().to(CARD), estimator, rows, 45)
+    for name in wanted[0]:
+        assert_close(joined(found, name), joined(wanted, name), FLOAT32)

@@ -304,6 +304,7 @@ INDIFFERENT: dict[str, Any] = {
     "batch_tokens": 77,
     "threads": 3,
     "device": "cpu",
+    "trunk_device": "disk",
     "bad_rows": "quarantine",
     "reuse": "=elsewhere",
     "trust_remote_code": True,
