@@ -111,7 +111,8 @@ def _tried(config: ScoreConfig, progress: Progress, *, estimated: bool) -> tuple
     from alphatoken_curate.models.devices import resolve_device
     from alphatoken_curate.scoring.estimate import StageEstimate, estimate
 
-    progress.note(told_of_models(config, str(resolve_device(config.device))))
+    device = str(resolve_device("auto")) if config.device == "auto" else config.device  # it need not be there
+    progress.note(told_of_models(config, device))
     progress.stage("reading rows", 0)
     if not estimated:
         return prepare(config), None
