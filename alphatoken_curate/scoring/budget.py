@@ -100,8 +100,14 @@ class Budget:
             _check_same(run, stored.fields, fields)
         same = stored is not None and not differing(stored.fields, fields)
         given = plans[0].batch_tokens if plans else None if batch_tokens == "auto" else batch_tokens
-        taken = _taken(threads, self._versions)
-        own = _Record(fields=dict(fields), first=given, threads=threads, taken=taken, versions=self._versions)
+        self._taken_here = taken = _taken(self._versions)
+        own = _Record(
+            fields=dict(fields),
+            first=given,
+            threads=threads,
+            taken=taken if threads is None else None,
+            versions=self._versions,
+        )
         if stored is not None and same and stored.first is not None and (begun or batch_tokens == "auto"):
             begins = replace(own, first=stored.first, shards=stored.shards, tasks=stored.tasks)
             self._record = stored if begun else begins
@@ -128,9 +134,10 @@ class Budget:
         return self._record.threads
 
     @property
-    def threads_taken(self) -> int | None:
-        """The same, or as torch took them where the run was begun: on a machine of other cores, too."""
-        return self._record.threads or self._record.taken
+    def threads_to_take(self) -> int | None:
+        """The same, or as torch took them where the run was begun; None where it takes as many here by itself."""
+        taken = self._record.taken
+        return self._record.threads or (None if taken == self._taken_here else taken)
 
     @property
     def odd_versions(self) -> str:
@@ -223,9 +230,9 @@ def _with(threads: int | None, taken: int | None) -> str:
     return "without it" if taken is None else f"without it, with {taken}"
 
 
-def _taken(threads: int | None, versions: Mapping[str, str]) -> int | None:
-    """Threads that torch takes by itself on a CPU; None where they are named, and of what computes elsewhere."""
-    if threads is not None or versions.get("device") != "cpu":
+def _taken(versions: Mapping[str, str]) -> int | None:
+    """Threads that torch takes by itself on a CPU; None of what computes elsewhere."""
+    if versions.get("device") != "cpu":
         return None
     import torch
 

@@ -127,7 +127,7 @@ def settle(stages: Stages, missing: Sequence[int]) -> None:
     """Begin with an engine, and settle the budget by what it can do."""
     if odd := stages.budget.odd_versions:
         stages.progress.warn(f"Computed with {odd}: values may round otherwise than those that are there.")
-    stages.engine.begin(stages.spec, stages.budget.threads_taken)
+    stages.engine.begin(stages.spec, stages.budget.threads_to_take)
     stages.budget.decide(partial(_budget, stages, missing))
 
 
@@ -144,7 +144,7 @@ def directed(stages: Stages, *, made: bool = False) -> Iterator[Stages]:
         return
     stages.engine.close()
     with closing(Here(RehearsalScorer(stages.spec, stages.job))) as here:
-        here.begin(stages.spec, stages.budget.threads_taken)
+        here.begin(stages.spec, stages.budget.threads_to_take)
         rehearsed = replace(stages, engine=here)
         if not made:
             rehearsed.rehearsal()

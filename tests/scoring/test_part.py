@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import subprocess
 import sys
@@ -222,7 +223,8 @@ def test_the_lines_for_slurm_make_the_same_run(settings: dict[str, Any], tmp_pat
     (tmp_path / "my" / "model").symlink_to(settings["model"])
     lines = lines.replace("alphatoken-curate", f"{sys.executable} -m alphatoken_curate")
     lines = lines.replace("-o runs/mine", "--rows-per-shard 7 -o runs/mine")
-    subprocess.run(["bash", "-euc", _SBATCH + lines], cwd=tmp_path, check=True, capture_output=True)
+    alike = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # a run keeps how many it was made by
+    subprocess.run(["bash", "-euc", _SBATCH + lines], cwd=tmp_path, env=alike, check=True, capture_output=True)
     config = {"data": "data.jsonl", "target": "task.jsonl", "model": "my/model", "rows_per_shard": 7}
     with contextlib.chdir(tmp_path):
         score(ScoreConfig(**config), "whole")
