@@ -82,6 +82,7 @@ class Budget:
     ) -> None:
         self.path = run / "artifacts" / (f"run-{generation:05d}.json" if generation else NAME)
         self._plans, self._writes, self.generation = plans, writes, generation
+        self._noted: dict[str, Plan] = {}
         stored = self._read()
         if generation and stored is not None and differing(stored.fields, fields):
             stored = None  # of another checkpoint, of whose shards none was finished: the number is free
@@ -128,12 +129,25 @@ class Budget:
         if self._record.first is None:
             raise RuntimeError("--batch-tokens auto is used before it is settled by decide()")
         planned = self._plans[shard] if shard is not None and shard < len(self._plans) else None
-        return self._record.shards.get(str(shard)) or planned or Plan(batch_tokens=self._record.first)
+        noted = self._noted.get(str(shard)) or self._record.shards.get(str(shard))
+        return noted or planned or Plan(batch_tokens=self._record.first)
 
     def note(self, shard: int, plan: Plan) -> None:
-        """Write down the plan of a shard, where it is another than it was begun with: it is made again by the same."""
-        if plan != self.plan(shard):
-            self._record = replace(self._record, shards={**self._record.shards, str(shard): plan})
+        """Note the plan of a shard, where it is another than it was begun with: it is made again by the same.
+
+        They are written down once there are an eighth more than were, and by `flush`: all of them are written each
+        time. A shard that is there says itself how it was made, should this process end before.
+        """
+        if self._record.first is not None and plan != self.plan(shard):
+            self._noted[str(shard)] = plan
+            if 8 * len(self._noted) > len(self._record.shards):
+                self.flush()
+
+    def flush(self) -> None:
+        """Write down what is noted and not written."""
+        if self._noted:
+            self._record = replace(self._record, shards={**self._record.shards, **self._noted})
+            self._noted.clear()
             self._write()
 
     def _write(self) -> None:

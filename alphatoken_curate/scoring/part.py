@@ -59,7 +59,7 @@ def part_of_rows(config: ScoreConfig, part: str, folder: Path, listener: Progres
         about, writes = spec.store.fields, share is None
         budget = Budget(folder, about, config.batch_tokens, listener, threads=config.threads, writes=writes)
         stages = Stages(job=job, spec=spec, engine=engine, budget=budget, progress=listener)
-        missing = missing_shards(folder, job, spec)
+        missing = missing_shards(folder, job, spec, budget)
         scored = [index for index in missing if index in mine]
         if share is None:
             tell(prepared, spec, listener, config)

@@ -29,7 +29,7 @@ from alphatoken_curate.runs.fingerprint import Json, fingerprint
 from alphatoken_curate.runs.manifest import Facts, Manifest
 from alphatoken_curate.runs.records import read_records
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
-from alphatoken_curate.runs.shards import ValueRow
+from alphatoken_curate.runs.shards import Shard, ValueRow
 from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring import beside
 from alphatoken_curate.scoring.budget import Budget, older
@@ -119,10 +119,10 @@ class Rescored:
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
             made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]
             number = made[0].generation if made else _number(self.folder, stored, about)
-            scored = 0
+            scored: dict[str, Shard] = {}
             if not made:
                 scored = self._score(number, checkpoint, about, watched, engine, progress)
-                write_manifest(self.folder)
+                write_manifest(self.folder, scored)
             mask, now = mask_and_card(self.folder, _mask_config(stored, self.config), stale=bool(scored))
         return RefreshSummary(
             run=self.folder,
@@ -130,7 +130,7 @@ class Rescored:
             generation=number,
             manifest=now,
             mask=mask,
-            shards_scored=scored,
+            shards_scored=len(scored),
             has_stability=has_stability(about),
         )
 
@@ -142,7 +142,7 @@ class Rescored:
         watched: Watched,
         engine: Engine,
         progress: Progress,
-    ) -> int:
+    ) -> dict[str, Shard]:
         stored = manifest.read(self.folder)
         reference = self._checked_reference()
         check_alike(checkpoint.source, reference)
