@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,24 +32,29 @@ from alphatoken_curate.scoring.outcome import check_scored, told_of
 from alphatoken_curate.scoring.prepare import Prepared, prepare
 from alphatoken_curate.scoring.rehearse import RehearsalScorer
 from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.sources import watch_inputs
-from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, spec_of
+from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
 from alphatoken_curate.scoring.stages import Stages
-from alphatoken_curate.scoring.trial import needed_first, tokens_of, tried, untried
+from alphatoken_curate.scoring.trial import needed_first, sample_of, tokens_of, tried, untried
 from alphatoken_curate.scoring.worker import Stage, Task
 from alphatoken_curate.signals.stored import RowResult
-from alphatoken_curate.tokens.plan import cut_of
+from alphatoken_curate.tokens.dealt import Shards, tokens_in
 from alphatoken_curate.wording import count
 
 
 def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: Engine) -> ScoreSummary:
     """Score every row that is not scored yet, write values/, then a mask and train/. Raises as `score`."""
-    prepared, spec = read_all(config, folder, engine, listener)
-    with one_writer(folder, listener.warn), told_of_data(folder, prepared):
+    with ExitStack() as held:
+        place = kept_in(folder, held, listener)
+        prepared, spec = read_all(config, folder, engine, listener, place)
+        place.hold()
+        held.enter_context(told_of_data(folder, prepared))
         mend(folder, listener)
         budget = Budget(folder, spec.store.fields, config.batch_tokens, listener, threads=config.threads)
         tell(prepared, spec, listener, config)
         scored = run_generation(folder, job_of(prepared, spec), spec, engine, budget, listener)
+        place.remove()  # values/ has them all
         if write_beside(folder, prepared, spec.dtype, budget) or scored:
             write_manifest(folder, scored)
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
@@ -57,12 +62,22 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: En
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=len(scored), has_stability=stable)
 
 
-def read_all(config: ScoreConfig, folder: Path, engine: Engine, listener: Progress) -> tuple[Prepared, ScorerSpec]:
-    """All rows that a run is made of, and what scores them. Nothing is written."""
+def kept_in(folder: Path, held: ExitStack, listener: Progress, *, shared: bool = False) -> Place:
+    """Where the rows of a run are kept. The run is held, as by `one_writer`, from when it is first looked into."""
+    writer = one_writer(folder, listener.warn, shared=shared)
+    place = Place(folder, lambda: held.enter_context(writer), writes=not shared)
+    held.callback(place.close)
+    return place
+
+
+def read_all(
+    config: ScoreConfig, folder: Path, engine: Engine, listener: Progress, place: Place
+) -> tuple[Prepared, ScorerSpec]:
+    """All rows that a run is made of, and what scores them. Nothing but rows is written."""
     listener.note(told_of_models(config))
     listener.stage("reading rows", 0)
     watched = watch_inputs(config)
-    prepared = prepare(dated(config, begun_with(folder)))
+    prepared = prepare(dated(config, begun_with(folder)), place, engine.readers())
     check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
     device = engine.device(config.device)
     spec = spec_of(prepared, folder / "artifacts", device, artifacts_of(config.reuse), watched)
@@ -80,7 +95,7 @@ def tell(prepared: Prepared, spec: ScorerSpec, progress: Progress, config: Score
     if prepared.held_out:
         rows = count(len({row.row_id for row in prepared.held_out}), "row is", "rows are")
         progress.note(f"{rows} held out as target: not scored, not in train/. --target names rows of the task instead.")
-    cut = cut_of(prepared.rows)
+    cut = prepared.rows.cut()
     if cut.rows:
         rows, tokens = count(cut.rows, "row is", "rows are"), count(cut.tokens, "token was", "tokens were")
         progress.warn(f"{rows} longer than --max-length {prepared.config.max_length}: {tokens} cut.")
@@ -153,9 +168,7 @@ def missing_shards(run: Path, job: Job, spec: ScorerSpec, budget: Budget) -> lis
         if index >= len(job.shards):
             shards.check_fields(path, shards.read_footer(path), spec.store.fields)
             raise StoredDataError(f"{path}: no shard of this run. Move it away.")
-        of_shard = job.shards[index]
-        rows = sorted(row.row_id for row in (*of_shard.rows, *of_shard.beside))
-        footer = shards.check_rows(path, rows, spec.store.fields)
+        footer = shards.check_rows(path, job.ends(index), spec.store.fields)
         if index < len(named):
             _check_named(run, path, named[index])
         budget.note(index, decode(Facts, dict(footer.facts)).plan)
@@ -165,11 +178,11 @@ def missing_shards(run: Path, job: Job, spec: ScorerSpec, budget: Budget) -> lis
 
 def _budget(stages: Stages, missing: Sequence[int]) -> int:
     """What `--batch-tokens auto` comes to, by a trial where one pays."""
-    rows = [stages.job.shards[index].rows for index in missing]
+    rows = Shards(stages.job.rows, missing)
     if (found := untried(stages.spec, rows)) is not None:
         return found
     what = "trial of --batch-tokens"
-    task = Task(what=what, call=tried, arguments=(rows,), plan=Plan(batch_tokens=LEAST))
+    task = Task(what=what, call=tried, arguments=(sample_of(rows),), plan=Plan(batch_tokens=LEAST))
     stage = Stage(name=what, tokens=tokens_of(rows), of=needed_first(stages.spec, missing), tasks=[task])
     [(_, done)] = stages.engine.run(stage, stages.progress)
     return int(done.result)
@@ -183,12 +196,12 @@ def score_shards(run: Path, stages: Stages, missing: Sequence[int]) -> tuple[dic
         Task(
             what=f"shard {index}",
             call=ShardScorer.score,
-            arguments=(index, job.shards[index].rows),
+            arguments=(index, job.shards[index]),
             plan=budget.plan(index),
         )
         for index in missing
     )
-    tokens = sum(count_tokens(job.shards[index].rows) for index in missing)
+    tokens = tokens_in(Shards(job.rows, missing))
     written: dict[str, Shard] = {}
     largest: Mapping[str, float] = {}
     for n, done in stages.engine.run(Stage(name="scoring", tokens=tokens, of="model", tasks=tasks), stages.progress):
@@ -206,13 +219,13 @@ def recorded(
     job: Job, spec: ScorerSpec, index: int, found: Sequence[RowResult | None], plan: Plan
 ) -> tuple[list[ValueRow], Footer]:
     """What is stored of a shard: one record per row read, or turn of it, in order, whatever became of it."""
-    shard = job.shards[index]
     records = [
         record(row, "failed" if result is None else "scored", result)
-        for row, result in zip(shard.rows, found, strict=True)
+        for row, result in zip(job.shards[index], found, strict=True)
     ]
-    told = replace(job.facts, plan=plan, truncated_rows=shard.cut.rows, truncated_tokens=shard.cut.tokens)
-    ordered = sorted([*records, *shard.beside], key=lambda one: (one.row_id, one.turn))
+    cut = job.cuts[index]
+    told = replace(job.facts, plan=plan, truncated_rows=cut.rows, truncated_tokens=cut.tokens)
+    ordered = sorted([*records, *job.beside(index)], key=lambda one: (one.row_id, one.turn))
     return ordered, Footer(fields=spec.store.fields, facts=told.as_json())
 
 

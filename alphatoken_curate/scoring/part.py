@@ -7,6 +7,7 @@ it scores those that are not. A share is the shards whose number is I modulo N: 
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,11 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts, shards
-from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.engines import Engine
 from alphatoken_curate.scoring.job import job_of
-from alphatoken_curate.scoring.loop import directed, missing_shards, read_all, score_shards, settle, tell
+from alphatoken_curate.scoring.loop import directed, kept_in, missing_shards, read_all, score_shards, settle, tell
 from alphatoken_curate.scoring.rehearse import COLUMNS
 from alphatoken_curate.scoring.stages import Stages
 
@@ -52,10 +52,13 @@ def share_of(part: str) -> tuple[int, int] | None:
 def part_of_rows(config: ScoreConfig, part: str, folder: Path, listener: Progress, engine: Engine) -> PartSummary:
     """Do a part of what `loop.score_rows` does. Raises as `score_part`."""
     share = share_of(part)
-    prepared, spec = read_all(config, folder, engine, listener)
-    job = job_of(prepared, spec)
-    mine = range(0) if share is None else range(share[0], len(job.shards), share[1])
-    with one_writer(folder, listener.warn, shared=share is not None), told_of_data(folder, prepared):
+    with ExitStack() as held:
+        place = kept_in(folder, held, listener, shared=share is not None)
+        prepared, spec = read_all(config, folder, engine, listener, place)
+        job = job_of(prepared, spec)
+        mine = range(0) if share is None else range(share[0], len(job.shards), share[1])
+        place.hold()
+        held.enter_context(told_of_data(folder, prepared))
         about, writes = spec.store.fields, share is None
         budget = Budget(folder, about, config.batch_tokens, listener, threads=config.threads, writes=writes)
         stages = Stages(job=job, spec=spec, engine=engine, budget=budget, progress=listener)

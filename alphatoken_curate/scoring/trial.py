@@ -7,9 +7,11 @@ faster and what its largest batch needs is there. What is tried decides the plan
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 
 from alphatoken_curate.config import ScoreConfig
@@ -26,6 +28,7 @@ from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
 from alphatoken_curate.signals.influence import make_scorer
+from alphatoken_curate.tokens.dealt import columns_in, pick_in, tokens_in
 from alphatoken_curate.tokens.plan import collate, plan_batches
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
@@ -64,7 +67,44 @@ def usual_budget(shards: Shards, device_type: str) -> int:
 def pays(shards: Shards, device_type: str) -> bool:
     """Whether the run is long enough for a trial that gets as far as the usual budget."""
     usual = _USUAL.get(device_type, _USUAL["cpu"])
-    return _largest_batch(shards) > usual and sum(map(count_tokens, shards)) >= SHARE * 2 * usual
+    return _largest_batch(shards) > usual and tokens_in(shards) >= SHARE * 2 * usual
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """The rows that a trial runs on, of all to score; picklable, and as large whatever there are."""
+
+    shards: list[list[AnyRow]]
+    """Some whole ones, for what padding costs."""
+    middling: list[AnyRow]
+    """By width: as many as a batch may hold round the row in the `middle` of all tokens."""
+    middle: int
+    longest: list[AnyRow]
+    """The widest, as many as a batch may hold."""
+    tokens: int
+    """Of all rows."""
+    most: int
+    """The largest budget that makes a difference."""
+
+
+def sample_of(shards: Shards) -> Sample:
+    """What a trial of these rows runs on."""
+    columns = list(columns_in(shards))
+    widths, tokens = (np.concatenate([one[name] for one in columns]) for name in ("width", "tokens"))
+    order, most = np.argsort(widths, kind="stable"), _power(_largest_batch(shards))
+    seen = np.cumsum(tokens[order], dtype=np.int64)
+    middle = int(np.searchsorted(seen, seen[-1] / 2))
+    count = max(1, most // int(widths[order[middle]]))
+    first = max(0, min(middle - count // 2, len(order) - count))
+    step = max(1, len(shards) // _SAMPLED_SHARDS)
+    return Sample(
+        shards=[list(shard) for shard in shards[::step][:_SAMPLED_SHARDS]],
+        middling=pick_in(shards, order[first : first + count].tolist()),
+        middle=middle - first,
+        longest=pick_in(shards, order[-max(1, most // int(widths[order[-1]])) :].tolist()),
+        tokens=int(seen[-1]),
+        most=most,
+    )
 
 
 def untried(spec: ScorerSpec, shards: Shards) -> int | None:
@@ -77,15 +117,15 @@ def untried(spec: ScorerSpec, shards: Shards) -> int | None:
 
 def tokens_of(shards: Shards) -> int:
     """Most tokens that a trial goes through."""
-    return sum(map(count_tokens, shards)) // SHARE
+    return tokens_in(shards) // SHARE
 
 
-def tried(of: ReferencePass | ShardScorer, shards: Shards, progress: Progress, _: int = 0) -> int:
+def tried(of: ReferencePass | ShardScorer, sample: Sample, progress: Progress, _: int = 0) -> int:
     """The largest budget that pays for these rows, on a model of the shapes of the one that will score them."""
     spec, device = of.spec, torch.device(of.spec.device)
-    trial = Trial(of.scoring, spec.config, spec.directions, shards, Meter(device), progress)
-    first = min(max(_SMALLEST.get(device.type, _SMALLEST["cpu"]), _power(trial.width)), trial.most)
-    found = grow(trial.speed, first, trial.most, trial.affords)
+    trial = Trial(of.scoring, spec.config, spec.directions, sample, Meter(device), progress)
+    first = min(max(_SMALLEST.get(device.type, _SMALLEST["cpu"]), _power(trial.width)), sample.most)
+    found = grow(trial.speed, first, sample.most, trial.affords)
     del trial
     free_memory()
     progress.note(f"--batch-tokens auto: {found}")
@@ -119,18 +159,12 @@ class Trial:
         scoring: ScoringModel,
         config: ScoreConfig,
         directions: int,
-        shards: Shards,
+        sample: Sample,
         meter: Meter,
         progress: Progress,
     ) -> None:
-        self.scoring, self.meter, self.progress = scoring, meter, progress
-        step = max(1, len(shards) // _SAMPLED_SHARDS)
-        self._sample = shards[::step][:_SAMPLED_SHARDS]
-        self._rows = sorted((row for shard in shards for row in shard), key=_width)
-        self._tokens = sum(map(count_tokens, shards))
-        self._middle = _middle(self._rows)
-        self.width = _width(self._rows[self._middle])
-        self.most = _power(_largest_batch(shards))
+        self.scoring, self.meter, self.progress, self.sample = scoring, meter, progress, sample
+        self.width = _width(sample.middling[sample.middle])
         along = blank(scoring, directions)
         self._scorer = make_scorer(scoring, along, config.estimator, config.window, settle=False)
         self._spent, self._last, self._began = 0, 0.0, meter.now()
@@ -140,7 +174,7 @@ class Trial:
     def affords(self, budget: int) -> bool:
         """Whether a step with that budget is worth its tokens and seconds."""
         seconds = self.meter.now() - self._began
-        return self._spent + budget <= self._tokens // SHARE and seconds + 2 * self._last <= SECONDS
+        return self._spent + budget <= self.sample.tokens // SHARE and seconds + 2 * self._last <= SECONDS
 
     def speed(self, budget: int) -> float:
         """Tokens per second that a run with this budget would score; 0 where memory does not last for it."""
@@ -161,18 +195,19 @@ class Trial:
 
     def _padding(self, budget: int) -> float:
         """Padded tokens for each token that counts."""
-        return sum(planned(shard, budget)[1] for shard in self._sample) / sum(map(count_tokens, self._sample))
+        shards = self.sample.shards
+        return sum(planned(shard, budget)[1] for shard in shards) / sum(map(count_tokens, shards))
 
     def _typical(self, budget: int) -> list[AnyRow]:
         """Rows of middling length that fill a batch."""
-        count = max(1, budget // self.width)
-        first = max(0, min(self._middle - count // 2, len(self._rows) - count))
-        rows = self._rows[first : first + count]
+        count, middling = max(1, budget // self.width), self.sample.middling
+        first = max(0, min(self.sample.middle - count // 2, len(middling) - count))
+        rows = middling[first : first + count]
         return [rows[i] for i in plan_batches(rows, budget)[0]]
 
     def _longest(self, budget: int) -> list[AnyRow]:
         """The rows of a run's largest batch."""
-        rows = self._rows[-max(1, budget // 2) :]
+        rows = self.sample.longest
         return [rows[i] for i in plan_batches(rows, budget)[0]]
 
     def _fits(self, rows: list[AnyRow], budget: int) -> bool:
@@ -237,19 +272,9 @@ def _padded(rows: Sequence[AnyRow]) -> int:
 
 def _largest_batch(shards: Shards) -> int:
     """Padded tokens of a shard in one batch, where that is the largest."""
-    return max(map(_padded, shards), default=0)
+    return max((len(one) * int(one["width"].max(initial=0)) for one in columns_in(shards)), default=0)
 
 
 def _power(count: int) -> int:
     """The least power of two that is not below."""
     return 1 << max(0, count - 1).bit_length()
-
-
-def _middle(rows: Sequence[AnyRow]) -> int:
-    """Index of the row that has half of all tokens in rows before it."""
-    half, seen = count_tokens(rows) / 2, 0
-    for index, row in enumerate(rows):
-        seen += count_tokens([row])
-        if seen >= half:
-            return index
-    return 0

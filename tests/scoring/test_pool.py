@@ -23,10 +23,11 @@ from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import TEMPORARY
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.scoring import processes
-from alphatoken_curate.scoring.pool import Member, portable
-from alphatoken_curate.scoring.processes import CARDS, Local, cards_of, environment
+from alphatoken_curate.scoring.pool import Member
+from alphatoken_curate.scoring.processes import CARDS, Local, cards_of
 from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spawned import environment, portable
 
 
 @pytest.fixture
@@ -134,6 +135,7 @@ import sys
 import pooled
 from alphatoken_curate.cli.main import main
 from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spawned import environment, portable
 if __name__ == "__main__":
     ShardScorer.score = pooled.scored_never
     sys.argv[0] = "alphatoken-curate"

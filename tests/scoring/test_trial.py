@@ -137,7 +137,7 @@ def scoring(models: dict[str, str]) -> ScoringModel:
 
 def made(scoring: ScoringModel, lengths: list[int], meter: Meter) -> trial.Trial:
     config = ScoreConfig(data="x.jsonl", layers=1)
-    return trial.Trial(scoring, config, 2, [rows(*lengths)], meter, Silent())
+    return trial.Trial(scoring, config, 2, trial.sample_of([rows(*lengths)]), meter, Silent())
 
 
 def sizes(monkeypatch: pytest.MonkeyPatch, meter: Heavy | None = None, most: int = 10**9) -> list[tuple[int, int]]:
@@ -181,7 +181,7 @@ def test_padding_counts_against_a_budget(scoring: ScoringModel) -> None:
 
 def test_memory_that_runs_out_in_the_trial_backs_off(scoring: ScoringModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tried, seen = made(scoring, [8] * 600, Heavy(10**12)), sizes(monkeypatch, most=100)
-    assert grow(tried.speed, 512, tried.most, lambda _: True) == 64
+    assert grow(tried.speed, 512, tried.sample.most, lambda _: True) == 64
     assert max(a * b for a, b in seen) == 512
 
 
