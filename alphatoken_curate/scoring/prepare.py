@@ -33,7 +33,7 @@ R = TypeVar("R", TokenRow, AnyRow)
 TARGET_DRAW, FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW = -1, -2, -3, -4
 """Positions under which the draws of whole rows are keyed; no token has a negative one."""
 
-_DRAWN_AT_ONCE = 1 << 20
+_DRAWN_AT_ONCE = 1 << 16
 """Rows: what is held beside them while some are drawn does not grow with them."""
 
 
@@ -165,34 +165,37 @@ def hold_out(rows: Sequence[AnyRow], most: int, seed: int) -> list[AnyRow]:
     Chats are held out whole: with all their turns.
     """
     rows = rows if isinstance(rows, Rows) else Rows.of(rows)
-    ids = rows.columns["row_id"]
-    firsts = np.flatnonzero(np.diff(ids, prepend=-1))
+    firsts = rows.firsts()
     if len(firsts) < 2:
         raise InputError(
             "Only one row can be scored, and one must be held out as target. Give the task's rows with --target."
         )
-    taken = _drawn(rows.columns[firsts], max(1, min(most, len(firsts) // 10)), seed, TARGET_DRAW)
-    return rows.pick(np.flatnonzero(np.isin(ids, ids[firsts[taken]])).tolist())
+    taken = _drawn(rows.columns, firsts, max(1, min(most, len(firsts) // 10)), seed, TARGET_DRAW)
+    ends = np.append(firsts, len(rows))
+    return rows.pick([place for one in taken for place in range(ends[one], ends[one + 1])])
 
 
 def drawn(rows: Sequence[R], count: int, seed: int, position: int) -> list[R]:
     """At most `count` of the rows, or of their turns, drawn by (seed, row_id and turn, position), in their order."""
+    columns = rows.columns if isinstance(rows, Rows) else columns_of_rows(rows)
+    places = _drawn(columns, range(len(columns)), count, seed, position)
     if isinstance(rows, Rows):
-        return rows.pick(_drawn(rows.columns, count, seed, position).tolist())  # type: ignore[return-value]
-    return [rows[i] for i in _drawn(columns_of_rows(rows), count, seed, position)]
+        return rows.pick(places)  # type: ignore[return-value]
+    return [rows[i] for i in places]
 
 
-def _drawn(columns: Columns, count: int, seed: int, position: int) -> NDArray[np.int64]:
-    """Places of those with the least draws, ascending; of equal ones the first."""
-    least, places = np.empty(0), np.empty(0, np.int64)
-    for start in range(0, len(columns), _DRAWN_AT_ONCE):
-        here = columns[start : start + _DRAWN_AT_ONCE]
-        turns = -here["turn"].astype(np.int64)  # downwards, as the positions of these draws go
-        least = np.concatenate([least, keyed_uniform(seed, here["row_id"], of_turn(position, turns))])
-        places = np.concatenate([places, np.arange(start, start + len(here))])
+def _drawn(columns: Columns, among: NDArray[np.int64] | range, count: int, seed: int, position: int) -> list[int]:
+    """Which of some rows, by their places in `columns`, have the least draws, ascending; of equal ones the first."""
+    least, found = np.empty(0), np.empty(0, np.int64)
+    for start in range(0, len(among), _DRAWN_AT_ONCE):
+        some = np.array(among[start : start + _DRAWN_AT_ONCE], np.int64)
+        turns = -columns["turn"][some].astype(np.int64)  # downwards, as the positions of these draws go
+        draws = keyed_uniform(seed, columns["row_id"][some], of_turn(position, turns))
+        least = np.concatenate([least, draws])
+        found = np.concatenate([found, np.arange(start, start + len(some))])
         first = np.argsort(least, kind="stable")[:count]
-        least, places = least[first], places[first]
-    return np.sort(places)
+        least, found = least[first], found[first]
+    return sorted(found.tolist())
 
 
 def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -> dict[str, Json]:

@@ -166,7 +166,7 @@ class Reader:
         if read.before is not None and read.before.aside == tuple(row.row_id for row in aside):
             return read.before.tokens
         tokens = read.kept.digest(aside)
-        if read.before is None and read.kept.files:
+        if read.before is None and read.kept.tables.files:
             key = self._key([[file.source, file.digest] for file in read.found.files], read.found.day)
             read.kept.commit(key, read.found, read.kind, aside, tokens)
         return tokens

@@ -139,18 +139,34 @@ class Place:
             self._temporary = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tables:
+    """The tokens of each shard: of some in memory, of the others in files of a folder."""
+
+    held: Mapping[int, pa.Table]
+    files: Mapping[int, _File]
+    folder: Path
+
+    def table(self, shard: int) -> pa.Table:
+        """Those of one. Raises StoredDataError where its file is not as it was written."""
+        if shard in self.held:
+            return self.held[shard]
+        return _read(_path(self.folder, shard), self.files[shard])
+
+    def rows(self, shard: int) -> list[AnyRow]:
+        """The rows of one."""
+        return unpack(self.table(shard))
+
+
 class Kept:
     """The tokens of all rows, by shard of `per_shard` of the rows that were read."""
 
-    def __init__(
-        self, columns: Columns, per_shard: int, tables: Mapping[int, pa.Table], files: Mapping[int, _File], folder: Path
-    ) -> None:
-        self._columns, self._per_shard, self._tables, self.files = columns, per_shard, tables, files
-        self._folder = folder
+    def __init__(self, columns: Columns, per_shard: int, tables: Tables) -> None:
+        self._columns, self._per_shard, self.tables = columns, per_shard, tables
 
     def rows(self, read: int) -> Rows:
-        """The rows themselves, of so many that were read."""
-        return Rows(self._columns, lambda shard: unpack(self._table(shard)), read=read, per_shard=self._per_shard)
+        """The rows themselves, of so many that were read. They hold nothing of this."""
+        return Rows(self._columns, self.tables.rows, read=read, per_shard=self._per_shard)
 
     def digest(self, aside: Sequence[AnyRow]) -> str:
         """Digest of the tokens themselves, those of `aside` behind all others.
@@ -159,32 +175,28 @@ class Kept:
         """
         found = hashlib.sha256()
         without = np.unique([row.row_id for row in aside]).astype(np.int64)
-        for shard in sorted({*self._tables, *self.files}):
-            _update(found, token_bytes(self._table(shard), without))
+        for shard in sorted({*self.tables.held, *self.tables.files}):
+            _update(found, token_bytes(self.tables.table(shard), without))
         _update(found, token_bytes(pack(aside), np.empty(0, np.int64)))
         return f"sha256:{found.hexdigest()}"
 
     def commit(self, key: Mapping[str, Json], found: Found, kind: str, aside: Sequence[AnyRow], tokens: str) -> None:
         """Say what the files are, once all are there; where rows are in memory, do nothing."""
-        if not self.files:
+        files, folder = self.tables.files, self.tables.folder
+        if not files:
             return
         columns = pa.table({name: self._columns[name] for name in _COLUMNS.names}, schema=_COLUMNS)
         record = _Record(
             key=key,
             found=found,
             kind=kind,
-            columns=_write(self._folder / _NAME_OF_COLUMNS, columns),
-            shards={str(number): file for number, file in sorted(self.files.items())},
+            columns=_write(folder / _NAME_OF_COLUMNS, columns),
+            shards={str(number): file for number, file in sorted(files.items())},
             aside=tuple(row.row_id for row in aside),
             tokens=tokens,
         )
-        with atomic_file(self._folder / NAME) as sink:
+        with atomic_file(folder / NAME) as sink:
             sink.write(sealed(asdict(record)))
-
-    def _table(self, shard: int) -> pa.Table:
-        if shard in self._tables:
-            return self._tables[shard]
-        return _read(_path(self._folder, shard), self.files[shard])
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -220,7 +232,9 @@ class Shelf:
         if self._open:
             self._settle()
         columns = np.concatenate([np.empty(0, COLUMNS), *self._columns])
-        return Kept(columns, self.per_shard, self._tables, self._files, self._folder or Path())
+        self._columns.clear()
+        tables = Tables(held=self._tables, files=self._files, folder=self._folder or Path())
+        return Kept(columns, self.per_shard, tables)
 
     @property
     def _number(self) -> int:
@@ -264,7 +278,7 @@ class Known:
         columns = np.empty(stored.num_rows, COLUMNS)
         for name in _COLUMNS.names:
             columns[name] = stored[name].to_numpy()
-        return Kept(columns, per_shard, {}, self.files, self.folder)
+        return Kept(columns, per_shard, Tables(held={}, files=self.files, folder=self.folder))
 
 
 def known(place: Place) -> Known | None:

@@ -45,10 +45,12 @@ class Rows(Sequence[AnyRow]):
 
     @classmethod
     def of(cls, rows: Sequence[AnyRow]) -> Rows:
-        """Rows that are in memory, in one shard."""
+        """Rows that are in memory, in one shard, in any order."""
         found = list(rows)
-        read = found[-1].row_id + 1 if found else 0
-        return cls(columns_of_rows(found), lambda _: found, read=read, per_shard=max(1, read))
+        read = max((row.row_id + 1 for row in found), default=1)
+        made = cls(columns_of_rows(found), lambda _: found, read=read, per_shard=read)
+        made._starts = [0, len(found)]
+        return made
 
     def __len__(self) -> int:
         """How many there are, or turns of them."""
@@ -87,6 +89,11 @@ class Rows(Sequence[AnyRow]):
         """What is held of the rows of one shard."""
         return self.columns[self._starts[shard] : self._starts[shard + 1]]
 
+    def firsts(self) -> NDArray[np.int64]:
+        """The places of rows, each by its first turn."""
+        ids = self.columns["row_id"]
+        return np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]])[: len(ids)])
+
     def pick(self, places: Sequence[int]) -> list[AnyRow]:
         """Some rows by their places, in the order these are given in; each shard is read once."""
         return _picked(self.shards, self._starts, places)
@@ -94,8 +101,10 @@ class Rows(Sequence[AnyRow]):
     def without(self, row_ids: Sequence[int]) -> Rows:
         """All rows but these."""
         taken = np.union1d(self.taken, np.array(row_ids, np.int64))
-        left = self.columns[~np.isin(self.columns["row_id"], taken)]
-        return Rows(left, self._load, read=self.read, per_shard=self.per_shard, without=taken)
+        ids, left = self.columns["row_id"], np.ones(len(self), np.bool_)
+        for start, end in zip(*(np.searchsorted(ids, taken, side) for side in ("left", "right")), strict=True):
+            left[start:end] = False
+        return Rows(self.columns[left], self._load, read=self.read, per_shard=self.per_shard, without=taken)
 
     def cut(self, shard: int | None = None) -> Cut:
         """What was cut off the rows of a shard, or of all."""
