@@ -288,7 +288,7 @@ print(peak_of_process() - before)
 
 @pytest.mark.long
 def test_memory_does_not_grow_with_rows(models: dict[str, str], tmp_path: Path) -> None:
-    """From 20 to 200 thousand: 24 bytes of each are held, for moments four times that; as objects they would be 1,000."""
+    """From 20 to 200 thousand: 24 bytes of each are held, four times that for moments; as objects 1,000."""
     found = []
     for rows in (20_000, 200_000):
         command = [sys.executable, "-c", _MEASURED, str(tmp_path), models["base"], str(rows)]
