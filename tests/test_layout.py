@@ -25,14 +25,14 @@ ORDER = """
         blocks caches placement capture value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs beside columns read
     tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
-        speller tokenise plan draws
+        speller tokenise plan packed dealt draws
     directions: losses selection target fisher generate precondition drift parameters
         optimisers trainee shelves rehearsal groups sums
     signals: paths influence composite preference stored rehearsed student
     masks: language expression criteria formulas choose always responses ranked remask mask
-    scoring: budget meter folder named identity sources prepare idle outcome spec reference scorer trial job rehearse
-        worker engines pool processes cluster stages beside changes loop part refresh watch memory estimate check
-        finished score
+    scoring: budget meter folder named identity sources spawned tokenising shelf reader prepare idle outcome spec
+        reference scorer trial job rehearse worker engines pool processes cluster stages beside changes loop part
+        refresh watch memory estimate check finished score
     reading: words published scan rules verify publish row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
@@ -261,6 +261,8 @@ def test_every_source_module_has_its_tests() -> None:
         "scoring.loop": "scoring/test_score",
         "scoring.engines": "scoring/test_pool",
         "scoring.processes": "scoring/test_pool",
+        "scoring.spawned": "scoring/test_pool",
+        "scoring.reader": "scoring/test_prepare",
         "scoring.cluster": "scoring/test_cluster",
         "scoring.stages": "scoring/test_score",
         "scoring.watch": "scoring/test_refresh",

@@ -276,16 +276,16 @@ def _is_whole(mask: Mask, lengths: Mapping[int, int]) -> bool:
     return ascend and {lengths.get(number) for number in mask.generations} == {len(mask.shards)}
 
 
-def rebuild(run: Path) -> Manifest:
+def rebuild(run: Path, known: Mapping[str, Shard] = {}) -> Manifest:
     """The manifest that the files on disk make. A run ends by writing it; a lost one comes back the same.
 
     Generations and masks that were begun and not finished are left out. Raises `StoredDataError` where no generation
-    is whole, or a shard is damaged or was made with other settings than those beside it.
+    is whole, or a shard is damaged or was made with other settings than those beside it. `known`: as `facts_of`.
     """
     generations: list[Generation] = []
     newest: tuple[int, Facts, Counts] | None = None
     for number, folder in _numbered(run / "values", r"generation=(0|[1-9][0-9]*)"):
-        group = _group(folder)
+        group = _group(folder, known)
         told = [_facts_in(Facts, folder, footer) for footer, _ in group]
         counts = _counts([footer.counts for footer, _ in group], told)
         if group and counts.read == sum(item.rows for item in told[0].inputs):
@@ -303,7 +303,7 @@ def rebuild(run: Path) -> Manifest:
         counts=counts,
         files=tuple(_files(run)),
         generations=tuple(generations),
-        masks=tuple(_masks(run, {g.generation: len(g.shards) for g in generations})),
+        masks=tuple(_masks(run, {g.generation: len(g.shards) for g in generations}, known)),
         told=first.told,
     )
 
@@ -326,11 +326,11 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def _group(folder: Path) -> list[tuple[Footer, Shard]]:
+def _group(folder: Path, known: Mapping[str, Shard]) -> list[tuple[Footer, Shard]]:
     """All shards of a folder in order, up to the first that is missing. Raises where one is of another making."""
     paths = shards.listed(folder)
     whole = [paths[i] for i in range(len(paths)) if i in paths]
-    group = [shards.facts_of(path) for path in whole]
+    group = [shards.facts_of(path, known) for path in whole]
     for path, (footer, _) in zip(whole, group, strict=True):
         if names := differing(group[0][0].fields, footer.fields):
             raise StoredDataError(f"{path}: made with other {', '.join(names)} than the first shard beside it")
@@ -371,9 +371,9 @@ def _files(run: Path) -> list[File]:
     return [file_of(run, name) for name in names if _FILE.fullmatch(name)]
 
 
-def _masks(run: Path, lengths: Mapping[int, int]) -> Iterator[Mask]:
+def _masks(run: Path, lengths: Mapping[int, int], known: Mapping[str, Shard]) -> Iterator[Mask]:
     for number, folder in _numbered(run / "train", r"mask=([0-9]{4}|[1-9][0-9]{4,})"):
-        group = _group(folder)
+        group = _group(folder, known)
         if group:
             mask = mask_of(number, folder, group)
             if _is_whole(mask, lengths):

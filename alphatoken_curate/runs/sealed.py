@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 _PREFIX = "alphatoken_curate."
 _CHUNK = 1 << 20
+_FRAME = 8
+"""Bytes behind a Parquet footer: its length, and the mark of the format."""
 _READ_ERRORS = (OSError, pa.ArrowException, ValueError, KeyError, UnicodeError)
 
 
@@ -87,6 +89,12 @@ def about(path: Path, metadata: pq.FileMetaData) -> dict[str, Any]:
     if told["counts"]["rows"] != metadata.num_rows:
         raise damaged(path, "its number of rows is not as it was written")
     return told
+
+
+def check_size(path: Path, metadata: pq.FileMetaData, body: Mapping[str, Any]) -> None:
+    """Raise `StoredDataError` where there is more or less before the footer than was written."""
+    if path.stat().st_size != body["bytes"] + metadata.serialized_size + _FRAME:
+        raise damaged(path, "its size is not as it was written")
 
 
 def check_body(path: Path, body: Mapping[str, Any]) -> tuple[int, str]:

@@ -301,19 +301,27 @@ def _with_nulls(table: pa.Table, schema: pa.Schema, absent: Mapping[str, str]) -
     return table
 
 
-def check_rows(path: Path, row_ids: Sequence[int]) -> None:
-    """Raise `StoredDataError` where a shard found on disk begins or ends with other rows than these, which ascend."""
+def check_rows(path: Path, row_ids: Sequence[int], fields: Mapping[str, Json] | None = None) -> Footer:
+    """Raise `StoredDataError` where a shard found on disk begins or ends with other rows than these, which ascend.
 
-    def ends(file: pq.ParquetFile) -> tuple[int, ...]:
+    Returns what it says of itself; its pages are not read. `fields`: as `check_fields`, before that.
+    """
+
+    def looked_at(file: pq.ParquetFile) -> tuple[Footer, tuple[int, ...]]:
+        about = sealed.about(path, file.metadata)
+        sealed.check_size(path, file.metadata, about["body"])
         if not file.metadata.num_rows:
-            return ()
+            return _footer(about), ()
         found = file.metadata.row_group(0).column(0).statistics
-        return found.min, found.max
+        return _footer(about), (found.min, found.max)
 
-    found, wanted = sealed.opened(path, ends), (*row_ids[:1], *row_ids[-1:])
+    (footer, found), wanted = sealed.opened(path, looked_at), (*row_ids[:1], *row_ids[-1:])
+    if fields is not None:
+        check_fields(path, footer, fields)
     if found != wanted:
         told = [" to ".join(map(str, one)) or "none" for one in (found, wanted)]
         raise sealed.damaged(path, f"it holds rows {told[0]}, not {told[1]}: it was swapped or copied")
+    return footer
 
 
 def read_footer(path: Path) -> Footer:
@@ -321,8 +329,13 @@ def read_footer(path: Path) -> Footer:
     return _footer(sealed.opened(path, lambda file: sealed.about(path, file.metadata)))
 
 
-def facts_of(path: Path) -> tuple[Footer, Shard]:
-    """Footer and facts of a file found on disk, all of its bytes checked. Raises as `read_footer`."""
+def facts_of(path: Path, known: Mapping[str, Shard] = {}) -> tuple[Footer, Shard]:
+    """Footer and facts of a file found on disk, all of its bytes checked unless it is `known`. Raises as `read_footer`.
+
+    `known`: files by `name_in_run` that are as they were written.
+    """
+    if (shard := known.get(name_in_run(path))) is not None:
+        return read_footer(path), shard
 
     def checked(file: pq.ParquetFile) -> tuple[Footer, Shard]:
         about = sealed.about(path, file.metadata)
@@ -343,16 +356,28 @@ def committed(folder: Path, fields: Mapping[str, Json]) -> dict[int, Shard]:
     """
     found: dict[int, Shard] = {}
     for index, path in listed(folder).items():
-        footer, shard = facts_of(path)
-        names = differing(footer.fields, fields)
-        if names:
-            raise FingerprintError(
-                f"{path}: made with other {', '.join(names)}; use the settings it was made with, or another run folder",
-                names,
-                footer.fields,
-            )
-        found[index] = shard
+        footer, found[index] = facts_of(path)
+        check_fields(path, footer, fields)
     return found
+
+
+def check_fields(path: Path, footer: Footer, fields: Mapping[str, Json]) -> None:
+    """Raise `FingerprintError`, which names the fields that differ, where a shard was made from other fields."""
+    if names := differing(footer.fields, fields):
+        raise FingerprintError(
+            f"{path}: made with other {', '.join(names)}; use the settings it was made with, or another run folder",
+            names,
+            footer.fields,
+        )
+
+
+def untouched(path: Path, shard: Shard, since: Path) -> bool:
+    """Whether a file has the size of `shard`, and was neither written nor copied after `since` was written."""
+    try:
+        found, then = path.stat(), since.stat()
+    except OSError:
+        return False
+    return found.st_size == shard.bytes and max(found.st_mtime_ns, found.st_ctime_ns) < then.st_mtime_ns
 
 
 def listed(folder: Path) -> dict[int, Path]:

@@ -89,6 +89,7 @@ class Budget:
     ) -> None:
         self.path = run / "artifacts" / (f"run-{generation:05d}.json" if generation else NAME)
         self._plans, self._writes, self.generation, self._versions = plans, writes, generation, dict(versions or {})
+        self._noted: dict[str, Plan] = {}
         stored = self._read()
         if generation and stored is not None and differing(stored.fields, fields):
             stored = None  # of another checkpoint, of whose shards none was finished: the number is free
@@ -158,17 +159,31 @@ class Budget:
         if isinstance(of, str):
             return self._record.tasks.get(of) or Plan(batch_tokens=self._record.first)
         planned = self._plans[of] if of is not None and of < len(self._plans) else None
-        return self._record.shards.get(str(of)) or planned or Plan(batch_tokens=self._record.first)
+        noted = self._noted.get(str(of)) or self._record.shards.get(str(of))
+        return noted or planned or Plan(batch_tokens=self._record.first)
 
     def note(self, of: int | str, plan: Plan) -> None:
-        """Write down the plan of a task, where it is another than it was begun with: it is made again by the same."""
-        if plan == self.plan(of):
+        """Note the plan of a task, where it is another than it was begun with: it is made again by the same.
+
+        Those of shards are written down once there are an eighth more than were, and by `flush`: all of them are
+        written each time. A shard that is there says itself how it was made, should this process end before.
+        """
+        if self._record.first is None or plan == self.plan(of):
             return
         if isinstance(of, str):
             self._record = replace(self._record, tasks={**self._record.tasks, of: plan})
-        else:
-            self._record = replace(self._record, shards={**self._record.shards, str(of): plan})
-        self._write()
+            self._write()
+            return
+        self._noted[str(of)] = plan
+        if 8 * len(self._noted) > len(self._record.shards):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write down what is noted and not written."""
+        if self._noted:
+            self._record = replace(self._record, shards={**self._record.shards, **self._noted})
+            self._noted.clear()
+            self._write()
 
     def _refuse_threads(self, threads: int | None, run: Path, progress: Progress) -> None:
         begun = _with(self.threads, self._record.taken)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def _stored(run: Path, kind: str) -> tuple[dict[str, list[_Line]], dict[str, int
 def _prepared(prepared: Prepared) -> dict[str, list[_Line]]:
     """By source: all rows as they are now, in order."""
     rows: dict[int, tuple[str, _Line]] = {}
-    for row_id, group in groupby((*prepared.rows, *prepared.held_out), key=lambda row: row.row_id):
+    for row_id, group in groupby(chain(prepared.rows, prepared.held_out), key=lambda row: row.row_id):
         turns = [one for row in group for one in branches(row)]
         key = _key(turns[0].id, [(one.input_ids, one.response) for one in turns])
         rows[row_id] = (turns[0].source, _Line(line=turns[0].line, key=key))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ from alphatoken_curate.rows.read import BadRow
 from alphatoken_curate.runs.schema import components
 from alphatoken_curate.scoring.named import check_named, told_of_models
 from alphatoken_curate.scoring.prepare import Prepared, prepare
-from alphatoken_curate.tokens.plan import by_shard, cut_of, response_tokens, sequences
-from alphatoken_curate.tokens.tokenise import AnyRow
+from alphatoken_curate.scoring.shelf import Place
+from alphatoken_curate.tokens.dealt import Shards, tokens_in
+from alphatoken_curate.tokens.plan import response_tokens, sequences
 
 if TYPE_CHECKING:
     from alphatoken_curate.scoring.estimate import Estimate
@@ -65,13 +66,13 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
 
     `estimated`: load the models as well, try each stage on a few batches, and tell what the scoring would take.
     """
-    prepared, found = _tried(config, progress or Silent(), estimated=estimated)
-    rows = prepared.rows
-    lengths = np.array([len(one.input_ids) for one in sequences(rows)])
-    responses = response_tokens(rows)
-    dealt = by_shard(rows, prepared.rows_read, config.rows_per_shard)
-    budget, batches, padded = _planned(config, dealt, found)
-    tokens, cut = int(lengths.sum()), cut_of(rows)
+    with closing(Place()) as place:
+        prepared, found = _tried(config, progress or Silent(), place, estimated=estimated)
+        rows = prepared.rows
+        budget = _budget(config, rows.shards, found)
+        sizes = _sizes(rows.shards, budget)
+    responses = sizes.responses
+    tokens, cut = tokens_in(rows.shards), rows.cut()
     stored = components(config.estimator)
     # Where model and reference are the same, stability is 0 and costs nothing.
     same = config.reference in (None, config.model)
@@ -79,30 +80,32 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
     return CheckSummary(
         kind=prepared.kind,
         rows_read=prepared.rows_read,
-        rows=len({row.row_id for row in rows}),
+        rows=len(np.unique(rows.columns["row_id"])),
         sequences=len(rows),
         target_rows=len({row.row_id for row in prepared.target_rows}),
         held_out=bool(prepared.held_out),
         bad=tuple(prepared.bad),
         tokens=tokens,
         response_tokens=responses,
-        longest=int(lengths.max(initial=0)),
+        longest=sizes.longest,
         truncated_rows=cut.rows,
         truncated_tokens=cut.tokens,
         told=prepared.told,
         read_as=prepared.read_as,
         template_date=prepared.config.template_date,
-        batches=batches,
+        batches=sizes.batches,
         batch_tokens=budget,
-        padding=1 - tokens / padded,
-        shards=len(dealt),
+        padding=1 - tokens / sizes.padded,
+        shards=len(rows.shards),
         value_bytes=round(4 * (len(signals) + (not same)) * responses + _TOKEN_BYTES * tokens),
         train_bytes=round(4 * responses + (_TOKEN_BYTES + _LABEL_BYTES) * tokens),
         estimate=found,
     )
 
 
-def _tried(config: ScoreConfig, progress: Progress, *, estimated: bool) -> tuple[Prepared, Estimate | None]:
+def _tried(
+    config: ScoreConfig, progress: Progress, place: Place, *, estimated: bool
+) -> tuple[Prepared, Estimate | None]:
     """The rows as `score` would have them, and what scoring them would take where that is asked."""
     began = time.perf_counter()
     check_named(config)
@@ -115,22 +118,42 @@ def _tried(config: ScoreConfig, progress: Progress, *, estimated: bool) -> tuple
     progress.note(told_of_models(config, device))
     progress.stage("reading rows", 0)
     if not estimated:
-        return prepare(config), None
+        return prepare(config, place), None
     started = StageEstimate(name="starting", seconds=time.perf_counter() - began)
-    prepared, found = estimate(config, progress)
+    prepared, found = estimate(config, progress, place)
     return prepared, replace(found, stages=(started, *found.stages))
 
 
-def _planned(config: ScoreConfig, dealt: Sequence[Sequence[AnyRow]], found: Estimate | None) -> tuple[int, int, int]:
-    """Tokens of a batch, how many batches there are, and their tokens with padding."""
+def _budget(config: ScoreConfig, shards: Shards, found: Estimate | None) -> int:
+    """Tokens of a batch."""
     from alphatoken_curate.models.devices import resolve_device
-    from alphatoken_curate.scoring.trial import planned, usual_budget
+    from alphatoken_curate.scoring.trial import usual_budget
 
     if found is not None:
-        budget = found.batch_tokens
-    elif config.batch_tokens == "auto":
-        budget = usual_budget(dealt, resolve_device(config.device).type)
-    else:
-        budget = config.batch_tokens
-    batches, padded = (sum(counts) for counts in zip(*(planned(inside, budget) for inside in dealt), strict=True))
-    return budget, batches, padded
+        return found.batch_tokens
+    if config.batch_tokens == "auto":
+        return usual_budget(shards, resolve_device(config.device).type)
+    return config.batch_tokens
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sizes:
+    """Of all rows: the longest sequence, response tokens, and batches with their tokens, padding included."""
+
+    longest: int = 0
+    responses: int = 0
+    batches: int = 0
+    padded: int = 0
+
+
+def _sizes(shards: Shards, budget: int) -> _Sizes:
+    from alphatoken_curate.scoring.trial import planned
+
+    found = _Sizes()
+    for rows in shards:
+        found.longest = max([found.longest, *(len(one.input_ids) for one in sequences(rows))])
+        found.responses += response_tokens(rows)
+        batches, padded = planned(rows, budget)
+        found.batches += batches
+        found.padded += padded
+    return found

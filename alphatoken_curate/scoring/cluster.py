@@ -18,7 +18,8 @@ from typing import Any, Literal
 from alphatoken_curate.errors import CurateError, UsageError
 from alphatoken_curate.scoring.identity import versions
 from alphatoken_curate.scoring.named import check_shared
-from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, portable, unsent
+from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, unsent
+from alphatoken_curate.scoring.spawned import portable
 from alphatoken_curate.scoring.worker import Task, Worker
 
 _PATIENCE = 10.0

@@ -20,6 +20,9 @@ class Engine(Protocol):
     def device(self, name: str) -> str:
         """The device that --device names, where tasks are done. Raises UsageError where there is none."""
 
+    def readers(self) -> int:
+        """Processes of this machine that make tokens of rows, where that takes long."""
+
     def begin(self, spec: ScorerSpec, threads: int | None) -> None:
         """Be ready for the stages of a generation; `threads` of each process on a CPU, None leaves them to torch."""
 
@@ -45,6 +48,10 @@ class Here:
     def device(self, name: str) -> str:
         """As `Engine`."""
         return names_of(devices_of(name))
+
+    def readers(self) -> int:
+        """As `Engine`: this one."""
+        return 1
 
     def begin(self, spec: ScorerSpec, threads: int | None) -> None:
         """As `Engine`."""

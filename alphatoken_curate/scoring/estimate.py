@@ -31,7 +31,7 @@ from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.engine.placement import told
 from alphatoken_curate.errors import CurateError
-from alphatoken_curate.models.devices import devices_of, kind_of, names_of, taking_threads
+from alphatoken_curate.models.devices import devices_of, names_of, taking_threads
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.budget import out_of_memory
@@ -40,11 +40,12 @@ from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECO
 from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.rehearse import at_once, course_of, rehearsal_in, trainee_of
 from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
-from alphatoken_curate.scoring.trial import blank, sampled, tokens_of, tried, untried
+from alphatoken_curate.scoring.trial import blank, sample_of, tokens_of, tried, untried
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
-from alphatoken_curate.tokens.plan import Batch, by_shard, collate, plan_batches, sequences
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
 from alphatoken_curate.wording import count
 
@@ -103,19 +104,23 @@ class Estimate:
         return seconds, self.seconds / (workers * seconds)
 
 
-def estimate(config: ScoreConfig, progress: Progress | None = None) -> tuple[Prepared, Estimate]:
-    """Read the rows and try every stage of their scoring. Loads each model, writes nothing.
+def estimate(
+    config: ScoreConfig, progress: Progress | None = None, place: Place | None = None
+) -> tuple[Prepared, Estimate]:
+    """Read the rows and try every stage of their scoring. Loads each model, writes nothing but rows in `place`.
 
     Raises what `score` raises before it writes, and CurateError where memory does not last for a trial.
     """
     with taking_threads(config.threads):
-        return _estimated(config, devices_of(config.device), progress or Silent())
+        return _estimated(config, place, devices_of(config.device), progress or Silent())
 
 
-def _estimated(config: ScoreConfig, devices: tuple[torch.device, ...], progress: Progress) -> tuple[Prepared, Estimate]:
+def _estimated(
+    config: ScoreConfig, place: Place | None, devices: tuple[torch.device, ...], progress: Progress
+) -> tuple[Prepared, Estimate]:
     meter = Meter(*devices)
     began = meter.now()
-    prepared = prepare(config)
+    prepared = prepare(config, place)
     spec = spec_of(prepared, Path(os.devnull), names_of(devices))  # nothing is kept, and nothing found
     trials = _Trials(prepared, spec, meter, progress)
     trials.stages.append(StageEstimate(name="reading rows", seconds=meter.now() - began))
@@ -136,7 +141,7 @@ class _Trials:
     def __init__(self, prepared: Prepared, spec: ScorerSpec, meter: Meter, progress: Progress) -> None:
         self.prepared, self.spec, self.config, self.meter, self.progress = prepared, spec, spec.config, meter, progress
         self.stages: list[StageEstimate] = []
-        self.shards = by_shard(prepared.rows, prepared.rows_read, self.config.rows_per_shard)
+        self.shards = prepared.rows.shards
         self.budget = 0 if self.config.batch_tokens == "auto" else self.config.batch_tokens
 
     def run(self) -> Estimate:
@@ -177,8 +182,8 @@ class _Trials:
         scoring = self._timed("loading the reference", lambda: reference.scoring)
         self._find_budget(reference)
         if estimates:
-            rows: list[TokenRow] = self.prepared.prompts.rows or [chosen(row) for row in self.prepared.rows]
-            rows = drawn(rows, config.fisher_rows, config.seed, FISHER_DRAW)
+            of: Sequence[AnyRow] = self.prepared.prompts.rows or self.prepared.rows
+            rows = [chosen(row) for row in drawn(of, config.fisher_rows, config.seed, FISHER_DRAW)]
             if config.fisher == "generate":
                 rows = self._answers(reference.answering, rows)
                 scoring = reference.scoring
@@ -243,7 +248,7 @@ class _Trials:
 
     def _rehearsal(self, scoring: ScoringModel) -> None:
         """Two steps there and back, states on disk and all; the others by their tokens, and once more as replayed."""
-        rows, config, target = sequences(self.prepared.rows), self.config, self.prepared.target_rows
+        rows, config, target = sequences([*self.prepared.rows]), self.config, self.prepared.target_rows
         self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
         model = scoring.model
         scoring.release_model()
@@ -272,8 +277,7 @@ class _Trials:
             return
         if (found := untried(self.spec, self.shards)) is None:
             self.progress.stage("trial of --batch-tokens", tokens_of(self.shards))
-            sample = sampled(self.shards, kind_of(self.spec.device))
-            found = self._timed("trial of --batch-tokens", partial(tried, of, sample, self.progress))
+            found = self._timed("trial of --batch-tokens", partial(tried, of, sample_of(self.shards), self.progress))
         self.budget = found
 
     def _answers(self, model: Any, prompts: list[TokenRow]) -> list[TokenRow]:
@@ -309,11 +313,14 @@ class _Trials:
         budget: int = 0,
     ) -> None:
         """Run a stage on a few of its batches, and tell what all of them would take."""
-        rows = [row for shard in shards for row in shard]
-        plan = _planned(shards, budget or self.budget)
-        sizes = [_size(rows, indices) for indices in plan]
+        plan, sizes = list[tuple[int, tuple[int, ...]]](), list[Size]()
+        for number, rows in enumerate(shards):
+            batches = plan_batches(rows, budget or self.budget)
+            plan += [(number, indices) for indices in batches]
+            sizes += [_size(rows, indices) for indices in batches]
         first, probes = choose(sizes)
-        tried = _Tried(self.meter, self.progress, [collate(rows, plan[i]) for i in (*first, *probes)])
+        wanted = [plan[i] for i in (*first, *probes)]
+        tried = _Tried(self.meter, self.progress, [collate(shards[number], indices) for number, indices in wanted])
         self.progress.stage(f"estimate: {name}", tried.tokens)
         began = self.meter.now()
         work(tried.batches)
@@ -368,16 +375,6 @@ def predict(sizes: Sequence[Size], seconds: Mapping[int, float]) -> float:
     rate = low if long > short else sum(each for _, each in known) / len(known)
     least = min(low, high) / 2
     return sum(size.padded * max(least, rate + slope * (size.width - short)) for size in sizes)
-
-
-def _planned(shards: Sequence[Sequence[AnyRow]], budget: int) -> list[tuple[int, ...]]:
-    """Batches of each shard, as indices into the rows of all."""
-    plan: list[tuple[int, ...]] = []
-    before = 0
-    for shard in shards:
-        plan += [tuple(before + i for i in batch) for batch in plan_batches(shard, budget)]
-        before += len(shard)
-    return plan
 
 
 def _size(rows: Sequence[AnyRow], indices: Sequence[int]) -> Size:

@@ -80,12 +80,24 @@ def _is_in_doubt(config: ScoreConfig, model: ModelSource) -> bool:
 
 
 def _is_whole(run: Path, stored: Manifest, fields: Mapping[str, Json]) -> bool:
-    """Whether what the manifest names is as it was written; of the first scoring's shards the footers are looked at."""
+    """Whether what the manifest names is as it was written.
+
+    Of the first scoring's shards the footers are looked at, and all bytes of those that were touched since then.
+    """
     if not all(_is_as_written(run, file) for file in stored.files):
         return False
     first = stored.generations[0]
-    found = shards.committed(shards.values_folder(run, first.generation), fields)
-    return first.generation == 0 and found == dict(enumerate(first.shards))
+    paths = shards.listed(shards.values_folder(run, first.generation))
+    if first.generation or [*paths] != [*range(len(first.shards))]:
+        return False
+    for index, path in paths.items():
+        named = first.shards[index]
+        known = {named.path: named} if shards.untouched(path, named, run / manifest.NAME) else {}
+        footer, found = shards.facts_of(path, known)
+        shards.check_fields(path, footer, fields)
+        if found != named:
+            return False
+    return True
 
 
 def _is_as_written(run: Path, file: File) -> bool:

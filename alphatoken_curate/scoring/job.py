@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,26 +17,23 @@ from alphatoken_curate.scoring.identity import versions
 from alphatoken_curate.scoring.prepare import Prepared
 from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.signals.stored import RowResult
-from alphatoken_curate.tokens.plan import Cut, by_shard, cut_of
+from alphatoken_curate.tokens.dealt import Rows, Shards
+from alphatoken_curate.tokens.plan import Cut, by_shard, shard_ranges
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches
 
 _DIGESTED = ("model", "reference", "tokenizer", "template", "tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ShardRows:
-    """What a shard holds: rows to score, and records of the rows that are not."""
-
-    rows: list[AnyRow]
-    beside: list[ValueRow]
-    cut: Cut
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
     """The rows of a run, dealt out to its shards, and the rows its directions are made from."""
 
-    shards: list[ShardRows]
+    rows: Rows
+    """All rows to score, by row_id; those of a shard are read when they are asked for."""
+    beside: Callable[[int], list[ValueRow]]
+    """By shard: the records of rows that were read and are not scored."""
+    cuts: list[Cut]
+    """By shard: what was cut off its rows."""
     target: list[TokenRow]
     retention: list[TokenRow]
     prompts: list[TokenRow]
@@ -50,19 +47,30 @@ class Job:
         return LAYOUTS[str(self.facts.settings["kind"])]
 
     @property
-    def rows(self) -> list[AnyRow]:
-        """All rows to score, by row_id."""
-        return [row for shard in self.shards for row in shard.rows]
+    def shards(self) -> Shards:
+        """The rows to score of each shard."""
+        return self.rows.shards
+
+    def ends(self, shard: int) -> tuple[int, int]:
+        """The first and the last row_id of a shard: each row that was read is in one."""
+        first, behind = shard_ranges(self.rows.read, self.rows.per_shard)[shard]
+        return first, behind - 1
 
 
 def job_of(prepared: Prepared, spec: ScorerSpec) -> Job:
     """The first scoring of what a user named."""
-    layout, read, each = LAYOUTS[prepared.kind], prepared.rows_read, prepared.config.rows_per_shard
-    beside = [record(row, "target") for row in prepared.held_out]
-    beside += [_rejected(bad, layout) for bad in prepared.bad]
-    dealt = zip(by_shard(prepared.rows, read, each), by_shard(beside, read, each), strict=True)
+    layout, rows = LAYOUTS[prepared.kind], prepared.rows
+    held_out = by_shard(prepared.held_out, rows.read, rows.per_shard)
+    bad = by_shard(prepared.bad, rows.read, rows.per_shard)
+
+    def beside(shard: int) -> list[ValueRow]:
+        targets = [record(row, "target") for row in held_out[shard]]
+        return targets + [_rejected(one, layout) for one in bad[shard]]
+
     return Job(
-        shards=[ShardRows(rows=rows, beside=others, cut=cut_of(rows)) for rows, others in dealt],
+        rows=rows,
+        beside=beside,
+        cuts=[rows.cut(shard) for shard in range(len(rows.shards))],
         target=prepared.target_rows,
         retention=prepared.retention.rows,
         prompts=prepared.prompts.rows,
@@ -118,6 +126,5 @@ def _facts(prepared: Prepared, spec: ScorerSpec) -> Facts:
 
 
 def _inputs(prepared: Prepared) -> Sequence[Input]:
-    sources = {row.row_id: branches(row)[0].source for row in (*prepared.rows, *prepared.held_out)}
-    read = Counter([*sources.values(), *(bad.source for bad in prepared.bad)])
+    read = Counter(prepared.good) + Counter(bad.source for bad in prepared.bad)
     return [Input(source=f.source, digest=f.digest, bytes=f.bytes, rows=read[f.source]) for f in prepared.files]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from alphatoken_curate.config import ScoreConfig
@@ -47,8 +47,7 @@ def check_scored(run: Path, generation: int, told: str) -> None:
     Its shards hold nothing then, and are taken away unless a manifest names them. `told`: of the directions.
     """
     paths = shards.listed(shards.values_folder(run, generation)).values()
-    scored, failed = (_counted(paths, status) for status in ("scored", "failed"))
-    if scored or not failed:
+    if any(_counted(path, "scored") for path in paths) or not (failed := sum(_counted(p, "failed") for p in paths)):
         return
     named = (run / manifest.NAME).is_file() and generation in {x.generation for x in manifest.read(run).generations}
     for path in () if named else paths:
@@ -59,8 +58,8 @@ def check_scored(run: Path, generation: int, told: str) -> None:
     )
 
 
-def _counted(paths: Iterable[Path], status: str) -> int:
-    return sum(shards.read_footer(path).counts.get(status, 0) for path in paths)
+def _counted(path: Path, status: str) -> int:
+    return shards.read_footer(path).counts.get(status, 0)
 
 
 def told_of(config: ScoreConfig, found: Mapping[str, float]) -> str:

@@ -7,6 +7,7 @@ it scores those that are not. A share is the shards whose number is I modulo N: 
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,12 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts, manifest, shards
-from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.scoring.budget import NAME as BUDGET
 from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.engines import Engine
 from alphatoken_curate.scoring.job import job_of
-from alphatoken_curate.scoring.loop import directed, missing_shards, read_all, score_shards, settle, tell
+from alphatoken_curate.scoring.loop import directed, kept_in, missing_shards, read_all, score_shards, settle, tell
 from alphatoken_curate.scoring.rehearse import COLUMNS
 from alphatoken_curate.scoring.stages import Stages
 
@@ -59,10 +59,13 @@ def part_of_rows(config: ScoreConfig, part: str, folder: Path, listener: Progres
     share = share_of(part)
     if share is not None and not (folder / "artifacts" / BUDGET).is_file():
         raise _not_prepared(part, folder)  # before a lock makes the folder
-    prepared, spec = read_all(config, folder, engine, listener)
-    job = job_of(prepared, spec)
-    mine = range(0) if share is None else range(share[0], len(job.shards), share[1])
-    with one_writer(folder, listener.warn, shared=share is not None), told_of_data(folder, prepared):
+    with ExitStack() as held:
+        place = kept_in(folder, held, listener, shared=share is not None)
+        prepared, spec = read_all(config, folder, engine, listener, place)
+        job = job_of(prepared, spec)
+        mine = range(0) if share is None else range(share[0], len(job.shards), share[1])
+        place.hold()
+        held.enter_context(told_of_data(folder, prepared))
         budget = Budget(
             folder,
             spec.store.fields,
@@ -73,7 +76,7 @@ def part_of_rows(config: ScoreConfig, part: str, folder: Path, listener: Progres
             writes=share is None,
         )
         stages = Stages(job=job, spec=spec, engine=engine, budget=budget, progress=listener)
-        missing = missing_shards(folder, job, spec)
+        missing = missing_shards(folder, job, spec, budget)
         scored = [index for index in missing if index in mine]
         if share is None:
             tell(prepared, spec, listener, config)

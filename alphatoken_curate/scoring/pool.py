@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from alphatoken_curate.errors import CurateError, UsageError
 from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.scoring.identity import versions
+from alphatoken_curate.scoring.spawned import cores, portable
 from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.scoring.worker import Done, Stage, Task, Worker
 from alphatoken_curate.wording import count
@@ -96,6 +96,10 @@ class Pool(ABC, Generic[H]):
     @abstractmethod
     def _stop(self, members: Sequence[Member[H]]) -> None:
         """End some workers, whatever they are at."""
+
+    def readers(self) -> int:
+        """As `Engine`: as many as workers, on the cores of this machine; `auto` is one for each."""
+        return cores() if self._asked == "auto" else min(cores(), self._asked)
 
     def begin(self, spec: ScorerSpec, threads: int | None) -> None:
         """As `Engine`. Workers that are there stay, and drop their models."""
@@ -289,17 +293,6 @@ def answer(worker: Worker, which: Any, task: Task, told: Told) -> tuple[str, Any
         return "done", worker.do(which, task, told)
     except Exception as error:
         return "failed", portable(error)
-
-
-def portable(error: Exception) -> Exception:
-    """An error that can be pickled, with where it came from."""
-    where = "".join(traceback.format_exception(error))
-    plain = all(isinstance(part, str | int | float | bytes | None) for part in error.args)
-    if not isinstance(error, CurateError) and (type(error).__module__ != "builtins" or not plain):
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(f"In a worker:\n{where}")
-    error.__cause__ = error.__context__ = None
-    return error
 
 
 def unsent(task: Task, why: str) -> CurateError:

@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import date
-from functools import cached_property
-from itertools import chain
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
-import orjson
+from numpy.typing import NDArray
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.groups import GROUPS
 from alphatoken_curate.errors import InputError, UsageError
-from alphatoken_curate.models.load import (
-    ModelSource,
-    find_model,
-    generation_stops,
-    load_tokenizer,
-    model_config,
-    vocabulary_size,
-)
-from alphatoken_curate.rows.columns import named_columns
+from alphatoken_curate.models.load import ModelSource, find_model
 from alphatoken_curate.rows.files import visible
-from alphatoken_curate.rows.read import BadRow, InputFile, Reading, Row, RowStream, kind_of, refuse
-from alphatoken_curate.rows.shapes import PromptCompletion
+from alphatoken_curate.rows.read import BadRow, InputFile, refuse
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.scoring.identity import Named, fields_of
 from alphatoken_curate.scoring.named import check_named
-from alphatoken_curate.tokens.chat import ChatSettings, Tokenizer
-from alphatoken_curate.tokens.dates import TemplateDay
+from alphatoken_curate.scoring.reader import Read, Reader, SideRows
+from alphatoken_curate.scoring.shelf import Place
+from alphatoken_curate.tokens.chat import Tokenizer
+from alphatoken_curate.tokens.dealt import Rows
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
-from alphatoken_curate.tokens.plan import sequences
-from alphatoken_curate.tokens.tokenise import (
-    NO_TOKENIZER,
-    OUT_OF_VOCABULARY,
-    AnyRow,
-    TokenRow,
-    chosen,
-    tokenise,
-    tokenise_prompts,
-)
+from alphatoken_curate.tokens.packed import Columns, columns_of_rows
+from alphatoken_curate.tokens.tokenise import NO_TOKENIZER, OUT_OF_VOCABULARY, AnyRow, TokenRow, chosen
 from alphatoken_curate.wording import count
 
 R = TypeVar("R", TokenRow, AnyRow)
@@ -53,18 +33,8 @@ R = TypeVar("R", TokenRow, AnyRow)
 TARGET_DRAW, FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW = -1, -2, -3, -4
 """Positions under which the draws of whole rows are keyed; no token has a negative one."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SideRows:
-    """Rows of a file beside DATA: target, retention or prompts. Empty where no file was named."""
-
-    rows: list[TokenRow] = field(default_factory=list)
-    files: list[InputFile] = field(default_factory=list)
-
-    @property
-    def digests(self) -> list[str] | None:
-        """What their files are known by in a fingerprint."""
-        return [file.digest for file in self.files] or None
+_DRAWN_AT_ONCE = 1 << 16
+"""Rows: what is held beside them while some are drawn does not grow with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,8 +47,12 @@ class Prepared:
     kind: str
     files: list[InputFile]
     rows_read: int
-    rows: list[AnyRow]
-    """Rows to score, by row_id."""
+    good: Mapping[str, int]
+    """Rows that are not bad, by the source they are from."""
+    rows: Rows
+    """Rows to score, by row_id; those of a shard are read when they are asked for."""
+    tokens: str
+    """Digest of the tokens of these, and of those that are held out."""
     held_out: list[AnyRow]
     """Rows of DATA set aside as target; empty where --target was given."""
     target: SideRows
@@ -102,16 +76,58 @@ class Prepared:
         return [chosen(row) for row in self.held_out] or self.target.rows
 
 
-def prepare(config: ScoreConfig) -> Prepared:
-    """Read, check and tokenise everything. InputError names all bad rows at once, unless they are quarantined."""
+def prepare(config: ScoreConfig, place: Place | None = None, processes: int = 1) -> Prepared:
+    """Read, check and tokenise everything. InputError names all bad rows at once, unless they are quarantined.
+
+    `place`: where tokens are put that are too many to be held, and where they may be already; without one all are held.
+    `processes`: how many tokenise DATA, where that takes long.
+    """
     check_named(config)
     source = find_model(config.model)
-    reader = _Reader(config, source)
-    found = RowStream(config.data, limit=config.limit, reading=reading_of(config))
-    rows, unusable = reader.tokens(found)
-    bad = sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
+    if place is None:
+        return _prepared(config, source, None, processes)
+    with place.begun():
+        return _prepared(config, source, place, processes)
+
+
+def _prepared(config: ScoreConfig, source: ModelSource, place: Place | None, processes: int) -> Prepared:
+    reader = Reader(config, source)
+    read = reader.data(place, processes)
     sides = {"target": config.target, "retention": config.retention, "prompts": config.fisher_prompts}
     side = {name: reader.side(name, path) for name, path in sides.items()}
+    found, rows = read.found, read.kept.rows(read.found.read)
+    _check_rows(config, reader, read, rows)
+    kind = read.kind
+    if kind == "preference" and config.rehearses:
+        raise UsageError(
+            f"--direction rehearsal: {', '.join(config.data)} holds preference rows, and only the training on rows of"
+            " one answer is rehearsed. Leave --direction out."
+        )
+    held_out: list[AnyRow] = []
+    if config.target is None:
+        held_out = hold_out(rows, config.target_rows, config.seed)
+        rows = rows.without([row.row_id for row in held_out])
+    return Prepared(
+        config=replace(config, template_date=reader.day.day.isoformat() if reader.day.written else None),
+        source=source,
+        tokenizer=reader.tokenizer,
+        kind=kind,
+        files=list(found.files),
+        rows_read=found.read,
+        good=found.good,
+        rows=rows,
+        tokens=reader.digest(read, held_out),
+        held_out=held_out,
+        bad=list(found.bad),
+        told=dict(sorted(reader.told.items())),
+        read_as=dict(sorted(reader.read_as.items())),
+        **side,
+    )
+
+
+def _check_rows(config: ScoreConfig, reader: Reader, read: Read, rows: Rows) -> None:
+    """Raise InputError where there are none, or some that cannot be used and are to be refused."""
+    bad = list(read.found.bad)
     if config.bad_rows == "refuse" or not rows:
         _check_tokenizer(config, reader, [*bad, *reader.bad])
     wanting = bad if config.bad_rows == "refuse" else []
@@ -121,135 +137,9 @@ def prepare(config: ScoreConfig) -> Prepared:
         raise InputError(
             f"{', '.join(config.data)}: none of its {count(len(bad), 'row')} can be scored. Run check to see why."
         )
-    kind = kind_of(found.samples)
-    if kind == "preference" and config.rehearses:
-        raise UsageError(
-            f"--direction rehearsal: {', '.join(config.data)} holds preference rows, and only the training on rows of"
-            " one answer is rehearsed. Leave --direction out."
-        )
-    held_out: list[AnyRow] = []
-    if config.target is None:
-        held_out = hold_out(rows, config.target_rows, config.seed)
-        taken = {row.row_id for row in held_out}
-        rows = [row for row in rows if row.row_id not in taken]
-    return Prepared(
-        config=replace(config, template_date=reader.day.day.isoformat() if reader.day.written else None),
-        source=source,
-        tokenizer=reader.tokenizer,
-        kind=kind,
-        files=found.files,
-        rows_read=found.read,
-        rows=rows,
-        held_out=held_out,
-        bad=bad,
-        told=dict(sorted(reader.told.items())),
-        read_as=dict(sorted((found.told + reader.read_as).items())),
-        **side,
-    )
 
 
-class _Reader:
-    """Reads rows as the model of a run tokenises them.
-
-    `bad` are the rows of files beside DATA that cannot be used; `told` counts those that are not as they were given.
-    The tokenizer is loaded once there is a row: where the first cannot be had, that is told at once.
-    """
-
-    def __init__(self, config: ScoreConfig, source: ModelSource) -> None:
-        self.bad: list[BadRow] = []
-        self.told: Counter[str] = Counter()
-        self.read_as: Counter[str] = Counter()
-        given = config.template_date
-        self.day = TemplateDay(day=date.fromisoformat(given) if given else date.today())
-        self._config, self._source = config, source
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        """That of the model, with the chat template that was asked for; None where it has none."""
-        found = load_tokenizer(self._source, trust_remote_code=self._config.trust_remote_code)
-        if found is not None and self._config.chat_template is not None:
-            found.chat_template = _template(Path(self._config.chat_template).expanduser())
-        return found
-
-    @cached_property
-    def _chats(self) -> ChatSettings:
-        return ChatSettings(
-            kwargs=orjson.loads(self._config.chat_template_kwargs or "{}"),
-            stops=_stops(self._source, self.tokenizer),
-            day=self.day,
-            assistant_specials=self._config.assistant_specials,
-        )
-
-    @cached_property
-    def _stop_ids(self) -> frozenset[int]:
-        found = generation_stops(self._source)
-        if self.tokenizer is not None:
-            return frozenset([*_ids(found), *_ids(self.tokenizer.eos_token_id)])
-        return frozenset(_ids(model_config(self._source).get("eos_token_id") if found is None else found))
-
-    @cached_property
-    def vocabulary(self) -> int | None:
-        """Number of tokens the model knows; None where only loading it would tell."""
-        return _vocabulary(self._source, self.tokenizer)
-
-    def tokens(self, found: RowStream) -> tuple[list[AnyRow], list[BadRow]]:
-        """Tokens of rows that were read, and those that have none to score."""
-        config = self._config
-        return tokenise(
-            self._told_of_plain_text(_begun(found)),
-            self.tokenizer,
-            max_length=config.max_length,
-            turns=config.turns,
-            vocab_size=self.vocabulary,
-            chats=self._chats,
-            stop_ids=self._stop_ids,
-            told=self.told,
-        )
-
-    def _told_of_plain_text(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """The rows; those of plain text are counted where the model has a chat template that they do not use."""
-        for row in rows:
-            if isinstance(row.record, PromptCompletion) and getattr(self.tokenizer, "chat_template", None):
-                self.read_as["prompt + completion is plain text, without the chat template (a chat: response)"] += 1
-            yield row
-
-    def side(self, name: str, path: str | None) -> SideRows:
-        """Rows of a file beside DATA; of preference rows the chosen branch."""
-        if path is None:
-            return SideRows()
-        reading = reading_of(self._config, path)
-        if name == "prompts":
-            found = RowStream([path], also=("prompt",), reading=reading)
-            rows, unusable = tokenise_prompts(
-                _begun(found),
-                self.tokenizer,
-                max_length=self._config.max_length,
-                vocab_size=self.vocabulary,
-                chats=self._chats,
-            )
-        else:
-            found = RowStream([path], also=("text",) if name == "retention" else (), reading=reading)
-            both, unusable = self.tokens(found)
-            rows = [chosen(row) for row in both]
-        self.read_as += found.told
-        self.bad += sorted([*found.bad, *unusable], key=lambda bad: bad.row_id)
-        return SideRows(rows=rows, files=found.files)
-
-
-def reading_of(config: ScoreConfig, beside: str | None = None) -> Reading:
-    """How rows of DATA are found and named, or those of a file `beside` it.
-
-    There columns may have their own names already, a split is named with the dataset, and a configuration is that of
-    DATA where it is the same dataset.
-    """
-    columns = named_columns(config.map)
-    if beside is None:
-        return Reading(columns=columns, subset=config.subset, split=config.split, all_there=True)
-    names = {name.partition(":")[0] for name in config.data}
-    return Reading(columns=columns, subset=config.subset if beside.partition(":")[0] in names else None)
-
-
-def _check_tokenizer(config: ScoreConfig, reader: _Reader, bad: Sequence[BadRow]) -> None:
+def _check_tokenizer(config: ScoreConfig, reader: Reader, bad: Sequence[BadRow]) -> None:
     """One line where the model has no tokenizer, or one with tokens that it does not know, and not one for each row."""
     tokenizer, known = reader.tokenizer, reader.vocabulary
     found = [one for one in bad if one.reason == (NO_TOKENIZER if tokenizer is None else OUT_OF_VOCABULARY)]
@@ -269,51 +159,43 @@ def _check_tokenizer(config: ScoreConfig, reader: _Reader, bad: Sequence[BadRow]
         )
 
 
-def _template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--chat-template {path}: it cannot be read as UTF-8 text ({error}).") from error
-
-
-def _stops(source: ModelSource, tokenizer: Tokenizer | None) -> frozenset[str]:
-    """Texts of the tokens that end an answer by generation_config.json."""
-    if tokenizer is None:
-        return frozenset()
-    known = [one for one in _ids(generation_stops(source)) if 0 <= one < len(tokenizer)]
-    return frozenset(map(str, tokenizer.convert_ids_to_tokens(known)))
-
-
-def _ids(stops: Any) -> list[int]:
-    """One token or several, as configs name them."""
-    return [one for one in (stops if isinstance(stops, list) else [stops]) if isinstance(one, int)]
-
-
-def _begun(found: RowStream) -> Iterator[Row]:
-    """The rows, of which the first is read now."""
-    rows = iter(found)
-    return chain([first for first in [next(rows, None)] if first is not None], rows)
-
-
 def hold_out(rows: Sequence[AnyRow], most: int, seed: int) -> list[AnyRow]:
     """The target rows of a run without --target: min(most, a tenth of the rows), at least one, drawn by the seed.
 
     Chats are held out whole: with all their turns.
     """
-    firsts = list({row.row_id: row for row in reversed(rows)}.values())[::-1]
+    rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+    firsts = rows.firsts()
     if len(firsts) < 2:
         raise InputError(
             "Only one row can be scored, and one must be held out as target. Give the task's rows with --target."
         )
-    taken = {row.row_id for row in drawn(firsts, max(1, min(most, len(firsts) // 10)), seed, TARGET_DRAW)}
-    return [row for row in rows if row.row_id in taken]
+    taken = _drawn(rows.columns, firsts, max(1, min(most, len(firsts) // 10)), seed, TARGET_DRAW)
+    ends = np.append(firsts, len(rows))
+    return rows.pick([place for one in taken for place in range(ends[one], ends[one + 1])])
 
 
 def drawn(rows: Sequence[R], count: int, seed: int, position: int) -> list[R]:
     """At most `count` of the rows, or of their turns, drawn by (seed, row_id and turn, position), in their order."""
-    turns = [-row.turn for row in rows]  # downwards, as the positions of these draws go
-    draws = keyed_uniform(seed, [row.row_id for row in rows], of_turn(position, turns))
-    return [rows[i] for i in sorted(np.argsort(draws, kind="stable")[:count])]
+    columns = rows.columns if isinstance(rows, Rows) else columns_of_rows(rows)
+    places = _drawn(columns, range(len(columns)), count, seed, position)
+    if isinstance(rows, Rows):
+        return rows.pick(places)  # type: ignore[return-value]
+    return [rows[i] for i in places]
+
+
+def _drawn(columns: Columns, among: NDArray[np.int64] | range, count: int, seed: int, position: int) -> list[int]:
+    """Which of some rows, by their places in `columns`, have the least draws, ascending; of equal ones the first."""
+    least, found = np.empty(0), np.empty(0, np.int64)
+    for start in range(0, len(among), _DRAWN_AT_ONCE):
+        some = np.array(among[start : start + _DRAWN_AT_ONCE], np.int64)
+        turns = -columns["turn"][some].astype(np.int64)  # downwards, as the positions of these draws go
+        draws = keyed_uniform(seed, columns["row_id"][some], of_turn(position, turns))
+        least = np.concatenate([least, draws])
+        found = np.concatenate([found, np.arange(start, start + len(some))])
+        first = np.argsort(least, kind="stable")[:count]
+        least, found = least[first], found[first]
+    return sorted(found.tolist())
 
 
 def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -> dict[str, Json]:
@@ -330,7 +212,7 @@ def fingerprint_fields(prepared: Prepared, reference: ModelSource, dtype: str) -
     return {
         **fields_of(prepared.config, named, kind=prepared.kind, dtype=dtype),
         "template": f"sha256:{hashlib.sha256(str(template).encode()).hexdigest()}" if template else None,
-        "tokens": _tokens_digest(sequences([*prepared.rows, *prepared.held_out]), ends=True),
+        "tokens": prepared.tokens,
         "target_tokens": _tokens_digest(prepared.target.rows),
         "retention_tokens": _tokens_digest(prepared.retention.rows),
         "prompt_tokens": _tokens_digest(prepared.prompts.rows),
@@ -346,20 +228,9 @@ def _groups(prepared: Prepared) -> int:
     return min(GROUPS, rows // 2) if prepared.config.rehearses else 1
 
 
-def _tokens_digest(rows: Sequence[TokenRow], *, ends: bool = False) -> str | None:
-    """Digest of the tokens themselves: other releases of what makes them change them, and nothing else does.
-
-    `ends`: and of which of them end an answer, which is stored of DATA alone.
-    """
+def _tokens_digest(rows: Sequence[TokenRow]) -> str | None:
+    """Digest of the tokens of rows beside DATA, as `Kept.digest`; of these it is not stored which end an answer."""
     found = hashlib.sha256()
     for row in rows:
         found.update(len(row.input_ids).to_bytes(8, "little") + row.input_ids.tobytes() + row.response.tobytes())
-        found.update(row.end_of_turn.tobytes() if ends else b"")
     return f"sha256:{found.hexdigest()}" if rows else None
-
-
-def _vocabulary(source: ModelSource, tokenizer: Tokenizer | None) -> int | None:
-    """Number of tokens the model knows; None where only loading the model would tell."""
-    if source.gguf:
-        return None if tokenizer is None else len(tokenizer)
-    return vocabulary_size(source)

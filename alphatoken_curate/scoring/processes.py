@@ -11,7 +11,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from alphatoken_curate.models.devices import devices_of, names_of
 from alphatoken_curate.scoring.named import check_shared
 from alphatoken_curate.scoring.pool import Beginning, Member, Pool, Told, answer, begun, unsent
+from alphatoken_curate.scoring.spawned import cores, environment, interrupts_ignored, settle
 from alphatoken_curate.scoring.worker import Task, Worker
 
 CARDS = "CUDA_VISIBLE_DEVICES"
@@ -52,15 +53,14 @@ class Local(Pool[_Process]):
         return names_of(devices_of(name))
 
     def _most(self, beginning: Beginning) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return len(cards_of(beginning.spec.device)) or max(1, cores // beginning.threads)
+        return len(cards_of(beginning.spec.device)) or max(1, cores() // beginning.threads)
 
     def _start(self, beginning: Beginning) -> _Process:
         used = Counter(member.handle.card for member in self._members)
         card = min(cards_of(beginning.spec.device), key=lambda one: used[one], default=None)
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        with environment({} if card is None else {CARDS: card}), _interrupts_ignored():
+        with environment({} if card is None else {CARDS: card}), interrupts_ignored():
             process = context.Process(target=serve, args=(theirs,), name=f"worker {self._started}", daemon=True)
             process.start()
         theirs.close()
@@ -113,9 +113,8 @@ class Local(Pool[_Process]):
 
 def serve(pipe: Connection) -> None:
     """What a process does: as it is told, until the other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that leads answers it
+    settle()
     tqdm.set_lock(threading.RLock())  # its own lock would be a semaphore of the system, which stays when this is ended
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     told = Told(lambda what, about: pipe.send((what, about)))
     worker: Worker | None = None
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -138,41 +137,6 @@ def _say(pipe: Connection, said: tuple[str, Any], task: Task) -> None:
         raise
     except Exception as error:  # nothing was sent: what is said is made into bytes first
         return pipe.send(("failed", unsent(task, str(error))))
-
-
-def _end_with(parent: BaseProcess | None) -> None:
-    """End this process when the other one does, even in the middle of a task."""
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """A process begun in this block ignores Ctrl-C from its first moment; this one answers it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def environment(changes: dict[str, str]) -> Iterator[None]:
-    """Variables that processes begun in this block have from the start: torch reads its cards once."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def cards_of(device: str) -> list[str]:

@@ -29,18 +29,20 @@ from alphatoken_curate.runs.fingerprint import Json, fingerprint
 from alphatoken_curate.runs.manifest import Facts, Manifest
 from alphatoken_curate.runs.records import read_records
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
-from alphatoken_curate.runs.shards import ValueRow
+from alphatoken_curate.runs.shards import Shard, ValueRow
 from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring import beside
 from alphatoken_curate.scoring.budget import Budget, older
 from alphatoken_curate.scoring.engines import Engine, Here
 from alphatoken_curate.scoring.identity import has_stability, versions
-from alphatoken_curate.scoring.job import Job, ShardRows
+from alphatoken_curate.scoring.job import Job
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
 from alphatoken_curate.scoring.sources import digests_of, of_fisher, of_model
 from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.settings import load_settings
+from alphatoken_curate.tokens.dealt import Rows, alone
 from alphatoken_curate.tokens.likeness import check_same_tokens
+from alphatoken_curate.tokens.packed import columns_of_rows
 from alphatoken_curate.tokens.plan import Cut, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, chosen
 
@@ -129,10 +131,10 @@ class Rescored:
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
             made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]
             number = made[0].generation if made else _number(self.folder, stored, about)
-            scored = 0
+            scored: dict[str, Shard] = {}
             if not made:
                 scored = self._score(number, checkpoint, about, watched, engine, progress)
-                write_manifest(self.folder)
+                write_manifest(self.folder, scored)
             mask, now = mask_and_card(self.folder, _mask_config(stored, self.config), stale=bool(scored))
         return RefreshSummary(
             run=self.folder,
@@ -140,7 +142,7 @@ class Rescored:
             generation=number,
             manifest=now,
             mask=mask,
-            shards_scored=scored,
+            shards_scored=len(scored),
             has_stability=has_stability(about),
         )
 
@@ -152,7 +154,7 @@ class Rescored:
         watched: Watched,
         engine: Engine,
         progress: Progress,
-    ) -> int:
+    ) -> dict[str, Shard]:
         stored = manifest.read(self.folder)
         reference = self._checked_reference()
         check_alike(checkpoint.source, reference)
@@ -197,7 +199,9 @@ class Rescored:
             return
         if found is None:
             return
-        ids = np.unique(np.concatenate([row.input_ids for row in sequences([*job.rows, *job.target])]))
+        ids = np.empty(0, np.int32)
+        for rows in (*job.shards, job.target):
+            ids = np.unique(np.concatenate([ids, *(row.input_ids for row in sequences(rows))]))
         do = "A checkpoint must come from the run's model. To score the rows with another, name it as `score --model`."
         check_same_tokens(self.folder, ids, found, checkpoint.name, do=do)
 
@@ -301,22 +305,26 @@ def _mask_config(stored: Manifest, config: ScoreConfig) -> MaskConfig:
 
 def _job(run: Path, stored: Manifest, spec: ScorerSpec, checkpoint: Checkpoint) -> Job:
     """The rows of the first generation, as they were before they were scored."""
-    layout = manifest.layout(stored)
-    dealt, held_out, told = [], [], []
-    for shard in stored.generations[0].shards:
-        path = run / shard.path
-        records = read_records(run, shard, layout)
-        facts = decode(Facts, dict(shards.read_footer(path).facts))
-        told.append(facts)
-        rows = [_row(one) for one in records if one.status in ("scored", "failed")]
-        aside = [one for one in records if one.status in ("target", "rejected")]
-        held_out += [_row(one) for one in aside if one.status == "target"]
-        cut = Cut(rows=facts.truncated_rows, tokens=facts.truncated_tokens)
-        dealt.append(ShardRows(rows=rows, beside=aside, cut=cut))
+    layout, named = manifest.layout(stored), stored.generations[0].shards
+
+    def records(shard: int, *statuses: str) -> list[ValueRow]:
+        return [one for one in read_records(run, named[shard], layout, signals=False) if one.status in statuses]
+
+    def load(shard: int) -> list[AnyRow]:
+        return [_row(one) for one in records(shard, "scored", "failed")]
+
+    columns, held_out, told = [], list[AnyRow](), list[Facts]()
+    for number, shard in enumerate(named):
+        told.append(decode(Facts, dict(shards.read_footer(run / shard.path).facts)))
+        columns.append(columns_of_rows(load(number)))
+        held_out += [alone(_row(one)) for one in records(number, "target")]
     config = spec.config
     digests = {**told[0].digests, "model": str(spec.store.fields["model"])}
+    read = sum(one.rows for one in told[0].inputs)
     return Job(
-        shards=dealt,
+        rows=Rows(np.concatenate(columns), load, read=read, per_shard=config.rows_per_shard),
+        beside=lambda shard: records(shard, "target", "rejected"),
+        cuts=[Cut(rows=one.truncated_rows, tokens=one.truncated_tokens) for one in told],
         target=[chosen(row) for row in held_out] or beside.read_side_rows(run, stored, beside.TARGET_ROWS),
         retention=beside.read_side_rows(run, stored, beside.RETENTION_ROWS) if config.retention else [],
         prompts=beside.read_side_rows(run, stored, beside.PROMPT_ROWS) if config.fisher_prompts else [],

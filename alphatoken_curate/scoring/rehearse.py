@@ -66,7 +66,7 @@ class RehearsalScorer(ShardScorer):
 
     def __init__(self, spec: ScorerSpec, job: Job) -> None:
         super().__init__(spec)
-        self.rows, self.target, self.retention = sequences(job.rows), job.target, job.retention
+        self.rows, self.target, self.retention = sequences([*job.rows]), job.target, job.retention
         lengths = [int(row.response.sum()) for row in self.rows]
         ends = np.cumsum(lengths).tolist()
         keys = [(row.row_id, row.turn) for row in self.rows]

@@ -29,6 +29,7 @@ from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
 from alphatoken_curate.scoring.worker import Stage, Task, Which
 from alphatoken_curate.signals.preference import Pairs, reference_sums
+from alphatoken_curate.tokens.dealt import Shards, tokens_in
 from alphatoken_curate.tokens.plan import response_tokens, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
 
@@ -88,8 +89,8 @@ class Stages:
 
     def _fisher(self) -> None:
         config = self.spec.config
-        rows: list[TokenRow] = self.job.prompts or [chosen(row) for row in self.job.rows]
-        rows = drawn(rows, config.fisher_rows, config.seed, FISHER_DRAW)
+        of: Sequence[AnyRow] = self.job.prompts or self.job.rows
+        rows = [chosen(row) for row in drawn(of, config.fisher_rows, config.seed, FISHER_DRAW)]
         if config.fisher == "generate":
             rows = self._answers(rows)
         name = "Fisher of the reference"
@@ -129,14 +130,16 @@ class Stages:
         store, shards = self.spec.store, self.job.shards
         if not self.spec.has_reference:
             return
-        missing = [n for n in wanted if not store.has(artifacts.REFERENCE_NLL, n)]
+        kind = artifacts.REFERENCE_NLL
+        # Those that are there are seen to be whole when they are read.
+        missing = [n for n in wanted if not store.is_made(kind, n) and not store.has(kind, n)]
         if not missing:
             return
         name = "reference losses"
-        tasks = [self._task(f"{name} of shard {n}", ReferencePass.losses, shards[n].rows) for n in missing]
-        tokens = sum(count_tokens(shards[n].rows) for n in missing)
+        tasks = (self._task(f"{name} of shard {n}", ReferencePass.losses, shards[n]) for n in missing)
+        tokens = tokens_in(Shards(self.job.rows, missing))
         for i, nll in self._each(Stage(name=name, tokens=tokens, of="reference", tasks=tasks)):
-            store.save(artifacts.REFERENCE_NLL, tensors_of({"nll": nll}), missing[i])
+            store.save(kind, tensors_of({"nll": nll}), missing[i])
 
     # ---------------------------------------------------------------------------------------------- of the directions
 
@@ -233,9 +236,10 @@ class Stages:
         """The reference's nll of both branches of some pairs, by row_id and turn."""
         wanted = {(row.row_id, row.turn) for row in rows}
         found: dict[tuple[int, int], Sequence[NDArray[np.float32]]] = {}
-        for index, shard in enumerate(self.job.shards):
-            places = {i: key for i, row in enumerate(shard.rows) if (key := (row.row_id, row.turn)) in wanted}
-            losses = self.spec.reference_losses(index, shard.rows) if places else None
+        for index in sorted({row.row_id // self.job.rows.per_shard for row in rows}):
+            shard = self.job.shards[index]
+            places = {i: key for i, row in enumerate(shard) if (key := (row.row_id, row.turn)) in wanted}
+            losses = self.spec.reference_losses(index, shard)
             found |= {key: losses[2 * i : 2 * i + 2] for i, key in places.items()} if losses else {}
         return found
 

@@ -6,10 +6,12 @@ faster and what its largest batch needs is there. What is tried decides the plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
+
+import numpy as np
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.parameters import rest_zeros
@@ -25,6 +27,7 @@ from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
 from alphatoken_curate.signals.influence import make_scorer
+from alphatoken_curate.tokens.dealt import columns_in, pick_in, tokens_in
 from alphatoken_curate.tokens.plan import collate, plan_batches
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
@@ -63,7 +66,44 @@ def usual_budget(shards: Shards, device_type: str) -> int:
 def pays(shards: Shards, device_type: str) -> bool:
     """Whether the run is long enough for a trial that gets as far as the usual budget."""
     usual = _USUAL.get(device_type, _USUAL["cpu"])
-    return _largest_batch(shards) > usual and sum(map(count_tokens, shards)) >= SHARE * 2 * usual
+    return _largest_batch(shards) > usual and tokens_in(shards) >= SHARE * 2 * usual
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """The rows that a trial runs on, of all to score; picklable, and as large whatever there are."""
+
+    shards: list[list[AnyRow]]
+    """Some whole ones, for what padding costs."""
+    middling: list[AnyRow]
+    """By width: as many as a batch may hold round the row in the `middle` of all tokens."""
+    middle: int
+    longest: list[AnyRow]
+    """The widest, as many as a batch may hold."""
+    tokens: int
+    """Of all rows."""
+    most: int
+    """The largest budget that makes a difference."""
+
+
+def sample_of(shards: Shards) -> Sample:
+    """What a trial of these rows runs on."""
+    columns = list(columns_in(shards))
+    widths, tokens = (np.concatenate([one[name] for one in columns]) for name in ("width", "tokens"))
+    order, most = np.argsort(widths, kind="stable"), _power(_largest_batch(shards))
+    seen = np.cumsum(tokens[order], dtype=np.int64)
+    middle = int(np.searchsorted(seen, seen[-1] / 2))
+    count = max(1, most // int(widths[order[middle]]))
+    first = max(0, min(middle - count // 2, len(order) - count))
+    step = max(1, len(shards) // _SAMPLED_SHARDS)
+    return Sample(
+        shards=[list(shard) for shard in shards[::step][:_SAMPLED_SHARDS]],
+        middling=pick_in(shards, order[first : first + count].tolist()),
+        middle=middle - first,
+        longest=pick_in(shards, order[-max(1, most // int(widths[order[-1]])) :].tolist()),
+        tokens=int(seen[-1]),
+        most=most,
+    )
 
 
 def untried(spec: ScorerSpec, shards: Shards) -> int | None:
@@ -76,79 +116,16 @@ def untried(spec: ScorerSpec, shards: Shards) -> int | None:
 
 def tokens_of(shards: Shards) -> int:
     """Most tokens that a trial goes through."""
-    return sum(map(count_tokens, shards)) // SHARE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Step:
-    """What is tried of a budget: a batch of rows of middling length, and the largest; padded tokens for each token."""
-
-    typical: list[AnyRow]
-    longest: list[AnyRow]
-    padding: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sample:
-    """What a trial needs to know of the rows of a run: few of them, since it may be made in another process."""
-
-    tokens: int
-    """Of all rows."""
-    width: int
-    """Of a row of middling length: most tokens lie in such."""
-    first: int
-    most: int
-    """The budget that is tried first, and the one that holds all rows of any shard."""
-    steps: Mapping[int, Step]
-    """By budget: down from the first one, and up to what a trial may run of all tokens."""
-
-
-def sampled(shards: Shards, device_type: str) -> Sample:
-    """The sample of the rows to score."""
-    rows, tokens = sorted((row for shard in shards for row in shard), key=_width), sum(map(count_tokens, shards))
-    middle = _middle(rows)
-    width, most = _width(rows[middle]), _power(_largest_batch(shards))
-    first = min(max(_SMALLEST.get(device_type, _SMALLEST["cpu"]), _power(width)), most)
-    few = shards[:: max(1, len(shards) // _SAMPLED_SHARDS)][:_SAMPLED_SHARDS]
-    steps = {
-        budget: Step(
-            typical=_typical(rows, middle, budget),
-            longest=_first_batch(rows[-max(1, budget // 2) :], budget),
-            padding=sum(planned(shard, budget)[1] for shard in few) / sum(map(count_tokens, few)),
-        )
-        for budget in _budgets(first, min(most, tokens // SHARE))
-    }
-    return Sample(tokens=tokens, width=width, first=first, most=most, steps=steps)
-
-
-def _budgets(first: int, most: int) -> Iterator[int]:
-    """All that `grow` may try."""
-    budget = first
-    while budget // 2 >= LEAST:
-        budget //= 2
-        yield budget
-    yield first
-    while (first := 2 * first) <= most:
-        yield first
-
-
-def _typical(rows: Sequence[AnyRow], middle: int, budget: int) -> list[AnyRow]:
-    """Rows of middling length that fill a batch; `rows` by their width."""
-    count = max(1, budget // _width(rows[middle]))
-    first = max(0, min(middle - count // 2, len(rows) - count))
-    return _first_batch(rows[first : first + count], budget)
-
-
-def _first_batch(rows: Sequence[AnyRow], budget: int) -> list[AnyRow]:
-    return [rows[i] for i in plan_batches(rows, budget)[0]]
+    return tokens_in(shards) // SHARE
 
 
 def tried(of: ReferencePass | ShardScorer, sample: Sample, progress: Progress, _: int = 0) -> int:
     """The largest budget that pays for these rows, on a model of the shapes of the one that will score them."""
-    spec = of.spec
+    spec, kind = of.spec, kind_of(of.spec.device)
     meter = Meter(*devices_of(spec.device))
     trial = Trial(of.scoring, spec.config, spec.directions, sample, meter, progress)
-    found = grow(trial.speed, sample.first, sample.most, trial.affords)
+    first = min(max(_SMALLEST.get(kind, _SMALLEST["cpu"]), _power(trial.width)), sample.most)
+    found = grow(trial.speed, first, sample.most, trial.affords)
     del trial
     free_memory()
     progress.note(f"--batch-tokens auto: {found}")
@@ -187,6 +164,7 @@ class Trial:
         progress: Progress,
     ) -> None:
         self.scoring, self.meter, self.progress, self.sample = scoring, meter, progress, sample
+        self.width = _width(sample.middling[sample.middle])
         along = blank(scoring, directions)
         self._scorer = make_scorer(scoring, along, config.estimator, config.window, settle=False)
         self._spent, self._last, self._began = 0, 0.0, meter.now()
@@ -200,10 +178,9 @@ class Trial:
 
     def speed(self, budget: int) -> float:
         """Tokens per second that a run with this budget would score; 0 where memory does not last for it."""
-        step = self.sample.steps[budget]
-        rows = step.typical
+        rows = self._typical(budget)
         try:
-            if not self._fits(rows, step.longest):
+            if not self._fits(rows, budget):
                 return 0.0
             began = self.meter.now()
             padded = self._score(rows)
@@ -212,16 +189,34 @@ class Trial:
             if not out_of_memory(error):
                 raise
         else:
-            return padded / self._last / step.padding
+            return padded / self._last / self._padding(budget)
         free_memory()
         return 0.0
 
-    def _fits(self, rows: list[AnyRow], longest: list[AnyRow]) -> bool:
+    def _padding(self, budget: int) -> float:
+        """Padded tokens for each token that counts."""
+        shards = self.sample.shards
+        return sum(planned(shard, budget)[1] for shard in shards) / sum(map(count_tokens, shards))
+
+    def _typical(self, budget: int) -> list[AnyRow]:
+        """Rows of middling length that fill a batch."""
+        count, middling = max(1, budget // self.width), self.sample.middling
+        first = max(0, min(self.sample.middle - count // 2, len(middling) - count))
+        rows = middling[first : first + count]
+        return [rows[i] for i in plan_batches(rows, budget)[0]]
+
+    def _longest(self, budget: int) -> list[AnyRow]:
+        """The rows of a run's largest batch."""
+        rows = self.sample.longest
+        return [rows[i] for i in plan_batches(rows, budget)[0]]
+
+    def _fits(self, rows: list[AnyRow], budget: int) -> bool:
         """Whether memory lasts for the largest batch. Where that is not plain from a small one, it is run."""
         if self._rate is None:
             self._rate = self._need(rows) / _padded(rows)  # warms up, too
+        longest = self._longest(budget)
         # What attention needs grows with the length of rows besides.
-        stretch = _width(longest[0]) / min(self.sample.width, _width(longest[0]))
+        stretch = _width(longest[0]) / min(self.width, _width(longest[0]))
         room = ROOM * self.meter.room()
         return self._rate * _padded(longest) * stretch <= room or self._need(longest) <= room
 
@@ -277,19 +272,9 @@ def _padded(rows: Sequence[AnyRow]) -> int:
 
 def _largest_batch(shards: Shards) -> int:
     """Padded tokens of a shard in one batch, where that is the largest."""
-    return max(map(_padded, shards), default=0)
+    return max((len(one) * int(one["width"].max(initial=0)) for one in columns_in(shards)), default=0)
 
 
 def _power(count: int) -> int:
     """The least power of two that is not below."""
     return 1 << max(0, count - 1).bit_length()
-
-
-def _middle(rows: Sequence[AnyRow]) -> int:
-    """Index of the row that has half of all tokens in rows before it."""
-    half, seen = count_tokens(rows) / 2, 0
-    for index, row in enumerate(rows):
-        seen += count_tokens([row])
-        if seen >= half:
-            return index
-    return 0

@@ -95,6 +95,24 @@ def chosen(row: AnyRow) -> TokenRow:
     return branches(row)[0]
 
 
+class Runaways:
+    """Rows at which a template ran away, each in words: every one takes about a second."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, told: str) -> None:
+        """One more, in the order of rows. Raises ModelError where these are too many."""
+        self.told.append(told)
+        if self.enough:
+            raise ModelError(f"{told}. It ran away at {len(self.told) - 1} rows before it, too, and no more are tried.")
+
+    @property
+    def enough(self) -> bool:
+        """Whether these are too many."""
+        return len(self.told) >= _MOST_RUNAWAYS
+
+
 def tokenise(
     rows: Iterable[Row],
     tokenizer: Tokenizer | None,
@@ -105,6 +123,8 @@ def tokenise(
     chats: ChatSettings | None = None,
     stop_ids: frozenset[int] = frozenset(),
     told: Counter[str] | None = None,
+    runaways: Runaways | None = None,
+    speller: Speller | None = None,
 ) -> tuple[list[AnyRow], list[BadRow]]:
     """Tokens of every row, in order, and the rows that have none that respond or cannot be tokenised, with reasons.
 
@@ -114,12 +134,13 @@ def tokenise(
     place. Rows are cut at the right to `max_length` tokens, each branch of a pair by itself. A pair is bad where one of
     its branches is, a chat where one of its turns is. `vocab_size`, where given, bounds every token. Pre-tokenised rows
     need no tokenizer; of these, answers end with `stop_ids`. `chats` says how chats are read. In `told` the rows are
-    counted that are not as they were given, by what became of them.
+    counted that are not as they were given, by what became of them. `runaways`: those of calls before; `speller`: that
+    of these (`speller_of`). Raises ModelError where a template runs away at too many rows.
     """
     good: list[AnyRow] = []
     bad: list[BadRow] = []
-    speller = _speller(tokenizer, chats, turns=turns)
-    for row, found in _spelled(rows, speller, stop_ids, told):
+    speller = speller or speller_of(tokenizer, chats, turns=turns)
+    for row, found in _spelled(rows, speller, stop_ids, told, runaways):
         try:
             made, beyond = _any_rows(row, found, max_length, vocab_size)
         except RowFault as fault:
@@ -146,7 +167,7 @@ def tokenise_prompts(
     """
     good: list[TokenRow] = []
     bad: list[BadRow] = []
-    speller = _speller(tokenizer, chats, turns="all")
+    speller = speller_of(tokenizer, chats, turns="all")
     for row, (found, *_) in _spelled(rows, speller):
         try:
             good.append(_prompt_row(row, found, max_length, vocab_size))
@@ -158,7 +179,8 @@ def tokenise_prompts(
 # --- text to tokens ---
 
 
-def _speller(tokenizer: Tokenizer | None, chats: ChatSettings | None, *, turns: str) -> Speller | None:
+def speller_of(tokenizer: Tokenizer | None, chats: ChatSettings | None, *, turns: str) -> Speller | None:
+    """What tokenises text for these settings, and has found out by then how; None without a tokenizer."""
     return None if tokenizer is None else Speller(tokenizer, turns=turns, chats=chats or ChatSettings())
 
 
@@ -167,17 +189,17 @@ def _spelled(
     speller: Speller | None,
     stop_ids: frozenset[int] = frozenset(),
     told: Counter[str] | None = None,
+    runaways: Runaways | None = None,
 ) -> Iterator[tuple[Row, list[Spelled | RowFault]]]:
     """Every row with the tokens of each of its branches or turns, or why there are none."""
     waiting = iter(rows)
-    runaways = 0
+    runaways = Runaways() if runaways is None else runaways
     while batch := list(islice(waiting, _BATCH_ROWS)):
         prepared = []
         for row in batch:
             prepared.append(_items(row.record, speller, stop_ids))
             if ran := [item for item in prepared[-1] if isinstance(item, RowFault) and item.reason == RUNAWAY]:
-                runaways += 1
-                _refuse_runaways(runaways, row, ran[0])
+                runaways.note(f"{row.source}:{row.line}: {ran[0].message}")
         texts = [item for items in prepared for item in items if isinstance(item, RenderedText)]
         encoded = iter(speller.encode(texts) if speller else ())
         for row, items in zip(batch, prepared, strict=True):
@@ -189,15 +211,6 @@ def _spelled(
 
 def _records(record: AnyRecord) -> tuple[Record, ...]:
     return (record.chosen, record.rejected) if isinstance(record, Pair) else (record,)
-
-
-def _refuse_runaways(count: int, row: Row, fault: RowFault) -> None:
-    """Raise ModelError where a template runs away at too many rows: each takes about a second."""
-    if count == _MOST_RUNAWAYS:
-        raise ModelError(
-            f"{row.source}:{row.line}: {fault.message}. It ran away at {count - 1} rows before it, too, and no more"
-            " are tried."
-        )
 
 
 _Item = Spelled | RenderedText | RowFault

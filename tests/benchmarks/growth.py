@@ -33,11 +33,13 @@ import torch
 from speed import in_a_process, peak
 
 from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.sums import Sums, sums_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.reading.verify import verify
 from alphatoken_curate.runs import shards
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
-from alphatoken_curate.scoring import identity, loop, prepare, scorer, spec
+from alphatoken_curate.scoring import identity, loop, prepare, reader, scorer, spec
+from alphatoken_curate.scoring.reader import Reader
 from alphatoken_curate.scoring.score import score
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import counted
@@ -73,8 +75,9 @@ class LightScorer(ShardScorer):
     def ready(self, progress: Progress) -> Any:
         """Nothing."""
 
-    def gradient(self, kind: str, rows: Sequence[AnyRow], pairs: Any, progress: Progress, batch_tokens: int) -> None:
-        """Nothing: random signals have no direction."""
+    def gradient(self, kind: str, rows: Sequence[AnyRow], pairs: Any, progress: Progress, batch_tokens: int) -> Sums:
+        """Of no weights: random signals have no direction."""
+        return sums_of(["none"], [torch.zeros(1)], {"tokens": 1})
 
     def __call__(
         self, shard: int, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int
@@ -90,6 +93,14 @@ class LightScorer(ShardScorer):
             reference_nll=None,
             pairs=None,
         )
+
+
+def light() -> ExitStack:
+    """Have scorers of shards load no model."""
+    replaced = ExitStack()
+    for name in ("ready", "gradient", "__call__"):
+        replaced.enter_context(patch.object(ShardScorer, name, getattr(LightScorer, name)))
+    return replaced
 
 
 class Clock:
@@ -131,15 +142,15 @@ class Clock:
         return run
 
 
-def watched(clock: Clock, light: bool) -> ExitStack:
+def watched(clock: Clock, without: bool) -> ExitStack:
     """Have every stage of a run told to the clock."""
     places: list[tuple[Any, str, str]] = [
         (prepare, "find_model", START),
-        (prepare, "load_tokenizer", START),
+        (reader, "load_tokenizer", START),
         (identity, "model_digest", START),
         (spec, "load_placed", START),
         (loop, "write_beside", START),
-        (prepare, "tokenise", "read, tokens"),
+        (Reader, "data", "read, tokens"),
         (shards, "write_values", "write values"),
         (loop, "write_manifest", "manifest"),
         (loop, "mask_and_card", "mask, train"),
@@ -148,8 +159,8 @@ def watched(clock: Clock, light: bool) -> ExitStack:
     watching = ExitStack()
     for module, name, stage in places:
         watching.enter_context(patch.object(module, name, clock.timed(stage, getattr(module, name))))
-    if light:
-        watching.enter_context(patch.object(loop, "ShardScorer", LightScorer))
+    if without:
+        watching.enter_context(light())
     else:
         watching.enter_context(patch.object(ShardScorer, "gradient", clock.timed(MODEL, ShardScorer.gradient)))
         watching.enter_context(patch.object(scorer, "make_scorer", partial(_timed_scorer, clock, scorer.make_scorer)))

@@ -88,6 +88,22 @@ def test_the_plan_of_a_shard_is_noted_where_memory_ran_out(tmp_path: Path) -> No
     assert (tmp_path / "artifacts" / "run.json").read_bytes() == written
 
 
+def test_the_plans_of_many_shards_are_not_written_anew_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, sizes = budget(tmp_path), []
+    plain = Budget._write
+    monkeypatch.setattr(Budget, "_write", lambda self: (sizes.append(len(self._record.shards)), plain(self)))
+    for shard in range(1000):
+        made.note(shard, Plan(batch_tokens=500, halvings=1))
+        assert made.plan(shard).halvings == 1
+    assert sum(sizes) < 12 * 1000 and sizes[:9] == [*range(1, 9), 10]  # in all a few times what is kept in the end
+    assert len(stored(tmp_path)["shards"]) < 1000
+    made.flush()
+    made.flush()
+    assert len(stored(tmp_path)["shards"]) == 1000 == sizes[-1] != sizes[-2]
+
+
 def test_a_later_generation_begins_with_the_plans_of_the_first(tmp_path: Path) -> None:
     plans = [Plan(batch_tokens=800), Plan(batch_tokens=400, halvings=1)]
 

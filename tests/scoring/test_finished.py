@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from tiny_files import contents, token_records, write_jsonl
 
 from alphatoken_curate import FingerprintError, InputError, ScoreConfig, score, verify
 from alphatoken_curate.progress import Silent
-from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs import manifest, sealed
 from alphatoken_curate.runs.fingerprint import differing
 from alphatoken_curate.runs.shards import read_footer
 from alphatoken_curate.scoring.engines import Here
@@ -50,6 +51,29 @@ def test_a_finished_run_is_left_alone(settings: dict[str, Any], run: Path) -> No
 def test_another_mask_is_made_without_a_model(settings: dict[str, Any], run: Path) -> None:
     found = finished(ScoreConfig(**settings | {"keep": 0.5}), run)
     assert found is not None and found.mask.created and found.mask.mask == 1 and verify(run) == []
+
+
+def test_bytes_are_read_again_only_where_they_may_be_others(
+    settings: dict[str, Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that was written or copied since the manifest was is read whole; one that was not is by its footer."""
+    hashed, plain = [], sealed.check_body
+    monkeypatch.setattr(sealed, "check_body", lambda path, body: (hashed.append(path.name), plain(path, body))[1])
+    config = ScoreConfig(**settings | {"rows_per_shard": 3})
+    made = score(config, tmp_path / "made").run
+    values = sorted((made / "values/generation=0").iterdir())
+    names = [path.name for path in values]
+    assert len(names) == 3 and not [name for name in hashed if name in names[3:]]
+    hashed.clear()
+    assert finished(config, made) is not None and hashed == []
+    os.utime(values[1])
+    assert finished(config, made) is not None and hashed == names[1:2]
+    hashed.clear()
+    (made / "manifest.json").unlink()
+    values[2].unlink()
+    score(config, made)  # those that are there are read once more than what was written just now
+    read = [hashed.count(name) for name in names]
+    assert read == [read[2] + 1, read[2] + 1, read[2]]
 
 
 CHANGES: list[dict[str, Any]] = [

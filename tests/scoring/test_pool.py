@@ -31,10 +31,11 @@ from alphatoken_curate.runs.atomic import TEMPORARY
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.scoring import processes
 from alphatoken_curate.scoring.engines import Here
-from alphatoken_curate.scoring.pool import AHEAD, Member, Pool, portable
-from alphatoken_curate.scoring.processes import CARDS, Local, cards_of, environment
+from alphatoken_curate.scoring.pool import AHEAD, Member, Pool
+from alphatoken_curate.scoring.processes import CARDS, Local, cards_of
 from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.scorer import ShardScorer
+from alphatoken_curate.scoring.spawned import environment, portable
 from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.scoring.worker import Stage, Task
 
@@ -249,8 +250,6 @@ import sys
 import pooled
 from alphatoken_curate.cli.main import main
 from alphatoken_curate.scoring.scorer import ShardScorer
-from alphatoken_curate.scoring.spec import ScorerSpec
-from alphatoken_curate.scoring.worker import Stage, Task
 if __name__ == "__main__":
     ShardScorer.score = pooled.scored_never
     sys.argv[0] = "alphatoken-curate"

@@ -20,7 +20,7 @@ from alphatoken_curate.runs.shards import listed, values_folder
 from alphatoken_curate.scoring import trial
 from alphatoken_curate.scoring.budget import LEAST
 from alphatoken_curate.scoring.meter import Meter
-from alphatoken_curate.scoring.trial import grow, pays, planned, sampled, usual_budget
+from alphatoken_curate.scoring.trial import grow, pays, planned, usual_budget
 from alphatoken_curate.signals.paths import PathScorer
 from alphatoken_curate.tokens.plan import Batch, plan_batches
 from alphatoken_curate.tokens.tokenise import TokenRow
@@ -137,7 +137,7 @@ def scoring(models: dict[str, str]) -> ScoringModel:
 
 def made(scoring: ScoringModel, lengths: list[int], meter: Meter) -> trial.Trial:
     config = ScoreConfig(data="x.jsonl", layers=1)
-    return trial.Trial(scoring, config, 2, sampled([rows(*lengths)], "cpu"), meter, Silent())
+    return trial.Trial(scoring, config, 2, trial.sample_of([rows(*lengths)]), meter, Silent())
 
 
 def sizes(monkeypatch: pytest.MonkeyPatch, meter: Heavy | None = None, most: int = 10**9) -> list[tuple[int, int]]:
@@ -162,7 +162,7 @@ def test_speed_is_of_middling_rows_and_memory_of_the_longest(
 ) -> None:
     meter = Heavy(10**9)
     tried, seen = made(scoring, [*[8] * 200, 20, 40], meter), sizes(monkeypatch, meter)
-    assert tried.sample.width == 8
+    assert tried.width == 8
     assert tried.speed(64) > 0
     assert seen == [(8, 8), (8, 8)]  # warmed up, then timed: memory is plenty
     meter.most = 1000 * 64 * 3
@@ -172,23 +172,23 @@ def test_speed_is_of_middling_rows_and_memory_of_the_longest(
     assert tried.speed(128) == 0.0
 
 
-def test_padding_counts_against_a_budget() -> None:
-    assert sampled([rows(*[8] * 300, *[16] * 300)], "cpu").steps[64].padding == 1.0
-    assert sampled([rows(8, 16)], "cpu").steps[32].padding == 32 / 24
+def test_padding_counts_against_a_budget(scoring: ScoringModel) -> None:
+    tried = made(scoring, [*[8] * 300, *[16] * 300], Heavy(10**9))
+    assert tried._padding(64) == 1.0
+    odd = made(scoring, [8, 16], Heavy(10**9))
+    assert odd._padding(1024) == 32 / 24
 
 
 def test_a_trial_takes_few_of_the_rows_of_a_run() -> None:
-    """They may go to another process; budgets are all that may be tried, and no row is in memory twice."""
+    """They may go to another process."""
     shards = [rows(*[8 + (7 * i + n) % 60 for i in range(100)]) for n in range(64)]
-    found, tokens = sampled(shards, "cpu"), sum(len(row.input_ids) for shard in shards for row in shard)
-    assert found.tokens == tokens and (found.first, found.most) == (512, 8192)
-    assert sorted(found.steps) == [64, 128, 256, 512, 1024, 2048, 4096, 8192]
-    taken = {id(row) for step in found.steps.values() for row in (*step.typical, *step.longest)}
-    assert len(taken) <= 400
-    for budget, step in found.steps.items():
-        widths = [len(row.input_ids) for row in step.longest]
-        assert len(widths) * max(widths) <= budget or len(widths) == 1
-        assert max(widths) == 67 and abs(len(step.typical) * found.width - budget) <= 0.1 * budget + 2 * found.width
+    found, widths = trial.sample_of(shards), sorted(len(row.input_ids) for shard in shards for row in shard)
+    assert found.tokens == sum(widths) and found.most == 8192
+    assert [len(shard) for shard in found.shards] == [100] * 4 and {len(r.input_ids) for r in found.longest} == {67}
+    middle = len(found.middling[found.middle].input_ids)
+    below = sum(width for width in widths if width < middle)
+    assert below <= found.tokens / 2 <= below + sum(width for width in widths if width == middle)
+    assert len(found.longest) + len(found.middling) <= 8192 // 67 + 8192 // middle + 1
 
 
 def test_memory_that_runs_out_in_the_trial_backs_off(scoring: ScoringModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,8 +349,8 @@ def _spec(run: Path, settings: dict[str, Any]) -> Any:
     return spec, ReferencePass(spec), ShardScorer(spec)
 
 
-def test_a_plan_of_typical_rows_is_within_the_budget() -> None:
-    some = rows(*range(4, 60))
+def test_a_plan_of_typical_rows_is_within_the_budget(scoring: ScoringModel) -> None:
+    tried = made(scoring, list(range(4, 60)), Heavy(1))
     for budget in (64, 200, 1000):
-        chosen = trial._typical(some, 40, budget)
-        assert len(plan_batches(chosen, budget)) == 1 and 44 in {len(row.input_ids) for row in chosen}
+        chosen = tried._typical(budget)
+        assert len(plan_batches(chosen, budget)) == 1 and tried.width in {len(row.input_ids) for row in chosen}

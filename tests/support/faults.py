@@ -15,7 +15,7 @@ import numpy as np
 from light import fake_sums
 
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.scoring import prepare, reference, scorer
+from alphatoken_curate.scoring import reader, reference, scorer, shelf
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.plan import response_tokens
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
@@ -65,6 +65,11 @@ def _drawn(row: AnyRow, estimator: str, generation: int) -> RowResult:
     return RowResult(branches=tuple(found))
 
 
+def spill() -> None:
+    """Have the tokens of rows put on disk, however few they are."""
+    shelf.IN_MEMORY = 0
+
+
 def clock_back() -> None:
     """Have the system's clock go back by an hour at each look, from New Year 1990 on."""
     hours = iter(range(631_152_000, -(10**12), -3600))
@@ -76,7 +81,7 @@ def clock_back() -> None:
         def today(cls) -> Self:
             return cls.fromtimestamp(next(hours))
 
-    prepare.date = Date  # type: ignore[attr-defined]
+    reader.date = Date  # type: ignore[attr-defined]
 
 
 class _Refusing(io.FileIO):

@@ -106,18 +106,20 @@ class Forks:
         log: Path | None = None,
         refuse: tuple[str, str] | None = None,
         clock_back: bool = False,
+        spill: bool = False,
     ) -> None:
         """A command that is sent `signal` `after` so many seconds, once a file is there or once it `said` some words.
 
         With `meanwhile` it is stopped at that moment for as long as another command takes, then goes on. With `kill_at`
-        it kills itself. `fake`, `log`, `refuse`, `clock_back`: `fake_scorer`, `log_scoring`, `refuse` and
-        `clock_back` of `faults`.
+        it kills itself. `fake`, `log`, `refuse`, `clock_back`, `spill`: `fake_scorer`, `log_scoring`, `refuse`,
+        `clock_back` and `spill` of `faults`.
         """
         assert self._server.stdin is not None
         order = {"arguments": [str(a) for a in arguments], "kill_at": kill_at, "after": after, "signal": signal}
         order |= {"once": None if once is None else str(once), "said": said, "err": str(self._folder / "stderr")}
         order |= {"out": str(self._folder / "stdout"), "meanwhile": [str(a) for a in meanwhile]}
         order |= {"fake": fake, "log": None if log is None else str(log), "refuse": refuse, "clock_back": clock_back}
+        order |= {"spill": spill}
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
 
@@ -139,6 +141,8 @@ def _child(order: dict[str, Any]) -> None:
         faults.log_scoring(Path(order["log"]))
     if order.get("clock_back"):
         faults.clock_back()
+    if order.get("spill"):
+        faults.spill()
     if order.get("refuse"):
         faults.refuse(*order["refuse"])
     os.environ[KILL_AT] = order["kill_at"]

@@ -132,7 +132,7 @@ class Calendar(datetime.date):
 @pytest.fixture
 def calendar(monkeypatch: pytest.MonkeyPatch) -> type[Calendar]:
     """The day of `prepare`, which a test may set."""
-    monkeypatch.setattr("alphatoken_curate.scoring.prepare.date", Calendar)
+    monkeypatch.setattr("alphatoken_curate.scoring.reader.date", Calendar)
     monkeypatch.setattr(Calendar, "today_is", "2026-11-28")
     return Calendar
 

@@ -373,9 +373,9 @@ def test_any_number_of_workers_in_any_order_makes_the_same_shards(
     order = list(enumerate(job.shards))
     random.Random(workers).shuffle(order)
     stored = manifest.read(run).generations[0]
-    for turn, (index, shard) in enumerate(order):
-        found = scorers[turn % workers](index, shard.rows, Silent(), 64)
-        records = [record(row, "scored", one) for row, one in zip(shard.rows, found, strict=True)]
+    for turn, (index, rows) in enumerate(order):
+        found = scorers[turn % workers](index, rows, Silent(), 64)
+        records = [record(row, "scored", one) for row, one in zip(rows, found, strict=True)]
         facts = replace(job.facts, plan=stored.plan[index])
         path = tmp_path / "again" / "values" / "generation=0" / shards.shard_name(index)
         made = shards.write_values(path, records, Footer(fields=spec.store.fields, facts=facts.as_json()), job.layout)
