@@ -184,7 +184,7 @@ def test_a_trial_takes_few_of_the_rows_of_a_run() -> None:
     shards = [rows(*[8 + (7 * i + n) % 60 for i in range(100)]) for n in range(64)]
     found, widths = trial.sample_of(shards), sorted(len(row.input_ids) for shard in shards for row in shard)
     assert found.tokens == sum(widths) and found.most == 8192
-    assert [len(shard) for shard in found.shards] == [100] * 4 and {len(r.input_ids) for r in found.longest} == {67}
+    assert [len(shard) for shard in found.shards] == [100] * 4 and {len(r.input_ids) for r in found.longest} == {66, 67}
     middle = len(found.middling[found.middle].input_ids)
     below = sum(width for width in widths if width < middle)
     assert below <= found.tokens / 2 <= below + sum(width for width in widths if width == middle)
