@@ -91,8 +91,17 @@ def several(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("kind", ["as it is", "pairs", "of several files"])
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "resumed"),
+    [
+        ("as it is", True),
+        pytest.param("as it is", False, marks=pytest.mark.long),
+        ("pairs", True),
+        pytest.param("pairs", False, marks=pytest.mark.long),
+        ("of several files", True),
+        pytest.param("of several files", False, marks=pytest.mark.long),
+    ],
+)
 def test_a_run_is_the_same_whether_its_rows_lie_on_disk(
     kind: str,
     resumed: bool,
@@ -161,7 +170,10 @@ def test_rows_of_other_data_or_settings_are_made_anew(
         assert now is not None and now.tokens == found.tokens
 
 
-@pytest.mark.parametrize("damage", ["record", "cut", "gone", "columns"])
+LESS = [pytest.param(name, marks=pytest.mark.long) for name in ("gone", "columns")]
+
+
+@pytest.mark.parametrize("damage", ["record", "cut", *LESS])
 @pytest.mark.usefixtures("spilled")
 def test_rows_that_are_not_whole_are_made_anew(
     damage: str, settings: dict[str, Any], tmp_path: Path, stopped: pytest.MonkeyPatch
