@@ -41,7 +41,9 @@ class Uploads:
         with told(self.url, UsageError):
             self._store.info(self._base.partition("/")[0])  # a bucket that is not there lists nothing
             found = self._store.find(self._base, detail=True)
-        return {name.removeprefix(f"{self._base}/"): about["size"] for name, about in found.items()}
+        # Where nothing lies below when it looks, fsspec asks for the prefix itself, which another may begin just then.
+        below = {name: about for name, about in found.items() if name != self._base}
+        return {name.removeprefix(f"{self._base}/"): about["size"] for name, about in below.items()}
 
     def read(self, name: str) -> tuple[bytes, str] | None:
         """The bytes of an object and its ETag; None where there is none."""

@@ -28,8 +28,15 @@ from alphatoken_curate.runs.schema import SCHEMA_VERSION
 OF_TOKENS = ("template", "tokens", "target_tokens", "retention_tokens", "prompt_tokens", "groups")
 """The fingerprint fields that take a tokenizer, or the rows."""
 
-_OTHER_FILES = ("config.json", "generation_config.json", "model", "adapter_", "README", "LICENSE", ".", "training_args")
+_OTHER_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "model", "adapter_", "README", "LICENSE"),
+    *("USE_POLICY", ".", "training_args", "trainer_state.json", "optimizer.", "scheduler.", "scaler.", "rng_state"),
+    *("latest", "all_results.json", "eval_results.json", "train_results.json"),
+)
 """How names of files begin that no tokens come from."""
+
+_OTHER_FOLDERS = ("original", "onnx", "figures", "assets", "runs", "global_step")
+"""Likewise of folders."""
 
 _VERSIONED = ("alphatoken-curate", "torch", "transformers", "numpy", "pyarrow")
 
@@ -135,7 +142,7 @@ def tokens_are_digested(source: ModelSource) -> bool:
     home = tokenizer_source(source)
     known = (*TOKENIZER_FILES, *_OTHER_FILES)
     there = [] if home.gguf else home.folder.iterdir()
-    return all(path.is_file() and path.name.startswith(known) for path in there)
+    return all(path.name.startswith(known if path.is_file() else _OTHER_FOLDERS) for path in there)
 
 
 def has_drift(fields: Mapping[str, Json]) -> bool:

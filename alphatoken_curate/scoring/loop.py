@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -56,9 +56,9 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: En
         budget = Budget(folder, about, config.batch_tokens, listener, threads=threads, versions=made_by)
         tell(prepared, spec, listener, config)
         scored = run_generation(folder, job, spec, engine, budget, listener)
-        place.remove()  # values/ has them all
         if write_beside(folder, prepared, spec.dtype, budget) or scored:
-            write_manifest(folder, scored)
+            write_manifest(folder, scored, place.remove)
+        place.remove()  # values/ has them all
         mask, stored = mask_and_card(folder, config, stale=bool(scored))
     stable = has_stability(spec.store.fields)
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=len(scored), has_stability=stable)
@@ -80,12 +80,12 @@ def read_all(
     listener.note(told_of_models(config, device))
     listener.stage("reading rows", 0)
     watched = watch_inputs(config)
-    prepared = prepare(dated(config, begun_with(folder)), place, engine.readers())
-    check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
-    spec = spec_of(prepared, folder / "artifacts", device, artifacts_of(config.reuse), watched)
     if not (folder / manifest.NAME).is_file() and config.generation not in ("latest", "all", "0"):
         raise UsageError(f"--generation {config.generation}: {folder} has no such generation yet; score makes 0.")
-    return prepared, spec
+    with place.begun():
+        prepared = prepare(dated(config, begun_with(folder)), place, engine.readers())
+        check_settings(config, components(config.estimator), LAYOUTS[prepared.kind])
+        return prepared, spec_of(prepared, folder / "artifacts", device, artifacts_of(config.reuse), watched)
 
 
 def tell(prepared: Prepared, spec: ScorerSpec, progress: Progress, config: ScoreConfig) -> None:
@@ -233,9 +233,12 @@ def recorded(
     return ordered, Footer(fields=spec.store.fields, facts=told.as_json())
 
 
-def write_manifest(run: Path, written: Mapping[str, Shard] = {}) -> None:
+def write_manifest(
+    run: Path, written: Mapping[str, Shard] = {}, once_whole: Callable[[], object] = lambda: None
+) -> None:
     """Commit the manifest that the files make. Raises StoredDataError where a generation it named is not whole.
 
+    `once_whole`: what is done when they are found to be, and may not be done sooner.
     `written`: shards by path that this process wrote. Of these, and of those that the last manifest named and nobody
     touched since, the bytes are known and not read again.
     """
@@ -249,6 +252,7 @@ def write_manifest(run: Path, written: Mapping[str, Shard] = {}) -> None:
             f"{shards.values_folder(run, lost)}: the manifest names this generation, and its shards are not all"
             " there. Restore them, or delete manifest.json to go on without it."
         )
+    once_whole()
     manifest.write(run, made)
 
 

@@ -141,6 +141,8 @@ class Reader:
             self.read_as += Counter(before.found.read_as)
             self.day.written |= before.found.day is not None
             return before
+        if place is not None and not tokens_are_digested(self._source):
+            place = place.elsewhere()  # no later command could know them again
         stream = RowStream(self._config.data, limit=self._config.limit, reading=reading_of(self._config))
         shelf, bad = Shelf(per_shard=self._config.rows_per_shard, place=place), list[BadRow]()
         rows = self._told_of_plain_text(_begun(stream))
@@ -166,7 +168,7 @@ class Reader:
         if read.before is not None and read.before.aside == tuple(row.row_id for row in aside):
             return read.before.tokens
         tokens = read.kept.digest(aside)
-        if read.before is None and read.kept.tables.files:
+        if read.before is None and read.kept.tables.files and tokens_are_digested(self._source):
             key = self._key([[file.source, file.digest] for file in read.found.files], read.found.day)
             read.kept.commit(key, read.found, read.kind, aside, tokens)
         return tokens

@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from alphatoken_curate.runs.atomic import atomic_file, unread
 from alphatoken_curate.runs.documents import Unreadable, decode, sealed, unsealed
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.folder import MANIFEST
+from alphatoken_curate.scoring.budget import NAME as BUDGET
 from alphatoken_curate.tokens.dealt import Rows
 from alphatoken_curate.tokens.packed import COLUMNS, Columns, columns_of, pack, token_bytes, unpack
 from alphatoken_curate.tokens.tokenise import AnyRow
@@ -98,18 +99,27 @@ class Place:
 
     def found(self) -> Path | None:
         """Where rows of an earlier command are."""
-        if self.kept is None or not (self.kept / NAME).is_file():
+        if (kept := self.kept) is None or not (kept / NAME).is_file():
             return None
         self.hold()
-        return self.kept
+        return kept
+
+    def elsewhere(self) -> Place:
+        """The same, but what is put away is gone in the end."""
+        self._writes = False
+        return self
 
     def fresh(self) -> Path:
-        """A folder for rows, with nothing in it."""
-        if self.kept is not None and self._writes:
+        """A folder for rows, with nothing in it.
+
+        One that a run was begun with stays: these may be of settings that it will refuse.
+        """
+        kept = self.kept
+        if kept is not None and self._writes and not ((kept / NAME).is_file() and (kept.parent / BUDGET).is_file()):
             self.hold()
             self.remove()
             self._begun = True
-            return self.kept
+            return kept
         self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="alphatoken-rows-")
         return Path(self._temporary.name)
 
@@ -186,9 +196,10 @@ class Kept:
         if not files:
             return
         columns = pa.table({name: self._columns[name] for name in _COLUMNS.names}, schema=_COLUMNS)
+        nowhere = tuple(replace(file, path="") for file in found.files)  # where they lie is no part of what they are
         record = _Record(
             key=key,
-            found=found,
+            found=replace(found, files=nowhere),
             kind=kind,
             columns=_write(folder / _NAME_OF_COLUMNS, columns),
             shards={str(number): file for number, file in sorted(files.items())},

@@ -73,7 +73,6 @@ class Tokeniser:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer | None) -> None:
         self._recipe, self._tokenizer = recipe, tokenizer
-        self._speller = speller_of(tokenizer, recipe.chats, turns=recipe.turns)
 
     def __call__(self, rows: list[Row]) -> Made:
         """The tokens of some rows; of none where a template runs away at too many of them."""
@@ -88,7 +87,8 @@ class Tokeniser:
                 stop_ids=recipe.stop_ids,
                 told=told,
                 runaways=runaways,
-                speller=self._speller,
+                # Advice about bad rows is that of the first of a kind: of those handed over, whoever had others before
+                speller=speller_of(self._tokenizer, recipe.chats, turns=recipe.turns),
             )
         except ModelError:
             if not runaways.enough:

@@ -20,6 +20,7 @@ SCRIPTS = {
     "workers": (["--rows", "6", "--rows-per-shard", "2", "--workers", "2"], "| 2 parts at once |"),
     "growth": ([*DATA, "--rows", "--light-rows", "40", "80"], "exponent from each size"),
     "million": ([*DATA, "--rows", "40", "80"], "bytes a row more"),
+    "planned": ([], "times one card"),
     "tokenising": ([*DATA, "--rows", "8", "--rounds", "1"], "all refused"),
     "load": (["--tokens", "20000", "--rows", "200"], "mask, expression"),
     "tokens": (["--tokens", "20000", "--rounds", "1"], "by token type"),

@@ -157,7 +157,7 @@ def test_rows_are_not_kept_beside_their_tokens(tmp_path: Path) -> None:
     """`check`, as `score`: 6 bytes of a token and less than 2,000 of a row with its plan, whatever text it was."""
     model, length = save_models(tmp_path)["base"], 200
     data = []
-    for rows in (1000, 2000):  # more than are read at once
+    for rows in (2000, 3000):  # more than are read at once
         line = json.dumps({"id": "some row", "input_ids": [40] * length, "labels": [-100, *[40] * (length - 1)]})
         data.append(tmp_path / f"{rows}.jsonl")
         data[-1].write_text((line + "\n") * rows)

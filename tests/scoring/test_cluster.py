@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +99,30 @@ def test_machines_may_go_and_come(ray: Any, settings: dict[str, Any], tmp_path: 
         cluster.shutdown()
     assert done.shards_scored == 12 and not nodes
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.long
+def test_the_lines_for_ray_make_the_same_run(ray: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    page = (Path(__file__).parents[1] / "models" / "README.md").read_text()
+    lines = page.split("<!-- ray -->\n```sh\n")[1].split("```")[0].replace("--workers 32", "--workers 2")
+    lines = lines.replace("alphatoken-curate", f"{sys.executable} -m alphatoken_curate")
+    lines = lines.replace("-o runs/mine", "--rows-per-shard 7 --threads 1 -o runs/mine")
+    (tmp_path / "rows.jsonl").rename(tmp_path / "data.jsonl")
+    (tmp_path / "target.jsonl").rename(tmp_path / "task.jsonl")
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "model").symlink_to(settings["model"])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        there = os.environ | {"RAY_ADDRESS": cluster.address}
+        subprocess.run(["bash", "-euc", lines], cwd=tmp_path, env=there, check=True, capture_output=True)
+    finally:
+        cluster.shutdown()
+    alike = {"data": "data.jsonl", "target": "task.jsonl", "model": "my/model", "rows_per_shard": 7, "threads": 1}
+    with contextlib.chdir(tmp_path):
+        score(ScoreConfig(**alike), "whole")
+    assert contents(tmp_path / "runs" / "mine") == contents(tmp_path / "whole")
 
 
 def test_what_a_worker_refuses_is_refused_here(ray: Any, settings: dict[str, Any], tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def everyone_dies_once(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(ShardScorer, name, getattr(pooled, name))
 
 
+@pytest.mark.long
 def test_workers_that_die_in_each_stage_change_no_byte(
     settings: dict[str, Any], tmp_path: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

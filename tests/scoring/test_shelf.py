@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 from forks import Forks
 from tiny_files import contents, pair_records, token_records, write_jsonl
 
-from alphatoken_curate import FingerprintError, InputError, ScoreConfig, StoredDataError, score, verify
+from alphatoken_curate import FingerprintError, InputError, ScoreConfig, StoredDataError, UsageError, score, verify
 from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.runs.shards import listed, values_folder
 from alphatoken_curate.scoring import reader, shelf
@@ -238,6 +240,79 @@ def test_what_is_refused_leaves_no_rows(settings: dict[str, Any], tmp_path: Path
     assert verify(run) == []
     with one_writer(run), pytest.raises(Exception, match="another process"):
         score(ScoreConfig(**settings | {"max_length": 12}), run)
+
+
+@pytest.mark.usefixtures("spilled")
+def test_a_generation_that_is_not_there_leaves_no_rows(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such generation"):
+        score(ScoreConfig(**settings, generation="3"), tmp_path / "run")
+    with pytest.raises(UsageError, match="--reuse"):
+        score(ScoreConfig(**settings, reuse=str(tmp_path / "none")), tmp_path / "run")
+    assert not contents(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("spilled")
+def test_a_command_that_is_refused_leaves_the_rows_of_a_run(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = ScoreConfig(**settings), tmp_path / "run"
+    score_part(config, "prepare", run)
+    kept = contents(run)
+    with pytest.raises(FingerprintError, match="max_length"):
+        score(replace(config, max_length=12), run)
+    assert contents(run) == kept
+    monkeypatch.setattr(reader, "tokenised", never)
+    score_part(config, "0/2", run)
+
+
+@pytest.mark.usefixtures("spilled")
+def test_rows_stay_until_all_shards_are_found_whole(
+    settings: dict[str, Any], tmp_path: Path, stopped: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    rows = begun(settings, run, stopped)
+    shard = next(iter(listed(values_folder(run, 0)).values()))
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(StoredDataError, match="damaged"):
+        score(ScoreConfig(**settings), run)
+    shard.unlink()
+    with stopped.context() as patch:
+        patch.setattr(reader, "tokenised", never)
+        score(ScoreConfig(**settings), run)
+    assert not rows.exists() and verify(run) == []
+
+
+@pytest.mark.usefixtures("spilled")
+def test_rows_are_kept_beside_what_trainers_write_and_not_beside_what_may_make_tokens(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(settings["model"], tmp_path / "checkpoint-10"))
+    for name in ("trainer_state.json", "optimizer.pt", "original/params.json"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("{}")
+    config, place = ScoreConfig(**settings | {"model": str(model)}), Place(tmp_path / "run")
+    found = prepare(config, place)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "tokenised", never)
+        assert prepare(config, place).tokens == found.tokens
+    (model / "tekken.json").write_text("{}")
+    other = Place(tmp_path / "other")
+    assert prepare(config, other).tokens == found.tokens and not contents(tmp_path / "other")
+    other.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes there")
+@pytest.mark.usefixtures("spilled")
+def test_names_that_are_no_text(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d").mkdir()
+    Path(settings["data"]).rename(os.fsdecode(os.fsencode(tmp_path / "d") + b"/r\xff.jsonl"))
+    config, place = ScoreConfig(**settings | {"data": str(tmp_path / "d")}), Place(tmp_path / "run")
+    found = prepare(config, place)
+    monkeypatch.setattr(reader, "tokenised", never)
+    again = prepare(config, place)
+    assert again.tokens == found.tokens and again.files == found.files
 
 
 def test_check_counts_the_same_and_leaves_nothing(
