@@ -112,6 +112,7 @@ def test_five_kills_in_a_row_ten_times(bench: Bench, tmp_path: Path) -> None:
     assert sum(kills(bench, random.Random(5), tmp_path, 50, in_a_row=5).values()) >= 50
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", COMMANDS)
 @pytest.mark.parametrize("number", daily([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_an_interrupt_leaves_nothing_unfinished(number: int, kind: str, bench: Bench, tmp_path: Path) -> None:
@@ -162,6 +163,7 @@ def test_two_processes_on_one_run_20_times(bench: Bench, tmp_path: Path) -> None
     assert trials(bench, tmp_path, 20) >= 10
 
 
+@pytest.mark.long
 def test_a_second_process_is_refused_while_the_first_writes(bench: Bench, tmp_path: Path) -> None:
     run = tmp_path / "run"
     second = bench.arguments("score", run)
@@ -176,6 +178,7 @@ def test_a_second_process_is_refused_while_the_first_writes(bench: Bench, tmp_pa
 # ------------------------------------------------------------------------------------------- what is met on resuming
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", COMMANDS)
 @pytest.mark.parametrize("copied", daily([False, True], [False]))
 def test_shards_that_were_swapped_or_copied_before_the_end_are_refused(
@@ -200,6 +203,7 @@ def test_shards_that_were_swapped_or_copied_before_the_end_are_refused(
     assert contents(run) == contents(bench.whole(kind))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", COMMANDS)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
 def test_a_torn_manifest_is_made_anew_from_the_shards(kind: str, share: float, bench: Bench, tmp_path: Path) -> None:
@@ -215,6 +219,7 @@ def test_a_torn_manifest_is_made_anew_from_the_shards(kind: str, share: float, b
     assert contents(run) == contents(bench.whole(kind))
 
 
+@pytest.mark.long
 def test_a_manifest_of_a_later_release_is_left_alone(bench: Bench, tmp_path: Path) -> None:
     run = Path(shutil.copytree(bench.whole("score"), tmp_path / "run"))
     later = sealed_manifest(orjson.loads((run / "manifest.json").read_bytes()) | {"schema_version": 99})

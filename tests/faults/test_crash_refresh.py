@@ -181,6 +181,7 @@ def test_refresh_killed_thrice_at_the_same_step_ends_the_same(
     assert killed_then_whole(forks, again, ("refresh", run, "--checkpoint", out), run, whole["sft"]) == 3
 
 
+@pytest.mark.long
 def test_a_card_that_was_being_written_when_refresh_was_killed_is_gone_in_the_end(
     forks: Forks, run: Path, whole: dict[str, Path], out: Path
 ) -> None:
@@ -238,6 +239,7 @@ def test_an_interrupt_says_how_to_go_on(
     killed_then_whole(forks, [], arguments, run, whole["sft"])
 
 
+@pytest.mark.long
 def test_a_watch_of_what_is_not_there_yet_ends_cleanly(
     forks: Forks, run: Path, scored: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -252,6 +254,7 @@ def test_a_watch_of_what_is_not_there_yet_ends_cleanly(
 # --- two at once
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("other", ["refresh", "mask"])
 def test_the_second_of_two_processes_is_refused(
     other: str, forks: Forks, run: Path, whole: dict[str, Path], out: Path
@@ -278,6 +281,7 @@ class Patience(Notes):
             self._hold.close()
 
 
+@pytest.mark.long
 def test_a_watch_waits_for_another_process(run: Path, whole: dict[str, Path], out: Path) -> None:
     with contextlib.ExitStack() as hold, within(30):
         hold.enter_context(one_writer(run))
@@ -298,6 +302,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_scored_once_it_is_whole(
     forks: Forks, run: Path, scored: dict[str, Path], out: Path, tmp_path: Path
 ) -> None:
@@ -359,6 +364,7 @@ def going(out: Path, tmp_path: Path) -> Path:
     return tmp_path / "going"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("word", "gone"),
     [
@@ -381,6 +387,7 @@ def test_a_checkpoint_deleted_before_it_is_read_is_left_out(word: str, gone: str
     assert [one.shards_scored for one in refresh(run, going)] == [0, 0]
 
 
+@pytest.mark.long
 def test_a_checkpoint_deleted_once_it_is_read_is_scored(run: Path, whole: dict[str, Path], going: Path) -> None:
     watching = watch(run, going, interval=0.01, progress=Thief("scoring", [going / "checkpoint-20"]))
     with within(30):
@@ -389,6 +396,7 @@ def test_a_checkpoint_deleted_once_it_is_read_is_scored(run: Path, whole: dict[s
     assert contents(run) == contents(whole["sft"])
 
 
+@pytest.mark.long
 def test_a_checkpoint_deleted_right_after_it_was_found_is_left_out(run: Path, going: Path, tmp_path: Path) -> None:
     """And scored after all once it is back."""
     notes = Notes()
@@ -404,6 +412,7 @@ def test_a_checkpoint_deleted_right_after_it_was_found_is_left_out(run: Path, go
     assert verify(run) == []
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_was_to_come_next_is_missed(run: Path, going: Path) -> None:
     with pytest.raises(ModelError, match=r"checkpoint-100: .* was deleted after .* Run the same command again"):
         refresh(run, going, progress=Thief("scoring", [going / "checkpoint-100"]))
@@ -411,6 +420,7 @@ def test_a_checkpoint_that_was_to_come_next_is_missed(run: Path, going: Path) ->
     assert verify(run) == []
 
 
+@pytest.mark.long
 def test_a_checkpoint_deleted_while_it_is_read_is_scored_once_it_is_back(
     run: Path, going: Path, tmp_path: Path
 ) -> None:
@@ -425,6 +435,7 @@ def test_a_checkpoint_deleted_while_it_is_read_is_scored_once_it_is_back(
     assert unscored(notes) == ["checkpoint-20"] and verify(run) == []
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_cannot_be_loaded_is_told_of_once_and_passed_over(run: Path, going: Path) -> None:
     file = going / "checkpoint-20" / "model.safetensors"
     weights = load_file(file)
@@ -441,6 +452,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_told_of_once_and_passed_over(run:
     assert unscored(notes) == ["checkpoint-20"] and verify(run) == []
 
 
+@pytest.mark.long
 def test_checkpoints_deleted_while_they_are_watched(forks: Forks, run: Path, going: Path) -> None:
     forks.begin("refresh", run, "--watch", going, *EVERY, said=f"at {LAST}", signal=signal.SIGTERM)
     wait_for(run / "artifacts" / "run-00001.json")

@@ -23,6 +23,7 @@ def bench(forks: Forks, folder: Path, models: dict[str, str]) -> Bench:
     return bench_of(forks, folder / "bench", models, fake=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "call", "name"),
     [
@@ -68,6 +69,7 @@ def _mount(*arguments: object) -> int:
     return subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False).returncode
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_a_disk_that_is_really_full(bench: Bench, small_disk: Path) -> None:
     whole, run = contents(bench.whole("score")), small_disk / "run"
@@ -86,6 +88,7 @@ def test_a_disk_that_is_really_full(bench: Bench, small_disk: Path) -> None:
     assert contents(run) == whole
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 @pytest.mark.parametrize(
     "arguments",

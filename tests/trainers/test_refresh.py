@@ -152,6 +152,7 @@ def test_each_epoch_trains_on_the_mask_of_the_last_checkpoint(
     assert expected(before, 1) == expected(run, 1)
 
 
+@pytest.mark.long
 def test_of_several_checkpoints_in_an_epoch_the_last_gives_the_mask(
     run: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -180,6 +181,7 @@ def test_an_epoch_of_streamed_rows_trains_on_the_mask_of_the_last_checkpoint(
         assert sorted(trained[ROWS * epoch : ROWS * (epoch + 1)]) == expected(run, number)
 
 
+@pytest.mark.long
 def test_a_second_training_begins_with_the_newest_mask(run: Path, models: dict[str, str], tmp_path: Path) -> None:
     callback = RefreshCallback(run)
     made = trainer(run, models, tmp_path / "out", [callback], epochs=1)
@@ -193,6 +195,7 @@ def weights(made: Any) -> dict[str, torch.Tensor]:
     return {name: one.clone() for name, one in made.model.state_dict().items()}
 
 
+@pytest.mark.long
 def test_a_resumed_training_goes_by_the_mask_of_then(
     run: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +257,7 @@ def test_callback_states_may_be_restored_by_the_trainer(run: Path, models: dict[
     assert callback.masks == [(0, 0), (1, 1), (2, 2)] and sorted(epochs[-1]) == expected(run, 2)
 
 
+@pytest.mark.long
 def test_a_refresh_in_a_process_of_its_own(run: Path, models: dict[str, str], tmp_path: Path) -> None:
     before = Path(shutil.copytree(run, tmp_path / "before"))
     callback = RefreshCallback(run, new_process=True, device="cpu")
@@ -285,6 +289,7 @@ def test_what_fails_in_a_process_of_its_own_fails_the_training(
     assert made.state.epoch == 1  # it had to wait where the mask was needed
 
 
+@pytest.mark.long
 def test_a_process_tells_what_went_wrong(run: Path, models: dict[str, str]) -> None:
     here, there = multiprocessing.Pipe(duplex=False)
     named = {"base": None, "reference": models["tuned"], "device": None}
@@ -294,6 +299,7 @@ def test_a_process_tells_what_went_wrong(run: Path, models: dict[str, str]) -> N
     assert made is None and problem.startswith("FingerprintError: ") and "not the reference" in problem
 
 
+@pytest.mark.long
 def test_random_draws_of_the_training_are_left_alone(
     run: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +316,7 @@ def test_random_draws_of_the_training_are_left_alone(
     assert len(states) == 2 and torch.equal(*states)
 
 
+@pytest.mark.long
 def test_rows_to_evaluate_on_keep_their_own_weights(
     run: Path, finished: dict[str, Path], models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -319,6 +326,7 @@ def test_rows_to_evaluate_on_keep_their_own_weights(
     assert abs(found - sft_loss(made.model, stored(finished["sft"], 0), "count").item()) < 1e-6
 
 
+@pytest.mark.long
 def test_what_would_go_on_with_an_old_mask_is_refused(run: Path, models: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     plain = Trainer(
@@ -340,6 +348,7 @@ def test_what_would_go_on_with_an_old_mask_is_refused(run: Path, models: dict[st
     trainer(run, models, out, [RefreshCallback(run)], save_total_limit=1).train()
 
 
+@pytest.mark.long
 def test_reference_log_probabilities_of_the_first_mask_are_refused(
     finished: dict[str, Path], models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -360,6 +369,7 @@ def test_reference_log_probabilities_of_the_first_mask_are_refused(
         made.train()
 
 
+@pytest.mark.long
 def test_rows_of_another_run_are_refused(run: Path) -> None:
     current = CurrentMask(run)
     row = {"row_id": 0, "input_ids": stored(run, 0)[0]["input_ids"]}
@@ -379,6 +389,7 @@ def test_rows_of_another_run_are_refused(run: Path) -> None:
             current([wrong])
 
 
+@pytest.mark.long
 def test_a_row_that_a_checkpoint_could_not_score_trains_nothing(tmp_path: Path) -> None:
     from dataclasses import replace
 

@@ -30,6 +30,7 @@ def tree(picture: bytes) -> ElementTree.Element:
     return ElementTree.fromstring(picture)
 
 
+@pytest.mark.long
 def test_there_is_a_panel_for_every_histogram(found: Stats) -> None:
     names = [panel.name for panel in panels(found)]
     signals = ["value", *(name for name in found.histograms if name != "value")]
@@ -46,6 +47,7 @@ def test_there_is_a_panel_for_every_histogram(found: Stats) -> None:
     assert titles == names
 
 
+@pytest.mark.long
 def test_bars_are_as_high_as_their_tokens_are_many(found: Stats) -> None:
     picture = tree(svg(found, "a run"))
     bars = []
@@ -71,6 +73,7 @@ def test_bars_are_as_high_as_their_tokens_are_many(found: Stats) -> None:
     assert next(shown, None) is None
 
 
+@pytest.mark.long
 def test_it_loads_nothing_and_runs_nothing(found: Stats) -> None:
     evil = replace(found, sources={f"{EVIL}{i}": one for i, one in enumerate(found.sources.values())})
     text = svg(evil, EVIL).decode()
@@ -83,6 +86,7 @@ def test_it_loads_nothing_and_runs_nothing(found: Stats) -> None:
     assert any("<script>alert(1)" in (one.text or "") for one in picture.iter(f"{SVG}text"))
 
 
+@pytest.mark.long
 def test_the_end_of_a_long_name_is_shown(found: Stats) -> None:
     long = "a/very/long/folder/of/many/rows"
     evil = replace(found, sources={f"{long}/{i}.jsonl": one for i, one in enumerate(found.sources.values())})
@@ -90,6 +94,7 @@ def test_the_end_of_a_long_name_is_shown(found: Stats) -> None:
     assert sorted(names) == [f"value, source …er/of/many/rows/{i}.jsonl" for i in (0, 1)]
 
 
+@pytest.mark.long
 def test_of_many_sources_the_largest_are_drawn(found: Stats) -> None:
     one = next(iter(found.sources.values()))
     many = {f"{i}.jsonl": replace(one, scored_tokens=i) for i in range(20)}
@@ -97,12 +102,14 @@ def test_of_many_sources_the_largest_are_drawn(found: Stats) -> None:
     assert names == [f"value, source {i}.jsonl" for i in range(19, 7, -1)]
 
 
+@pytest.mark.long
 def test_a_run_in_which_nothing_was_scored_has_empty_panels(tmp_path: Path) -> None:
     nothing = stats(small_run(tmp_path / "run", [value_row(0, 5, "target")]))
     assert not list(tree(svg(nothing, "a")).iter(f"{SVG}g"))
     assert png(nothing, "a").startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_without_a_mask_bars_are_whole_and_there_is_no_legend(found: Stats) -> None:
     bare = {name: replace(one, kept=None) for name, one in found.histograms.items()}
     picture = tree(svg(replace(found, histograms=bare, kept_tokens=None, kept_share=None, masks=()), "a"))
@@ -113,6 +120,7 @@ def test_without_a_mask_bars_are_whole_and_there_is_no_legend(found: Stats) -> N
     assert re.search(r": (1 token|[\d,]+ tokens)$", first.text)
 
 
+@pytest.mark.long
 def test_png_is_a_picture_of_the_same_panels(found: Stats, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = pytest.importorskip("matplotlib.axes")
     drawn: list[tuple[str, list[float]]] = []
@@ -137,11 +145,13 @@ def test_png_is_a_picture_of_the_same_panels(found: Stats, monkeypatch: pytest.M
     assert png(found, EVIL) == picture
 
 
+@pytest.mark.long
 def test_names_in_any_script_are_drawn_without_a_warning(found: Stats) -> None:
     names = ("日本語.jsonl", "हिन्दी🙂.jsonl")
     png(replace(found, sources=dict(zip(names, found.sources.values(), strict=True))), "日本語")
 
 
+@pytest.mark.long
 def test_png_without_matplotlib_says_how_to_install_it(found: Stats, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
