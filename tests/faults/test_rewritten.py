@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from daily import daily
 from tiny_files import contents, token_records, write_jsonl
 
 
@@ -25,7 +24,9 @@ def begun(data: str, model: Path, run: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("how", daily(["dd conv=notrunc", "truncate"], []))
+@pytest.mark.parametrize(
+    "how", [pytest.param("dd conv=notrunc", marks=pytest.mark.slow), pytest.param("truncate", marks=pytest.mark.long)]
+)
 def test_the_process_ends_with_4_and_what_was_committed_is_right(
     how: str, models: dict[str, str], tmp_path: Path
 ) -> None:

@@ -348,27 +348,30 @@ def test_a_script_without_a_guard_is_told_of_it(settings: dict[str, Any], tmp_pa
     assert 'must stand below `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"estimator": "exact", "target_groups": 4},
-        {"estimator": "influence", "parameters": "all", "precondition": "none"},
-        {"precondition": "ekfac", "estimator": "exact+influence"},
-        {"precondition": "kfac", "fisher": "generate", "fisher_new_tokens": 6},
-        {"precondition": "none", "drift": "lookahead", "lookahead_lr": 0.1, "reference": None},
-        {"precondition": "none", "direction": "rehearsal", "rehearse_lr": 1e-3},
-    ],
-    ids=["exact", "influence", "ekfac", "generate", "lookahead", "rehearsal"],
-)
-@pytest.mark.parametrize("kind", ["sft", "preference"])
+ALIKE: dict[str, dict[str, Any]] = {
+    "exact": {"estimator": "exact", "target_groups": 4},
+    "influence": {"estimator": "influence", "parameters": "all", "precondition": "none"},
+    "ekfac": {"precondition": "ekfac", "estimator": "exact+influence"},
+    "generate": {"precondition": "kfac", "fisher": "generate", "fisher_new_tokens": 6},
+    "lookahead": {"precondition": "none", "drift": "lookahead", "lookahead_lr": 0.1, "reference": None},
+    "rehearsal": {"precondition": "none", "direction": "rehearsal", "rehearse_lr": 1e-3},
+}
+
+
+def _of_kinds() -> Iterator[Any]:
+    for name, changes in ALIKE.items():
+        yield pytest.param(changes, "sft", id=f"{name}-sft", marks=pytest.mark.long)
+        if name != "rehearsal":  # rows of one answer alone are rehearsed
+            often = pytest.mark.long if name == "exact" else pytest.mark.slow
+            yield pytest.param(changes, "preference", id=f"{name}-preference", marks=often)
+
+
+@pytest.mark.parametrize(("changes", "kind"), list(_of_kinds()))
 def test_any_number_of_workers_writes_the_same_bytes(
     kind: str, changes: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     settings |= changes
     if kind == "preference":
-        if settings.get("direction") == "rehearsal":
-            pytest.skip("rows of one answer alone are rehearsed")
         settings["data"] = write_jsonl(tmp_path / "pairs.jsonl", pair_records(42))
     runs = {workers: tmp_path / f"run{workers}" for workers in (1, 2, 3)}
     for workers, run in runs.items():
