@@ -258,9 +258,15 @@ class Stages:
 
     def _each(self, stage: Stage) -> Iterator[tuple[int, Any]]:
         """The number of each task and what came of it, as they are done; where memory ran out, its plan is noted."""
-        tasks = list(stage.tasks)
-        for n, done in self.engine.run(replace(stage, tasks=tasks), self.progress):
-            self.budget.note(tasks[n].what, done.plan)
+        names: list[str] = []
+
+        def named() -> Iterator[Task]:
+            for task in stage.tasks:  # each has its rows: one is made when it is handed out
+                names.append(task.what)
+                yield task
+
+        for n, done in self.engine.run(replace(stage, tasks=named()), self.progress):
+            self.budget.note(names[n], done.plan)
             yield n, done.result
 
     def _in_order(self, stage: Stage) -> Iterator[tuple[int, Any]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from alphatoken_curate.runs.shards import listed, values_folder
 from alphatoken_curate.scoring import reader, shelf
 from alphatoken_curate.scoring.check import check
 from alphatoken_curate.scoring.prepare import prepare
+from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.score import score_part
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place, known
+from alphatoken_curate.tokens.dealt import Rows
 
 BAD = ["{", {"input_ids": [3, 4, 5], "labels": [-100, -100, -100]}]
 
@@ -243,6 +246,32 @@ def test_what_is_refused_leaves_no_rows(settings: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.usefixtures("spilled")
+def test_losses_of_the_reference_are_made_of_a_shard_at_a_time(
+    settings: dict[str, Any], models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard is read when its turn comes, and those before it are let go of."""
+    order: list[str] = []
+    read, losses = Rows.shard, ReferencePass.losses
+
+    def reads(self: Rows, index: int) -> Any:
+        order.append(f"read {index}")
+        return read(self, index)
+
+    def made(self: ReferencePass, rows: Any, *more: Any) -> Any:
+        order.append(f"losses of {rows[0].row_id // 4}" if rows else "losses of none")
+        return losses(self, rows, *more)
+
+    monkeypatch.setattr(Rows, "shard", reads)
+    monkeypatch.setattr(ReferencePass, "losses", made)
+    score(ScoreConfig(**settings, reference=models["base"]), tmp_path / "run")
+    turns = [n for n, what in enumerate(order) if what.startswith("losses")]
+    assert len(turns) > 3
+    for before, turn in pairwise(turns):
+        assert [what.startswith("read") for what in order[before + 1 : turn]] == [True]
+        assert order[turn] in (order[turn - 1].replace("read", "losses of"), "losses of none")
+
+
+@pytest.mark.usefixtures("spilled")
 def test_a_generation_that_is_not_there_leaves_no_rows(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such generation"):
         score(ScoreConfig(**settings, generation="3"), tmp_path / "run")
@@ -352,6 +381,7 @@ from alphatoken_curate import ScoreConfig
 from alphatoken_curate.scoring.job import job_of
 from alphatoken_curate.scoring.meter import peak_of_process
 from alphatoken_curate.scoring.prepare import prepare
+from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.spec import spec_of
 from pathlib import Path
