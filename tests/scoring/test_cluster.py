@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import pooled
 import pytest
+from page_lines import check_lines, lines_of
 from tiny_files import Notes, contents, token_records, write_jsonl
 
 from alphatoken_curate import CurateError, Ray, ScoreConfig, UsageError, score
@@ -105,24 +105,15 @@ def test_machines_may_go_and_come(ray: Any, settings: dict[str, Any], tmp_path: 
 def test_the_lines_for_ray_make_the_same_run(ray: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
-    page = (Path(__file__).parents[1] / "models" / "README.md").read_text()
-    lines = page.split("<!-- ray -->\n```sh\n")[1].split("```")[0].replace("--workers 32", "--workers 2")
-    lines = lines.replace("alphatoken-curate", f"{sys.executable} -m alphatoken_curate")
-    lines = lines.replace("-o runs/mine", "--rows-per-shard 7 --threads 1 -o runs/mine")
-    (tmp_path / "rows.jsonl").rename(tmp_path / "data.jsonl")
-    (tmp_path / "target.jsonl").rename(tmp_path / "task.jsonl")
-    (tmp_path / "my").mkdir()
-    (tmp_path / "my" / "model").symlink_to(settings["model"])
+    more = {"rows_per_shard": 7, "threads": 1}
+    lines = lines_of("ray", tmp_path, settings, **more).replace("--workers 32", "--workers 2")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         there = os.environ | {"RAY_ADDRESS": cluster.address}
         subprocess.run(["bash", "-euc", lines], cwd=tmp_path, env=there, check=True, capture_output=True)
     finally:
         cluster.shutdown()
-    alike = {"data": "data.jsonl", "target": "task.jsonl", "model": "my/model", "rows_per_shard": 7, "threads": 1}
-    with contextlib.chdir(tmp_path):
-        score(ScoreConfig(**alike), "whole")
-    assert contents(tmp_path / "runs" / "mine") == contents(tmp_path / "whole")
+    check_lines(tmp_path, **more)
 
 
 def test_what_a_worker_refuses_is_refused_here(ray: Any, settings: dict[str, Any], tmp_path: Path) -> None:

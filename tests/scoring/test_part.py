@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pooled
 import pytest
 import torch
+from page_lines import check_lines, lines_of
 from tiny_files import Notes, command, contents, pair_records, token_records, write_jsonl
 
 from alphatoken_curate import Local, ScoreConfig, UsageError, score, score_part, verify
@@ -215,17 +214,7 @@ sbatch() {
 
 @pytest.mark.long
 def test_the_lines_for_slurm_make_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "models" / "README.md").read_text()
-    lines = page.split("<!-- slurm -->\n```sh\n")[1].split("```")[0].replace("=0-7", "=0-1").replace("/8", "/2")
-    (tmp_path / "rows.jsonl").rename(tmp_path / "data.jsonl")
-    (tmp_path / "target.jsonl").rename(tmp_path / "task.jsonl")
-    (tmp_path / "my").mkdir()
-    (tmp_path / "my" / "model").symlink_to(settings["model"])
-    lines = lines.replace("alphatoken-curate", f"{sys.executable} -m alphatoken_curate")
-    lines = lines.replace("-o runs/mine", "--rows-per-shard 7 -o runs/mine")
+    lines = lines_of("slurm", tmp_path, settings, rows_per_shard=7).replace("=0-7", "=0-1").replace("/8", "/2")
     alike = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # a run keeps how many it was made by
     subprocess.run(["bash", "-euc", _SBATCH + lines], cwd=tmp_path, env=alike, check=True, capture_output=True)
-    config = {"data": "data.jsonl", "target": "task.jsonl", "model": "my/model", "rows_per_shard": 7}
-    with contextlib.chdir(tmp_path):
-        score(ScoreConfig(**config), "whole")
-    assert contents(tmp_path / "runs" / "mine") == contents(tmp_path / "whole")
+    check_lines(tmp_path, rows_per_shard=7)
