@@ -55,11 +55,11 @@ def load_placed(
 
     Raises ModelError where it cannot lie there.
     """
-    host = placement.devices[0] if placement.plain else torch.device("cpu")
     if placement.plain:
-        return load_model(source, dtype=dtype, device=host, trust_remote_code=trust_remote_code)
+        return load_model(source, dtype=dtype, device=placement.devices[0], trust_remote_code=trust_remote_code)
     check_placed(source, placement)
     disk = _left_on_disk(source, layers, trust_remote_code) if placement.trunk == "disk" else None
+    host = torch.device("cpu")
     model = load_model(source, dtype=dtype, device=host, trust_remote_code=trust_remote_code, disk=disk)
     place(model, placement, layers=layers, directions=directions, disk=disk)
     return model

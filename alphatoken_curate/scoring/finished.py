@@ -21,7 +21,7 @@ from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import digest, one_writer
 from alphatoken_curate.runs.fingerprint import Json, differing
 from alphatoken_curate.runs.manifest import File, Manifest
-from alphatoken_curate.scoring.folder import ScoreSummary
+from alphatoken_curate.scoring.folder import ScoreSummary, is_as_named
 from alphatoken_curate.scoring.identity import (
     OF_TOKENS,
     Named,
@@ -91,11 +91,8 @@ def _is_whole(run: Path, stored: Manifest, fields: Mapping[str, Json]) -> bool:
     if first.generation or [*paths] != [*range(len(first.shards))]:
         return False
     for index, path in paths.items():
-        named = first.shards[index]
-        known = {named.path: named} if shards.untouched(path, named, run / manifest.NAME) else {}
-        footer, found = shards.facts_of(path, known)
-        shards.check_fields(path, footer, fields)
-        if found != named:
+        shards.check_fields(path, shards.read_footer(path), fields)
+        if not is_as_named(run, path, first.shards[index]):
             return False
     return True
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import MaskSummary
-from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import LOCK
 from alphatoken_curate.runs.folder import FOLDERS
 from alphatoken_curate.runs.manifest import Manifest
+from alphatoken_curate.runs.shards import Shard
 from alphatoken_curate.scoring.budget import NAME as BUDGET
 from alphatoken_curate.urls import FILE_ADVICE, check_local
 
@@ -63,3 +64,11 @@ def artifacts_of(run: str | None) -> Path | None:
     if not folder.is_dir():
         raise UsageError(f"--reuse {run}: no run folder with artifacts/ in it. Name a run that was scored before.")
     return folder
+
+
+def is_as_named(run: Path, path: Path, named: Shard) -> bool:
+    """Whether a shard is the one that the manifest names; its bytes are read where it was touched since that was made.
+
+    Raises as `shards.facts_of`.
+    """
+    return shards.untouched(path, named, run / manifest.NAME) or shards.facts_of(path)[1] == named

@@ -23,7 +23,7 @@ from alphatoken_curate.scoring.beside import write_beside
 from alphatoken_curate.scoring.budget import LEAST, Budget, begun_with
 from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.engines import Engine, Here
-from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of
+from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of, is_as_named
 from alphatoken_curate.scoring.identity import dated, has_stability
 from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.job import Job, job_of, record
@@ -265,9 +265,7 @@ def _named(run: Path) -> dict[int, tuple[Shard, ...]]:
 
 def _check_named(run: Path, path: Path, named: Shard) -> None:
     """A shard must be that of the manifest, where there is one: its digest sees what a footer does not."""
-    if shards.untouched(path, named, run / manifest.NAME):
-        return
-    if shards.facts_of(path)[1] != named:
+    if not is_as_named(run, path, named):
         raise StoredDataError(
             f"{path}: not the file that the manifest names. Delete it and run the same command again."
         )

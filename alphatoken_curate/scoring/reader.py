@@ -20,7 +20,6 @@ from alphatoken_curate.errors import UsageError
 from alphatoken_curate.models.load import (
     ModelSource,
     generation_stops,
-    load_tokenizer,
     model_config,
     tokenizer_digest,
     vocabulary_size,
@@ -33,7 +32,7 @@ from alphatoken_curate.runs.atomic import digest
 from alphatoken_curate.runs.fingerprint import Json, differing
 from alphatoken_curate.scoring.identity import tokens_are_digested
 from alphatoken_curate.scoring.shelf import Found, Kept, Known, Place, Shelf, known
-from alphatoken_curate.scoring.tokenising import Recipe, tokenised
+from alphatoken_curate.scoring.tokenising import Recipe, tokenised, tokenizer_with
 from alphatoken_curate.tokens.chat import ChatSettings, Tokenizer
 from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
@@ -93,10 +92,7 @@ class Reader:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """That of the model, with the chat template that was asked for; None where it has none."""
-        found = load_tokenizer(self._source, trust_remote_code=self._config.trust_remote_code)
-        if found is not None and self._template is not None:
-            found.chat_template = self._template
-        return found
+        return tokenizer_with(self._template, self._source, trust_remote_code=self._config.trust_remote_code)
 
     @cached_property
     def _template(self) -> str | None:
@@ -142,7 +138,7 @@ class Reader:
             self.day.written |= before.found.day is not None
             return before
         if place is not None and not tokens_are_digested(self._source):
-            place = place.elsewhere()  # no later command could know them again
+            place.keep_nothing()  # no later command could know them again
         stream = RowStream(self._config.data, limit=self._config.limit, reading=reading_of(self._config))
         shelf, bad = Shelf(per_shard=self._config.rows_per_shard, place=place), list[BadRow]()
         rows = self._told_of_plain_text(_begun(stream))
@@ -168,7 +164,7 @@ class Reader:
         if read.before is not None and read.before.aside == tuple(row.row_id for row in aside):
             return read.before.tokens
         tokens = read.kept.digest(aside)
-        if read.before is None and read.kept.tables.files and tokens_are_digested(self._source):
+        if read.before is None and read.kept.tables.files:
             key = self._key([[file.source, file.digest] for file in read.found.files], read.found.day)
             read.kept.commit(key, read.found, read.kind, aside, tokens)
         return tokens

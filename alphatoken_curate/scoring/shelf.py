@@ -104,10 +104,9 @@ class Place:
         self.hold()
         return kept
 
-    def elsewhere(self) -> Place:
-        """The same, but what is put away is gone in the end."""
+    def keep_nothing(self) -> None:
+        """Have what is put away from now on be gone in the end."""
         self._writes = False
-        return self
 
     def fresh(self) -> Path:
         """A folder for rows, with nothing in it.

@@ -35,6 +35,14 @@ _PATIENCE = 5.0
 """Seconds that a process has to end."""
 
 
+def tokenizer_with(template: str | None, source: ModelSource, *, trust_remote_code: bool) -> Tokenizer | None:
+    """The tokenizer of a model, with a chat template in place of its own if one is given; None where it has none."""
+    found = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if found is not None and template is not None:
+        found.chat_template = template
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """All that tokens are made by; picklable."""
@@ -50,11 +58,8 @@ class Recipe:
     stop_ids: frozenset[int]
 
     def tokenizer(self) -> Tokenizer | None:
-        """That of the model, with the chat template that was asked for; None where it has none."""
-        found = load_tokenizer(self.source, trust_remote_code=self.trust_remote_code)
-        if found is not None and self.template is not None:
-            found.chat_template = self.template
-        return found
+        """As `tokenizer_with`."""
+        return tokenizer_with(self.template, self.source, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
