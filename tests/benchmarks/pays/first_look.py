@@ -5,7 +5,8 @@
 
 Resumable: what has a line in results/rehearsal.jsonl is not run again. What decides most comes first. `--only` takes
 settings, parts and selections; `--list` counts what each part has left to do; `--trial` runs what is asked for on a
-handful of rows, with its lines under `--work`. A rehearsal of 64 rows is made once, by the first run that needs it.
+handful of rows, with its lines under `--work`. A rehearsal of 64 rows is made once, by the first run that needs it, and
+kept in results/values.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import lines
 import numpy as np
 from fidelity import area
 from grid import SELECTIONS
-from rehearsals import AT_ONCE, COURSE, GROUP_ENDS, rehearsed_weights, values_of
+from rehearsals import AT_ONCE, COURSE, GROUP_ENDS, Place, rehearsed_weights, values_of
 from selections import Selection, counts, weights_of
 from settings import Setting, about_of, setting
 from training import Weights, load, train
@@ -108,7 +109,6 @@ class Training:
 TRAININGS = {
     "as rehearsed": Training(),
     "order 1": Training(seed=1),
-    "order 2": Training(seed=2),
     "two epochs": Training(change={"epochs": 2}),
     "rate 1e-4": Training(change={"learning_rate": 1e-4}),
     "rate 1e-5": Training(change={"learning_rate": 1e-5}),
@@ -117,18 +117,9 @@ TRAININGS = {
 """`128 rows`: values of two rehearsals of 64 rows each, each from the start, used in one training on all."""
 
 PLAIN = ["all tokens", "oracle", "random 0.9"]
-TRANSFERRED = [*PLAIN, *named("lowest 10%", "tilt 0.5", "below 0 beyond error")]
-BESIDE = [
-    "surprise under 7",
-    "surprise low 0.9",
-    "surprise low 0.95",
-    "nll low 0.95",
-    "influence ekfac 0.9",
-    "influence ekfac 0.8",
-    "excess loss over target rows soft",
-    "excess loss over target rows 0.9",
-    "excess loss over target rows 0.8",
-]
+TRANSFERRED = ["all tokens", "oracle", *named("lowest 10%", "tilt 0.5")]
+DRAWS = ["random 0.9, draw 1", "random 0.9, draw 2"]
+BESIDE = ["surprise under 7", "influence ekfac 0.9", "excess loss over target rows 0.9"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,25 +137,16 @@ VALUES = "values"
 PARTS: dict[str, Part] = {
     "forms": Part(selections=[*PLAIN, VALUES, *named(*FORMS)]),
     "targets": Part(
-        selections=[
-            *(name for n in NAMED_ROWS[1:] for name in named("lowest 10%", "tilt 0.5", "lowest 5%", target_rows=n)),
-            *(name for n in (128, 64) for name in named("below 0 beyond error", target_rows=n)),
-        ]
+        selections=[name for n in NAMED_ROWS[1:] for name in named("lowest 10%", "tilt 0.5", target_rows=n)]
     ),
-    "rows": Part(
-        settings=(SWAPPED, WRONG),
-        selections=[
-            *(name for n in NAMED_ROWS[1:] for name in named("lowest fifth of rows", target_rows=n)),
-            *named("rows below 0 beyond error", target_rows=128),
-        ],
-    ),
-    "beside": Part(selections=[*BESIDE, "random 0.95", "random 0.8", "random 0.9, draw 1", "random 0.9, draw 2"]),
-    "orders": Part(selections=TRANSFERRED, trainings=["order 1", "order 2"]),
+    "rows": Part(settings=(SWAPPED, WRONG), selections=named("lowest fifth of rows", target_rows=64)),
+    "beside": Part(selections=[*BESIDE, *DRAWS]),
+    "orders": Part(selections=TRANSFERRED, trainings=["order 1"]),
     "longer": Part(selections=TRANSFERRED, trainings=["two epochs"]),
     "rates": Part(settings=(DIGITS, CLEAN), selections=TRANSFERRED, trainings=["rate 1e-4", "rate 1e-5"]),
-    "count": Part(selections=[*COUNTED]),
-    "second": Part(selections=[*SECOND]),
-    "more rows": Part(settings=(DIGITS, CLEAN), selections=TRANSFERRED, trainings=["128 rows"]),
+    "second": Part(settings=(DIGITS, CLEAN), selections=[*SECOND]),
+    "more rows": Part(settings=(DIGITS,), selections=TRANSFERRED, trainings=["128 rows"]),
+    "count": Part(settings=(DIGITS, CLEAN), selections=[*COUNTED]),
     "tool": Part(settings=(DIGITS,), selections=[*TOOL]),
 }
 """What decides most comes first."""
@@ -197,17 +179,17 @@ def config_of(where: Setting, selection: str, how: str) -> dict[str, Any]:
     return {**about, "selection": selection, **told, **course}
 
 
-def one(data: str, work: str, at_once: int, config: dict[str, Any]) -> dict[str, Any]:
+def one(data: str, place: Place, config: dict[str, Any]) -> dict[str, Any]:
     """Train once, or describe values."""
-    base, folder = setting(config["setting"], Path(data)), Path(work)
+    base = setting(config["setting"], Path(data))
     if config["selection"] == VALUES:
-        return described(base, folder, at_once)
+        return described(base, place)
     where = trained(config["setting"], config["training"], Path(data))
     chosen = {**SELECTIONS, **USES}[config["selection"]]
     if chosen.who == "rehearsal":
-        weights = rehearsed_weights(chosen, base, folder, at_once)
+        weights = rehearsed_weights(chosen, base, place)
     else:
-        weights = weights_of(chosen, base, folder, config["seed"])
+        weights = weights_of(chosen, base, place.work, config["seed"])
     curve = train(load(), where, weights, seed=config["seed"], measure_every=10**9, measure_start=chosen.who == "all")
     return {"curve": curve, "weight": total(weights), **counts(where, weights)}
 
@@ -217,9 +199,9 @@ def total(weights: Weights) -> float:
     return float(sum(weight.sum(dtype=np.float64) for weight in weights))
 
 
-def described(where: Setting, work: Path, at_once: int) -> dict[str, Any]:
+def described(where: Setting, place: Place) -> dict[str, Any]:
     """Of values by so many target rows: how they find what is bad, how many are negative, and how they agree."""
-    values = values_of(where, work, None, at_once)
+    values = values_of(where, place)
     lengths = np.array([int(row.response.sum()) for row in where.train])
     good = np.concatenate([row.good[row.response] for row in where.train])
     row_good = np.array([bool(row.good.any()) for row in where.train])
@@ -269,8 +251,8 @@ def main() -> None:
         print(f"{name}: {len(mine)} runs, {sum(c not in done for c in mine)} to do")
         configs += mine
     if not args.list:
-        work = partial(one, args.data, str(args.work.resolve()), args.at_once)
-        lines.run("rehearsal", configs, work, args.jobs, folder)
+        place = Place(work=args.work.resolve(), values=folder.resolve() / "values", at_once=args.at_once)
+        lines.run("rehearsal", configs, partial(one, args.data, place), args.jobs, folder)
 
 
 if __name__ == "__main__":

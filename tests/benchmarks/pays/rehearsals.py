@@ -2,8 +2,9 @@
 
 The derivative is linear in what it is of, so one rehearsal with an outcome for each of 8 groups of target rows gives
 the values of 32, 64, 128 and 244 target rows: means over the first 1, 2, 4 and 8 groups. By the count of tokens or by
-the sum of weights are of one rehearsal as well: they differ by a term that is kept apart. What a rehearsal gives is
-kept in an .npz under `--work`; one that was killed goes on from the states it kept there.
+the sum of weights are of one rehearsal as well: they differ by a term that is kept apart. What a rehearsal gives, an
+hour's work, is a small .npz under `results/values`, by which any mask can be tried without rehearsing again; one that
+was killed goes on from the states it kept under `--work`.
 
 A selection says `target_rows`, `denominator` and, for a second round, `first`: the mask by which tokens leave before
 rows are rehearsed again. The package rehearses without weights, so a second round leaves out, and does not tilt.
@@ -55,6 +56,15 @@ AT_ONCE = 2
 """Outcomes that go back together: each takes 2.2 GB of SmolLM2-135M."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where rehearsals are done: `work` for states on the way, `values` for what they give."""
+
+    work: Path
+    values: Path
+    at_once: int = AT_ONCE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupValues:
     """Values in nats, (G, N) each, in parts as `directions.rehearsal.Values`; `tokens` (G,): of each group."""
@@ -104,13 +114,13 @@ class GroupedNumbers:
 # ------------------------------------------------------------------------------------------------------- the rehearsal
 
 
-def values_of(where: Setting, work: Path, trains: Weights | None = None, at_once: int = AT_ONCE) -> GroupValues:
+def values_of(where: Setting, place: Place, trains: Weights | None = None) -> GroupValues:
     """Values of all response tokens of a setting's rows, or of those that have a weight; made now or read."""
     parts = []
     for first in range(0, len(where.train), COURSE_ROWS):
         part = replace(where, train=where.train[first : first + COURSE_ROWS])
         mine = None if trains is None else trains[first : first + COURSE_ROWS]
-        parts.append(_values_of_course(part, work, mine, at_once))
+        parts.append(_values_of_course(part, place, mine))
     return GroupValues(
         own=np.concatenate([part.own for part in parts], axis=1),
         denominator=np.concatenate([part.denominator for part in parts], axis=1),
@@ -119,7 +129,7 @@ def values_of(where: Setting, work: Path, trains: Weights | None = None, at_once
     )
 
 
-def _values_of_course(where: Setting, work: Path, trains: Weights | None, at_once: int) -> GroupValues:
+def _values_of_course(where: Setting, place: Place, trains: Weights | None) -> GroupValues:
     rows = token_rows(where.train)
     if trains is not None:
         rows = [replace(row, response=row.response & (w > 0)) for row, w in zip(rows, trains, strict=True)]
@@ -132,22 +142,25 @@ def _values_of_course(where: Setting, work: Path, trains: Weights | None, at_onc
         "epochs": where.epochs,
         **COURSE,
     }
-    kept = work / "values" / f"{digest(about)}.npz"
-    with alone(kept):
+    name = digest(about)
+    kept, states = place.values / f"{name}.npz", place.work / f"{name}.states"
+    with alone(states):
         if not kept.is_file():
             groups = dealt(token_rows(where.target))
             steps = batches(where, ORDER)
             optimiser = Optimiser(lr=where.learning_rate, steps=len(steps), root=ROOT)
-            states = kept.with_suffix(".states")
             # What goes back together is kept together, so that another number of them begins anew.
-            store = Store(folder=states, fields={**about, "at_once": at_once})
-            found = rehearse(load(), rows, steps, groups, optimiser, store, at_once)
+            store = Store(folder=states, fields={**about, "at_once": place.at_once})
+            found = rehearse(load(), rows, steps, groups, optimiser, store, place.at_once)
+            place.values.mkdir(parents=True, exist_ok=True)
             part = kept.with_suffix(".part.npz")
-            np.savez(part, **{name: getattr(found, name) for name in GroupValues.__slots__})
+            stored = {name: getattr(found, name).astype(np.float32) for name in ("own", "denominator")}
+            np.savez_compressed(part, **stored, tokens=found.tokens, root_share=found.root_share)
             part.rename(kept)
             shutil.rmtree(states)
         with np.load(kept) as read:
-            return GroupValues(**{**read, "root_share": float(read["root_share"])})
+            floats = {name: read[name].astype(np.float64) for name in ("own", "denominator")}
+            return GroupValues(**floats, tokens=read["tokens"], root_share=float(read["root_share"]))
 
 
 def rehearse(
@@ -191,11 +204,11 @@ def dealt(target: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def rehearsed_weights(chosen: Selection, where: Setting, work: Path, at_once: int = AT_ONCE) -> Weights:
+def rehearsed_weights(chosen: Selection, where: Setting, place: Place) -> Weights:
     """The weights of each training row's tokens, of a selection by rehearsed values."""
     first: Mapping[str, Any] | None = chosen.score.get("first")
-    trains = None if first is None else _weights(values_of(where, work, None, at_once), chosen, first, where, None)
-    return _weights(values_of(where, work, trains, at_once), chosen, chosen.mask, where, trains)
+    trains = None if first is None else _weights(values_of(where, place), chosen, first, where, None)
+    return _weights(values_of(where, place, trains), chosen, chosen.mask, where, trains)
 
 
 def _weights(

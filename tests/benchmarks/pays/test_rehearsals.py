@@ -104,14 +104,14 @@ def test_a_second_round_is_of_what_the_first_left(
 
     monkeypatch.setattr(rehearsals, "load", load)
     monkeypatch.setattr(rehearsals, "COURSE_ROWS", 6)
-    where = tiny_setting()
+    where, place = tiny_setting(), rehearsals.Place(work=tmp_path / "work", values=tmp_path / "values")
     first, second = {"by": "value", "keep": 0.7}, {"by": "value", "keep": 0.8}
 
     def weights(mask: dict[str, Any], **more: Any) -> Any:
         chosen = rehearsals.Selection(
             who="rehearsal", score={"target_rows": 244, "denominator": "sum", **more}, mask=mask
         )
-        return rehearsals.rehearsed_weights(chosen, where, tmp_path)
+        return rehearsals.rehearsed_weights(chosen, where, place)
 
     once, twice = weights(first), weights(second, first=first)
     assert len(loads) == 4, "two rehearsals of six rows each in either round"
@@ -120,7 +120,7 @@ def test_a_second_round_is_of_what_the_first_left(
     assert all((a[b > 0] > 0).all() for a, b in zip(once, twice, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(weights(second, first=first), twice, strict=True))
     assert len(loads) == 4, "what was rehearsed is read"
-    assert not list((tmp_path / "values").glob("*.states"))
+    assert not list((tmp_path / "work").glob("*.states"))
 
 
 def test_weights_by_hand(rehearsals: Any) -> None:
