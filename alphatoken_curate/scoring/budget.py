@@ -69,9 +69,10 @@ class Budget:
     """The token budget of a generation, kept in `artifacts/run.json` beside the fields it was begun with.
 
     `batch_tokens`: `auto` is settled by `decide`, unless it was in an earlier attempt. `threads`: those that are named.
-    `versions`: of what computes here. `plans`: those of the shards of generation 0, which a later generation begins
-    with. Without `writes` it must be settled, and stays as it is. Raises FingerprintError, naming what differs, where
-    something was computed with other fields, and UsageError where a part names other threads.
+    `versions`: of what computes here. `own_threads`: those that torch takes here by itself, where an engine may have set
+    others by now. `plans`: those of the shards of generation 0, which a later generation begins with. Without `writes`
+    it must be settled, and stays as it is. Raises FingerprintError, naming what differs, where something was computed
+    with other fields, and UsageError where a part names other threads.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Budget:
         *,
         threads: int | None = None,
         versions: Mapping[str, str] | None = None,
+        own_threads: int | None = None,
         generation: int = 0,
         plans: Sequence[Plan] = (),
         writes: bool = True,
@@ -101,7 +103,7 @@ class Budget:
             _check_same(run, stored.fields, fields)
         same = stored is not None and not differing(stored.fields, fields)
         given = plans[0].batch_tokens if plans else None if batch_tokens == "auto" else batch_tokens
-        self._taken_here = taken = _taken(self._versions)
+        self._taken_here = taken = _taken(self._versions, own_threads)
         own = _Record(
             fields=dict(fields),
             first=given,
@@ -245,13 +247,13 @@ def _with(threads: int | None, taken: int | None) -> str:
     return "without it" if taken is None else f"without it, with {taken}"
 
 
-def _taken(versions: Mapping[str, str]) -> int | None:
+def _taken(versions: Mapping[str, str], own_threads: int | None) -> int | None:
     """Threads that torch takes by itself on a CPU; None of what computes elsewhere."""
     if versions.get("device") != "cpu":
         return None
     import torch
 
-    return torch.get_num_threads()
+    return own_threads or torch.get_num_threads()
 
 
 def older(run: Path, version: object) -> FingerprintError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from alphatoken_curate.config import MaskConfig, ScoreConfig, checked, settings_of_mask
 from alphatoken_curate.errors import FingerprintError, InputError, ModelError, StoredDataError
@@ -121,6 +122,7 @@ class Rescored:
         self._device = device or self.config.device
         self._reference: ModelSource | None = None
         self._kept = Watched([])
+        self._own_threads = torch.get_num_threads()
 
     def refresh(self, checkpoint: Checkpoint, engine: Engine, progress: Progress) -> RefreshSummary:
         """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
@@ -177,6 +179,7 @@ class Rescored:
             progress,
             threads=self.config.threads,
             versions=job.facts.versions,
+            own_threads=self._own_threads,
             generation=number,
             plans=stored.generations[0].plan,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from small_run import published
@@ -43,6 +44,7 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.runs.schema import COMPONENTS, SIGNALS
+from alphatoken_curate.scoring.scorer import ShardScorer
 
 ROWS = 13
 
@@ -265,6 +267,32 @@ def test_a_generation_begun_at_another_checkpoint_keeps_its_number(run: Path, mo
     assert made.generation == 1 and made.shards_scored == 2
     assert [one.generation for one in manifest.read(run).generations] == [0, 1, 2]
     assert verify(run) == []
+
+
+def test_a_generation_takes_its_own_threads_behind_one_that_was_begun_with_others(
+    run: Path, steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, plain, seen = torch.get_num_threads(), ShardScorer.score, list[tuple[int, int]]()
+
+    def scored(self: ShardScorer, *arguments: Any) -> Any:
+        seen.append((self.spec.store.generation, torch.get_num_threads()))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(ShardScorer, "score", scored)
+    try:
+        torch.set_num_threads(3)  # as torch takes them on another machine
+        with pytest.raises(KeyboardInterrupt):
+            refresh(run, steps)
+        torch.set_num_threads(1)
+        refresh(run, steps)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {(1, 3), (2, 1), (3, 1)}
+    taken = [orjson.loads((run / f"artifacts/run-0000{n}.json").read_bytes())["taken"] for n in (1, 2, 3)]
+    assert taken == [3, 1, 1]
 
 
 def test_a_failed_row_is_scored_again(models: dict[str, str], tmp_path: Path) -> None:
