@@ -80,7 +80,7 @@ def refresh(
 
     `checkpoint`: a model folder, an adapter folder of PEFT, or a folder of `checkpoint-*` folders, all of which are
     scored in step order. `base` and `reference` say where those models lie now, `device` and `trunk_device` where to
-    compute; by default as the run was told. The mask is made by the settings of the run's newest one. `told` of each
+    compute, a `trunk_device` of "none" with the device alone; by default as the run was told. The mask is made by the settings of the run's newest one. `told` of each
     checkpoint when it is done. `engine`: as in `score`.
 
     The same call resumes, and leaves what is there alone. Raises UsageError, ModelError, FingerprintError (another
@@ -115,7 +115,8 @@ class Rescored:
         self.fields: Mapping[str, Json] = first.fields
         _check_config(folder, stored)
         config = checked(ScoreConfig, load_settings(folder / beside.CONFIG), str(folder / beside.CONFIG))
-        self.config = replace(config, trunk_device=trunk_device or config.trunk_device)
+        trunk = trunk_device or config.trunk_device
+        self.config = replace(config, trunk_device=None if trunk == "none" else trunk)
         self.base = find_model(base) if base is not None else _found(self.config.model)
         moved = base if self.config.reference in (None, self.config.model) else None
         self._reference_name = reference or moved or self.config.reference or self.config.model

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
+from tiny_adapters import save_adapter
 from tiny_files import (
     command,
     contents,
@@ -103,6 +104,19 @@ def test_a_run_goes_on_with_the_trunk_elsewhere_and_is_scored_again_so(files: di
     ended = command("refresh", run, "--checkpoint", files["base"], "--trunk-device", "disk")
     assert ended.code == 0, ended.err
     assert scan(run, generation=1).collect().equals(scan(once.run, generation=1).collect())
+
+
+def test_an_adapter_is_scored_where_the_run_is_told_of_no_trunk(files: dict[str, str], tmp_path: Path) -> None:
+    run = score(ScoreConfig(**settings(files), trunk_device="cpu", device="cpu"), tmp_path / "run").run
+    plain = score(ScoreConfig(**settings(files)), tmp_path / "plain").run
+    with quiet():
+        save_adapter(files["tuned"], tmp_path / "adapter")
+    places = ["--base", files["tuned"], "--checkpoint", tmp_path / "adapter"]
+    disk = command("refresh", run, *places, "--trunk-device", "disk")
+    assert disk.code == 2 and "merged into a model that is on one device" in disk.err
+    assert command("refresh", run, *places, "--trunk-device", "none").code == 0
+    refresh(plain, tmp_path / "adapter", base=files["tuned"])
+    assert scan(run, generation=1).collect().equals(scan(plain, generation=1).collect())
 
 
 @pytest.mark.long
