@@ -6,8 +6,9 @@ the sum of weights are of one rehearsal as well: they differ by a term that is k
 hour's work, is a small .npz under `results/values`, by which any mask can be tried without rehearsing again; one that
 was killed goes on from the states it kept under `--work`.
 
-A selection says `target_rows`, `denominator` and, for a second round, `first`: the mask by which tokens leave before
-rows are rehearsed again. The package rehearses without weights, so a second round leaves out, and does not tilt.
+A selection says `target_rows`, `denominator`, with `one_group` that no errors are wanted (a sixth of the time), and for
+a second round `first`: the mask by which tokens leave before rows are rehearsed again. The package rehearses without
+weights, so a second round leaves out, and does not tilt.
 Shapes: G groups, N response tokens of all rows, R rows.
 """
 
@@ -76,7 +77,7 @@ class GroupValues:
 
     def of(self, target_rows: int, denominator: str) -> GroupedNumbers:
         """Those of the first groups, by a denominator."""
-        groups = GROUP_ENDS.index(target_rows) + 1
+        groups = _ends(len(self.tokens)).index(target_rows) + 1
         values = self.own + self.denominator if denominator == "sum" else self.own
         return GroupedNumbers(values[:groups], self.tokens[:groups])
 
@@ -114,13 +115,15 @@ class GroupedNumbers:
 # ------------------------------------------------------------------------------------------------------- the rehearsal
 
 
-def values_of(where: Setting, place: Place, trains: Weights | None = None) -> GroupValues:
+def values_of(
+    where: Setting, place: Place, trains: Weights | None = None, groups: int = len(GROUP_ENDS)
+) -> GroupValues:
     """Values of all response tokens of a setting's rows, or of those that have a weight; made now or read."""
     parts = []
     for first in range(0, len(where.train), COURSE_ROWS):
         part = replace(where, train=where.train[first : first + COURSE_ROWS])
         mine = None if trains is None else trains[first : first + COURSE_ROWS]
-        parts.append(_values_of_course(part, place, mine))
+        parts.append(_values_of_course(part, place, mine, _ends(groups)))
     return GroupValues(
         own=np.concatenate([part.own for part in parts], axis=1),
         denominator=np.concatenate([part.denominator for part in parts], axis=1),
@@ -129,7 +132,12 @@ def values_of(where: Setting, place: Place, trains: Weights | None = None) -> Gr
     )
 
 
-def _values_of_course(where: Setting, place: Place, trains: Weights | None) -> GroupValues:
+def _ends(groups: int) -> tuple[int, ...]:
+    """Target rows that the first so many of the groups have together: all groups, or all rows in one."""
+    return GROUP_ENDS if groups == len(GROUP_ENDS) else GROUP_ENDS[-1:]
+
+
+def _values_of_course(where: Setting, place: Place, trains: Weights | None, ends: tuple[int, ...]) -> GroupValues:
     rows = token_rows(where.train)
     if trains is not None:
         rows = [replace(row, response=row.response & (w > 0)) for row, w in zip(rows, trains, strict=True)]
@@ -141,12 +149,13 @@ def _values_of_course(where: Setting, place: Place, trains: Weights | None) -> G
         "batch": where.batch,
         "epochs": where.epochs,
         **COURSE,
+        "group_ends": list(ends),
     }
     name = digest(about)
     kept, states = place.values / f"{name}.npz", place.work / f"{name}.states"
     with alone(states):
         if not kept.is_file():
-            groups = dealt(token_rows(where.target))
+            groups = dealt(token_rows(where.target), ends)
             steps = batches(where, ORDER)
             optimiser = Optimiser(lr=where.learning_rate, steps=len(steps), root=ROOT)
             # What goes back together is kept together, so that another number of them begins anew.
@@ -195,10 +204,10 @@ def rehearse(
     )
 
 
-def dealt(target: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
+def dealt(target: Sequence[TokenRow], ends: Sequence[int] = GROUP_ENDS) -> list[Sequence[TokenRow]]:
     """Target rows by group, in their order; of fewer rows (a trial) each group has its share."""
-    ends = [0, *(round(end * len(target) / TARGETED) for end in GROUP_ENDS)]
-    return [target[first:last] for first, last in itertools.pairwise(ends)]
+    places = [0, *(round(end * len(target) / TARGETED) for end in ends)]
+    return [target[first:last] for first, last in itertools.pairwise(places)]
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -207,8 +216,9 @@ def dealt(target: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
 def rehearsed_weights(chosen: Selection, where: Setting, place: Place) -> Weights:
     """The weights of each training row's tokens, of a selection by rehearsed values."""
     first: Mapping[str, Any] | None = chosen.score.get("first")
-    trains = None if first is None else _weights(values_of(where, place), chosen, first, where, None)
-    return _weights(values_of(where, place, trains), chosen, chosen.mask, where, trains)
+    groups = 1 if chosen.score.get("one_group") else len(GROUP_ENDS)
+    trains = None if first is None else _weights(values_of(where, place, None, groups), chosen, first, where, None)
+    return _weights(values_of(where, place, trains, groups), chosen, chosen.mask, where, trains)
 
 
 def _weights(

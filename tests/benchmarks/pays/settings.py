@@ -18,8 +18,9 @@ split A with wrong digits, `A digits 128` all of the split, `A digits few` a han
     B, C, D           128 rows each; held: T, 208 rows. For the last test alone
     clean             as they are
     digits            3 of 10 digits of the answers replaced by another digit
+    words             3 of 10 words of the answers replaced by a word of other answers
     swapped           of every 64 rows 19 have the answer of the next of them; good: the other rows
-    model-wrong       of every 64 rows 26 are other questions, answered wrongly by a model; good: the other rows
+    model-wrong       of every 64 rows 19 (of A 26) are other questions, answered wrongly by a model; good: the others
 
 One epoch of 8 rows a step, 244 target rows, rows of at most 180 tokens (A and V: 140). No row is in two of A, B, C, D,
 V, T and target, and none of B, C, D, T and target trained or measured one of the settings above (some of them, as
@@ -29,6 +30,7 @@ V, T and target, and none of B, C, D, T and target trained or measured one of th
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -50,7 +52,7 @@ LONGEST = 140
 WRONG = {"corrupted": 0.3, "lightly": 0.1}
 """Share of the answers' digits that are another digit."""
 
-SPLITS, NOISES = ("A", "B", "C", "D"), ("clean", "digits", "swapped", "model-wrong")
+SPLITS, NOISES = ("A", "B", "C", "D"), ("clean", "digits", "words", "swapped", "model-wrong")
 SPLIT_ROWS, HALF, FEW = 128, 64, 16
 """Rows of a training split; of what is trained on unless it is said; and of a trial."""
 
@@ -58,8 +60,8 @@ TESTED, TARGETED = 208, 244
 LONGEST_SPLIT, LONGEST_WRONG = 180, 160
 """Tokens of the longest row of a split, and of the longest that a model answered wrongly."""
 
-SWAPPED, MODEL_WRONG = 19, 26
-"""Of every 64 rows: 30% have another's answer, or 41% a model's wrong one."""
+SWAPPED, MODEL_WRONG, MOST_WRONG = 19, 19, 26
+"""Of every 64 rows: 30% have another's answer, or a model's wrong one; of split A 41% are wrong so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -185,7 +187,7 @@ def splits(data: Path) -> Splits:
     # A rejected answer is the second of its pair; the right one, which is not used, may be of any length.
     answers = _read(data / "gsm8k_preference.jsonl", 4096)[1::2]
     wrong = [row for row in answers if len(row.ids) <= LONGEST_WRONG]
-    each = MODEL_WRONG * SPLIT_ROWS // HALF
+    each = MOST_WRONG * SPLIT_ROWS // HALF
     drawn = np.random.default_rng(0).permutation(len(wrong))
     return Splits(
         train=train,
@@ -202,14 +204,18 @@ def _of_split(name: str, data: Path, passages: list[Row]) -> Setting:
     rows, seed = dealt.train[split], SPLITS.index(split)
     if noise == "digits":
         rows = corrupt(rows, WRONG["corrupted"], seed)
+    elif noise == "words":
+        rows = reworded(rows, WRONG["corrupted"], seed)
     elif noise == "swapped":
         rows = swap(rows, seed)
     elif noise == "model-wrong":
-        rows = replaced(rows, dealt.wrong[split], seed)
+        rows = replaced(rows, dealt.wrong[split], MOST_WRONG if split == "A" else MODEL_WRONG, seed)
     few = FEW if size == ["few"] else None
+    if size == ["second"]:
+        rows = rows[HALF:]
     return Setting(
         name=name,
-        train=rows[: few or int(size[0] if size else HALF)],
+        train=rows[: few or (SPLIT_ROWS if size == [str(SPLIT_ROWS)] else HALF)],
         target=dealt.target[:few],
         held=(dealt.validation if split == "A" else dealt.test)[:few],
         retention=passages[:32][:few],
@@ -230,10 +236,10 @@ def swap(rows: Sequence[Row], seed: int) -> list[Row]:
     return found
 
 
-def replaced(rows: Sequence[Row], wrong: Sequence[Row], seed: int) -> list[Row]:
-    """Rows some of which are another row, of which nothing is good."""
+def replaced(rows: Sequence[Row], wrong: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """Rows of which `count` of every 64 are another row, of which nothing is good."""
     found, others = list(rows), iter(wrong)
-    for chosen in _drawn(len(rows), MODEL_WRONG, seed):
+    for chosen in _drawn(len(rows), count, seed):
         for i in chosen:
             other = next(others)
             found[i] = replace(other, good=np.zeros_like(other.good))
@@ -266,6 +272,30 @@ def corrupt(rows: Sequence[Row], share: float, seed: int = 0) -> list[Row]:
         ids = row.ids.copy()
         ids[hit] = digits[moved]
         found.append(Row(ids=ids, response=row.response, good=row.response & ~hit))
+    return found
+
+
+def reworded(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """Rows in which `share` of the words of a response, where they are one token, are such a word of any response."""
+    words = np.unique(np.concatenate([row.ids[row.response & np.isin(row.ids, _words())] for row in rows]))
+    draws = np.random.default_rng(seed)
+    found = []
+    for row in rows:
+        hit = row.response & np.isin(row.ids, words) & (draws.random(len(row.ids)) < share)
+        ids = row.ids.copy()
+        moved = np.searchsorted(words, row.ids[hit]) + draws.integers(1, len(words), hit.sum())
+        ids[hit] = words[moved % len(words)]
+        found.append(Row(ids=ids, response=row.response, good=row.response & ~hit))
+    return found
+
+
+def answer_digits(row: Row) -> NDArray[np.bool_]:
+    """(T,): the digits of the last line of a response, which says the answer."""
+    tokenizer = _tokenizer()
+    (newline,) = tokenizer.encode("\n", add_special_tokens=False)
+    digits = tokenizer.convert_tokens_to_ids([str(n) for n in range(10)])
+    behind = np.flatnonzero(row.response & (row.ids == newline)).max(initial=0)
+    found: NDArray[np.bool_] = row.response & np.isin(row.ids, digits) & (np.arange(len(row.ids)) > behind)
     return found
 
 
@@ -307,6 +337,15 @@ def records(rows: Sequence[Row], *, pairs: bool) -> list[dict[str, Any]]:
 @cache
 def _tokenizer() -> Any:
     return load_tokenizer(find_model(MODEL))
+
+
+@cache
+def _words() -> NDArray[np.int32]:
+    """Tokens that are a space and a word of at least two letters."""
+    ids = _tokenizer().get_vocab().values()
+    texts = {i: _tokenizer().decode([i]) for i in ids}
+    is_word = re.compile(r" [A-Za-z]{2,}")
+    return np.array(sorted(i for i, text in texts.items() if is_word.fullmatch(text)), np.int32)
 
 
 def _there(path: Path) -> Path:

@@ -43,6 +43,12 @@ def _start() -> Any:
 
 def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     """nll in nats, whether the token is the likeliest, and the row of each response token of some rows: (N,) each."""
+    logits, targets, which = predictions(model, rows)
+    return cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1) == targets, which
+
+
+def predictions(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, V), ids (N,) and rows (N,) of the response tokens of some rows."""
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     response = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -52,9 +58,7 @@ def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][response[:, 1:]])
-    targets = ids[response]
-    nll = cross_entropy(logits.float(), targets, reduction="none")
-    return nll, logits.argmax(-1) == targets, response.nonzero()[:, 0]
+    return logits, ids[response], response.nonzero()[:, 0]
 
 
 def measure(model: Any, setting: Setting, reference: Sequence[Tensor] | None = None) -> dict[str, float]:

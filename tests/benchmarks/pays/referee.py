@@ -1,0 +1,202 @@
+"""Whether what the first look chose holds: other noises, other rows, other held rows. PROTOCOL.md says what, and why.
+
+    python tests/benchmarks/pays/referee.py --data ../shared/data --list
+    python tests/benchmarks/pays/referee.py --data ../shared/data --jobs 2
+
+A run trains once by one arm, and its line in results/referee.jsonl holds what is found of every held row. Runs that
+have a line are not run again. `choose` is of rows that may tune (A, measured on V), `test` of the others. `--only`
+takes stages, noises, seeds (`seed 1`) and arms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lines
+import numpy as np
+from first_look import FORMS
+from grid import INFLUENCE_EKFAC, SURPRISE
+from held_out import held_out
+from rehearsals import AT_ONCE, COURSE, Place, rehearsed_weights
+from selections import Selection, counts, weights_of
+from settings import NOISES, Setting, about_of, setting, splits
+from training import Weights, load, train
+
+RATES = (1e-5, 3e-5, 1e-4)
+"""Of each arm one is chosen."""
+
+SEEDS: Mapping[int, tuple[str, str]] = {
+    1: ("B", ""),
+    2: ("C", ""),
+    3: ("D", ""),
+    4: ("B", " second"),
+    5: ("C", " second"),
+}
+"""Rows by seed, which draws their noise and their order too."""
+
+CHOOSE, TEST = "choose", "test"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """A way to train. `target_rows`: whether target rows train too (`too`), or in place of the others (`alone`)."""
+
+    selection: Selection
+    target_rows: str | None = None
+    wants_bad: bool = False
+    """Whether it is told what is bad."""
+
+
+def _rehearsed(form: str) -> Arm:
+    score = {"target_rows": 244, "denominator": "sum", "one_group": True}
+    return Arm(selection=Selection(who="rehearsal", score=score, mask=FORMS[form]))
+
+
+ROW_SHARE = 0.7
+"""Of the rows, what rules by row keep: 3 of 10 are bad where rows are."""
+
+ARMS: Mapping[str, Arm] = {
+    "all tokens": Arm(selection=Selection(who="all")),
+    "rehearsed, lowest 10%": _rehearsed("lowest 10%"),
+    "rehearsed, tilt 0.5": _rehearsed("tilt 0.5"),
+    "random 0.9": Arm(selection=Selection(mask={"by": "random", "keep": 0.9})),
+    "token oracle": Arm(selection=Selection(who="oracle"), wants_bad=True),
+    "row oracle": Arm(selection=Selection(who="row oracle"), wants_bad=True),
+    "EK-FAC 0.9": Arm(selection=Selection(score=INFLUENCE_EKFAC, mask={"keep": 0.9})),
+    "surprise under 7": Arm(selection=Selection(mask={"by": f"7 - {SURPRISE}", "keep": "positive"})),
+    "rows of low nll": Arm(selection=Selection(mask={"by": "-ROW_MEAN(nll)", "keep": ROW_SHARE})),
+    "published 0.5": Arm(selection=Selection(mask={"keep": 0.5})),
+    "target rows alone": Arm(selection=Selection(who="all"), target_rows="alone"),
+    "target rows too": Arm(selection=Selection(who="all"), target_rows="too"),
+}
+"""What decides most comes first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training."""
+
+    stage: str
+    noise: str
+    seed: int
+    arm: str
+    rate: float
+
+    @property
+    def setting(self) -> str:
+        """The name of its rows."""
+        split, half = ("A", "") if self.stage == CHOOSE else SEEDS[self.seed]
+        return f"{split} {self.noise}{half}"
+
+    def config(self, data: Path) -> dict[str, Any]:
+        """What its line says."""
+        arm = ARMS[self.arm]
+        told = {"stage": self.stage, "noise": self.noise, "seed": self.seed, "arm": self.arm}
+        course = {"course": COURSE} if arm.selection.who == "rehearsal" else {}
+        rows = {"setting": self.setting, "target_rows": arm.target_rows}
+        return {**told, **rows, "about": about_of(self.where(data)), **arm.selection.about(), **course}
+
+    def where(self, data: Path) -> Setting:
+        """Its rows, at its rate."""
+        return replace(setting(self.setting, data), learning_rate=self.rate)
+
+
+CHOSEN: Mapping[str, float] = dict.fromkeys(ARMS, 3e-5)
+"""The rate of each arm, as chosen on A: frozen by PROTOCOL.md."""
+
+
+def runs() -> list[Run]:
+    """All of them, what decides most first."""
+    found = [
+        Run(stage=CHOOSE, noise="digits", seed=0, arm=arm, rate=rate) for rate in (3e-5, 1e-4, 1e-5) for arm in ARMS
+    ]
+    for seed in SEEDS:
+        for noise in NOISES:
+            found += [
+                Run(stage=TEST, noise=noise, seed=seed, arm=name, rate=CHOSEN[name])
+                for name, arm in ARMS.items()
+                if noise != "clean" or not arm.wants_bad
+            ]
+    return found
+
+
+def one(data: str, place: Place, config: dict[str, Any]) -> dict[str, Any]:
+    """Train once, and measure."""
+    run = Run(
+        **{name: config[name] for name in ("stage", "noise", "seed", "arm")}, rate=config["about"]["learning_rate"]
+    )
+    base, arm = run.where(Path(data)), ARMS[run.arm]
+    where, weights = with_targets(base, arm, arm_weights(arm, base, place, run.seed))
+    watched = replace(where, held=splits(Path(data)).validation)
+    model = load()
+    curve = train(model, watched, weights, seed=run.seed, measure_every=2, measure_start=run.arm == "all tokens")
+    return {"curve": curve, "held": held_out(model, where.held).about(), **counts(where, weights)}
+
+
+def arm_weights(arm: Arm, where: Setting, place: Place, seed: int) -> Weights:
+    """Of each of the rows to train on the weight of each token."""
+    who = arm.selection.who
+    if who == "rehearsal":
+        return rehearsed_weights(arm.selection, where, place)
+    if who == "row oracle":
+        return without_worst_rows(where)
+    return weights_of(arm.selection, where, place.work, seed)
+
+
+def without_worst_rows(where: Setting) -> Weights:
+    """All tokens but those of the rows of which least is good."""
+    goodness = [row.good.sum() / row.response.sum() for row in where.train]
+    kept = np.argsort(goodness, kind="stable")[-round(ROW_SHARE * len(goodness)) :]
+    return [row.response * np.float32(i in kept) for i, row in enumerate(where.train)]
+
+
+def with_targets(where: Setting, arm: Arm, weights: Weights) -> tuple[Setting, Weights]:
+    """Rows to train on and their weights, with target rows beside them or in their place."""
+    if arm.target_rows is None:
+        return where, weights
+    more = where.target if arm.target_rows == "too" else where.target[: len(where.train)]
+    whole = [row.response.astype(np.float32) for row in more]
+    if arm.target_rows == "alone":
+        return replace(where, train=more), whole
+    return replace(where, train=[*where.train, *more]), [*weights, *whole]
+
+
+def asked(only: Sequence[str], run: Run) -> bool:
+    """Whether `--only` lets a run pass: stages, noises, seeds and arms narrow apart."""
+    each = (
+        (run.stage, {CHOOSE, TEST}),
+        (run.noise, set(NOISES)),
+        (f"seed {run.seed}", {f"seed {n}" for n in SEEDS}),
+        (run.arm, set(ARMS)),
+    )
+    return all(not set(only) & known or value in only for value, known in each)
+
+
+def main() -> None:
+    """Run what has no line yet."""
+    parser = lines.parser(__doc__)
+    parser.add_argument("--list", action="store_true", help="count what is left to do, and run nothing")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="groups that go back together: 2.2 GB each")
+    args = parser.parse_args()
+    known = {CHOOSE, TEST, *NOISES, *ARMS, *(f"seed {n}" for n in SEEDS)}
+    if strange := set(args.only) - known:
+        parser.error(f"--only: no stage, noise, seed or arm {', '.join(sorted(strange))}")
+    data = Path(args.data)
+    wanted = [run for run in runs() if asked(args.only, run)]
+    done = [line["config"] for line in lines.read("referee")]
+    configs = [run.config(data) for run in wanted]
+    left = [config not in done for config in configs]
+    for stage in (CHOOSE, TEST):
+        mine = [todo for run, todo in zip(wanted, left, strict=True) if run.stage == stage]
+        print(f"{stage}: {len(mine)} runs, {sum(mine)} to do")
+    if not args.list:
+        place = Place(work=args.work.resolve(), values=(lines.RESULTS / "values").resolve(), at_once=args.at_once)
+        lines.run("referee", configs, partial(one, args.data, place), args.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The arithmetic of tests/benchmarks/pays/referee.py, held_out.py and verdict.py."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from tiny_files import rows_of, token_records
+from torch.nn.functional import cross_entropy
+
+
+@pytest.fixture
+def pays(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return importlib.import_module
+
+
+def made(pays: Any, count: int, seed: int = 3) -> list[Any]:
+    settings = pays("settings")
+    rows = rows_of(token_records(count, seed=seed))
+    return [settings.Row(ids=row.input_ids, response=row.response, good=row.response) for row in rows]
+
+
+def test_held_rows_are_measured_each_by_itself(pays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, rows = pays("held_out"), made(pays, 11)
+    monkeypatch.setattr(held_out, "answer_digits", lambda row: row.response & (row.ids % 3 == 0))
+    model: Any = tiny_model("llama", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = held_out.held_out(model, rows)
+    every = np.zeros((len(held_out.TEMPERATURES), len(rows)))
+    for i, row in enumerate(rows):
+        ids = torch.from_numpy(row.ids.astype(np.int64))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids[None]).logits[0, :-1][torch.from_numpy(row.response[1:])]
+        target = ids[torch.from_numpy(row.response)]
+        every[:, i] = [float(cross_entropy(logits.float() / t, target, reduction="sum")) for t in held_out.TEMPERATURES]
+        assert found.tokens[i] == len(target)
+        digits = (row.ids % 3 == 0)[row.response]
+        assert found.digits[i] == digits.sum()
+        assert found.digits_right[i] == (digits & (logits.argmax(-1) == target).numpy()).sum()
+    best = every.sum(axis=1).argmin()
+    assert found.temperature == held_out.TEMPERATURES[best] != 1.0
+    np.testing.assert_allclose(found.nll, every[0], rtol=1e-2)
+    np.testing.assert_allclose(found.tempered, every[best], rtol=1e-2)
+    told = found.about()
+    assert sum(told["nll"]) == pytest.approx(found.nll.sum(), abs=1e-2) and told["tokens"] == found.tokens.tolist()
+
+
+def test_gains_by_hand_and_their_intervals_cover(pays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = pays("verdict")
+    plain, sizes = np.array([[4.0, 6.0], [5.0, 7.0]]), np.array([2.0, 3.0])
+    one = verdict.gains(np.stack([plain - 1, plain + np.eye(2)[::-1] * [[1], [0]]]), plain, sizes)
+    assert one.gain == pytest.approx([4 / 10, -1 / 10])
+    assert verdict.gains(plain[None, :1] - 1, plain[:1], sizes).half is None
+    monkeypatch.setattr(verdict, "DRAWS", 400)
+    draws, covered, widths = np.random.default_rng(0), 0, []
+    for trial in range(200):
+        own = draws.normal(size=(5, 60))
+        # Arms differ by what is theirs in each seed, in each held row, and in each row of each seed.
+        of_seeds, of_rows = draws.normal(size=(4, 5, 1)), draws.normal(size=(4, 1, 60))
+        arms = own - 0.3 - 0.2 * of_seeds - of_rows - draws.normal(size=(4, 5, 60))
+        found = verdict.gains(arms, own, np.ones(60), seed=trial)
+        covered += bool((np.abs(found.gain - 0.3) <= found.half).all())
+        widths.append(found.half.mean())
+    assert 0.93 <= covered / 200 <= 1
+    assert np.mean(widths) < 1.2, "wide enough to be of no use"
+
+
+def test_arms_that_are_told_what_is_bad_leave_it_out(pays: Any) -> None:
+    referee, settings = pays("referee"), pays("settings")
+    rows = made(pays, 10)
+    rows = [
+        settings.Row(ids=row.ids, response=row.response, good=row.response & (i not in (2, 5, 6)))
+        for i, row in enumerate(rows)
+    ]
+    parts = {"train": rows, "target": made(pays, 12, 9), "held": [], "retention": [], "remember": [], "beside": []}
+    where = settings.Setting(name="tiny", **parts, learning_rate=1e-2, epochs=1, batch=3)
+    weights = referee.without_worst_rows(where)
+    assert [i for i, weight in enumerate(weights) if not weight.any()] == [2, 5, 6]
+    assert all(np.array_equal(weights[i] > 0, rows[i].response) for i in (0, 1, 9))
+
+    alone, too = (referee.ARMS[f"target rows {how}"] for how in ("alone", "too"))
+    there, whole = referee.with_targets(where, alone, weights)
+    assert there.train == where.target[:10]
+    assert [w.sum() for w in whole] == [row.response.sum() for row in there.train]
+    there, both = referee.with_targets(where, too, weights)
+    assert there.train == [*rows, *where.target] and len(both) == 22 and not both[2].any()
+    assert referee.with_targets(where, referee.ARMS["all tokens"], weights) == (where, weights)
+
+
+def test_every_run_of_the_test_is_of_rows_that_chose_nothing(pays: Any) -> None:
+    referee = pays("referee")
+    runs = referee.runs()
+    assert len({(r.stage, r.noise, r.seed, r.arm, r.rate) for r in runs}) == len(runs)
+    assert {run.setting[0] for run in runs if run.stage == referee.CHOOSE} == {"A"}
+    tested = [run for run in runs if run.stage == referee.TEST]
+    assert {run.setting[0] for run in tested} == set("BCD") and {run.noise for run in tested} == set(
+        pays("settings").NOISES
+    )
+    assert all(run.rate == referee.CHOSEN[run.arm] for run in tested)
+    assert not any(referee.ARMS[run.arm].wants_bad for run in tested if run.noise == "clean")

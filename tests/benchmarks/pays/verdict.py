@@ -1,0 +1,156 @@
+"""What the runs of the referee say: gains over all tokens, with intervals that hold for all arms at once.
+
+    python tests/benchmarks/pays/verdict.py
+
+A gain is the mean over seeds of what an arm's loss is less than that of all tokens, per held token. Its interval is of
+a paired bootstrap: seeds and held rows are drawn anew, the same draws for every arm, and the 95% are of the largest
+deviation of any arm in its own standard error, so that they hold for all arms of a noise together. Few seeds spread
+less when drawn anew than they should, and their spread is known badly: their part is widened by sqrt(S / (S - 1)) and
+by Student's t over the normal quantile.
+Shapes: K arms, S seeds, R held rows, B draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, mean
+from typing import Any
+
+import lines
+import numpy as np
+from numpy.typing import NDArray
+from referee import CHOOSE, RATES, TEST
+from tables import T95, markdown
+
+Floats = NDArray[np.float64]
+
+DRAWS = 4000
+SURE = 0.95
+PLAIN = "all tokens"
+
+MEASURES = {
+    "nll": ("nll", "tokens"),
+    "at its best temperature": ("tempered", "tokens"),
+    "answer digits": ("digits_right", "digits"),
+}
+"""Of each what is summed over held rows, and by what it is divided."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Gains:
+    """(K,) each: by how much arms are less than all tokens, and half the width of intervals that hold for all."""
+
+    gain: Floats
+    half: Floats | None
+
+
+def gains(arms: Floats, plain: Floats, sizes: Floats, seed: int = 0) -> Gains:
+    """Of sums by arm, seed and held row (K, S, R), those of all tokens (S, R), and what rows count (R,).
+
+    Without intervals for less than two seeds.
+    """
+    less = plain - arms
+    seeds, rows = plain.shape
+    gain = less.sum(axis=(1, 2)) / (seeds * sizes.sum())
+    if seeds < 2:
+        return Gains(gain=gain, half=None)
+    draws = np.random.default_rng(seed)
+    widened = math.sqrt(seeds / (seeds - 1)) * T95[seeds] / NormalDist().inv_cdf((1 + SURE) / 2)
+    of_seeds = 1 + widened * (draws.multinomial(seeds, [1 / seeds] * seeds, DRAWS) - 1)
+    of_rows = draws.multinomial(rows, [1 / rows] * rows, DRAWS)
+    drawn = np.stack([((of_seeds @ one) * of_rows).sum(axis=1) for one in less]) / (seeds * (of_rows @ sizes))
+    error = drawn.std(axis=1)
+    off = np.abs(drawn - gain[:, None]) / np.where(error > 0, error, 1)[:, None]
+    return Gains(gain=gain, half=float(np.quantile(off.max(axis=0), SURE)) * error)
+
+
+def by_arm(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Results of each arm by seed."""
+    arms: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for line in found:
+        arms[line["config"]["arm"]][line["config"]["seed"]] = line["found"]
+    return arms
+
+
+def of_noise(found: Sequence[Mapping[str, Any]]) -> str:
+    """The arms of a noise, those that gain most first; over the seeds for which all tokens are there too."""
+    arms = by_arm(found)
+    plain = arms.pop(PLAIN, {})
+    # Arms are compared over the same seeds, so those that lack some are told of apart.
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, seeds in arms.items():
+        groups[tuple(sorted(plain.keys() & seeds.keys()))].append(name)
+    cells = {name: _cells(arms, names, plain, seeds) for seeds, names in groups.items() if seeds for name in [*names]}
+    rows = sorted((cells[name][name] for name in cells), key=lambda row: -row[0])
+    head = ["arm", "seeds", "kept", "bad kept", "loss", *(f"gain: {name}" for name in MEASURES), "retention loss"]
+    own = _about(PLAIN, [plain[s] for s in sorted(plain)]) if plain else []
+    return markdown(head, [*([[*own[:5], "", "", "", own[5]]] if own else []), *(row[1] for row in rows)])
+
+
+def _cells(
+    arms: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    names: Sequence[str],
+    plain: Mapping[int, Mapping[str, Any]],
+    seeds: Sequence[int],
+) -> dict[str, tuple[float, list[str]]]:
+    """Of each arm its gain, by which it is sorted, and its row."""
+    columns, first = [], np.zeros(len(names))
+    for n, (over, by) in enumerate(MEASURES.values()):
+        sums = np.array([[arms[name][s]["held"][over] for s in seeds] for name in names], float)
+        own = np.array([plain[s]["held"][over] for s in seeds], float)
+        sign = -1 if over == "digits_right" else 1
+        found = gains(sign * sums, sign * own, np.array(plain[seeds[0]]["held"][by], float))
+        columns.append(_with_half(found))
+        first = found.gain if n == 0 else first
+    told = {name: _about(name, [arms[name][s] for s in seeds]) for name in names}
+    return {
+        name: (float(first[k]), [*told[name][:5], *(column[k] for column in columns), told[name][5]])
+        for k, name in enumerate(names)
+    }
+
+
+def _with_half(found: Gains) -> list[str]:
+    halves = [None] * len(found.gain) if found.half is None else found.half.tolist()
+    return [f"{g:+.3f}" + ("" if h is None else f" ± {h:.3f}") for g, h in zip(found.gain, halves, strict=True)]
+
+
+def _about(name: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name, seeds, what is kept, what of the bad is, loss, and retention loss."""
+    kept = mean(one["kept_tokens"] / one["response_tokens"] for one in found)
+    bad = [one["kept_bad"] / one["bad_tokens"] for one in found if one["bad_tokens"]]
+    loss = mean(sum(one["held"]["nll"]) / sum(one["held"]["tokens"]) for one in found)
+    forgotten = mean(one["curve"][-1]["retention_loss"] for one in found)
+    told = [name, str(len(found)), f"{kept:.0%}", f"{mean(bad):.0%}" if bad else ""]
+    return [*told, f"{loss:.3f}", f"{forgotten:.3f}"]
+
+
+def chosen(found: Sequence[Mapping[str, Any]]) -> str:
+    """Loss of each arm on the rows that tune, by rate; the least is chosen."""
+    loss: dict[str, dict[float, float]] = defaultdict(dict)
+    for line in found:
+        held = line["found"]["held"]
+        rate = line["config"]["about"]["learning_rate"]
+        loss[line["config"]["arm"]][rate] = sum(held["nll"]) / sum(held["tokens"])
+    rows = []
+    for arm, by_rate in loss.items():
+        least = min(by_rate, key=lambda rate: by_rate[rate])
+        cells = [f"{by_rate[rate]:.3f}" if rate in by_rate else "" for rate in RATES]
+        rows.append([arm, *cells, f"{least:g}" if len(by_rate) == len(RATES) else ""])
+    return markdown(["arm", *(f"{rate:g}" for rate in RATES), "chosen"], rows)
+
+
+def report() -> str:
+    """All tables there are lines for."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines.read("referee"):
+        found[line["config"]["stage"]][line["config"]["noise"]].append(line)
+    parts = [f"### Chosen on {noise}, split A\n\n{chosen(some)}" for noise, some in found[CHOOSE].items()]
+    parts += [f"### {noise}\n\n{of_noise(some)}" for noise, some in found[TEST].items()]
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(report())
