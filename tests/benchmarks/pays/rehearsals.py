@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from selections import Selection, alone, digest
-from settings import MODEL, TARGETED, Setting, rows_sha256, token_rows
+from settings import MODEL_NAME, TARGETED, Setting, rows_sha256, token_rows
 from training import Weights, batches, load
 
 from alphatoken_curate.directions.groups import mean_and_error
@@ -142,7 +142,7 @@ def _values_of_course(where: Setting, place: Place, trains: Weights | None, ends
     if trains is not None:
         rows = [replace(row, response=row.response & (w > 0)) for row, w in zip(rows, trains, strict=True)]
     about = {
-        "model": MODEL,
+        "model": MODEL_NAME,
         "rows": rows_sha256(where, ["train", "target"]),
         "responds": digest([np.flatnonzero(row.response).tolist() for row in rows]),
         "learning_rate": where.learning_rate,

@@ -30,6 +30,7 @@ V, T and target, and none of B, C, D, T and target trained or measured one of th
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +46,15 @@ from alphatoken_curate.models.load import find_model, load_tokenizer
 from alphatoken_curate.rows.read import read_rows
 from alphatoken_curate.tokens.tokenise import TokenRow, branches, tokenise
 
-MODEL = "smollm2-135m"
+MODEL = os.environ.get("PAYS_MODEL", "smollm2-135m")
+"""As `score --model` takes it; `referee.py --model` names another, for itself and the processes that it begins."""
+
+MODEL_NAME = Path(MODEL).stem
+
+PLAIN = """{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}Question: {{ message.content }}
+Answer: {% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"""
+"""The chat template of a model that has none."""
+
 LONGEST = 140
 """Tokens of the longest row, so that a training takes minutes on two cores."""
 
@@ -336,7 +345,11 @@ def records(rows: Sequence[Row], *, pairs: bool) -> list[dict[str, Any]]:
 
 @cache
 def _tokenizer() -> Any:
-    return load_tokenizer(find_model(MODEL))
+    found = load_tokenizer(find_model(MODEL))
+    assert found is not None
+    if not found.chat_template:
+        found.chat_template = PLAIN
+    return found
 
 
 @cache

@@ -22,7 +22,7 @@ from typing import Any
 import lines
 import numpy as np
 from numpy.typing import NDArray
-from referee import CHOOSE, RATES, TEST
+from referee import CHOOSE, RATES
 from tables import T95, markdown
 
 Floats = NDArray[np.float64]
@@ -144,11 +144,13 @@ def chosen(found: Sequence[Mapping[str, Any]]) -> str:
 
 def report() -> str:
     """All tables there are lines for."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for line in lines.read("referee"):
-        found[line["config"]["stage"]][line["config"]["noise"]].append(line)
-    parts = [f"### Chosen on {noise}, split A\n\n{chosen(some)}" for noise, some in found[CHOOSE].items()]
-    parts += [f"### {noise}\n\n{of_noise(some)}" for noise, some in found[TEST].items()]
+        found[line["config"]["stage"], line["config"]["model"], line["config"]["noise"]].append(line)
+    parts = []
+    for (stage, model, noise), some in sorted(found.items()):
+        head = f"### {model}: {noise}" + (", chosen on split A" if stage == CHOOSE else "")
+        parts.append(f"{head}\n\n{chosen(some) if stage == CHOOSE else of_noise(some)}")
     return "\n\n".join(parts)
 
 
