@@ -70,6 +70,8 @@ COLUMNS, _LOSSES, _PLAN, _ADJOINTS = "columns", "losses", "plan", "-adjoint-"
 class RehearsalScorer(ShardScorer):
     """Gives the signals of a shard's rows from a rehearsal of all rows of a job."""
 
+    loads_itself = True
+
     def __init__(self, spec: ScorerSpec, job: Job) -> None:
         super().__init__(base_of(spec) if spec.config.rehearses_lora else spec)
         self._start = spec.model  # of a LoRA that goes on, the adapter
