@@ -309,7 +309,11 @@ class ScoreConfig(MaskConfig):
         1, "Orders of rows that values are means over.", _REHEARSAL, kind="count", bounds=(1, 1000)
     )
     rehearse_lora: int | None = _option(
-        None, "Train a LoRA of this rank beside all linear maps, and no weight.", _REHEARSAL, kind="count"
+        None,
+        "Train a LoRA of this rank beside all linear maps, and no weight.",
+        _REHEARSAL,
+        kind="count",
+        bounds=(1, 4096),
     )
     rehearse_lora_alpha: float | None = _option(
         None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -121,28 +121,37 @@ class LoraTrainee(Trainee):
             for weight, own in held:
                 weight.data = own
 
+    def of_direction(self, direction: Iterable[Tensor]) -> Weights:
+        """The gradients of A and B, of those of the weight (d_out, d_in) of each linear map."""
+        found: Weights = []
+        for m, gradient in zip(self.maps, direction, strict=True):
+            if (own := self.adapters.get(m.bare)) is not None:
+                found += own.pulled(gradient)
+        return found
+
     def drift_loss(self, fisher: Direction, offset: Direction | None) -> Outcome:
         """J = 1/2 (w - w_ref)^T F (w - w_ref) of w = W + s B A: `offset` is W - w_ref of each map.
 
         None where the reference is what the training begins with. Then W and what A and B began with cancel.
         """
-        own = {m.bare: i for i, m in enumerate(self.maps)}
-        places = [own[m.bare] for m in self._beside]
+        apart: Sequence[Tensor | None] = [None] * len(fisher) if offset is None else offset
 
         def gradient(_: Trainee) -> Weights:
-            found: Weights = []
-            for place, m in zip(places, self._beside, strict=True):
-                beside = self.adapters[m.bare]
-                drift = beside.product()
-                if offset is not None:
-                    drift.add_(offset[place].to(drift))
-                elif self.lora.start is not None:
-                    a, b = (x.to(drift) for x in self.lora.start[m.owner])
-                    drift.sub_(replace(beside, a=a, b=b).product())
-                found += beside.pulled(drift.mul_(fisher[place].to(drift)))
-            return found
+            each = zip(self.maps, fisher, apart, strict=True)
+            return self.of_direction(self._drift(m, o).mul_(f.to(m.weight.device)) for m, f, o in each)
 
         return gradient
+
+    def _drift(self, m: LinearMap, offset: Tensor | None) -> Tensor:
+        """How far a map's weight is from the reference's, (d_out, d_in)."""
+        own = self.adapters.get(m.bare)
+        drift = torch.zeros_like(wide(m.weight)) if own is None else own.product()
+        if offset is not None:
+            return drift.add_(offset.to(drift))
+        if own is not None and self.lora.start is not None:
+            a, b = (x.to(drift) for x in self.lora.start[m.owner])
+            drift.sub_(replace(own, a=a, b=b).product())
+        return drift
 
 
 def _shapes(lora: Lora, m: LinearMap) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--lora-alpha", type=float)
     parser.add_argument("--full", action="store_true", help="the training of --parameters after it, for comparison")
     parser.add_argument("--full-lr", type=float, default=3e-5, help="its rate")
+    parser.add_argument("--full-root", type=float, default=1e-12, help="its root term")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -173,7 +174,7 @@ def main() -> None:
     )
     found = measured(given, course, target)
     if given.full:
-        wide = replace(course, optimiser=replace(course.optimiser, lr=given.full_lr))
+        wide = replace(course, optimiser=replace(course.optimiser, lr=given.full_lr, root=given.full_root))
         print(json.dumps(agreement(found, measured(given, wide, target, full=True), course)))
     print(json.dumps({"tokens": sum(len(row.input_ids) for row in rows), "threads": given.threads}))  # type: ignore[union-attr]
 

@@ -106,13 +106,14 @@ def test_values_are_those_of_autograd_through_the_unrolled_training_of_pefts_lay
 
 
 @pytest.mark.parametrize(
-    ("family", "layers"), [("gpt2", 2), ("llama", "all"), ("phi3", 1), *(("gpt_neox", x) for x in (1,))]
+    ("family", "layers"),
+    [("gpt2", 2), ("llama", "all"), ("phi3", 1), pytest.param("gpt_neox", 1, marks=pytest.mark.long)],
 )
 def test_other_blocks_and_families(family: str, layers: Any) -> None:
     check(family, layers, WARM, "sum")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("qwen2", marks=pytest.mark.long)])
 def test_one_that_began_before_goes_on_from_where_it_is(family: str) -> None:
     check(family, "all", ADAM, "count", began=True)
 
@@ -134,7 +135,13 @@ DROPS = [0, 7, 17, 26]
 
 
 @pytest.mark.parametrize("denominator", ["count", pytest.param("sum", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", ["adamw, warmed up, clipped, decay, cosine", "sgd, momentum, clipped, linear, decay"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw, warmed up, clipped, decay, cosine",
+        pytest.param("sgd, momentum, clipped, linear, decay", marks=pytest.mark.long),
+    ],
+)
 def test_values_are_what_trainings_with_one_weight_moved_end_with(name: str, denominator: Any) -> None:
     trainee = lora_of("gpt2", 2)
     model = with_lora(oracles.eager(tiny_model("gpt2")), trainee)
@@ -287,10 +294,10 @@ def test_narrow_weights_are_what_wide_ones_of_the_same_numbers_are() -> None:
     assert {m.bare.dtype for m in kept.maps} == {torch.bfloat16}
     assert {w.dtype for w in kept.weights} == {torch.float32} == {model.get_input_embeddings().weight.dtype}
     plain = LoraTrainee(wide, "all", LORA, seed=3)
-    np.testing.assert_array_equal(rehearse(kept, SGD).value, rehearse(plain, SGD).value)
+    np.testing.assert_array_equal(*(rehearse(one, SGD, steps=STEPS[:2]).value for one in (kept, plain)))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.long)])
 def test_products_that_are_rounded_are_near(family: str) -> None:
     exact = rehearse(LoraTrainee(tiny_model(family, dtype=torch.float32), 2, LORA, seed=3), SGD).value
     given = LoraTrainee(tiny_model(family, dtype=torch.float32), 2, LORA, seed=3, dtype=torch.bfloat16)
@@ -300,7 +307,7 @@ def test_products_that_are_rounded_are_near(family: str) -> None:
 
 def test_paths_of_narrow_weights_are_of_the_sum_in_float32() -> None:
     trainee = LoraTrainee(tiny_model("llama", dtype=torch.bfloat16), 2, LORA, seed=3)
-    course = Course(rows=ROWS, steps=STEPS, optimiser=SGD, batch_tokens=45)
+    course = Course(rows=ROWS, steps=STEPS[:2], optimiser=SGD, batch_tokens=45)
     before = [m.bare.detach().clone() for m in trainee.maps]
     found = Rehearsal(trainee, course, InMemory(), paths=exact_paths(trainee)).run([mean_loss(TARGET, 100)])
     wide = LoraTrainee(tiny_model("llama", dtype=torch.bfloat16).float(), 2, LORA, seed=3)
@@ -347,7 +354,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(room: int) -> None:
         patch.setattr(Rehearsal, "_step", step)
         values = wanted.run(outcomes)
     assert len(taken) == len(STEPS) + (0 if room else course.borders[-2])
-    for stop in (1, 4, 5, 7, 9):
+    for stop in (2, 7):
         states, left = InMemory(), iter(range(stop))
 
         def told(_: int, left: Any = left) -> None:
