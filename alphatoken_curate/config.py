@@ -308,6 +308,20 @@ class ScoreConfig(MaskConfig):
     rehearse_seeds: int = _option(
         1, "Orders of rows that values are means over.", _REHEARSAL, kind="count", bounds=(1, 1000)
     )
+    rehearse_lora: int | None = _option(
+        None,
+        "Train a LoRA of this rank beside all linear maps, and no weight.",
+        _REHEARSAL,
+        kind="count",
+        bounds=(1, 4096),
+    )
+    rehearse_lora_alpha: float | None = _option(
+        None,
+        "Its alpha: it counts alpha / rank times. Default: 2 ranks, or the adapter's.",
+        _REHEARSAL,
+        kind="positive",
+        bounds=(1e-6, 1e6),
+    )
     beta: float = _option(
         0.1, "Strength of the preference loss (beta of Eq. 14).", _COMPUTED, kind="positive", bounds=(1e-6, 1e3)
     )
@@ -342,6 +356,11 @@ class ScoreConfig(MaskConfig):
     def rehearses(self) -> bool:
         """Whether values are of the training to come."""
         return self.direction == "rehearsal"
+
+    @property
+    def rehearses_lora(self) -> bool:
+        """Whether that training is of a LoRA, beside a model none of whose weights trains."""
+        return self.rehearses and self.rehearse_lora is not None
 
     @property
     def in_full(self) -> bool:

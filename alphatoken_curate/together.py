@@ -15,7 +15,7 @@ def defaults_beside(config: Any) -> dict[str, Any]:
     if not config.rehearses:
         return {"estimator": "published", "layers": 3, "parameters": "linear"}
     # Paths are those of linear maps.
-    whole = config.estimator in (None, "influence")
+    whole = config.estimator in (None, "influence") and config.rehearse_lora is None
     return {"estimator": "influence", "layers": "all", "parameters": "all" if whole else "linear"}
 
 
@@ -92,4 +92,20 @@ def _check_rehearsal(config: Any) -> None:
         raise UsageError(
             f"--dtype {config.dtype} {beside}: its range is too small for second derivatives. Give --dtype float32, or"
             " bfloat16, in which products are taken then; weights are float32 in both."
+        )
+    if config.rehearse_lora is not None:
+        _check_lora(config)
+
+
+def _check_lora(config: Any) -> None:
+    beside = f"with --rehearse-lora {config.rehearse_lora}"
+    if config.parameters == "all":
+        raise UsageError(
+            f"--parameters all {beside}: a LoRA stands beside linear maps, and no weight of the model trains. Give"
+            " --parameters linear, or leave --rehearse-lora out."
+        )
+    if config.trunk_device == "disk" and config.dtype == "bfloat16":
+        raise UsageError(
+            f"--trunk-device disk {beside} and --dtype bfloat16: blocks are read as their files have them, and only"
+            " linear maps are rounded here. Give --trunk-device cpu."
         )

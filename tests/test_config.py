@@ -269,6 +269,7 @@ def test_what_is_valued_and_trains_follows_from_the_direction() -> None:
     assert made() == ("published", 3, "linear")
     assert made(**REHEARSAL) == ("influence", "all", "all")
     assert made(**REHEARSAL, estimator="exact") == ("exact", "all", "linear")
+    assert made(**REHEARSAL, rehearse_lora=8) == ("influence", "all", "linear")
     assert made(**REHEARSAL, layers=3, parameters="linear") == ("influence", 3, "linear")
     assert made(estimator="influence") == ("influence", 3, "linear")
 
@@ -287,6 +288,15 @@ def test_what_is_valued_and_trains_follows_from_the_direction() -> None:
         ({**REHEARSAL, "rehearse_betas": "0.9"}, "it takes two numbers from 0 to below 1"),
         ({**REHEARSAL, "rehearse_betas": "0.9,1"}, "it takes two numbers from 0 to below 1"),
         ({**REHEARSAL, "rehearse_root": -1.0}, "it takes a number from 0 to 1000"),
+        (
+            {**REHEARSAL, "rehearse_lora": 4, "parameters": "all"},
+            "--parameters all with --rehearse-lora 4: a LoRA stands",
+        ),
+        (
+            {**REHEARSAL, "rehearse_lora": 4, "layers": 2, "trunk_device": "disk", "dtype": "bfloat16"},
+            "Give --trunk-device cpu",
+        ),
+        ({**REHEARSAL, "rehearse_lora": 0}, "it takes a whole number from 1"),
         ({"target_groups": 0}, "it takes a whole number from 1"),
         ({"target_groups": 1000}, "it takes a number from 1 to 256"),
     ],

@@ -20,19 +20,20 @@ ORDER = """
     runs: stores fingerprint documents schema atomic sealed shards train_shards records folder manifest vocabulary
         direction card watched tensor_file uploads
         artifacts
-    models: releases formats tensors whole vocabularies folders adapters devices disk load likeness checkpoints
-    engine: tangents tangent_rules precision probabilities attention tangent_attention twice experts foreign below
-        blocks caches placement capture value_rows
+    models: releases formats tensors whole vocabularies folders adapters unmerged devices disk load likeness
+        checkpoints
+    engine: tangents tangent_rules precision probabilities attention tangent_attention twice lowrank experts foreign
+        below blocks caches placement capture value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs beside columns read
     tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
         speller tokenise plan packed dealt draws
     directions: losses selection target fisher generate precondition drift parameters
-        optimisers trainee shelves rehearsal groups sums
+        optimisers trainee shelves rehearsal lora groups sums
     signals: paths influence composite preference stored rehearsed student
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources spawned tokenising shelf reader prepare idle outcome spec
-        reference scorer trial job rehearse worker engines pool processes cluster stages beside changes loop part
-        refresh watch memory estimate check finished score
+        reference scorer trial job lora rehearse steps worker engines pool processes cluster stages beside changes loop
+        part refresh watch memory estimate check finished score
     reading: words published scan rules verify publish row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
@@ -256,6 +257,7 @@ def test_every_source_module_has_its_tests() -> None:
         "scoring.reference": "scoring/test_score",
         "scoring.scorer": "scoring/test_score",
         "scoring.job": "scoring/test_score",
+        "scoring.steps": "scoring/test_estimate",
         "scoring.folder": "scoring/test_score",
         "scoring.identity": "scoring/test_prepare",
         "scoring.loop": "scoring/test_score",

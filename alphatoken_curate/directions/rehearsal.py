@@ -14,7 +14,6 @@ Shapes: n outcomes, N response tokens of all rows, row by row.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,6 @@ from alphatoken_curate.directions.optimisers import Optimiser, State
 from alphatoken_curate.directions.shelves import InMemory, Shelf
 from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.errors import CurateError, InputError
-from alphatoken_curate.runs.tensor_file import raw
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
 from alphatoken_curate.tokens.tokenise import TokenRow
@@ -141,7 +139,8 @@ def drift_loss(fisher: Weights, reference: Weights) -> Outcome:
 class Rehearsal:
     """A training that is gone through, and back. What both shelves hold is done already and is not done again.
 
-    `states` keeps what segments start from, and how far the way back has come; `steps` the steps of one segment.
+    `states` keeps what segments start from, and how far the way back has come; `steps` the steps of one segment, or of
+    all where they take no more than `room` bytes: then no step is taken twice.
     """
 
     def __init__(
@@ -152,10 +151,13 @@ class Rehearsal:
         *,
         steps: Shelf | None = None,
         paths: Paths | None = None,
+        room: int = 0,
     ) -> None:
         self.trainee, self.course, self.states, self.paths = trainee, course, states, paths
         self.steps = InMemory() if steps is None else steps
         self.state = course.optimiser.start([w.detach() for w in trainee.weights])
+        each = sum(x.nbytes for x in (*self.state.tensors, *self.state.weights))  # with a gradient
+        self.keeps_all = each * len(course.steps) <= room
         self._first_loss, self._shift = math.inf, (0.0, 0.0)
         self._part, self._states_stay = 0, False
 
@@ -189,7 +191,7 @@ class Rehearsal:
                 self._keep_state(0)
             reached = self._reached()
             if reached is None:
-                self._forward(borders, told, keep=borders[-2])
+                self._forward(borders, told, keep=0 if self.keeps_all else borders[-2])
                 self._begin_adjoints([outcome(self.trainee) for outcome in outcomes])
                 reached = borders[-1]
             for k in borders:  # what a replay is held against
@@ -292,7 +294,7 @@ class Rehearsal:
 
     def _check_replay(self, first: int, last: int) -> None:
         kept = self.states.get(_DIGEST.format(last))
-        if kept is None or not torch.equal(kept["sha256"].cpu(), _digest(self.state)):
+        if kept is None or not torch.equal(kept["sha256"].cpu(), self.state.digest()):
             steps = f"Step {last}" if last == first + 1 else f"Steps {first + 1} to {last}"
             raise CurateError(
                 f"{steps} of the rehearsal came out otherwise when taken again: this machine does not compute the same"
@@ -320,7 +322,7 @@ class Rehearsal:
     def _keep_state(self, k: int) -> None:
         self.states.put(_STATE.format(k), self._named(self.state))
         told = torch.tensor([self._first_loss, *self._shift], dtype=torch.float64)
-        self.states.put(_DIGEST.format(k), {"sha256": _digest(self.state), "told": told})
+        self.states.put(_DIGEST.format(k), {"sha256": self.state.digest(), "told": told})
 
     def _is_kept(self, k: int) -> bool:
         return self.states.has(_DIGEST.format(k)) and self.states.has(_STATE.format(k))
@@ -390,11 +392,3 @@ _STATE, _DIGEST, _ADJOINT = "state-{}", "digest-{}", "adjoint-{}-{}"
 def _token_places(batch: Batch, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """(N of the batch,) where its tokens are among those of all rows."""
     return np.concatenate([np.arange(places[i], places[i + 1]) for i in batch.rows])
-
-
-def _digest(state: State) -> Tensor:
-    """sha256 of all numbers of a state, (32,) uint8."""
-    digest = hashlib.sha256()
-    for tensor in state.tensors:
-        digest.update(raw(tensor.detach().cpu().contiguous()))
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)

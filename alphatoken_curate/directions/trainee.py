@@ -9,7 +9,7 @@ Shapes: N response tokens of a batch, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from alphatoken_curate.directions.losses import at, positions
 from alphatoken_curate.engine.below import Below
 from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
-from alphatoken_curate.engine.capture import Direction, probe_ids
+from alphatoken_curate.engine.capture import Direction, ScoringModel, captured, probe_ids
 from alphatoken_curate.engine.precision import narrow, wide
 from alphatoken_curate.engine.twice import Twice, token_nll
 from alphatoken_curate.errors import ModelError
@@ -62,19 +62,26 @@ class Trainee:
                 f" Give 1 to {len(blocks)}, or all."
             )
         self.maps = [m for block in blocks[-layers:] for m in linear_maps(self.model, block)]
-        wanted = _trained(self.model, self.maps, blocks[: len(blocks) - layers], parameters)
-        self.names, self.weights = list(wanted), list(wanted.values())
         self.layers = layers
+        _plain(self.model)
+        wanted = self._trains(blocks[: len(blocks) - layers], parameters)
+        self.names, self.weights = list(wanted), list(wanted.values())
         below = blocks[: len(blocks) - layers] if parameters == "linear" else []
         self._below = Below(below)
         if odd := next((p.dtype for p in self.weights if narrow(p.dtype)), None):
             raise ModelError(f"{type(model).__name__}: its weights are {odd}, and a rehearsal trains in float32.")
-        _plain(self.model)
         self.dtype: torch.dtype | None = None  # differences of gradients tell more without
         if not _same_from_above(self):
             self._below = Below([])
         _check(self)
         self.dtype = dtype
+
+    def _trains(self, below: list[nn.Module], parameters: Literal["linear", "all"]) -> Mapping[str, Tensor]:
+        """What trains, by name; `below` are the blocks that do not."""
+        return _trained(self.model, self.maps, below, parameters)
+
+    def restart(self, seed: int) -> None:
+        """Go to where the training of that seed begins: here where the model is."""
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +106,12 @@ class Trainee:
         for own, given in zip(self.as_direction(found), direction, strict=True):
             own.copy_(given)
         return found
+
+    @contextmanager
+    def captured(self) -> Iterator[ScoringModel]:
+        """The model as it is now, prepared for scoring along what `as_direction` gives."""
+        with captured(self.model, self.layers) as scoring:
+            yield scoring
 
     @property
     def _matrices(self) -> set[Tensor]:
@@ -177,7 +190,7 @@ class Trainee:
     @contextmanager
     def _training(self) -> Iterator[None]:
         """The weights that train ask for gradients inside this block, and no others do."""
-        held = [(p, p.requires_grad) for p in self.model.parameters()]
+        held = [(p, p.requires_grad) for p in (*self.model.parameters(), *self.weights)]
         self.model.requires_grad_(False)
         for weight in self.weights:
             weight.requires_grad_(True)

@@ -28,6 +28,9 @@ def _parts(stored: Manifest) -> Iterator[str]:
     optimiser = str(settings.get("rehearse_optimizer", "adamw"))
     named = _OPTIMISERS.get(optimiser, optimiser)
     yield f"{count(epochs * -(-rows // of_step), 'step')} of {named} at {_number(settings, 'rehearse_lr', 0):g}"
+    if rank := int(_number(settings, "rehearse_lora", 0)):
+        alpha = _number(settings, "rehearse_lora_alpha", 0)
+        yield f"a LoRA of rank {rank}" + (f" and alpha {alpha:g}" if alpha else "")
     yield f"{count(of_step, 'row')} each"
     if epochs > 1:
         yield f"{epochs:,} epochs"

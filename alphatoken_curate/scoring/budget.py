@@ -39,6 +39,7 @@ _DECIDE_TOKENS = {
     "groups": {"target_groups", "direction", "data", "target", "target_rows", "limit", "map", "subset", "split"},
     **{name: {"direction"} for name in OF_REHEARSAL},
     **{name: {"direction", "rehearse_optimizer"} for names in OF_OPTIMISER.values() for name in names},
+    "rehearse_lora_alpha": {"direction", "rehearse_lora"},
     "kind": {"data", "limit", "map", "subset", "split"},
     "data": {"limit", "subset", "split"},
     "beta": {"data"},

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,24 +24,25 @@ from alphatoken_curate.directions.fisher import fisher_diagonal
 from alphatoken_curate.directions.generate import answer_room, chunks, prompt_tokens, sample_answers
 from alphatoken_curate.directions.losses import row_means
 from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
-from alphatoken_curate.directions.rehearsal import mean_loss
 from alphatoken_curate.directions.sums import in_parts
 from alphatoken_curate.directions.target import target_gradient
+from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.engine.placement import told
 from alphatoken_curate.errors import CurateError
 from alphatoken_curate.models.devices import devices_of, names_of, taking_threads
 from alphatoken_curate.progress import Progress, Silent
-from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.budget import out_of_memory
+from alphatoken_curate.scoring.lora import base_of, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.reference import ReferencePass
-from alphatoken_curate.scoring.rehearse import at_once, course_of, rehearsal_in, trainee_of
+from alphatoken_curate.scoring.rehearse import course_of, trainee_of
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
-from alphatoken_curate.scoring.trial import blank, sample_of, tokens_of, tried, untried
+from alphatoken_curate.scoring.steps import seconds_of
+from alphatoken_curate.scoring.trial import REHEARSAL_TOKENS, blank, sample_of, tokens_of, tried, untried
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, sequences
@@ -148,15 +148,42 @@ class _Trials:
         """Try everything."""
         if self.spec.has_drift or self.spec.has_reference:
             self._reference()
+        if self.config.rehearses_lora:
+            return self._lora()
         scorer = ShardScorer(self.spec)
         scoring = self._timed("loading the model", lambda: scorer.scoring)
         placement = self._placement(scoring)
         self._find_budget(scorer)
         if self.config.rehearses:
-            self._rehearsal(scoring)
+            self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
+            model = scoring.model
+            scoring.release_model()
+            trainee = partial(trainee_of, self.config, model, self.spec.dtype)
+            self._rehearsal(self._timed("preparing the rehearsal", trainee))
         else:
             self._directions(scoring)
             self._scoring(scoring)
+        return self._found(placement)
+
+    def _lora(self) -> Estimate:
+        """The model is not captured for it."""
+        spec = base_of(self.spec)
+        self.budget = self.budget or REHEARSAL_TOKENS
+        model = self._timed("loading the model", lambda: spec.load(spec.model))
+        trainee = self._timed(
+            "preparing the rehearsal", lambda: lora_trainee(self.config, model, self.spec.model, spec.dtype)
+        )
+        placement = (told(model, trainee.layers, spec.placement),)
+
+        def losses(batches: Batches) -> None:
+            for batch in batches():
+                trainee.losses(batch)
+
+        self._try("losses before the rehearsal", self.shards, losses)
+        self._rehearsal(trainee)
+        return self._found(placement)
+
+    def _found(self, placement: tuple[str, ...]) -> Estimate:
         return Estimate(
             stages=tuple(self.stages),
             peak_bytes=self.meter.peak(),
@@ -246,30 +273,11 @@ class _Trials:
 
         self._try("scoring", self.shards, score, len(self.shards))
 
-    def _rehearsal(self, scoring: ScoringModel) -> None:
-        """Two steps there and back, states on disk and all; the others by their tokens, and once more as replayed."""
-        rows, config, target = sequences([*self.prepared.rows]), self.config, self.prepared.target_rows
-        self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
-        model = scoring.model
-        scoring.release_model()
-        trainee = self._timed("preparing the rehearsal", lambda: trainee_of(config, model, self.spec.dtype))
-        whole = course_of(config, rows, 0, self.budget)
-        two = replace(whole, steps=whole.steps[:2])
-        together = at_once(trainee, self.spec.outcomes, config)
-        padded = [sum(len(rows[i].input_ids) for step in course.steps for i in step) for course in (whole, two)]
-        self.progress.stage("estimate: rehearsal", 2 * padded[1])
-        with tempfile.TemporaryDirectory() as kept:
-            rehearsal = rehearsal_in(Store(folder=Path(kept), fields={}), "0", trainee, two, config)
-            done = [self.meter.now()]
-            outcomes = [mean_loss(target[:1], self.budget)] * together
-            rehearsal.run(outcomes, lambda _: done.append(self.meter.now()))
-            tried = self.meter.now() - done[0]
-        parts = -(-self.spec.outcomes // together)
-        self.progress.advance(2 * padded[1])
-        # Two steps are one segment, which nothing is replayed of.
-        replay = (done[len(two.steps)] - done[0]) * whole.borders[-2] / len(whole.steps)
-        seconds = (tried * parts + replay) * config.rehearse_seeds * padded[0] / padded[1]
-        self.stages.append(StageEstimate(name=f"rehearsal: {len(whole.steps)} steps there and back", seconds=seconds))
+    def _rehearsal(self, trainee: Trainee) -> None:
+        rows, target = sequences([*self.prepared.rows]), self.prepared.target_rows
+        course = course_of(self.config, rows, 0, self.budget)
+        seconds = seconds_of(course, trainee, target[:1], self.spec, self.meter, self.progress)
+        self.stages.append(StageEstimate(name=f"rehearsal: {len(course.steps)} steps there and back", seconds=seconds))
 
     def _find_budget(self, of: ReferencePass | ShardScorer) -> None:
         """Find the budget as the run would."""

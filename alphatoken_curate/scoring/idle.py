@@ -50,6 +50,10 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
         for kind, names in OF_OPTIMISER.items()
         for name in names
     },
+    "rehearse_lora_alpha": (
+        "with --direction rehearsal and --rehearse-lora",
+        lambda config, _: config.rehearses_lora,
+    ),
     "beta": ("for preference rows", lambda _, kind: kind == "preference"),
     "stability_scale": (
         "where --by depends on value",

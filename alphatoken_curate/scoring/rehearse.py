@@ -7,7 +7,7 @@ would round otherwise. What it gives, the columns of all response tokens, is kep
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.groups import deal
+from alphatoken_curate.directions.lora import LoraTrainee
+from alphatoken_curate.directions.losses import Losses
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import (
     VALUES,
@@ -38,18 +40,22 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import REHEARSAL, Store
 from alphatoken_curate.runs.schema import BY_ESTIMATOR, ERRORS
 from alphatoken_curate.scoring.job import Job
+from alphatoken_curate.scoring.lora import base_of, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, counted
 from alphatoken_curate.signals import composite
 from alphatoken_curate.signals.rehearsed import columns, exact_paths
 from alphatoken_curate.signals.stored import RowResult, losses_of, spread
-from alphatoken_curate.tokens.plan import response_tokens, sequences
+from alphatoken_curate.tokens.plan import Batch, response_tokens, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow
 from alphatoken_curate.wording import count
 
 ROOM = 0.4
 """Share of the free memory that adjoints going back together may take: as much goes to the graph of a batch."""
+
+KEPT_BYTES = 8 << 30
+"""What all states of a LoRA's training may take on disk, while it lasts."""
 
 FEW_ROWS = 100
 """Target rows of which fewer are warned of: a cut by their values learns them by heart."""
@@ -64,8 +70,12 @@ COLUMNS, _LOSSES, _PLAN, _ADJOINTS = "columns", "losses", "plan", "-adjoint-"
 class RehearsalScorer(ShardScorer):
     """Gives the signals of a shard's rows from a rehearsal of all rows of a job."""
 
+    loads_itself = True
+
     def __init__(self, spec: ScorerSpec, job: Job) -> None:
-        super().__init__(spec)
+        super().__init__(base_of(spec) if spec.config.rehearses_lora else spec)
+        self._start = spec.model  # of a LoRA that goes on, the adapter
+        self._begun: tuple[LoraTrainee, Outcome | None] | None = None
         self.rows, self.target, self.retention = sequences([*job.rows]), job.target, job.retention
         lengths = [int(row.response.sum()) for row in self.rows]
         ends = np.cumsum(lengths).tolist()
@@ -148,13 +158,13 @@ class RehearsalScorer(ShardScorer):
     def _losses(self, own: Store, progress: Progress, batch_tokens: int) -> dict[str, NDArray[np.float32]]:
         """Loss (nll) and entropy of all response tokens where the training begins, (N,) each."""
         if (kept := own.load(REHEARSAL, part=_LOSSES)) is None:
-            scoring = self.ready(progress)
+            losses = self._losses_by(progress)
             progress.stage("losses before the rehearsal", count_tokens(self.rows))
             found = np.empty((2, sum(s.stop - s.start for s in self._places.values())), np.float32)
             for batch in counted(self.rows, batch_tokens, progress):
-                losses = losses_of(scoring, batch)
+                made = losses(batch)
                 places = [np.arange(s.start, s.stop) for s in (self._place(self.rows[i]) for i in batch.rows)]
-                found[:, np.concatenate(places)] = torch.stack([losses.nll, losses.entropy]).float().cpu().numpy()
+                found[:, np.concatenate(places)] = torch.stack([made.nll, made.entropy]).float().cpu().numpy()
             kept = {"nll": torch.from_numpy(found[0]), "entropy": torch.from_numpy(found[1])}
             own.save(REHEARSAL, kept, _LOSSES)
         return {name: tensor.numpy() for name, tensor in kept.items()}
@@ -164,25 +174,21 @@ class RehearsalScorer(ShardScorer):
     ) -> dict[str, NDArray[np.float32]]:
         """The columns of the response tokens of some rows, over all orders."""
         config, known = self.spec.config, BY_ESTIMATOR[self.spec.config.estimator]
-        scoring = self.ready(progress)
-        drift = self._drift_parts(scoring) if self.spec.has_drift else None
-        model, self._scoring = scoring.model, None
-        scoring.release_model()
-        del scoring
-        free_memory()
-        trainee = trainee_of(config, model, self.spec.dtype)
+        trainee, drift = self._begin_lora(progress) if config.rehearses_lora else self._begin(progress)
+        self._begun = None
         groups = {"adapt": self._dealt(self.target)}
         if self.retention:
             groups["stab"] = self._dealt(self.retention)
         outcomes: list[Outcome] = [mean_loss(group, batch_tokens) for dealt in groups.values() for group in dealt]
         counts = {name: [response_tokens(group) for group in dealt] for name, dealt in groups.items()}
         if drift is not None:
-            outcomes.append(drift_loss(*(trainee.of_direction(part) for part in drift)))
+            outcomes.append(drift)
             counts["drift" if self.retention else "stab"] = [1]
         together = self._at_once(trainee, len(outcomes), own)
         orders = []
         for n in range(config.rehearse_seeds):
             course = course_of(config, rows, n, batch_tokens)
+            trainee.restart(config.seed + n)
             rehearsal = rehearsal_in(own, str(n), trainee, course, config)
             each = [sum(len(rows[i].input_ids) for i in step) for step in course.steps]
             order = f", order {n + 1} of {config.rehearse_seeds}" if config.rehearse_seeds > 1 else ""
@@ -194,6 +200,48 @@ class RehearsalScorer(ShardScorer):
         errors = {f"{name}_error" for name, dealt in groups.items() if len(dealt) > 1}
         kept = (set(known.signals) - set(ERRORS)) | errors
         return {name: column.astype(np.float32) for name, column in found.items() if name in kept}
+
+    def _losses_by(self, progress: Progress) -> Callable[[Batch], Losses]:
+        """What gives the losses of a batch where the training begins."""
+        if self.spec.config.rehearses_lora:
+            return self._begin_lora(progress)[0].losses
+        return partial(losses_of, self.ready(progress))
+
+    def _begin(self, progress: Progress) -> tuple[Trainee, Outcome | None]:
+        """What trains, and the drift."""
+        scoring = self.ready(progress)
+        drift = self._drift_parts(scoring) if self.spec.has_drift else None
+        trainee = trainee_of(self.spec.config, self._released(scoring), self.spec.dtype)
+        return trainee, drift and drift_loss(*(trainee.of_direction(part) for part in drift))
+
+    def _begin_lora(self, progress: Progress) -> tuple[LoraTrainee, Outcome | None]:
+        """The same of a LoRA. Nothing is widened to float32 on the way but for the drift, whose Fisher is as large."""
+        if self._begun is None:
+            config, parts = self.spec.config, None
+            if self.spec.has_drift:
+                scoring = self.ready(progress)
+                parts = self._fisher(), self._offset(scoring)
+                model: Any = self._released(scoring)
+            else:
+                progress.stage("loading model", 0)
+                model = self.spec.load(self.spec.model)
+            trainee = lora_trainee(config, model, self._start, self.spec.dtype)
+            self._begun = trainee, parts and trainee.drift_loss(*parts)
+        return self._begun
+
+    def _released(self, scoring: ScoringModel) -> Any:
+        """The model as it was before it was captured."""
+        self._scoring = None
+        scoring.release_model()
+        free_memory()
+        return scoring.model
+
+    def _offset(self, scoring: ScoringModel) -> Direction | None:
+        """How far the model's weights are from the reference's; None where that is what the training begins with."""
+        if not self.spec.has_reference:
+            return None
+        found = zip(scoring.weights, self._reference_weights(), strict=True)
+        return [w.detach() - r.to(w) for w, r in found]
 
     def _dealt(self, rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
         """Rows in the groups that errors are told by; all in one without errors."""
@@ -234,10 +282,14 @@ def trainee_of(config: ScoreConfig, model: Any, dtype: str) -> Trainee:
 
 
 def rehearsal_in(store: Store, prefix: str, trainee: Trainee, course: Course, config: ScoreConfig) -> Rehearsal:
-    """A rehearsal that keeps its states in a store, with the paths that a config asks for."""
+    """A rehearsal that keeps its states in a store, with the paths that a config asks for.
+
+    Those of a LoRA are small: where all have room no step is taken twice.
+    """
     paths = None if config.estimator == "influence" else exact_paths(trainee)
     states, steps = Artefacts(store, trainee.device, prefix=prefix), Scratch(store.folder, trainee.device)
-    return Rehearsal(trainee, course, states, steps=steps, paths=paths)
+    room = KEPT_BYTES if config.rehearses_lora else 0
+    return Rehearsal(trainee, course, states, steps=steps, paths=paths, room=room)
 
 
 def at_once(trainee: Trainee, outcomes: int, config: ScoreConfig) -> int:

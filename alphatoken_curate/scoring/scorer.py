@@ -45,6 +45,9 @@ _INPUTS, _OUTPUTS = "inputs", "outputs"
 class ShardScorer:
     """Called with the rows of a shard, gives their signals. Loads its model once; a pickled copy loads its own."""
 
+    loads_itself = False
+    """Whether it loads its model only where it needs it, and not before its first task."""
+
     def __init__(self, spec: ScorerSpec) -> None:
         self.spec, self.largest = spec, dict[str, float]()  # of each direction, once they are there
         self._scoring: ScoringModel | None = None

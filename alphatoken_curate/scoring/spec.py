@@ -21,6 +21,7 @@ from alphatoken_curate.errors import CurateError
 from alphatoken_curate.models.devices import kind_of, resolve_dtype
 from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import ModelSource, find_model
+from alphatoken_curate.models.unmerged import check_unmerged
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
@@ -96,8 +97,9 @@ class ScorerSpec:
 
     @property
     def dtype_of_weights(self) -> str:
-        """What models are loaded in: a training that is rehearsed has weights of float32, whatever it multiplies in."""
-        return "float32" if self.config.rehearses and narrow(getattr(torch, self.dtype)) else self.dtype
+        """What models are loaded in: weights that train are float32, whatever they multiply in."""
+        trains = self.config.rehearses and not self.config.rehearses_lora
+        return "float32" if trains and narrow(getattr(torch, self.dtype)) else self.dtype
 
     def reference_losses(self, shard: int, rows: Sequence[AnyRow]) -> list[NDArray[np.float32]] | None:
         """The reference's nll of each sequence's response tokens; None where it is the model itself."""
@@ -178,6 +180,7 @@ def spec_of(
     dtype = resolve_dtype(config.dtype, kind_of(device), in_full=config.in_full)
     reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
     check_alike(prepared.source, reference)
+    check_lora(config, prepared.source)
     for source in (prepared.source, reference):
         check_placed(source, placement_of(device, config.trunk_device))
     fields = fingerprint_fields(prepared, reference, dtype)
@@ -191,6 +194,12 @@ def spec_of(
         device=device,
         store=Store(folder=folder, fields=fields, reuse=reuse, watched=watched),
     )
+
+
+def check_lora(config: ScoreConfig, model: ModelSource) -> None:
+    """Raise ModelError where a model is an adapter that a rehearsed LoRA of these settings cannot go on from."""
+    if config.rehearses_lora and config.rehearse_lora is not None and model.adapter is not None:
+        check_unmerged(model.adapter, config.rehearse_lora, config.rehearse_lora_alpha)
 
 
 def count_tokens(rows: Sequence[AnyRow]) -> int:

@@ -68,7 +68,9 @@ class Worker:
 
     def ready(self, which: Which, progress: Progress) -> None:
         """Load what a stage needs, unless it is there; that it is being loaded is said."""
-        self._of(which).ready(progress)
+        of = self._of(which)
+        if which == "reference" or not self._scorer.loads_itself:
+            of.ready(progress)
 
     def do(self, which: Which, task: Task, progress: Progress) -> Done:
         """A task, whole. When memory runs out its batches are halved, for this task alone.

@@ -17,7 +17,6 @@ from torch import Tensor
 from alphatoken_curate.directions.groups import mean_and_error
 from alphatoken_curate.directions.rehearsal import Paths, Values
 from alphatoken_curate.directions.trainee import Trainee, Weights
-from alphatoken_curate.engine.capture import captured
 from alphatoken_curate.runs.schema import Components
 from alphatoken_curate.signals.paths import PathScorer
 from alphatoken_curate.tokens.plan import Batch
@@ -30,7 +29,7 @@ def exact_paths(trainee: Trainee) -> Paths:
     """
 
     def paths(batches: Sequence[Batch], along: Sequence[Weights]) -> list[Tensor]:
-        with captured(trainee.model, trainee.layers) as scoring:
+        with trainee.captured() as scoring:
             directions = [trainee.as_direction(a)[: len(scoring.maps)] for a in along]
             scorer = PathScorer(scoring, directions, "exact", window=0)
             found = []

@@ -25,6 +25,7 @@ REHEARSED: tuple[dict[str, Any], ...] = (
     {"rehearse_clip": 1.0},
     {"rehearse_denominator": "sum"},
     {"rehearse_seeds": 2},
+    {"rehearse_lora": 4},
 )
 ADAMW: tuple[dict[str, Any], ...] = ({"rehearse_betas": "0.8,0.9"}, {"rehearse_eps": 1e-6}, {"rehearse_root": 1e-9})
 _BY = "read only with --direction rehearsal and --rehearse-optimizer"
@@ -49,6 +50,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *((setting, {}, "read only with --direction rehearsal") for setting in REHEARSED),
     *((setting, SGD, f"{_BY} adamw") for setting in ADAMW),
     ({"rehearse_momentum": 0.9}, REHEARSAL, f"{_BY} sgd"),
+    ({"rehearse_lora_alpha": 8.0}, REHEARSAL, "read only with --direction rehearsal and --rehearse-lora"),
 ]
 """A setting, others beside which it plays no part, and when it would."""
 
@@ -71,6 +73,7 @@ PLAYS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"aggregate": "last"}, {"generation": "all"}, "sft"),
     *((setting, REHEARSAL, "sft") for setting in (*REHEARSED, *ADAMW)),
     ({"rehearse_momentum": 0.9}, SGD, "sft"),
+    ({"rehearse_lora_alpha": 8.0}, {**REHEARSAL, "rehearse_lora": 4}, "sft"),
 ]
 
 

@@ -84,8 +84,10 @@ def test_with_the_trunk_on_disk_every_byte_is_the_same(
 
 
 @pytest.mark.long
-def test_a_rehearsal_of_the_last_blocks_has_a_trunk(files: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_rehearsal_of_the_last_blocks_has_a_trunk(rank: int | None, files: dict[str, str], tmp_path: Path) -> None:
     how = {"direction": "rehearsal", "rehearse_lr": 1e-3, "parameters": "linear", "estimator": "exact+influence"}
+    how |= {"rehearse_lora": rank}
     runs = [
         score(ScoreConfig(**settings(files, **how), trunk_device=trunk), tmp_path / str(trunk)).run
         for trunk in (None, "disk")

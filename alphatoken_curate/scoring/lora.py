@@ -1,0 +1,36 @@
+"""The LoRA of a run that rehearses one: what its settings and the adapter it goes on from say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.lora import LoraTrainee
+from alphatoken_curate.engine.precision import narrow
+from alphatoken_curate.models.load import ModelSource
+from alphatoken_curate.models.unmerged import Lora, read_unmerged
+from alphatoken_curate.scoring.spec import ScorerSpec
+
+
+def lora_of(config: ScoreConfig, model: ModelSource) -> Lora:
+    """The LoRA that trains: a new one, or the adapter that the model is."""
+    rank, alpha = config.rehearse_lora, config.rehearse_lora_alpha
+    assert rank is not None
+    if model.adapter is not None:
+        return read_unmerged(model.adapter, rank, alpha)
+    return Lora(rank=rank, scale=(2 * rank if alpha is None else alpha) / rank)
+
+
+def base_of(spec: ScorerSpec) -> ScorerSpec:
+    """The same of the model alone, where that is an adapter on it."""
+    return replace(spec, model=replace(spec.model, adapter=None))
+
+
+def lora_trainee(config: ScoreConfig, model: Any, source: ModelSource, dtype: str) -> LoraTrainee:
+    """What trains beside `model`, which is that of `source` without its adapter, in a run of that dtype."""
+    products = getattr(torch, dtype)
+    narrowed = products if narrow(products) else None
+    return LoraTrainee(model, config.layers, lora_of(config, source), seed=config.seed, dtype=narrowed)
