@@ -246,9 +246,9 @@ class ScoreConfig(MaskConfig):
     )
     precondition: str = _option(
         "none",
-        "Scale adaptation by curvature: `adam`, or inverse `kfac`, `ekfac`.",
+        "Scale adaptation by curvature: `adam`, or inverse `kfac`, `ekfac`, `astra`.",
         _COMPUTED,
-        choices=("none", "adam", "kfac", "ekfac"),
+        choices=("none", "adam", "kfac", "ekfac", "astra"),
     )
     precondition_rows: int = _option(256, "Rows the curvature is estimated from.", _COMPUTED, kind="count")
     precondition_eps: float = _option(
@@ -256,10 +256,13 @@ class ScoreConfig(MaskConfig):
     )
     precondition_damping: float = _option(
         0.1,
-        "Added to the curvature, in mean eigenvalues (kfac, ekfac).",
+        "Added to the curvature, in mean eigenvalues (kfac, ekfac, astra).",
         _COMPUTED,
         kind="positive",
         bounds=(1e-10, 1e4),
+    )
+    precondition_iterations: int = _option(
+        8, "Iterations from ekfac on (astra), each a pass over those rows.", _COMPUTED, kind="count", bounds=(1, 1000)
     )
     precondition_stability: bool = _option(False, "Scale the stability direction too.", _COMPUTED, kind="bool")
     rehearse_lr: float | None = _option(

@@ -26,7 +26,7 @@ def check_together(config: Any) -> None:
     if config.fisher_prompts is not None and config.fisher != "generate":
         raise UsageError("--fisher-prompts is read with --fisher generate only.")
     if config.precondition_stability and config.precondition == "none":
-        raise UsageError("--precondition-stability needs --precondition adam, kfac or ekfac.")
+        raise UsageError("--precondition-stability needs --precondition adam, kfac, ekfac or astra.")
     if config.trunk_device is not None:
         _check_trunk(config)
     if config.parameters == "all":

@@ -55,6 +55,7 @@ BAD: list[tuple[str, Any]] = [
     *(("precondition_rows", value) for value in (0, None)),
     *(("precondition_eps", value) for value in (0, -1e-8, None)),
     *(("precondition_damping", value) for value in (0, "x", None)),
+    *(("precondition_iterations", value) for value in (0, 1001, 1.5, None)),
     *(("precondition_stability", value) for value in ("yes", None)),
     *(("beta", value) for value in (0, -0.1, True, None)),
     *(("generation", value) for value in ("newest", "", "1,", "-1", "1;2", -1, True, None)),

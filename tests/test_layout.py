@@ -23,16 +23,16 @@ ORDER = """
     models: releases formats tensors whole vocabularies folders adapters unmerged devices disk load likeness
         checkpoints
     engine: tangents tangent_rules precision probabilities attention tangent_attention twice lowrank experts foreign
-        below blocks caches placement capture value_rows
+        below blocks caches placement capture moving value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs beside columns read
     tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
         speller tokenise plan packed dealt draws
-    directions: losses selection target fisher generate precondition drift parameters
+    directions: losses selection target fisher generate precondition gauss_newton astra drift parameters
         optimisers trainee shelves rehearsal lora groups sums
     signals: paths influence composite preference stored rehearsed student
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources spawned tokenising shelf reader prepare idle outcome spec
-        reference scorer trial job lora rehearse steps worker engines pool processes cluster stages beside changes loop
+        reference scorer solving trial job lora rehearse steps worker engines pool processes cluster stages beside changes loop
         part refresh watch memory estimate check finished score
     reading: words published scan rules verify publish row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
@@ -246,6 +246,7 @@ def test_every_source_module_has_its_tests() -> None:
         "models.folders": "models/test_load",
         "models.likeness": "scoring/test_refresh",
         "engine.tangent_rules": "engine/test_tangents",
+        "engine.moving": "signals/test_influence",
         "engine.probabilities": "engine/test_attention",
         "rows.files": "rows/test_read",
         "rows.containers": "rows/test_read",

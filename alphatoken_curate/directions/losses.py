@@ -57,7 +57,7 @@ def token_losses(
     nll, entropy = hidden.new_empty(len(targets), dtype=kind), hidden.new_empty(len(targets), dtype=kind)
     grad = torch.empty_like(hidden) if gradient else None
     buffer: Tensor | None = None
-    rows = _chunk_rows(hidden.device, vocabulary, kind if on_error is not None else logits_dtype)
+    rows = chunk_rows(hidden.device, vocabulary, kind if on_error is not None else logits_dtype)
     for first in range(0, len(targets), rows):
         part = slice(first, min(first + rows, len(targets)))
         x = hidden[part].detach().requires_grad_(gradient)
@@ -77,7 +77,8 @@ def token_losses(
     return Losses(nll, entropy, grad)
 
 
-def _chunk_rows(device: torch.device, vocabulary: int, kind: torch.dtype) -> int:
+def chunk_rows(device: torch.device, vocabulary: int, kind: torch.dtype) -> int:
+    """Positions whose logits are held at a time."""
     return max(1, _BYTES_PER_CHUNK.get(device.type, _BYTES_PER_CHUNK["cpu"]) // (vocabulary * kind.itemsize))
 
 

@@ -13,7 +13,7 @@ of its loss, sum of weight * nll over its response tokens: g_u = sum over positi
   sequence's last predicting one, the prompt's among them, and of an expert those it was given; padding never counts.
   G becomes (A (x) S + damping * mean eigenvalue * I)^-1 vec(G), solved in the eigenbases U_A and U_S.
 * `ekfac` (George et al. 2018, arXiv 1806.03884): the same bases, with the exact second moments along them,
-  E[(U_S^T g_u U_A)^2], in place of the products of eigenvalues. It takes a second pass.
+  E[(U_S^T g_u U_A)^2], in place of the products of eigenvalues. It takes a second pass. `astra` begins with it.
 
 Of a mixture of experts some may get no gradient from any row, and be needed by the target all the same. Such an expert
 takes the mean of those in its parameter that have one: v; A over all their positions, and the mean of their S, which
@@ -45,6 +45,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "adam": ("second_moment",),
     "kfac": ("input_vectors", "input_values", "output_vectors", "output_values"),
     "ekfac": ("input_vectors", "output_vectors", "second_moment"),
+    "astra": ("input_vectors", "output_vectors", "second_moment"),
 }
 """What is stored for each linear map: second_moment (d_out, d_in), for `ekfac` in the eigenbases; eigenvectors as the
 columns of input_vectors (d_in, d_in) and output_vectors (d_out, d_out); eigenvalues (d_in,) and (d_out,)."""
@@ -80,9 +81,9 @@ def estimate(
 ) -> dict[str, Tensor]:
     """The curvature of S over some rows, as tensors to be stored: `<parameter>.<part>`, float32 at least.
 
-    `kind` is adam (part second_moment), kfac (input_vectors, input_values, output_vectors, output_values) or ekfac
-    (input_vectors, output_vectors, second_moment). `weigh` makes a unit's loss of its token losses; None adds them up.
-    `note` is told of experts without a gradient, which take the others' curvature.
+    `kind` is adam (part second_moment), kfac (input_vectors, input_values, output_vectors, output_values), ekfac or
+    astra (input_vectors, output_vectors, second_moment). `weigh` makes a unit's loss of its token losses; None adds
+    them up. `note` is told of experts without a gradient, which take the others' curvature.
     Raises InputError where the gradient of the rows is zero everywhere, or not finite.
     """
     if kind == "adam":
@@ -115,6 +116,12 @@ def precondition(
         else:
             found.append(torch.zeros_like(matrix))
     return found
+
+
+def mean_eigenvalues(kind: str, stored: Mapping[str, Tensor], scoring: ScoringModel) -> list[float]:
+    """Of the curvature of each linear map: what `damping` is in units of."""
+    each = ({part: stored[f"{m.parameter}.{part}"] for part in _PARTS[kind]} for m in scoring.maps)
+    return [float(_curvature(parts).mean()) for parts in each]
 
 
 def _tell(kind: str, scoring: ScoringModel, lent: Sequence[int], note: Callable[[str], None]) -> None:
@@ -259,8 +266,8 @@ def factor_bases(
 ) -> dict[str, Tensor]:
     """Eigenvectors and eigenvalues of A and of S for each linear map, of sums over all units.
 
-    For `kfac` they are the curvature that is stored. For `ekfac` it says besides, as `lent`, the indices of those maps
-    that have the others' (int64). The lists of `sums` are emptied.
+    For `kfac` they are the curvature that is stored. For the others it says besides, as `lent`, the indices of those
+    maps that have the others' (int64). The lists of `sums` are emptied.
     """
     lent = _lend_factors(scoring, sums.inputs, sums.seen, sums.outputs)
     _tell(kind, scoring, lent, note)

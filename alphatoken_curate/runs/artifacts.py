@@ -38,6 +38,9 @@ PRECONDITION = "precondition"
 BASES = "bases"
 """The part of it that has the eigenbases of EK-FAC, while the moments along them are summed."""
 
+SOLVED = "solved"
+"""Directions that iterations solved by training curvature, by objective or group and map; while they last, iterates."""
+
 FISHER = "fisher"
 """F: the Fisher diagonal of the reference, as G."""
 
@@ -83,10 +86,12 @@ _DEPENDS = {
     REFERENCE: ("reference", "layers", "parameters"),
     REFERENCE_NLL: ("reference", "tokens", "rows_per_shard"),
 }
-"""The fingerprint fields of a run that each kind of artefact depends on, beside those that all do; a rehearsal does on
-every field."""
+"""The fingerprint fields of a run that each kind of artefact depends on, beside those that all do; those of _ON_ALL do
+on every field."""
 
-OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in names) | {REHEARSAL}
+_ON_ALL = (REHEARSAL, SOLVED)
+
+OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in names).union(_ON_ALL)
 """Kinds made anew at each checkpoint; their files carry the number of the generation."""
 
 
@@ -210,7 +215,7 @@ class Store:
         return {key: tensor.to(device) for key, tensor in tensors.items()}
 
     def _fields_of(self, kind: str) -> dict[str, Json]:
-        names = self.fields if kind == REHEARSAL else (*_EVERY, *_DEPENDS[kind])
+        names = self.fields if kind in _ON_ALL else (*_EVERY, *_DEPENDS[kind])
         return {name: self.fields[name] for name in names}
 
 

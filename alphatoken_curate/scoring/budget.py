@@ -37,6 +37,7 @@ _DECIDE_TOKENS = {
     "prompt_tokens": {"fisher", "fisher_prompts", *_OF_CHATS},
     "template": {"chat_template"},
     "groups": {"target_groups", "direction", "data", "target", "target_rows", "limit", "map", "subset", "split"},
+    "precondition_iterations": {"precondition"},
     **{name: {"direction"} for name in OF_REHEARSAL},
     **{name: {"direction", "rehearse_optimizer"} for names in OF_OPTIMISER.values() for name in names},
     "rehearse_lora_alpha": {"direction", "rehearse_lora"},

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions import precondition
@@ -32,6 +33,7 @@ from alphatoken_curate.engine.placement import told
 from alphatoken_curate.errors import CurateError
 from alphatoken_curate.models.devices import devices_of, names_of, taking_threads
 from alphatoken_curate.progress import Progress, Silent
+from alphatoken_curate.scoring import solving
 from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.lora import base_of, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
@@ -245,14 +247,17 @@ class _Trials:
             rows = drawn(prepared.rows, config.lookahead_rows, config.seed, LOOKAHEAD_DRAW)
             self._gradient("lookahead gradient", scoring, rows)
         if config.precondition != "none":
-            kind = config.precondition
+            kind, stored = config.precondition, dict[str, Tensor]()
             rows = drawn(prepared.rows, config.precondition_rows, config.seed, PRECONDITION_DRAW)
-            self._try(
-                f"{kind} curvature",
-                [rows],
-                lambda batches: precondition.estimate(kind, scoring, batches, row_means),
-                len(in_parts(rows)),
-            )
+            pieces = len(in_parts(rows))
+
+            def curvature(batches: Batches) -> None:
+                stored.update(precondition.estimate(kind, scoring, batches, row_means))
+
+            self._try(f"{kind} curvature", [rows], curvature, pieces)
+            if kind == "astra":
+                work = partial(solving.tried, self.spec, scoring, stored)
+                self._try(solving.NAME, [rows], work, pieces, times=config.precondition_iterations)
 
     def _gradient(
         self, name: str, scoring: ScoringModel, rows: Sequence[AnyRow], *, all_positions: bool = True
@@ -319,8 +324,9 @@ class _Trials:
         work: Callable[[Batches], object],
         pieces: int = 1,
         budget: int = 0,
+        times: int = 1,
     ) -> None:
-        """Run a stage on a few of its batches, and tell what all of them would take."""
+        """Run a stage on a few of its batches, and tell what all of them would take, so many times."""
         plan, sizes = list[tuple[int, tuple[int, ...]]](), list[Size]()
         for number, rows in enumerate(shards):
             batches = plan_batches(rows, budget or self.budget)
@@ -334,7 +340,7 @@ class _Trials:
         work(tried.batches)
         beside = self.meter.now() - began - sum(tried.seconds)
         found = predict(sizes, dict(zip(probes, tried.seconds[len(first) :], strict=True)))
-        self.stages.append(StageEstimate(name=name, seconds=beside + found, pieces=pieces))
+        self.stages.append(StageEstimate(name=name, seconds=times * (beside + found), pieces=pieces))
 
 
 class _Tried:

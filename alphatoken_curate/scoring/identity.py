@@ -70,6 +70,7 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
         "chat_template_kwargs": config.chat_template_kwargs,
         "assistant_specials": config.assistant_specials if config.assistant_specials != "template" else None,
         "target_groups": config.target_groups,
+        "precondition_iterations": config.precondition_iterations if config.precondition == "astra" else None,
         **(_rehearsal_fields(config) if config.rehearses else {}),
     }
     return {
@@ -133,7 +134,7 @@ def _precondition_fields(config: ScoreConfig) -> dict[str, Json]:
         "precondition": kind,
         "precondition_rows": config.precondition_rows if kind != "none" else None,
         "precondition_eps": config.precondition_eps if kind == "adam" else None,
-        "precondition_damping": config.precondition_damping if kind in ("kfac", "ekfac") else None,
+        "precondition_damping": config.precondition_damping if kind not in ("none", "adam") else None,
         "precondition_stability": config.precondition_stability,
     }
 

@@ -37,9 +37,10 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
     "precondition_rows": ("with --precondition", lambda config, _: config.precondition != "none"),
     "precondition_eps": ("with --precondition adam", lambda config, _: config.precondition == "adam"),
     "precondition_damping": (
-        "with --precondition kfac or ekfac",
-        lambda config, _: config.precondition in ("kfac", "ekfac"),
+        "with --precondition kfac, ekfac or astra",
+        lambda config, _: config.precondition in ("kfac", "ekfac", "astra"),
     ),
+    "precondition_iterations": ("with --precondition astra", lambda config, _: config.precondition == "astra"),
     **{
         name: ("with --direction rehearsal", lambda config, _: config.rehearses)
         for name in OF_REHEARSAL

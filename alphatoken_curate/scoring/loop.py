@@ -33,6 +33,7 @@ from alphatoken_curate.scoring.prepare import Prepared, prepare
 from alphatoken_curate.scoring.rehearse import RehearsalScorer
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place
+from alphatoken_curate.scoring.solving import residuals_of
 from alphatoken_curate.scoring.sources import watch_inputs
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
 from alphatoken_curate.scoring.stages import Stages
@@ -228,7 +229,13 @@ def recorded(
         for row, result in zip(job.shards[index], found, strict=True)
     ]
     cut = job.cuts[index]
-    told = replace(job.facts, plan=plan, truncated_rows=cut.rows, truncated_tokens=cut.tokens)
+    told = replace(
+        job.facts,
+        settings={**job.facts.settings, **residuals_of(spec)},
+        plan=plan,
+        truncated_rows=cut.rows,
+        truncated_tokens=cut.tokens,
+    )
     ordered = sorted([*records, *job.beside(index)], key=lambda one: (one.row_id, one.turn))
     return ordered, Footer(fields=spec.store.fields, facts=told.as_json())
 

@@ -23,7 +23,7 @@ from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import ModelSource, find_model, load_tokenizer, model_digest, tokenizer_digest
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs import manifest, shards
-from alphatoken_curate.runs.artifacts import OF_MODEL, PRECONDITION, REHEARSAL, TARGET, Store
+from alphatoken_curate.runs.artifacts import OF_MODEL, PRECONDITION, REHEARSAL, SOLVED, TARGET, Store
 from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.runs.documents import decode
 from alphatoken_curate.runs.fingerprint import Json, fingerprint
@@ -262,7 +262,7 @@ def _check_config(run: Path, stored: Manifest) -> None:
 
 def _forget(budget: Budget, store: Store) -> None:
     """Take away what was made for a checkpoint that cannot be scored."""
-    parts = (path for kind in (PRECONDITION, REHEARSAL) for path in store.parts(kind))
+    parts = (path for kind in (PRECONDITION, REHEARSAL, SOLVED) for path in store.parts(kind))
     for path in (budget.path, *parts, *(store.path(kind) for kind in OF_MODEL)):
         path.unlink(missing_ok=True)
 

@@ -28,6 +28,7 @@ from alphatoken_curate.directions.precondition import (
 from alphatoken_curate.directions.sums import Sums, sums_of
 from alphatoken_curate.directions.target import target_sums
 from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.engine.moving import Moving
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
@@ -54,6 +55,8 @@ class ShardScorer:
         self._scorer: BatchScorer | None = None
         self._groups: dict[str, list[int]] = {}  # by the prefix of its objective, the tokens of each
         self._kept_bases: dict[str, Tensor] | None = None
+        self.moving: tuple[int, list[str], Moving] | None = None
+        """While the iterations of --precondition astra go on: of which, along which directions (`solving`)."""
 
     def __reduce__(self) -> tuple[type[ShardScorer], tuple[ScorerSpec]]:
         """Pickle what it was built from, never the model."""
@@ -87,7 +90,7 @@ class ShardScorer:
         return sums_of(scoring.names, found, {"tokens": tokens})
 
     def factors(self, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int) -> Sums:
-        """What the bases of --precondition kfac and ekfac are made of, of some of its rows."""
+        """What the bases of --precondition kfac, ekfac and astra are made of, of some of its rows."""
         found = factor_sums(self.scoring, counted(rows, batch_tokens, progress), _weigh(pairs))
         names = [m.parameter for m in self.scoring.maps]
         sums = sums_of([f"{name}.{_INPUTS}" for name in names], found.inputs, {"units": found.units})
@@ -108,13 +111,13 @@ class ShardScorer:
         return _arrays(factor_bases(self.spec.config.precondition, self.scoring, factors, progress.note))
 
     def moments(self, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int) -> Sums:
-        """What the second moments of --precondition adam and ekfac are made of, of some of its rows."""
+        """What the second moments of --precondition adam, ekfac and astra are made of, of some of its rows."""
         batches = counted(rows, batch_tokens, progress)
         found, units = moment_sums(self.scoring, batches, _weigh(pairs), self._bases())
         return sums_of([m.parameter for m in self.scoring.maps], found, {"units": units})
 
     def curvature(self, sums: Sums, progress: Progress, _batch_tokens: int) -> dict[str, NDArray[Any]]:
-        """The curvature of those two, of sums over all rows."""
+        """The curvature of those, of sums over all rows."""
         tensors = self.scoring.near(sums.tensors())
         found = [tensors[m.parameter] for m in self.scoring.maps]
         kind, units = self.spec.config.precondition, sums.counts["units"]
@@ -123,7 +126,7 @@ class ShardScorer:
 
     def _bases(self) -> dict[str, Tensor] | None:
         """The bases that second moments are along, where there are any."""
-        if self.spec.config.precondition != "ekfac":
+        if self.spec.config.precondition == "adam":
             return None
         if self._kept_bases is None:
             kept = self.spec.store.require(artifacts.PRECONDITION, part=artifacts.BASES)
@@ -136,7 +139,7 @@ class ShardScorer:
         """Signals of each row of a shard; None where one is not finite."""
         if not rows:
             return []
-        reference, self._kept_bases = self.spec.reference_losses(shard, rows), None
+        reference, self._kept_bases, self.moving = self.spec.reference_losses(shard, rows), None, None
         return row_signals(
             self._batch_scorer(progress),
             rows,
@@ -176,15 +179,24 @@ class ShardScorer:
 
     def _along_directions(self, progress: Progress) -> BatchScorer:
         scoring = self.scoring
-        made = {objective: self._direction(objective) for objective in self.spec.objectives}
+        solved: Mapping[str, Tensor] = {}
+        if self.spec.config.precondition == "astra":
+            solved = scoring.near(self.spec.store.require(artifacts.SOLVED))
+        made = {name: self._scaled(name, self._plain(name), solved) for name in self.spec.objectives}
         self.largest = {name: largest(self.spec.config, name, found) for name, found in made.items()}
         if not all(any(matrix.any() for matrix in direction) for direction in [*made.values()][1:]):
             progress.warn("Stability is 0: the blocks that score have the weights of the reference.")
-        along = [*made.values(), *self._of_groups()]
+        along = [*made.values(), *(self._scaled(name, found, solved) for name, found in self._of_groups())]
         return make_scorer(scoring, along, self.spec.config.estimator, self.spec.config.window)
 
-    def _of_groups(self) -> Iterator[Direction]:
-        """The directions of groups of rows, objective by objective."""
+    def unscaled(self) -> Iterator[tuple[str, Direction]]:
+        """Each direction that curvature is to scale, as it is before: of an objective, or of one of its groups."""
+        for objective in filter(self._is_scaled, self.spec.objectives):
+            yield objective, self._plain(objective)
+        yield from ((name, found) for name, found in self._of_groups() if self._is_scaled(name))
+
+    def _of_groups(self) -> Iterator[tuple[str, Direction]]:
+        """The directions of groups of rows, objective by objective, as they are before curvature scales them."""
         kinds = {"adapt": artifacts.TARGET_GROUPS}
         if self.spec.config.retention is not None:
             kinds["stab"] = artifacts.RETENTION_GROUPS
@@ -195,26 +207,30 @@ class ShardScorer:
                 continue  # of a single row
             self._groups[objective] = tokens
             for n in range(len(tokens)):
-                yield self._scaled(objective, [stored[f"{n} {name}"] for name in self.scoring.names])
+                yield f"{objective} {n}", [stored[f"{n} {name}"] for name in self.scoring.names]
 
-    def _direction(self, objective: str) -> Direction:
+    def _plain(self, objective: str) -> Direction:
         if objective == "adapt":
-            found = self._stored(artifacts.TARGET)
-        elif objective == "stab" and self.spec.config.retention is not None:
-            found = self._stored(artifacts.RETENTION)
-        else:
-            found = self._drift()
-        return self._scaled(objective, found)
+            return self._stored(artifacts.TARGET)
+        if objective == "stab" and self.spec.config.retention is not None:
+            return self._stored(artifacts.RETENTION)
+        return self._drift()
 
-    def _scaled(self, objective: str, found: Direction) -> Direction:
-        """By the curvature, where it was asked for."""
+    def _is_scaled(self, name: str) -> bool:
+        """Whether the direction of an objective, or of a group of one, is scaled by curvature."""
         config = self.spec.config
-        if config.precondition == "none" or (objective != "adapt" and not config.precondition_stability):
+        return config.precondition != "none" and (name.startswith("adapt") or config.precondition_stability)
+
+    def _scaled(self, name: str, found: Direction, solved: Mapping[str, Tensor]) -> Direction:
+        """By the curvature, where it was asked for; what iterations `solved` is there."""
+        config = self.spec.config
+        if not self._is_scaled(name):
             return found
-        stored = self.spec.store.require(artifacts.PRECONDITION)
+        if solved:
+            return [solved[f"{name} {m.parameter}"] for m in self.scoring.maps]
         return precondition(
             config.precondition,
-            stored,
+            self.spec.store.require(artifacts.PRECONDITION),
             self.scoring,
             found,
             eps=config.precondition_eps,

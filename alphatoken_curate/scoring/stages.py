@@ -5,7 +5,7 @@ Each stage is cut into tasks, which an engine has done; what they give back is k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from alphatoken_curate.directions.sums import Sums, in_parts, tensors_of, total
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
+from alphatoken_curate.scoring import solving
 from alphatoken_curate.scoring.budget import Budget
 from alphatoken_curate.scoring.engines import Engine
 from alphatoken_curate.scoring.job import Job
@@ -73,6 +74,7 @@ class Stages:
         for kind in (artifacts.TARGET, *((artifacts.RETENTION,) if config.retention else ())):
             found |= {kind, *((_GROUPED[kind],) if grouped else ())}
         found |= {artifacts.LOOKAHEAD} if config.drift == "lookahead" else set()
+        found |= {artifacts.SOLVED} if config.precondition == "astra" else set()
         return found | ({artifacts.PRECONDITION} if config.precondition != "none" else set())
 
     def _reference_weights(self) -> None:
@@ -154,10 +156,14 @@ class Stages:
         if config.drift == "lookahead":
             self._gradient(artifacts.LOOKAHEAD, drawn(job.rows, config.lookahead_rows, config.seed, LOOKAHEAD_DRAW))
         if config.precondition != "none":
+            rows = drawn(job.rows, config.precondition_rows, config.seed, PRECONDITION_DRAW)
             if not self.spec.store.has(artifacts.PRECONDITION):
-                self._curvature(drawn(job.rows, config.precondition_rows, config.seed, PRECONDITION_DRAW))
-            for path in self.spec.store.parts(artifacts.PRECONDITION):
-                path.unlink()
+                self._curvature(rows)
+            self._tidy(artifacts.PRECONDITION)
+            if config.precondition == "astra":
+                if not self.spec.store.is_made(artifacts.SOLVED):
+                    self._iterations(rows)
+                self._tidy(artifacts.SOLVED, but=solving.RESIDUALS)
 
     def rehearsal(self) -> None:
         """Rehearse all rows; the scorer keeps what comes of it by itself, and its states on the way."""
@@ -213,13 +219,46 @@ class Stages:
 
         bare = kind != "adam" and store.load(artifacts.PRECONDITION, part=artifacts.BASES) is None
         if bare:
-            sums = summed(ShardScorer.factors, 2 if kind == "ekfac" else 1)
+            sums = summed(ShardScorer.factors, 1 if kind == "kfac" else 2)
             found = self._one(f"{kind} bases", "model", ShardScorer.bases, sums)
             store.save(artifacts.PRECONDITION, tensors_of(found), None if kind == "kfac" else artifacts.BASES)
         if kind != "kfac":
             sums = summed(ShardScorer.moments, 0 if bare else 1)  # told of with the bases
             found = self._one(f"{kind} curvature", "model", ShardScorer.curvature, sums)
             store.save(artifacts.PRECONDITION, tensors_of(found))
+
+    def _iterations(self, rows: Sequence[AnyRow]) -> None:
+        """The directions of --precondition astra. Each iterate is kept once what comes after it can be made of it."""
+        store, last, kind = self.spec.store, self.spec.config.precondition_iterations, artifacts.SOLVED
+        parts = list(self._with_pairs(rows))
+        first = next((k for k in range(last - 1, 0, -1) if store.is_made(kind, solving.STATE.format(k))), 0)
+        if not store.is_made(kind, solving.STATE.format(first)):
+            self._keep(first, self._one("where astra begins", "model", solving.begin))
+        tokens = (last - first) * count_tokens(rows)
+        for k in range(first, last):
+            # A part is cut into batches alike each time, also where memory ran out.
+            tasks = [
+                self._task(f"the astra products, part {n}", solving.products, k, *part) for n, part in enumerate(parts)
+            ]
+            sums = self._total(Stage(name=solving.NAME, tokens=tokens if k == first else 0, of="model", tasks=tasks))
+            found = self._one(f"astra iteration {k + 1}", "model", solving.step, k, sums)
+            if k + 1 < last:
+                self._keep(k + 1, found)
+        self.progress.note(solving.save(store, tensors_of(found)))
+
+    def _keep(self, k: int, found: Mapping[str, NDArray[Any]]) -> None:
+        """Keep an iterate in the place of the one before."""
+        store, (state, along) = self.spec.store, solving.parts_of(tensors_of(found))
+        store.save(artifacts.SOLVED, along, solving.ALONG.format(k))
+        store.save(artifacts.SOLVED, state, solving.STATE.format(k))
+        for part in (solving.STATE, solving.ALONG) if k else ():
+            store.path(artifacts.SOLVED, part.format(k - 1)).unlink(missing_ok=True)
+
+    def _tidy(self, kind: str, but: str | None = None) -> None:
+        """Take away the parts of what is whole now."""
+        for path in self.spec.store.parts(kind):
+            if but is None or path != self.spec.store.path(kind, but):
+                path.unlink()
 
     def _with_pairs(self, rows: Sequence[AnyRow]) -> Iterator[tuple[Sequence[AnyRow], Pairs | None]]:
         """Rows in parts, each with what weighs its pairs (Eq. 14), wherever their shards are; None for plain rows."""

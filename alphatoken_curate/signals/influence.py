@@ -11,20 +11,19 @@ Shapes: N response tokens of a batch, n directions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alphatoken_curate.directions.losses import Losses, at, loss_gradient, positions, token_losses
 from alphatoken_curate.directions.parameters import rest_of_batch
-from alphatoken_curate.engine import tangent_attention, tangent_rules  # noqa: F401  (importing them registers their rules)
 from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.engine.moving import Moving
 from alphatoken_curate.engine.precision import wide
-from alphatoken_curate.engine.tangents import Dual, NoTangentError, dual, parts
+from alphatoken_curate.engine.tangents import NoTangentError, dual, parts
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.signals.paths import PathScorer, Signals
 from alphatoken_curate.tokens.plan import Batch
@@ -38,24 +37,19 @@ class InfluenceScorer:
 
     def __init__(self, scoring: ScoringModel, directions: Sequence[Direction]) -> None:
         self.scoring = scoring
-        self.moving = _moving(scoring, directions)
+        self.moving = Moving(scoring, directions)
         _check(self, directions)
 
     def settle(self) -> None:
         """Compute as the model does from here on (`ScoringModel.settle`)."""
-        self.scoring.settle()
-        for n, (module, name, moving) in enumerate(self.moving):
-            parameter, (_, tangents) = module._parameters[name], parts(moving)
-            assert parameter is not None
-            self.moving[n] = module, name, dual(parameter.detach(), [t.to(parameter.dtype) for t in tangents])
+        self.moving.settle()
 
     def score(self, batch: Batch) -> Signals:
         """nll, entropy and influence of the N response tokens of a batch."""
         # Tangents of a prompt move the response: it is no constant prefix, and branches of a pair run by themselves.
         batch = replace(batch, start=0, pairs=False)
         ids = torch.from_numpy(batch.input_ids).to(self.scoring.device)
-        with self._swapped():
-            hidden, tangents = parts(self.scoring.hidden(ids))
+        hidden, tangents = self.moving.hidden(ids)
         where, target = positions(batch, hidden.device), torch.from_numpy(batch.target).to(hidden.device)
         moved = [at(t, where) for t in tangents]
         of_head = self._moving_head if self.scoring.rest else self._fixed_head
@@ -75,24 +69,12 @@ class InfluenceScorer:
         influence = wide(hidden.new_empty(len(moved), len(target)))
 
         def add(part: slice, error: Tensor) -> None:
-            with torch.no_grad(), self._swapped():
+            with torch.no_grad(), self.moving.swapped():
                 _, logits = parts(scoring.head(dual(hidden[part], [t[part] for t in moved])))
             influence[:, part] = torch.stack([_dots(t, error) for t in logits])
 
         losses = token_losses(scoring.head, hidden, target, vocabulary=scoring.vocabulary, gradient=False, on_error=add)
         return losses, influence
-
-    @contextmanager
-    def _swapped(self) -> Iterator[None]:
-        """The weights of S carry their tangents inside this block."""
-        held = [(module, name, module._parameters[name]) for module, name, _ in self.moving]
-        try:
-            for module, name, moving in self.moving:
-                module._parameters[name] = moving  # type: ignore[assignment]
-            yield
-        finally:
-            for module, name, parameter in held:
-                module._parameters[name] = parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,29 +118,6 @@ def _dots(one: Tensor, other: Tensor) -> Tensor:
     kind = torch.promote_types(one.dtype, other.dtype)
     dots: Tensor = torch.linalg.vecdot(wide(one.to(kind)), wide(other.to(kind)))
     return dots
-
-
-def _moving(scoring: ScoringModel, directions: Sequence[Direction]) -> list[tuple[nn.Module, str, Dual]]:
-    """Each parameter of S and its tangents, wherever the model holds it: (module, name there, parameter)."""
-    moved: dict[nn.Parameter, list[Tensor]] = {}
-    for index, m in enumerate(scoring.maps):
-        each = moved.setdefault(m.bare, [])
-        for n, direction in enumerate(directions):
-            matrix = direction[index].to(m.bare)
-            if m.expert is None:
-                each.append(matrix.t() if m.transposed else matrix)
-                continue
-            if len(each) <= n:
-                each.append(torch.zeros_like(m.bare, requires_grad=False))
-            each[n][m.expert] = matrix.t() if m.transposed else matrix
-    for index, parameter in enumerate(scoring.rest.values(), start=len(scoring.maps)):
-        moved[parameter] = [direction[index].to(parameter) for direction in directions]
-    return [
-        (module, name, dual(parameter.detach(), moved[parameter]))
-        for module in scoring.model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter in moved
-    ]
 
 
 def _check(scorer: InfluenceScorer, directions: Sequence[Direction]) -> None:

@@ -57,6 +57,17 @@ class Pairs:
         signs = self.signs(batch, self.terms(batch, nll.detach().double().cpu().numpy()))
         return torch.from_numpy(signs).to(nll)
 
+    def bend(self, batch: Batch, nll: Tensor) -> Tensor:
+        """(N,): of each response token's nll, b so that the pair's loss bends by g g^T, g = sum of b * grad nll.
+
+        As a function of its margin m the loss has the second derivative sigmoid(m) sigmoid(-m), and m moves by beta
+        times the token's, upwards where it is rejected.
+        """
+        margin = self.terms(batch, nll.detach().double().cpu().numpy()).margin
+        root = self.beta * np.sqrt(_sigmoid(margin) * _sigmoid(-margin))
+        each = np.stack([root, -root], axis=1).ravel()
+        return torch.from_numpy(each[batch.row]).to(nll)
+
 
 def reference_sums(parts: Sequence[NDArray[np.float32]] | None) -> NDArray[np.float64] | None:
     """`Pairs.reference` from the reference's nll of each sequence's response tokens."""

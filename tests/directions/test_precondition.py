@@ -7,7 +7,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tiny import VOCABULARY, make_row, tiny_model, tiny_rows
+from curved import batches, rows_of
+from tiny import tiny_model, tiny_rows
 from torch import Tensor
 
 from alphatoken_curate.directions.losses import row_means
@@ -15,7 +16,7 @@ from alphatoken_curate.directions.precondition import estimate, precondition
 from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.errors import InputError
-from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
+from alphatoken_curate.tokens.plan import Batch
 from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow
 
 EXACT = 1e-10
@@ -25,26 +26,6 @@ BUDGETS = (1, 45, 10_000)
 ROWS = [("llama", False), ("gpt2", False), ("phi3", False), ("gemma2", True), ("gpt_neox", True)]
 MIXTURES = [("mixtral", False), ("gpt_oss", True)]
 """Families, and whether their rows are pairs."""
-
-
-def rows_of(pairs: bool) -> list[AnyRow]:
-    """The usual rows; or pairs: long and short shared prompts, branches that differ in length, no shared prompt."""
-    if not pairs:
-        return list(tiny_rows())
-    draw = np.random.default_rng(5)
-    found: list[AnyRow] = []
-    for i, (prompt, chosen, rejected) in enumerate([(11, 5, 3), (1, 1, 6), (4, 7, 2)]):
-        shared = draw.integers(3, VOCABULARY, prompt).tolist()
-        one, other = (
-            make_row(i, shared + draw.integers(3, VOCABULARY, n).tolist(), [(prompt, prompt + n)])
-            for n in (chosen, rejected)
-        )
-        found.append(PairRow(chosen=one, rejected=other))
-    return [*found, PairRow(chosen=tiny_rows()[3], rejected=tiny_rows()[1])]
-
-
-def batches(rows: list[AnyRow], budget: int) -> list[Batch]:
-    return [collate(rows, indices) for indices in plan_batches(rows, budget)]
 
 
 def signed(batch: Batch, nll: Tensor) -> Tensor:

@@ -28,10 +28,11 @@ from alphatoken_curate.directions.parameters import rest_fisher_sums, rest_sums
 from alphatoken_curate.directions.precondition import factor_sums, moment_sums
 from alphatoken_curate.directions.target import target_sums
 from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.engine.moving import Moving
 from alphatoken_curate.engine.placement import Placement, deal, load_placed, place, told
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.load import find_model
-from alphatoken_curate.signals.influence import InfluenceScorer, _moving
+from alphatoken_curate.signals.influence import InfluenceScorer
 from alphatoken_curate.signals.paths import PathScorer, _stack
 from alphatoken_curate.signals.stored import losses_of
 from alphatoken_curate.tokens.plan import collate
@@ -251,7 +252,7 @@ def test_no_step_of_the_influence_meets_tensors_of_two_devices(
         scoring.rest = {name: model.get_parameter(name) for name in scoring.rest}
         directions = [beside_weights(scoring, direction) for direction in drawn]
         assert {x.device for x in directions[0]} == {META, CPU}
-        scorer.moving = _moving(scoring, directions)
+        scorer.moving = Moving(scoring, directions)
         signals = scorer.score(batch)
         assert signals.influence is not None and signals.influence.shape == (2, len(batch.target))
         assert signals.influence.device == CPU

@@ -136,6 +136,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "retention": {"retention": True, "precondition": "adam", "precondition_rows": 20},
     "lookahead": {"drift": "lookahead", "lookahead_lr": 0.1, "lookahead_rows": 9, "precondition": "ekfac"},
+    "astra": {"estimator": "influence", "precondition": "astra", "precondition_stability": True},
 }
 
 

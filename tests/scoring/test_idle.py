@@ -43,7 +43,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"lookahead_rows": 3}, {"drift": "weights"}, "read only with --drift lookahead"),
     ({"precondition_rows": 3}, {}, "read only with --precondition"),
     ({"precondition_eps": 1e-3}, {"precondition": "kfac"}, "read only with --precondition adam"),
-    ({"precondition_damping": 1e-3}, {"precondition": "adam"}, "read only with --precondition kfac or ekfac"),
+    ({"precondition_damping": 1e-3}, {"precondition": "adam"}, "read only with --precondition kfac, ekfac or astra"),
+    ({"precondition_iterations": 3}, {"precondition": "ekfac"}, "read only with --precondition astra"),
     ({"beta": 0.3}, {}, "read only for preference rows"),
     ({"stability_scale": "rms"}, {"by": "nll - reference_nll"}, "read only where --by depends on value"),
     ({"aggregate": "last"}, {"generation": "0"}, "read only with several of --generation"),
@@ -67,6 +68,8 @@ PLAYS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"precondition_rows": 3}, {"precondition": "adam"}, "sft"),
     ({"precondition_eps": 1e-3}, {"precondition": "adam"}, "sft"),
     ({"precondition_damping": 1e-3}, {"precondition": "ekfac"}, "sft"),
+    ({"precondition_damping": 1e-3}, {"precondition": "astra"}, "sft"),
+    ({"precondition_iterations": 3}, {"precondition": "astra"}, "sft"),
     ({"beta": 0.3}, {}, "preference"),
     ({"stability_scale": "rms"}, {"by": "value + nll"}, "sft"),
     ({"aggregate": "last"}, {"generation": "0,1"}, "sft"),
@@ -115,7 +118,7 @@ def test_what_is_named_leaves_the_fingerprint_alone_and_what_is_not_changes_it(
 ) -> None:
     data = {name: write_jsonl(tmp_path / f"{name}.jsonl", token_records(40, seed=i)) for i, name in enumerate("dtr")}
     stored = {"target_rows", "window", "fisher_rows", "fisher_new_tokens", "lookahead_rows"}
-    stored |= {"precondition_rows", "precondition_eps", "precondition_damping"}
+    stored |= {"precondition_rows", "precondition_eps", "precondition_damping", "precondition_iterations"}
 
     def made(settings: dict[str, Any]) -> dict[str, Any]:
         paths = {"t.jsonl": data["t"], "r.jsonl": data["r"], "f.safetensors": data["r"]}

@@ -352,6 +352,7 @@ ALIKE: dict[str, dict[str, Any]] = {
     "exact": {"estimator": "exact", "target_groups": 4},
     "influence": {"estimator": "influence", "parameters": "all", "precondition": "none"},
     "ekfac": {"precondition": "ekfac", "estimator": "exact+influence"},
+    "astra": {"precondition": "astra", "precondition_iterations": 2, "target_groups": 2},
     "generate": {"precondition": "kfac", "fisher": "generate", "fisher_new_tokens": 6},
     "lookahead": {"precondition": "none", "drift": "lookahead", "lookahead_lr": 0.1, "reference": None},
     "rehearsal": {"precondition": "none", "direction": "rehearsal", "rehearse_lr": 1e-3},

@@ -192,7 +192,8 @@ DIRECTIONS = (
     Choice("--fisher", 0.3, ("sampled", "empirical", "generate"), ("no.safetensors",)),
     Choice("--fisher-rows", 0.2, ("1", "3", "256"), ("0",)),
     Choice("--fisher-new-tokens", 0.2, ("1", "4")),
-    Choice("--precondition", 0.25, ("adam", "kfac", "ekfac")),
+    Choice("--precondition", 0.25, ("adam", "kfac", "ekfac", "astra")),
+    Choice("--precondition-iterations", 0.1, ("1", "2"), ("0",)),
     Choice("--precondition-damping", 0.1, ("0.1", "1e-10", "1e4"), ("0",)),
     Choice("--beta", 0.2, ("0.1", "1e-6", "1e3", "2"), ("0",)),
 )

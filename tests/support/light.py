@@ -11,12 +11,14 @@ import numpy as np
 
 from alphatoken_curate.directions.sums import Sums
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.scoring import reference, scorer
+from alphatoken_curate.scoring import reference, scorer, solving
 from alphatoken_curate.signals import composite
 from alphatoken_curate.signals.stored import RowResult
 from alphatoken_curate.tokens.plan import response_tokens
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches
 
+_ITERATE = {"numbers adapt": np.ones(3), **{f"{what} adapt fake": np.zeros(8) for what in ("x", "along")}}
+"""In place of an iterate of --precondition astra."""
 _FAILS = 0.04
 """The share of rows whose loss is not finite."""
 _ROUGH = 0.3
@@ -36,6 +38,11 @@ def light_scorer() -> Iterator[None]:
             "bases": lambda *_: fake_sums("units").arrays,
             "moments": lambda *_: fake_sums("units"),
             "curvature": lambda *_: fake_sums("units").arrays,
+        },
+        solving: {
+            "begin": lambda *_: dict(_ITERATE),
+            "products": lambda *_: fake_sums("units"),
+            "step": lambda *_: dict(_ITERATE),
         },
         reference.ReferencePass: {
             "ready": lambda self, _: None,

@@ -220,6 +220,7 @@ FIELDS: dict[str, Change] = {
     "precondition_rows": Change(base=given(precondition="kfac"), to=becomes(precondition_rows=255)),
     "precondition_eps": Change(base=given(precondition="adam"), to=becomes(precondition_eps=1e-7)),
     "precondition_damping": Change(base=given(precondition="kfac"), to=becomes(precondition_damping=0.2)),
+    "precondition_iterations": Change(base=given(precondition="astra"), to=becomes(precondition_iterations=9)),
     "precondition_stability": Change(base=given(precondition="kfac"), to=becomes(precondition_stability=True)),
     "target_groups": Change(base=given(target_groups=1), to=becomes(target_groups=2)),
     "direction": Change(base=given(estimator="influence", parameters="all", layers="all"), to=becomes(**REHEARSAL)),
@@ -261,6 +262,7 @@ def test_every_field_of_a_fingerprint_is_tried(files: Settings) -> None:
         "chat_template_kwargs",
         "assistant_specials",
         "target_groups",
+        "precondition_iterations",
         "direction",
         *(name for name in FIELDS if name.startswith("rehearse_")),
     }  # not there at its default, as every setting that came later

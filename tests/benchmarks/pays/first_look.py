@@ -119,7 +119,7 @@ TRAININGS = {
 PLAIN = ["all tokens", "oracle", "random 0.9"]
 TRANSFERRED = ["all tokens", "oracle", *named("lowest 10%", "tilt 0.5")]
 DRAWS = ["random 0.9, draw 1", "random 0.9, draw 2"]
-BESIDE = ["surprise under 7", "influence ekfac 0.9", "excess loss over target rows 0.9"]
+BESIDE = ["surprise under 7", "influence ekfac 0.9", "influence astra 0.9", "excess loss over target rows 0.9"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ INFLUENCE = {"estimator": "influence", "layers": "all"}
 ADAM = {"precondition": "adam", "precondition_rows": 64}
 EKFAC = {"precondition": "ekfac", "precondition_rows": 64}
 INFLUENCE_EKFAC = {**INFLUENCE, **EKFAC}
+INFLUENCE_ASTRA = {**INFLUENCE, "precondition": "astra", "precondition_rows": 64}
 MEMORY = {"retention": "remember"}
 RHO1 = {"reference": "tuned"}
 """A reference trained on clean rows of the target's task, beside all others; the next two on others."""
@@ -69,6 +70,7 @@ SELECTIONS: dict[str, Selection] = {
             "influence": INFLUENCE,
             "influence adam": {**INFLUENCE, **ADAM},
             "influence ekfac": INFLUENCE_EKFAC,
+            "influence astra": INFLUENCE_ASTRA,
             "published ekfac": EKFAC,
             "published, more target rows": MORE,
             "influence ekfac, more target rows": {**INFLUENCE_EKFAC, **MORE},
