@@ -71,10 +71,10 @@ class Budget:
     """The token budget of a generation, kept in `artifacts/run.json` beside the fields it was begun with.
 
     `batch_tokens`: `auto` is settled by `decide`, unless it was in an earlier attempt. `threads`: those that are named.
-    `versions`: of what computes here. `own_threads`: those that torch takes here by itself, where an engine may have set
-    others by now. `plans`: those of the shards of generation 0, which a later generation begins with. Without `writes`
-    it must be settled, and stays as it is. Raises FingerprintError, naming what differs, where something was computed
-    with other fields, and UsageError where a part names other threads.
+    `versions`: of what computes here. `own_threads`: those that torch takes here by itself, where an engine may have
+    set others by now. `plans`: those of the shards of generation 0, which a later generation begins with. Without
+    `writes` it must be settled, and stays as it is. Raises FingerprintError, naming what differs, where something was
+    computed with other fields, and UsageError where a part names other threads.
     """
 
     def __init__(

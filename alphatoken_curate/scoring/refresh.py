@@ -80,8 +80,8 @@ def refresh(
 
     `checkpoint`: a model folder, an adapter folder of PEFT, or a folder of `checkpoint-*` folders, all of which are
     scored in step order. `base` and `reference` say where those models lie now, `device` and `trunk_device` where to
-    compute, a `trunk_device` of "none" with the device alone; by default as the run was told. The mask is made by the settings of the run's newest one. `told` of each
-    checkpoint when it is done. `engine`: as in `score`.
+    compute, a `trunk_device` of "none" with the device alone; by default as the run was told. The mask is made by the
+    settings of the run's newest one. `told` of each checkpoint when it is done. `engine`: as in `score`.
 
     The same call resumes, and leaves what is there alone. Raises UsageError, ModelError, FingerprintError (another
     reference than the run's), StoredDataError (no finished run, or damage).
