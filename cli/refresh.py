@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--reference", metavar="NAME", help="Where the run's reference lies now. Default: where it lay.")
 @click.option("--device", metavar="NAME", help="Default: as the run was told.")
 @click.option(
-    "--trunk-device", type=click.Choice(["cpu", "disk", "none"]), help="As `score` takes it, or none. Default: likewise."
+    "--trunk-device", type=click.Choice(["cpu", "disk", "none"]), help="As `score` has it, or none. Default: likewise."
 )
 @engine_options
 def command(
