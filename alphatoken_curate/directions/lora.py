@@ -171,7 +171,7 @@ def _fixed(model: Any) -> list[nn.Parameter]:
     """The weights of all plain linear maps of the blocks: what may be kept narrow."""
     blocks = decoder_blocks(model, model.base_model)
     modules: list[Any] = [module for block in blocks for module in block.modules()]
-    return [m.weight for m in modules if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    return [m.weight for m in modules if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
 
 
 def _widen(model: Any) -> None:

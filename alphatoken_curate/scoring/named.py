@@ -10,7 +10,8 @@ from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import check_settings
 from alphatoken_curate.models.devices import kind_of, resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
-from alphatoken_curate.models.load import DEMO_MODEL, find_model
+from alphatoken_curate.models.load import DEMO_MODEL, ModelSource, find_model
+from alphatoken_curate.models.unmerged import check_unmerged
 from alphatoken_curate.rows.columns import named_columns
 from alphatoken_curate.rows.fields import TEMPLATE_RESERVED
 from alphatoken_curate.rows.files import find_files
@@ -68,3 +69,9 @@ def told_of_models(config: ScoreConfig, device: str) -> str:
     reference = f", reference {config.reference}" if config.reference not in (None, config.model) else ""
     trunk = f", trunk on {config.trunk_device}" if config.trunk_device else ""
     return f"model {config.model}{default}{reference}, {device}{trunk}, {dtype}"
+
+
+def check_lora(config: ScoreConfig, model: ModelSource) -> None:
+    """Raise ModelError where a model is an adapter that a rehearsed LoRA of these settings cannot go on from."""
+    if config.rehearses_lora and config.rehearse_lora is not None and model.adapter is not None:
+        check_unmerged(model.adapter, config.rehearse_lora, config.rehearse_lora_alpha)

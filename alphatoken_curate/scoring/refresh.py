@@ -38,8 +38,9 @@ from alphatoken_curate.scoring.engines import Engine, Here
 from alphatoken_curate.scoring.identity import has_stability, versions
 from alphatoken_curate.scoring.job import Job
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
+from alphatoken_curate.scoring.named import check_lora
 from alphatoken_curate.scoring.sources import digests_of, of_fisher, of_model
-from alphatoken_curate.scoring.spec import ScorerSpec, check_lora
+from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.settings import load_settings
 from alphatoken_curate.tokens.dealt import Rows, alone
 from alphatoken_curate.tokens.likeness import check_same_tokens

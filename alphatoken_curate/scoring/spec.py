@@ -21,7 +21,6 @@ from alphatoken_curate.errors import CurateError
 from alphatoken_curate.models.devices import kind_of, resolve_dtype
 from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import ModelSource, find_model
-from alphatoken_curate.models.unmerged import check_unmerged
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs import artifacts
 from alphatoken_curate.runs.artifacts import Store
@@ -180,7 +179,6 @@ def spec_of(
     dtype = resolve_dtype(config.dtype, kind_of(device), in_full=config.in_full)
     reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
     check_alike(prepared.source, reference)
-    check_lora(config, prepared.source)
     for source in (prepared.source, reference):
         check_placed(source, placement_of(device, config.trunk_device))
     fields = fingerprint_fields(prepared, reference, dtype)
@@ -194,12 +192,6 @@ def spec_of(
         device=device,
         store=Store(folder=folder, fields=fields, reuse=reuse, watched=watched),
     )
-
-
-def check_lora(config: ScoreConfig, model: ModelSource) -> None:
-    """Raise ModelError where a model is an adapter that a rehearsed LoRA of these settings cannot go on from."""
-    if config.rehearses_lora and config.rehearse_lora is not None and model.adapter is not None:
-        check_unmerged(model.adapter, config.rehearse_lora, config.rehearse_lora_alpha)
 
 
 def count_tokens(rows: Sequence[AnyRow]) -> int:

@@ -381,6 +381,12 @@ def test_a_map_that_is_multiplied_otherwise_is_refused() -> None:
         LoraTrainee(model, 1, LORA, seed=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_falcon_multiplies_in_a_way_of_its_own(dtype: torch.dtype) -> None:
+    with pytest.raises(ModelError, match=r"query_key_value is not multiplied as linear maps are"):
+        LoraTrainee(tiny_model("falcon", dtype=dtype), 1, LORA, seed=0)
+
+
 def test_an_adapter_of_other_maps_is_refused() -> None:
     whole = begun(lora_of("llama"))
     with pytest.raises(ModelError, match=r"stands beside model\.layers\.0\..*Give --layers all"):
