@@ -24,7 +24,7 @@ from torch import Tensor
 from alphatoken_curate.directions.losses import Weigh, at, chunk_rows, positions, row_means, token_losses
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.engine.moving import Moving
-from alphatoken_curate.engine.precision import wide
+from alphatoken_curate.engine.precision import narrow, wide
 from alphatoken_curate.engine.tangents import dual, parts
 from alphatoken_curate.tokens.plan import Batch
 
@@ -92,7 +92,10 @@ def _of_rows(
         for n, slope in enumerate(map(wide, slopes)):
             bent = (slope - torch.linalg.vecdot(p, slope)[:, None]).mul_(p).mul_(weights[part])
             forms[n] += float(torch.linalg.vecdot(bent, slope).double().sum())
-            back[n][part] = torch.autograd.grad(logits, x, bent.to(logits.dtype), retain_graph=n + 1 < len(moved))[0]
+            # What is narrow would lose small numbers.
+            top = bent.abs().amax().clamp_min(1e-30) if narrow(logits.dtype) else 1.0
+            sent = (bent / top).to(logits.dtype)
+            back[n][part] = torch.autograd.grad(logits, x, sent, retain_graph=n + 1 < len(moved))[0] * top
     return back, forms
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.astra import KIND, Iterate, Solver
 from alphatoken_curate.directions.gauss_newton import product_sums
 from alphatoken_curate.directions.precondition import Batches
@@ -37,6 +38,9 @@ NAME = "astra iterations"
 
 RESIDUALS = "residuals"
 """The part that tells how far each iterate was from the solution, and stays."""
+
+FAR = 0.5
+"""What may be left of a right-hand side before it is warned of."""
 
 _X, _LEFT, _ALONG, _NUMBERS = "x", "left", "along", "numbers"
 
@@ -112,19 +116,29 @@ def parts_of(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     return {key: tensor for key, tensor in found.items() if key not in along}, along
 
 
-def save(store: Store, found: Mapping[str, Tensor]) -> str:
-    """Keep the directions of the last iterate and, before them, how far from the solution each was; tells of both."""
+def save(store: Store, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Keep the directions of the last iterate and, before them, the residuals of each, which are returned."""
     x = {key.removeprefix(f"{_X} "): tensor for key, tensor in found.items() if key.startswith(f"{_X} ")}
     numbers = (key for key in found if key.startswith(f"{_NUMBERS} "))
     residuals = {key.removeprefix(f"{_NUMBERS} "): found[key][1:].clone() for key in numbers}
     store.save(SOLVED, residuals, RESIDUALS)
     store.save(SOLVED, x)
-    each = sorted(residuals.values(), key=lambda one: -float(one[-1]))
-    worst = f" at most, of {count(len(each), 'direction')}" if len(each) > 1 else ""
-    return (
-        f"--precondition {KIND}: {count(len(each[0]) - 1, 'iteration')} leave {float(each[0][-1]):.2g} of what is to be"
-        f" solved for{worst}; EK-FAC alone {max(float(one[0]) for one in each):.2g}."
+    return residuals
+
+
+def tell(residuals: Mapping[str, Tensor], config: ScoreConfig, progress: Progress) -> None:
+    """How far the iterations came, for the direction of which least is solved."""
+    worst = max(residuals.values(), key=lambda one: float(one[-1]))
+    several = f" at most, of {count(len(residuals), 'direction')}" if len(residuals) > 1 else ""
+    progress.note(
+        f"--precondition {KIND}: {count(len(worst) - 1, 'iteration')} leave {float(worst[-1]):.2g} of what is to be"
+        f" solved for{several}; EK-FAC {float(worst[0]):.2g}."
     )
+    if float(worst[-1]) > FAR:
+        progress.warn(
+            f"--precondition {KIND} is far from solved: a --precondition-damping above {config.precondition_damping:g}"
+            f" takes fewer iterations, or give more --precondition-iterations than {config.precondition_iterations}."
+        )
 
 
 def residuals_of(spec: ScorerSpec) -> dict[str, Json]:

@@ -244,7 +244,7 @@ class Stages:
             found = self._one(f"astra iteration {k + 1}", "model", solving.step, k, sums)
             if k + 1 < last:
                 self._keep(k + 1, found)
-        self.progress.note(solving.save(store, tensors_of(found)))
+        solving.tell(solving.save(store, tensors_of(found)), self.spec.config, self.progress)
 
     def _keep(self, k: int, found: Mapping[str, NDArray[Any]]) -> None:
         """Keep an iterate in the place of the one before."""

@@ -72,10 +72,11 @@ def flat(direction: list[Tensor]) -> Tensor:
 
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize(
-    ("family", "pairs"), [("llama", False), ("gpt2", True), pytest.param("gemma2", False, marks=pytest.mark.long)]
+    ("family", "pairs"),
+    [("gpt2", True), *(pytest.param(family, False, marks=pytest.mark.long) for family in ("llama", "gemma2"))],
 )
 def test_iterates_come_to_the_exact_solution(family: str, pairs: bool) -> None:
-    bench = Bench(family, rows_of(pairs), pairs=pairs)
+    bench = Bench(family, rows_of(True) if pairs else tiny_rows()[1:4], pairs=pairs)
     v, system = random_direction(bench.scoring, 3), bench.explicit()
     wanted = torch.linalg.solve(system, flat(v))
     each = bench.iterates(v, 40)
@@ -132,7 +133,7 @@ def test_a_map_without_curvature_is_left_out() -> None:
 def test_float32_comes_as_near_as_it_can_tell() -> None:
     bench = Bench("llama", rows_of(False), dtype=torch.float32)
     v = random_direction(bench.scoring, 3)
-    (*_, last) = bench.iterates(v, 60)
+    (*_, last) = bench.iterates(v, 25)
     assert last.residuals[-1] < 1e-4
     assert all(x.dtype is torch.float32 for x in last.x)
 

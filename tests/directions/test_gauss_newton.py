@@ -7,7 +7,7 @@ import pytest
 import torch
 from curved import batches, root_of, rows_of
 from directed import assert_close, random_direction
-from tiny import tiny_model
+from tiny import tiny_model, tiny_rows
 from torch import Tensor
 
 from alphatoken_curate.directions.gauss_newton import Products, product_sums
@@ -45,7 +45,7 @@ def products(
 )
 def test_products_are_those_of_the_explicit_matrix(family: str, pairs: bool) -> None:
     """With padding, prompts and answers of one token, soft caps and experts, whatever the batches."""
-    rows, reference = rows_of(pairs), REFERENCE if pairs else None
+    rows, reference = rows_of(True) if pairs else [*tiny_rows()[1:3], tiny_rows()[5]], REFERENCE if pairs else None
     scoring = ScoringModel(tiny_model(family), 2)
     root = root_of(tiny_model(family), 2, rows, [m.name for m in scoring.maps], reference=reference)
     along = [random_direction(scoring, seed) for seed in (0, 1)]
@@ -60,6 +60,10 @@ def test_products_are_those_of_the_explicit_matrix(family: str, pairs: bool) -> 
         assert found.shares == pytest.approx(sum(counts), rel=1e-12)
 
 
+def scoring_of(dtype: torch.dtype) -> ScoringModel:
+    return ScoringModel(tiny_model("llama", dtype=dtype), 2)
+
+
 @pytest.mark.usefixtures("all_float64")
 def test_without_a_reference_a_pair_bends_as_ekfac_squares_it() -> None:
     """At a margin of 0 the second derivative of the loss is the square of the first."""
@@ -69,13 +73,19 @@ def test_without_a_reference_a_pair_bends_as_ekfac_squares_it() -> None:
     assert_close(pairs.bend(batch, nll), pairs.weigh(batch, nll), 1e-15)
 
 
-def test_in_bfloat16_what_is_made_before_it_settles_comes_close() -> None:
-    rows = rows_of(False)
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_in_narrow_numbers_what_is_made_before_it_settles_comes_close(narrow: torch.dtype) -> None:
+    rows = list(tiny_rows())
     found = {}
-    for dtype in (torch.bfloat16, torch.float64):
-        scoring = ScoringModel(tiny_model("llama", dtype=torch.bfloat16).to(dtype), 2)
+    for dtype in (narrow, torch.float64):
+        scoring = ScoringModel(tiny_model("llama", dtype=narrow).to(dtype), 2)
         along = [[x.to(m.weight.dtype) for x, m in zip(random_direction(scoring, 0), scoring.maps, strict=True)]]
         found[dtype] = products(scoring, along, rows, 1000, None)
     low, high = found.values()
     assert all(matrix.dtype is torch.float32 for matrix in low.along[0])
     assert float(low.forms[0]) == pytest.approx(float(high.forms[0]), rel=0.3)
+    small = products(
+        scoring_of(narrow), [[1e-4 * x for x in random_direction(scoring_of(narrow), 0)]], rows, 1000, None
+    )
+    ratio = flat(small.along[0]).norm() / flat(low.along[0]).norm()
+    assert float(ratio) == pytest.approx(1e-4, rel=0.05), "nothing is lost of what is small"

@@ -65,6 +65,7 @@ def same(one: Path, other: Path) -> None:
             pytest.param(*case, marks=LONG)
             for case in (
                 ("rows", {"estimator": "influence", "precondition": "ekfac", "target_groups": 2}),
+                ("rows", {"estimator": "influence", "precondition": "astra", "precondition_iterations": 2}),
                 ("pairs", {"estimator": "exact", "precondition": "adam", "precondition_stability": True}),
                 ("rows", {"fisher": "generate", "fisher_new_tokens": 4, "dtype": "bfloat16"}),
                 ("rows", {"drift": "lookahead", "lookahead_lr": 1e-3, "estimator": "exact"}),

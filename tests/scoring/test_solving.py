@@ -115,7 +115,10 @@ def test_values_are_along_the_exact_solution(files: dict[str, str], tmp_path: Pa
     assert residuals["adapt"][-1] < 1e-8 < residuals["adapt"][0]  # type: ignore[index]
     assert '"precondition_residuals": {' in (made.run / "README.md").read_text()
     (told,) = (note for note in notes.notes if "astra" in note)
-    assert told.startswith("--precondition astra: 40 iterations leave ") and "at most, of 3 directions; EK-FAC" in told
+    assert (
+        told.startswith("--precondition astra: 40 iterations leave ") and " at most, of 3 directions; EK-FAC " in told
+    )
+    assert not notes.warnings
     frame = pl.read_parquet(made.run / "values/generation=0/*.parquet").sort("row_id")
     values = frame["adapt_influence"].explode().drop_nulls().drop_nans().to_numpy()
     plain = oracles.eager(model).requires_grad_(True)
@@ -196,6 +199,22 @@ def test_killed_it_goes_on_from_the_last_iterate_to_the_same_bytes(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     names = {path.name for path in (tmp_path / "run/artifacts").glob("solved*")}
     assert names == {"solved-00000.safetensors", "solved-00000-residuals.safetensors"}
+
+
+def test_how_far_it_came_is_told(files: dict[str, str]) -> None:
+    notes, made = Notes(), config(files, precondition_damping=0.2)
+    residuals = {"adapt": torch.tensor([20.0, 3.0, 0.04]), "adapt 0": torch.tensor([5.0, 1.5, 0.5])}
+    solving.tell(residuals, made, notes)
+    assert notes.notes == [
+        "--precondition astra: 2 iterations leave 0.5 of what is to be solved for at most, of 2 directions; EK-FAC 5."
+    ]
+    assert not notes.warnings
+    solving.tell({"adapt": torch.tensor([20.0, 3.0])}, made, notes)
+    assert notes.notes[1] == "--precondition astra: 1 iteration leave 3 of what is to be solved for; EK-FAC 20."
+    assert notes.warnings == [
+        "--precondition astra is far from solved: a --precondition-damping above 0.2 takes fewer iterations, or give"
+        " more --precondition-iterations than 8."
+    ]
 
 
 def test_a_checkpoint_is_solved_for_by_its_own_curvature(files: dict[str, str], tmp_path: Path) -> None:
