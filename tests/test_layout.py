@@ -27,7 +27,7 @@ ORDER = """
     tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
         speller tokenise plan packed dealt draws
     directions: losses selection target fisher generate precondition drift parameters
-        optimisers trainee shelves rehearsal groups sums
+        optimisers step_losses trainee shelves rehearsal groups sums
     signals: paths influence composite preference stored rehearsed student
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources spawned tokenising shelf reader prepare idle outcome spec

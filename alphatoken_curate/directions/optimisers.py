@@ -13,6 +13,7 @@ it (root 0) a step is torch's own.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from alphatoken_curate.runs.tensor_file import raw
 
 Kind = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -51,6 +54,13 @@ class State:
     def tensors(self) -> list[Tensor]:
         """All of them: the weights, then slot after slot."""
         return [*self.weights, *(tensor for slot in self.slots for tensor in slot)]
+
+    def digest(self) -> Tensor:
+        """sha256 of all numbers, (32,) uint8."""
+        found = hashlib.sha256()
+        for tensor in self.tensors:
+            found.update(raw(tensor.detach().cpu().contiguous()))
+        return torch.tensor(list(found.digest()), dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

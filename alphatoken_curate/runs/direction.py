@@ -28,7 +28,8 @@ def _parts(stored: Manifest) -> Iterator[str]:
     optimiser = str(settings.get("rehearse_optimizer", "adamw"))
     named = _OPTIMISERS.get(optimiser, optimiser)
     yield f"{count(epochs * -(-rows // of_step), 'step')} of {named} at {_number(settings, 'rehearse_lr', 0):g}"
-    yield f"{count(of_step, 'row')} each"
+    unit = "pair" if settings.get("kind") == "preference" else "row"
+    yield f"{count(of_step, unit)} each"
     if epochs > 1:
         yield f"{epochs:,} epochs"
     if (schedule := settings.get("rehearse_schedule", "constant")) != "constant":
@@ -42,7 +43,7 @@ def _parts(stored: Manifest) -> Iterator[str]:
     if momentum := _number(settings, "rehearse_momentum", 0):
         yield f"momentum {momentum:g}"
     if (orders := int(_number(settings, "rehearse_seeds", 1))) > 1:
-        yield f"the mean over {orders} orders of the rows"
+        yield f"the mean over {orders} orders of the {unit}s"
 
 
 def _number(settings: Mapping[str, Json], name: str, default: float) -> float:

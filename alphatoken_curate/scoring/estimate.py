@@ -38,10 +38,10 @@ from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.reference import ReferencePass
-from alphatoken_curate.scoring.rehearse import at_once, course_of, rehearsal_in, trainee_of
+from alphatoken_curate.scoring.rehearse import at_once, course_of, first_steps, pair_loss, rehearsal_in, trainee_of
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place
-from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
+from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, spec_of
 from alphatoken_curate.scoring.trial import blank, sample_of, tokens_of, tried, untried
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
@@ -248,15 +248,19 @@ class _Trials:
 
     def _rehearsal(self, scoring: ScoringModel) -> None:
         """Two steps there and back, states on disk and all; the others by their tokens, and once more as replayed."""
-        rows, config, target = sequences([*self.prepared.rows]), self.config, self.prepared.target_rows
+        rows, config, target = [*self.prepared.rows], self.config, self.prepared.target_rows
         self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
+        whole = course_of(config, rows, 0, self.budget)
+        two = first_steps(whole, 2)
+        if self.prepared.kind == "preference":  # the model itself will do for the reference
+            batches = (collate(two.rows, indices) for indices in plan_batches(two.rows, self.budget))
+            reference = np.concatenate(plain_losses(scoring, sequences(two.rows), batches))
+            two = replace(two, loss=pair_loss(config, two.rows, reference))
         model = scoring.model
         scoring.release_model()
         trainee = self._timed("preparing the rehearsal", lambda: trainee_of(config, model, self.spec.dtype))
-        whole = course_of(config, rows, 0, self.budget)
-        two = replace(whole, steps=whole.steps[:2])
         together = at_once(trainee, self.spec.outcomes, config)
-        padded = [sum(len(rows[i].input_ids) for step in course.steps for i in step) for course in (whole, two)]
+        padded = [sum(count_tokens([course.rows[i] for i in step]) for step in course.steps) for course in (whole, two)]
         self.progress.stage("estimate: rehearsal", 2 * padded[1])
         with tempfile.TemporaryDirectory() as kept:
             rehearsal = rehearsal_in(Store(folder=Path(kept), fields={}), "0", trainee, two, config)

@@ -6,6 +6,7 @@ would round otherwise. What it gives, the columns of all response tokens, is kep
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from alphatoken_curate.directions.rehearsal import (
     plan_steps,
 )
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
+from alphatoken_curate.directions.step_losses import TOKENS, PairLoss, StepLoss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.engine.precision import narrow
@@ -42,10 +44,11 @@ from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, counted
 from alphatoken_curate.signals import composite
+from alphatoken_curate.signals.preference import pair_terms
 from alphatoken_curate.signals.rehearsed import columns, exact_paths
 from alphatoken_curate.signals.stored import RowResult, losses_of, spread
-from alphatoken_curate.tokens.plan import response_tokens, sequences
-from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow
+from alphatoken_curate.tokens.plan import response_tokens, token_places, token_starts
+from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, branches
 from alphatoken_curate.wording import count
 
 ROOM = 0.4
@@ -66,11 +69,11 @@ class RehearsalScorer(ShardScorer):
 
     def __init__(self, spec: ScorerSpec, job: Job) -> None:
         super().__init__(spec)
-        self.rows, self.target, self.retention = sequences([*job.rows]), job.target, job.retention
-        lengths = [int(row.response.sum()) for row in self.rows]
-        ends = np.cumsum(lengths).tolist()
+        self.rows, self.shards, self.target, self.retention = [*job.rows], job.shards, job.target, job.retention
+        self._starts = token_starts(self.rows)
         keys = [(row.row_id, row.turn) for row in self.rows]
-        self._places = {key: slice(end - n, end) for key, n, end in zip(keys, lengths, ends, strict=True)}
+        ends = self._starts[:: len(job.layout.branches)].tolist()
+        self._places = {key: slice(*both) for key, both in zip(keys, itertools.pairwise(ends), strict=True)}
 
     def rehearse(self, progress: Progress, batch_tokens: int) -> None:
         """Make sure the columns of all response tokens are in artifacts/.
@@ -89,22 +92,31 @@ class RehearsalScorer(ShardScorer):
         self, shard: int, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int
     ) -> list[RowResult | None]:
         """Signals of each row of a shard; None where its loss is not finite. Nothing is computed here."""
-        flat = sequences(rows)
         kept = self.spec.reference_losses(shard, rows)
-        reference: Sequence[NDArray[np.float32] | None] = [None] * len(flat) if kept is None else kept
+        reference = iter(kept or ())
         progress.advance(count_tokens(rows))
-        return [self._result(row, nll) for row, nll in zip(flat, reference, strict=True)]
+        return [self._result(row, None if kept is None else [next(reference) for _ in branches(row)]) for row in rows]
 
-    def _result(self, row: TokenRow, reference_nll: NDArray[np.float32] | None) -> RowResult | None:
+    def _result(self, row: AnyRow, reference_nll: Sequence[NDArray[np.float32]] | None) -> RowResult | None:
+        """Of its columns, and the reference's nll of each branch."""
         parts = {name: column[self._place(row)] for name, column in self._columns.items()}
         if reference_nll is not None:
-            parts["reference_nll"] = reference_nll
+            parts["reference_nll"] = np.concatenate(reference_nll)
         if not all(np.isfinite(column).all() for column in parts.values()):
             return None
-        return RowResult(branches=(spread(parts, row),))
+        starts = token_starts([row])
+        found, gain = [], []
+        for branch, (first, end) in zip(branches(row), itertools.pairwise(starts.tolist()), strict=True):
+            mine = {name: column[first:end] for name, column in parts.items()}
+            gain.append((mine.get("reference_nll", mine["nll"]).astype(np.float64) - mine["nll"]).sum())
+            found.append(spread(mine, branch))
+        if not isinstance(row, PairRow):
+            return RowResult(branches=tuple(found))
+        terms = pair_terms(self.spec.config.beta, np.array(gain))
+        return RowResult(branches=tuple(found), omega=float(terms.omega[0]), margin=float(terms.margin[0]))
 
-    def _place(self, row: TokenRow) -> slice:
-        """Where its tokens are among those of all rows."""
+    def _place(self, row: AnyRow) -> slice:
+        """Where its tokens are among those of all rows; of a pair those of both branches."""
         return self._places[row.row_id, row.turn]
 
     @cached_property
@@ -137,30 +149,38 @@ class RehearsalScorer(ShardScorer):
             )
         own = replace(self.spec.store, fields={**self.spec.store.fields, "batch_tokens": batch_tokens})
         found = self._losses(own, progress, batch_tokens)
-        finite = [row for row in self.rows if np.isfinite(found["nll"][self._place(row)]).all()]
+        pairs = isinstance(self.rows[0], PairRow)
+        reference = self._reference_nll() if pairs and self.spec.has_reference else found["nll"]
+        known = np.isfinite(found["nll"]) & np.isfinite(reference)
+        finite = [row for row in self.rows if known[self._place(row)].all()]
         if finite:
             mine = np.concatenate([np.arange(s.start, s.stop) for s in map(self._place, finite)])
-            for name, column in self._rehearsed(finite, own, progress, batch_tokens).items():
+            loss = pair_loss(config, finite, reference[mine]) if pairs else TOKENS
+            for name, column in self._rehearsed(finite, loss, own, progress, batch_tokens).items():
                 found[name] = np.full(len(found["nll"]), np.nan, np.float32)
                 found[name][mine] = column
         return found
+
+    def _reference_nll(self) -> NDArray[np.float32]:
+        """That of all response tokens, (N,)."""
+        kept = (self.spec.reference_losses(n, rows) for n, rows in enumerate(self.shards) if rows)
+        return np.concatenate([part for parts in kept for part in parts or ()])
 
     def _losses(self, own: Store, progress: Progress, batch_tokens: int) -> dict[str, NDArray[np.float32]]:
         """Loss (nll) and entropy of all response tokens where the training begins, (N,) each."""
         if (kept := own.load(REHEARSAL, part=_LOSSES)) is None:
             scoring = self.ready(progress)
             progress.stage("losses before the rehearsal", count_tokens(self.rows))
-            found = np.empty((2, sum(s.stop - s.start for s in self._places.values())), np.float32)
+            found = np.empty((2, self._starts[-1]), np.float32)
             for batch in counted(self.rows, batch_tokens, progress):
-                losses = losses_of(scoring, batch)
-                places = [np.arange(s.start, s.stop) for s in (self._place(self.rows[i]) for i in batch.rows)]
-                found[:, np.concatenate(places)] = torch.stack([losses.nll, losses.entropy]).float().cpu().numpy()
+                losses, places = losses_of(scoring, batch), token_places(batch, self._starts)
+                found[:, places] = torch.stack([losses.nll, losses.entropy]).float().cpu().numpy()
             kept = {"nll": torch.from_numpy(found[0]), "entropy": torch.from_numpy(found[1])}
             own.save(REHEARSAL, kept, _LOSSES)
         return {name: tensor.numpy() for name, tensor in kept.items()}
 
     def _rehearsed(
-        self, rows: Sequence[TokenRow], own: Store, progress: Progress, batch_tokens: int
+        self, rows: Sequence[AnyRow], loss: StepLoss, own: Store, progress: Progress, batch_tokens: int
     ) -> dict[str, NDArray[np.float32]]:
         """The columns of the response tokens of some rows, over all orders."""
         config, known = self.spec.config, BY_ESTIMATOR[self.spec.config.estimator]
@@ -182,9 +202,9 @@ class RehearsalScorer(ShardScorer):
         together = self._at_once(trainee, len(outcomes), own)
         orders = []
         for n in range(config.rehearse_seeds):
-            course = course_of(config, rows, n, batch_tokens)
+            course = course_of(config, rows, n, batch_tokens, loss)
             rehearsal = rehearsal_in(own, str(n), trainee, course, config)
-            each = [sum(len(rows[i].input_ids) for i in step) for step in course.steps]
+            each = [count_tokens([rows[i] for i in step]) for step in course.steps]
             order = f", order {n + 1} of {config.rehearse_seeds}" if config.rehearse_seeds > 1 else ""
             turns = 1 + math.ceil(len(outcomes) / together)
             progress.stage(f"rehearsal{order}: {len(each)} steps there and back", turns * sum(each))
@@ -235,7 +255,7 @@ def trainee_of(config: ScoreConfig, model: Any, dtype: str) -> Trainee:
 
 def rehearsal_in(store: Store, prefix: str, trainee: Trainee, course: Course, config: ScoreConfig) -> Rehearsal:
     """A rehearsal that keeps its states in a store, with the paths that a config asks for."""
-    paths = None if config.estimator == "influence" else exact_paths(trainee)
+    paths = None if config.estimator == "influence" else exact_paths(trainee, course.loss)
     states, steps = Artefacts(store, trainee.device, prefix=prefix), Scratch(store.folder, trainee.device)
     return Rehearsal(trainee, course, states, steps=steps, paths=paths)
 
@@ -267,7 +287,14 @@ def optimiser_of(config: ScoreConfig, steps: int) -> Optimiser:
     )
 
 
-def course_of(config: ScoreConfig, rows: Sequence[TokenRow], order: int, batch_tokens: int) -> Course:
+def pair_loss(config: ScoreConfig, rows: Sequence[AnyRow], reference: NDArray[np.float32]) -> PairLoss:
+    """What a step on some pairs takes; `reference` (N,): nll of all their response tokens under the reference."""
+    return PairLoss(beta=config.beta, reference=reference, starts=token_starts(rows))
+
+
+def course_of(
+    config: ScoreConfig, rows: Sequence[AnyRow], order: int, batch_tokens: int, loss: StepLoss = TOKENS
+) -> Course:
     """The steps of a config in one of its orders, from 0: that of the seed and so many more."""
     steps = plan_steps(
         rows, epochs=config.rehearse_epochs, rows_per_step=config.rehearse_rows_per_step, seed=config.seed + order
@@ -278,7 +305,16 @@ def course_of(config: ScoreConfig, rows: Sequence[TokenRow], order: int, batch_t
         optimiser=optimiser_of(config, len(steps)),
         denominator=config.rehearse_denominator,  # type: ignore[arg-type]
         batch_tokens=batch_tokens,
+        loss=loss,
     )
+
+
+def first_steps(course: Course, count: int) -> Course:
+    """So many steps of a course, and their rows alone."""
+    steps = course.steps[:count]
+    ends = itertools.accumulate(map(len, steps), initial=0)
+    rows = [course.rows[i] for step in steps for i in step]
+    return replace(course, rows=rows, steps=[range(*both) for both in itertools.pairwise(ends)])
 
 
 def _advance(progress: Progress, each: Sequence[int], k: int) -> None:

@@ -64,17 +64,22 @@ def trained(
     summed: bool,
     graph: bool,
     seen: Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]] = lambda _, grads: grads,
+    loss_of: Callable[[dict[str, Tensor], Sequence[int]], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The named weights after a training in which tokens weigh `weights` (N,), row by row.
 
-    `seen` is told the weights and gradients of each step, and gives the gradients to go on with.
+    `loss_of`: gives the loss of a step in place of theirs. `seen` is told the weights and gradients of each step, and
+    gives the gradients to go on with.
     """
     held = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if name in set(names)}
     slots = [[torch.zeros_like(w) for w in held.values()] for _ in range(_slots(optimiser))]
     each = weights.split([int(row.response.sum()) for row in rows])
     for k, step in enumerate(steps):
-        losses = torch.cat([each[i] * token_losses(model, held, rows[i]) for i in step])
-        loss = losses.sum() / (torch.cat([each[i] for i in step]).sum() if summed else len(losses))
+        if loss_of is None:
+            losses = torch.cat([each[i] * token_losses(model, held, rows[i]) for i in step])
+            loss = losses.sum() / (torch.cat([each[i] for i in step]).sum() if summed else len(losses))
+        else:
+            loss = loss_of(held, step)
         grads = list(torch.autograd.grad(loss, list(held.values()), create_graph=graph, materialize_grads=True))
         grads = seen(held, grads)
         after = plain_step(optimiser, list(held.values()), slots, grads, k)
