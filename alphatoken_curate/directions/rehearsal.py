@@ -181,10 +181,10 @@ class Rehearsal:
             for name in (_STATE, _DIGEST):
                 self.states.drop(name.format(k))
         sums = np.concatenate([one["sums"].cpu().numpy() for one in done], axis=1)
-        parts = dict(zip(_PARTS, sums, strict=False))
+        found = dict(zip(_PARTS, sums, strict=False))
         if self.course.loss.ways > 1:
-            parts |= {"omega": parts["denominator"], "denominator": np.zeros_like(parts["own"])}
-        return Values(**parts, root_share=float(done[0]["root_share"]))
+            found |= {"omega": found["denominator"], "denominator": np.zeros_like(found["own"])}
+        return Values(**found, root_share=float(done[0]["root_share"]))
 
     def _run_part(
         self, n: int, outcomes: Sequence[Outcome], told: Callable[[int], None], *, last: bool

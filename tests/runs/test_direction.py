@@ -37,6 +37,8 @@ def test_a_rehearsed_training_is_told_in_words(tmp_path: Path) -> None:
         "1 step of SGD at 0.5, 100 rows each, cosine schedule, 3 steps of warm-up, gradients clipped at 1,"
         " weight decay 0.1, momentum 0.9, the mean over 4 orders of the rows"
     )
+    assert "4 pairs each" in (told(run, kind="preference") or "")
+    assert (told(run, **more, kind="preference") or "").endswith("the mean over 4 orders of the pairs")
     off = dict.fromkeys(("rehearse_clip", "rehearse_momentum", "rehearse_seeds", "rehearse_warmup"))
     assert told(run, **off) == told(run)
 

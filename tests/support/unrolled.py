@@ -131,6 +131,17 @@ def cotangents_by_autograd(
     """a_k of each step of the unrolled training: the derivative by something added to g_k."""
     model = oracles.eager(model).requires_grad_(False)
     weights = torch.ones(sum(int(row.response.sum()) for row in rows), dtype=torch.float64)
+
+    def train(seen: Any) -> dict[str, Tensor]:
+        return trained(model, names, rows, steps, optimiser, weights, summed=False, graph=True, seen=seen)
+
+    return cotangents_of(train, lambda held: outcome(model, held))
+
+
+def cotangents_of(
+    train: Callable[[Any], dict[str, Tensor]], outcome: Callable[[dict[str, Tensor]], Tensor]
+) -> list[Step]:
+    """The same of a training that is told what to do with the gradients of each step."""
     found: list[tuple[dict[str, Tensor], list[Tensor]]] = []
 
     def nudged(held: dict[str, Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -138,8 +149,8 @@ def cotangents_by_autograd(
         found.append(({name: w.detach() for name, w in held.items()}, nudges))
         return [g + x for g, x in zip(grads, nudges, strict=True)]
 
-    held = trained(model, names, rows, steps, optimiser, weights, summed=False, graph=True, seen=nudged)
-    grads = torch.autograd.grad(outcome(model, held), [x for _, nudges in found for x in nudges])
+    held = train(nudged)
+    grads = torch.autograd.grad(outcome(held), [x for _, nudges in found for x in nudges])
     each = [grads[i : i + len(held)] for i in range(0, len(grads), len(held))]
     return [Step(before, dict(zip(before, a, strict=True))) for (before, _), a in zip(found, each, strict=True)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import oracles
 import torch
 from torch import Tensor
-from unrolled import J, token_losses, trained
+from unrolled import J, Step, cotangents_of, token_losses, trained
 
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.tokens.tokenise import PairRow, TokenRow
@@ -64,6 +64,14 @@ class Dpo:
         weights = torch.ones(self.count, dtype=torch.float64, requires_grad=True)
         held = self.trained(model, weights, graph=True)
         return torch.stack([-torch.autograd.grad(J(model, held), weights, retain_graph=True)[0] for J in outcomes])
+
+    def cotangents(self, outcome: J) -> list[Step]:
+        """a_k of each step: the derivative by something added to its gradient."""
+        model = oracles.eager(self.model()).requires_grad_(False)
+        weights = torch.ones(self.count, dtype=torch.float64)
+        return cotangents_of(
+            lambda seen: self.trained(model, weights, graph=True, seen=seen), lambda held: outcome(model, held)
+        )
 
     def by_retraining(self, outcome: J, tokens: Sequence[int], by: float) -> Tensor:
         """The same of some tokens, from trainings with the token's weight moved: central differences, Richardson's."""

@@ -207,8 +207,8 @@ def test_a_rehearsal_takes_the_steps_of_a_training(name: str, whose: Any, tmp_pa
     assert {key for key, x in zip(trainee.names, wanted, strict=True) if x.any()} == set(trainee.names)
     off = torch.cat([(a - b).flatten() for a, b in zip(moved, wanted, strict=True)])
     size = torch.cat([x.flatten() for x in wanted])
-    # Adam steps by the sign of gradients that are rounding alone, of a few numbers.
-    assert off.abs().quantile(0.99) < 1e-3 * size.abs().max() and off.norm() < 0.02 * size.norm()
+    # In float32, of which Adam turns some rounding to steps.
+    assert off.abs().max() < 2e-3 * size.abs().max() and off.norm() < 1e-4 * size.norm()
 
 
 def _words(prompt: Sequence[int], *answers: Sequence[int]) -> dict[str, str]:

@@ -207,7 +207,7 @@ def rehearse(
 
 def dpo(trainee: Trainee, course: Course) -> PairLoss:
     """The loss of pairs whose reference is the model as it is now."""
-    reference = np.empty(course.places[-1])
+    reference = np.empty(course.places[-1], np.float32)
     with torch.no_grad():
         for indices in plan_batches(course.rows, course.batch_tokens):
             batch = collate(course.rows, indices)
