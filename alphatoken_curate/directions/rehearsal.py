@@ -34,7 +34,7 @@ from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.errors import CurateError, InputError
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, token_places, token_starts
-from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow
+from alphatoken_curate.tokens.tokenise import AnyRow
 
 VALUES = "values-{}"
 """The name of what some outcomes owe to tokens, once it is there, by which part of all outcomes it is."""
@@ -123,12 +123,12 @@ def plan_steps(rows: Sequence[AnyRow], *, epochs: int, rows_per_step: int, seed:
     return found
 
 
-def mean_loss(rows: Sequence[TokenRow], batch_tokens: int) -> Outcome:
-    """J: the mean loss over all response tokens of some rows."""
+def mean_loss(rows: Sequence[AnyRow], batch_tokens: int, loss: StepLoss = TOKENS) -> Outcome:
+    """J: the mean loss over all response tokens of some rows, or of what else the loss is a mean over."""
 
     def gradient(trainee: Trainee) -> Weights:
         batches = (collate(rows, indices) for indices in plan_batches(rows, batch_tokens))
-        return trainee.gradient(batches, whole=True)[0]
+        return trainee.gradient(batches, whole=True, loss=loss)[0]
 
     return gradient
 

@@ -192,6 +192,17 @@ def test_values_are_what_trainings_with_one_weight_moved_end_with(name: str) -> 
     assert np.abs(found[0, tokens] - wanted).max() < 1e-7 * np.abs(found).max()
 
 
+def test_an_outcome_of_pairs_is_their_mean_loss() -> None:
+    reference, trainee = own_losses(tiny_model("gpt2"), PAIRS), Trainee(perturbed(tiny_model("gpt2"), scale=0.1), 2)
+    gains = torch.stack([(a - b).sum() for a, b in zip(reference, own_losses(trainee.model, PAIRS), strict=True)])
+    wanted = torch.log1p(torch.exp(BETA * (gains[1::2] - gains[0::2]))).mean()
+    loss, batches = pair_loss(reference), [collate(PAIRS, [0, 2]), collate(PAIRS, [3, 1])]
+    gradient, mean, count = trainee.gradient(batches, loss=loss)
+    assert count == 4 and mean == pytest.approx(float(wanted), rel=1e-12)
+    for own, other in zip(mean_loss(PAIRS, 70, loss)(trainee), gradient, strict=True):
+        torch.testing.assert_close(own, other)
+
+
 def test_batches_keep_pairs_whole() -> None:
     for batch_tokens in (1, 40, 10_000):
         made = course(ADAM, own_losses(tiny_model("gpt2"), PAIRS), batch_tokens, [(0, 1, 2, 3)])

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,15 +32,16 @@ from alphatoken_curate.directions.groups import mean_and_error
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import Course, Rehearsal, mean_loss
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
-from alphatoken_curate.directions.step_losses import PairLoss
+from alphatoken_curate.directions.step_losses import TOKENS, PairLoss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.masks.choose import weighed
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.signals.student import factor
-from alphatoken_curate.tokens.plan import collate, plan_batches, response_tokens, token_places
-from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow
+from alphatoken_curate.tokens.plan import collate, plan_batches, response_tokens, token_places, token_starts
+from alphatoken_curate.tokens.tokenise import AnyRow, PairRow
 
 Floats = NDArray[np.float64]
+R = TypeVar("R", bound=AnyRow)
 
 GROUP_ENDS = (32, 64, 96, 128, 157, 186, 215, TARGETED)
 """Target rows that the first so many groups have together."""
@@ -146,14 +147,14 @@ def _values_of_course(where: Setting, place: Place, trains: Weights | None) -> G
         "learning_rate": where.learning_rate,
         "batch": where.batch,
         "epochs": where.epochs,
-        **({"beta": BETA} if where.pairs else {}),
+        **({"beta": BETA, "outcome": "dpo" if where.targets_pairs else "nll"} if where.pairs else {}),
         **COURSE,
     }
     name = digest(about)
     kept, states = place.values / f"{name}.npz", place.work / f"{name}.states"
     with alone(states):
         if not kept.is_file():
-            groups = dealt(token_rows(where.target))
+            groups = dealt(pair_rows(where.target) if where.targets_pairs else token_rows(where.target))
             steps = batches(where, ORDER)
             optimiser = Optimiser(lr=where.learning_rate, steps=len(steps), root=ROOT)
             # What goes back together is kept together, so that another number of them begins anew.
@@ -175,12 +176,15 @@ def rehearse(
     model: Any,
     rows: Sequence[AnyRow],
     steps: Sequence[Sequence[int]],
-    groups: Sequence[Sequence[TokenRow]],
+    groups: Sequence[Sequence[AnyRow]],
     optimiser: Optimiser,
     store: Store,
     at_once: int | None = None,
 ) -> GroupValues:
-    """Go through a training of some rows and back once. Rows without a response token take no part."""
+    """Go through a training of some rows and back once. Rows without a response token take no part.
+
+    Groups of pairs, which count by how many they are, have DPO's loss as outcome.
+    """
     trained = [i for i, row in enumerate(rows) if response_tokens([row])]
     place = {i: n for n, i in enumerate(trained)}
     ours = [[place[i] for i in step if i in place] for step in steps]
@@ -193,29 +197,33 @@ def rehearse(
     )
     trainee = Trainee(model, "all")
     if isinstance(rows[0], PairRow):
-        course = replace(course, denominator="count", loss=dpo(trainee, course))
+        course = replace(course, denominator="count", loss=dpo(trainee, course.rows))
     states, scratch = Artefacts(store, trainee.device, prefix="0"), Scratch(store.folder, trainee.device)
     rehearsal = Rehearsal(trainee, course, states, steps=scratch)
-    found = rehearsal.run([mean_loss(group, BATCH_TOKENS) for group in groups], at_once=at_once)
+    pairs = isinstance(groups[0][0], PairRow)
+    losses = [dpo(trainee, group) if pairs else TOKENS for group in groups]
+    outcomes = [mean_loss(group, BATCH_TOKENS, loss) for group, loss in zip(groups, losses, strict=True)]
+    found = rehearsal.run(outcomes, at_once=at_once)
     return GroupValues(
         own=found.own if found.omega is None else found.value,
         denominator=found.denominator,
-        tokens=np.array([sum(int(row.response.sum()) for row in group) for group in groups]),
+        tokens=np.array([len(group) if pairs else response_tokens(group) for group in groups]),
         root_share=found.root_share,
     )
 
 
-def dpo(trainee: Trainee, course: Course) -> PairLoss:
+def dpo(trainee: Trainee, pairs: Sequence[AnyRow]) -> PairLoss:
     """The loss of pairs whose reference is the model as it is now."""
-    reference = np.empty(course.places[-1], np.float32)
+    starts = token_starts(pairs)
+    reference = np.empty(starts[-1], np.float32)
     with torch.no_grad():
-        for indices in plan_batches(course.rows, course.batch_tokens):
-            batch = collate(course.rows, indices)
-            reference[token_places(batch, course.places)] = trainee.nll(batch).double().numpy()
-    return PairLoss(beta=BETA, reference=reference, starts=course.places)
+        for indices in plan_batches(pairs, BATCH_TOKENS):
+            batch = collate(pairs, indices)
+            reference[token_places(batch, starts)] = trainee.nll(batch).numpy()
+    return PairLoss(beta=BETA, reference=reference, starts=starts)
 
 
-def dealt(target: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
+def dealt(target: Sequence[R]) -> list[Sequence[R]]:
     """Target rows by group, in their order; of fewer rows (a trial) each group has its share."""
     ends = [0, *(round(end * len(target) / TARGETED) for end in GROUP_ENDS)]
     return [target[first:last] for first, last in itertools.pairwise(ends)]

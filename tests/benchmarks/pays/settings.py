@@ -11,6 +11,7 @@ every seed of a training; a seed only orders the rows.
     narrow      GSM8K alone at seven times the rate: what makes a model forget
     preference  64 GSM8K pairs for DPO
     pairs       the same for one epoch, with 244 target rows: what values over that training are tried on
+    pairs dpo   the same with 62 other pairs as target: its values are of DPO's loss of these
 
 What values over the training to come are tried on has rows of its own (`splits`). `A digits` is 64 rows of training
 split A with wrong digits, `A digits 128` all of the split, `A digits few` a handful, to see that all runs:
@@ -101,6 +102,11 @@ class Setting:
         return self.name.split(maxsplit=1)[0] in PAIRED
 
     @property
+    def targets_pairs(self) -> bool:
+        """Whether `target` holds pairs too."""
+        return self.name.startswith("pairs dpo")
+
+    @property
     def has_oracle(self) -> bool:
         """Whether some tokens are known to be bad."""
         return any((row.response & ~row.good).any() for row in self.train)
@@ -135,7 +141,8 @@ def setting(name: str, data: Path) -> Setting:
     if base.pairs:
         pairs = _read(data / "gsm8k_preference.jsonl", 160)
         base = replace(base, train=pairs[:128], held=pairs[-64:], learning_rate=1e-5, batch=4)
-        return base if name == "preference" else _rehearsed(base, splits(data).target)
+        target = pairs[128:-64] if base.targets_pairs else splits(data).target
+        return base if name == "preference" else _rehearsed(base, target)
     return base
 
 
