@@ -149,8 +149,10 @@ def test_values_are_those_of_autograd_through_the_unrolled_training(name: str) -
     assert np.abs(found.omega).max() > 1e-3 * np.abs(found.own).max()
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("batch_tokens", [1, 10_000])
+@pytest.mark.parametrize(
+    ("batch_tokens", "own"),
+    [(1, True), *(pytest.param(10_000, own, marks=pytest.mark.long) for own in (False, True))],
+)
 def test_whatever_the_batches_and_the_reference(batch_tokens: int, own: bool) -> None:
     assert_exact(*compared("gpt2", "all", "all", ADAM, batch_tokens=batch_tokens, own=own))
 

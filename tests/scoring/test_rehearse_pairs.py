@@ -191,7 +191,7 @@ def test_a_pair_without_a_finite_loss_is_left_out_whole(
     [
         "after-rename@reference_nll-00001.safetensors",
         pytest.param("after-rename@rehearsal-00000-losses.safetensors", marks=pytest.mark.long),
-        "after-rename@rehearsal-00000-0-adjoint-0-1.safetensors",
+        pytest.param("after-rename@rehearsal-00000-0-adjoint-0-1.safetensors", marks=pytest.mark.long),
         pytest.param("mid-write@rehearsal-00000-columns.safetensors", marks=pytest.mark.long),
         pytest.param("mid-write@part-00001.parquet", marks=pytest.mark.long),
     ],
@@ -213,7 +213,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("reference", ["base", None])
+@pytest.mark.parametrize("reference", [pytest.param("base", marks=pytest.mark.long), None])
 def test_a_checkpoint_is_rehearsed_from_where_it_is(
     reference: str | None, files: dict[str, str], tmp_path: Path
 ) -> None:
