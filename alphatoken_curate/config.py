@@ -273,7 +273,7 @@ class ScoreConfig(MaskConfig):
         bounds=(1e-12, 1e3),
     )
     rehearse_epochs: int = _option(1, "Times that it takes all rows.", _REHEARSAL, kind="count")
-    rehearse_rows_per_step: int = _option(8, "Rows of a step.", _REHEARSAL, kind="count")
+    rehearse_rows_per_step: int = _option(8, "Rows, or pairs, of a step.", _REHEARSAL, kind="count")
     rehearse_optimizer: str = _option(
         "adamw", "What steps: torch's AdamW or SGD.", _REHEARSAL, choices=("adamw", "sgd")
     )

@@ -28,12 +28,12 @@ ORDER = """
     tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
         speller tokenise plan packed dealt draws
     directions: losses selection target fisher generate precondition gauss_newton astra drift parameters
-        optimisers trainee shelves rehearsal lora groups sums
+        optimisers step_losses trainee shelves rehearsal lora groups sums
     signals: paths influence composite preference stored rehearsed student
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources spawned tokenising shelf reader prepare idle outcome spec
-        reference scorer solving trial job lora rehearse steps worker engines pool processes cluster stages beside changes loop
-        part refresh watch memory estimate check finished score
+        reference scorer solving trial job lora courses rehearse steps worker engines pool processes cluster stages
+        beside changes loop part refresh watch memory estimate check finished score
     reading: words published scan rules verify publish row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report

@@ -57,10 +57,10 @@ class State:
 
     def digest(self) -> Tensor:
         """sha256 of all numbers, (32,) uint8."""
-        digest = hashlib.sha256()
+        found = hashlib.sha256()
         for tensor in self.tensors:
-            digest.update(raw(tensor.detach().cpu().contiguous()))
-        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+            found.update(raw(tensor.detach().cpu().contiguous()))
+        return torch.tensor(list(found.digest()), dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,16 @@
 """The training to come, rehearsed, and what its outcome owes to the loss weight of every token.
 
 theta_k = step(theta_{k-1}, g_k), g_k the gradient of sum_t w_t l_t / D over the rows of step k, D the number of their
-response tokens (`count`) or the sum of their weights (`sum`). For an outcome J of theta_N, value_t = -dJ / dw_t at
-w = 1, summed over the visits of t (metagradient, arXiv 2503.13751; MAGIC, arXiv 2504.16430).
+response tokens (`count`) or the sum of their weights (`sum`); or of DPO's loss of its pairs (`step_losses`). For an
+outcome J of theta_N, value_t = -dJ / dw_t at w = 1, summed over the visits of t (metagradient, arXiv 2503.13751; MAGIC,
+arXiv 2504.16430).
 
 Forward: steps are taken, and the state at the start of each segment of about sqrt(N) steps is kept, of the last segment
 every step. Backward, segment by segment from the last: the steps of the others are taken again, which must end in the
 same bits, and all are gone back through one by one.
 With a_k the cotangent of g_k, token t has -<a_k, gradient of l_t> / D of step k and, with `sum`, <a_k, g_k> / D, the
-same for all of its tokens; and lambda, the cotangent of the weights, gets H_k a_k. Several outcomes go back together.
+same for all of its tokens; of pairs what w_t does to omega; and lambda, the cotangent of the weights, gets H_k a_k.
+Several outcomes go back together.
 Shapes: n outcomes, N response tokens of all rows, row by row.
 """
 
@@ -27,11 +29,12 @@ from torch import Tensor
 
 from alphatoken_curate.directions.optimisers import Optimiser, State
 from alphatoken_curate.directions.shelves import InMemory, Shelf
+from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
 from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.errors import CurateError, InputError
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
-from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
-from alphatoken_curate.tokens.tokenise import TokenRow
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, token_places, token_starts
+from alphatoken_curate.tokens.tokenise import AnyRow
 
 VALUES = "values-{}"
 """The name of what some outcomes owe to tokens, once it is there, by which part of all outcomes it is."""
@@ -51,16 +54,18 @@ of each batch, (2, n, N of the batch), at the weights as they are."""
 class Course:
     """The steps of a training: which rows each takes, and how it moves."""
 
-    rows: Sequence[TokenRow]
+    rows: Sequence[AnyRow]
     steps: Sequence[Sequence[int]]
     """Indices of the rows of each step."""
     optimiser: Optimiser
     denominator: Literal["count", "sum"] = "count"
     batch_tokens: int = 4096
-    """Padded tokens that run together; a step takes as many batches as it needs."""
+    """Padded tokens that run together; a step takes as many batches as it needs, which hold pairs whole."""
+    loss: StepLoss = TOKENS
+    """What is made of the losses of a step's tokens."""
 
     def batches(self, k: int, *, twice: bool = False) -> list[Batch]:
-        """The batches of step k; their `rows` are indices among all rows.
+        """The batches of step k; their `rows` are indices among all sequences.
 
         `twice`: of half the tokens, since a graph of second derivatives holds more than twice as much.
         """
@@ -77,8 +82,8 @@ class Course:
 
     @property
     def places(self) -> NDArray[np.int64]:
-        """Where each row's tokens start among those of all rows; the last is N."""
-        return np.concatenate([[0], np.cumsum([int(row.response.sum()) for row in self.rows])]).astype(np.int64)
+        """Where each sequence's tokens start among those of all rows; the last is N."""
+        return token_starts(self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,21 +93,23 @@ class Values:
     own: NDArray[np.float64]
     """Through the token's own loss: what `influence` is along -a_k / D."""
     denominator: NDArray[np.float64]
-    """Through the sum of weights it is divided by: the same for all tokens of a step; 0 with `count`."""
+    """Through the sum of weights it is divided by: the same for all tokens of a step; 0 with `count`, and of pairs."""
     direct: NDArray[np.float64] | None = None
     """The paths of `own` and beside it, along the same directions, where they were asked for."""
     causal: NDArray[np.float64] | None = None
+    omega: NDArray[np.float64] | None = None
+    """Of pairs: through omega, which weighs all tokens of a pair; `own` is with omega held."""
 
     root_share: float = 0.0
     """By what share of their length the root term changes the steps of the training: little, or it is another one."""
 
     @property
     def value(self) -> NDArray[np.float64]:
-        """Through both, (n, N)."""
-        return self.own + self.denominator
+        """Through all of these, (n, N)."""
+        return self.own + self.denominator + (0.0 if self.omega is None else self.omega)
 
 
-def plan_steps(rows: Sequence[TokenRow], *, epochs: int, rows_per_step: int, seed: int) -> list[tuple[int, ...]]:
+def plan_steps(rows: Sequence[AnyRow], *, epochs: int, rows_per_step: int, seed: int) -> list[tuple[int, ...]]:
     """Indices of the rows of each step: every epoch takes all rows once, in an order drawn by (seed, row, epoch).
 
     The last step of an epoch takes what is left.
@@ -116,12 +123,12 @@ def plan_steps(rows: Sequence[TokenRow], *, epochs: int, rows_per_step: int, see
     return found
 
 
-def mean_loss(rows: Sequence[TokenRow], batch_tokens: int) -> Outcome:
-    """J: the mean loss over all response tokens of some rows."""
+def mean_loss(rows: Sequence[AnyRow], batch_tokens: int, loss: StepLoss = TOKENS) -> Outcome:
+    """J: the mean loss over all response tokens of some rows, or of what else the loss is a mean over."""
 
     def gradient(trainee: Trainee) -> Weights:
         batches = (collate(rows, indices) for indices in plan_batches(rows, batch_tokens))
-        return trainee.gradient(batches, whole=True)[0]
+        return trainee.gradient(batches, whole=True, loss=loss)[0]
 
     return gradient
 
@@ -178,7 +185,10 @@ class Rehearsal:
             for name in (_STATE, _DIGEST):
                 self.states.drop(name.format(k))
         sums = np.concatenate([one["sums"].cpu().numpy() for one in done], axis=1)
-        return Values(**dict(zip(_PARTS, sums, strict=False)), root_share=float(done[0]["root_share"]))
+        found = dict(zip(_PARTS, sums, strict=False))
+        if self.course.loss.ways > 1:
+            found |= {"omega": found["denominator"], "denominator": np.zeros_like(found["own"])}
+        return Values(**found, root_share=float(done[0]["root_share"]))
 
     def _run_part(
         self, n: int, outcomes: Sequence[Outcome], told: Callable[[int], None], *, last: bool
@@ -219,7 +229,7 @@ class Rehearsal:
 
     def _step(self, k: int, *, keep: bool) -> None:
         """Take step k; `keep` what the way back through it needs."""
-        grads, loss, _ = self.trainee.gradient(self.course.batches(k))
+        grads, loss, _ = self.trainee.gradient(self.course.batches(k), loss=self.course.loss)
         self._check_training(k, grads, loss)
         if keep:
             self.steps.put(str(k), self._named(self.state))
@@ -275,20 +285,21 @@ class Rehearsal:
 
     def _add_values(self, k: int, along: list[Weights], into: list[Weights], sums: NDArray[np.float64]) -> None:
         """Add what the tokens of step k get to `sums`, and H_k a_k to `into`."""
-        batches = self.course.batches(k, twice=True)
-        tokens = sum(len(batch.target) for batch in batches)
-        places = [_token_places(batch, self.course.places) for batch in batches]
+        batches, loss = self.course.batches(k, twice=True), self.course.loss
+        units = sum(loss.units(batch) for batch in batches)
+        starts = self.course.places
+        places = [token_places(batch, starts) for batch in batches]
         summed = np.zeros(len(along))
         for batch, mine in zip(batches, places, strict=True):
-            parts = self.trainee.products(batch, along, into, 1 / tokens).double().cpu().numpy()
-            sums[0][:, mine] -= parts
-            summed += parts.sum(axis=1)
+            parts = self.trainee.products(batch, along, into, 1 / units, loss).double().cpu().numpy()
+            sums[: len(parts), :, mine] -= parts
+            summed += parts[0].sum(axis=1)
         if self.course.denominator == "sum":
-            sums[1][:, np.concatenate(places)] += summed[:, None] / tokens
+            sums[1][:, np.concatenate(places)] += summed[:, None] / units
         if self.paths is not None:
             for a in along:
                 for tensor in a:
-                    tensor.div_(-tokens)
+                    tensor.div_(-units)
             for found, mine in zip(self.paths(batches, along), places, strict=True):
                 sums[2:, :, mine] += found.double().cpu().numpy()
 
@@ -385,10 +396,5 @@ class Rehearsal:
 
 
 _GENTLER = "Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1."
-_PARTS = ("own", "denominator", "direct", "causal")
+_PARTS = ("own", "denominator", "direct", "causal")  # of pairs omega's in place of the denominator's
 _STATE, _DIGEST, _ADJOINT = "state-{}", "digest-{}", "adjoint-{}-{}"
-
-
-def _token_places(batch: Batch, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(N of the batch,) where its tokens are among those of all rows."""
-    return np.concatenate([np.arange(places[i], places[i + 1]) for i in batch.rows])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from alphatoken_curate.directions.losses import at, positions
+from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
 from alphatoken_curate.engine.below import Below
 from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
 from alphatoken_curate.engine.capture import Direction, ScoringModel, captured, probe_ids
@@ -130,46 +131,59 @@ class Trainee:
         target = torch.from_numpy(batch.target).to(ids.device)
         return token_nll(logits, target) if twice else nn.functional.cross_entropy(logits, target, reduction="none")
 
-    def gradient(self, batches: Iterable[Batch], *, whole: bool = False) -> tuple[Weights, float, int]:
-        """Gradient of the mean loss over all response tokens of the batches, that mean in nats, and their number.
+    def gradient(
+        self, batches: Iterable[Batch], *, whole: bool = False, loss: StepLoss = TOKENS
+    ) -> tuple[Weights, float, int]:
+        """Gradient of the mean loss over all units of the batches (response tokens), that mean in nats, their number.
 
         It is what a training takes, without what torch leaves out of an embedding's padding row; `whole` is with it.
         """
-        sums, total, tokens = [torch.zeros_like(w, requires_grad=False) for w in self.weights], 0.0, 0
+        sums, total, units = [torch.zeros_like(w, requires_grad=False) for w in self.weights], 0.0, 0
         for batch in batches:
             with self._training(), _PaddingRows() as rows, self._maps(sums):
-                loss = self.nll(batch).sum()
+                nll = self.nll(batch)
+                alone = nll.detach()
                 inputs, places = self._inputs(rows if whole else None)
-                found = torch.autograd.grad(loss, inputs, allow_unused=True)
+                weighed = loss.weigh(batch, alone, [torch.ones_like(alone)] * loss.ways)
+                found = torch.autograd.grad(nll, inputs, weighed, allow_unused=True)
             for place, grad in zip(places, found, strict=True):
                 if grad is not None:
                     sums[place].add_(grad)
-            total, tokens = total + float(loss.detach()), tokens + len(batch.target)
-        return [s.div_(tokens) for s in sums], total / tokens, tokens
+            total, units = total + float(loss.total(batch, alone)), units + loss.units(batch)
+        return [s.div_(units) for s in sums], total / units, units
 
-    def products(self, batch: Batch, along: Sequence[Weights], into: Sequence[Weights], scale: float) -> Tensor:
+    def products(
+        self,
+        batch: Batch,
+        along: Sequence[Weights],
+        into: Sequence[Weights],
+        scale: float,
+        loss: StepLoss = TOKENS,
+    ) -> Tensor:
         """Add H a of a batch's summed loss times `scale` to `into`, for each a of `along`, at the weights as they are.
 
-        Returns (n, N): scale <a, gradient of l_t> of each token. One backward with the tokens' weights as inputs is
+        Returns (ways, n, N): what each token's weight does to scale <a, gradient of the loss> in each of its ways, of
+        plain losses the one scale <a, gradient of l_t>. One backward with the tokens' weights as inputs is
         differentiated once for each a; its graph is shared, and holds no gradient of a linear map (`engine.twice`).
         """
         with self._training(), _PaddingRows() as rows, Twice(self.weights, self.dtype) as maps:
             nll = self.nll(batch, twice=True)
-            ones = torch.ones_like(nll, requires_grad=True)
-            found = torch.autograd.grad((ones * nll).sum() * scale, self.weights, create_graph=True, allow_unused=True)
+            ones = [torch.ones_like(nll, requires_grad=True) for _ in range(loss.ways)]
+            weighed = loss.weigh(batch, nll, ones) * scale
+            found = torch.autograd.grad(nll, self.weights, weighed, create_graph=True, allow_unused=True)
             used = [i for i, grad in enumerate(found) if grad is not None]
             grads, (inputs, places) = [found[i] for i in used], self._inputs(rows)
             parts = []
             for n, (a, sums) in enumerate(zip(along, into, strict=True)):
                 maps.into = dict(zip(self.weights, sums, strict=True))
-                own, *second = torch.autograd.grad(
-                    grads, [ones, *inputs], [a[i] for i in used], retain_graph=n + 1 < len(along), allow_unused=True
+                every = torch.autograd.grad(
+                    grads, [*ones, *inputs], [a[i] for i in used], retain_graph=n + 1 < len(along), allow_unused=True
                 )
-                parts.append(own)
-                for place, product in zip(places, second, strict=True):
+                parts.append(torch.stack(every[: loss.ways]))
+                for place, product in zip(places, every[loss.ways :], strict=True):
                     if product is not None:
                         sums[place].add_(product)
-        return torch.stack(parts)
+        return torch.stack(parts, dim=1)
 
     @contextmanager
     def _maps(self, sums: Weights) -> Iterator[None]:

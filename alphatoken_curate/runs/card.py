@@ -77,7 +77,7 @@ def _body(manifest: Manifest) -> Iterator[str]:
         )
     yield from ("", "## Generations and masks", "", *_generations(manifest))
     yield from ("", "## Loading", "", *_snippets(manifest))
-    yield from ("", "## Columns", "", *_about_lists(columns))
+    yield from ("", "## Columns", "", *_about_lists(columns, trained=rehearsed(manifest) is not None))
     yield from ("", f"`train`: {_TRAIN_ROWS[columns.kind]}", "", *_columns(_train(manifest, columns)))
     absent = set(SIGNALS) - set(components(manifest).signals)
     yield from ("", "`values`: every row read; lists of values are empty unless `status` is `scored`.")
@@ -106,7 +106,14 @@ def _train(manifest: Manifest, columns: Layout) -> pa.Schema:
     return with_units(columns.train, units_of(by, scale))
 
 
-def _about_lists(columns: Layout) -> Iterator[str]:
+_OMEGA = (
+    "it is part of every value",
+    "both are of the model as the training begins, and values go through those of every step",
+)
+"""What it has to do with values: of a gradient, and of a rehearsed training."""
+
+
+def _about_lists(columns: Layout, *, trained: bool) -> Iterator[str]:
     if columns.kind == "sft":
         yield "Lists are aligned with `input_ids`: entry i speaks of predicting token i."
         return
@@ -119,7 +126,7 @@ def _about_lists(columns: Layout) -> Iterator[str]:
     yield (
         "`margin` is beta times how much more the scored model prefers the chosen answer than the reference does: above"
         " 0 where it has moved the right way. `omega` = beta sigmoid(-margin) is the weight that the preference loss"
-        " gives to the pair's gradient; it is part of every value. A step on a chosen token makes it likelier, one on a"
+        f" gives to the pair's gradient; {_OMEGA[trained]}. A step on a chosen token makes it likelier, one on a"
         " rejected token less likely, and the values say what that does. Each branch has a mask, weights and a share of"
         " kept tokens of its own."
     )

@@ -31,7 +31,8 @@ def _parts(stored: Manifest) -> Iterator[str]:
     if rank := int(_number(settings, "rehearse_lora", 0)):
         alpha = _number(settings, "rehearse_lora_alpha", 0)
         yield f"a LoRA of rank {rank}" + (f" and alpha {alpha:g}" if alpha else "")
-    yield f"{count(of_step, 'row')} each"
+    unit = "pair" if settings.get("kind") == "preference" else "row"
+    yield f"{count(of_step, unit)} each"
     if epochs > 1:
         yield f"{epochs:,} epochs"
     if (schedule := settings.get("rehearse_schedule", "constant")) != "constant":
@@ -45,7 +46,7 @@ def _parts(stored: Manifest) -> Iterator[str]:
     if momentum := _number(settings, "rehearse_momentum", 0):
         yield f"momentum {momentum:g}"
     if (orders := int(_number(settings, "rehearse_seeds", 1))) > 1:
-        yield f"the mean over {orders} orders of the rows"
+        yield f"the mean over {orders} orders of the {unit}s"
 
 
 def _number(settings: Mapping[str, Json], name: str, default: float) -> float:

@@ -35,11 +35,12 @@ from alphatoken_curate.models.devices import devices_of, names_of, taking_thread
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.scoring import solving
 from alphatoken_curate.scoring.budget import out_of_memory
+from alphatoken_curate.scoring.courses import course_of
 from alphatoken_curate.scoring.lora import base_of, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.reference import ReferencePass
-from alphatoken_curate.scoring.rehearse import course_of, trainee_of
+from alphatoken_curate.scoring.rehearse import trainee_of
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of

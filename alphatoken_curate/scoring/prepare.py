@@ -99,10 +99,10 @@ def _prepared(config: ScoreConfig, source: ModelSource, place: Place | None, pro
     found, rows = read.found, read.kept.rows(read.found.read)
     _check_rows(config, reader, read, rows)
     kind = read.kind
-    if kind == "preference" and config.rehearses:
+    if kind == "preference" and config.rehearses and config.rehearse_denominator == "sum":
         raise UsageError(
-            f"--direction rehearsal: {', '.join(config.data)} holds preference rows, and only the training on rows of"
-            " one answer is rehearsed. Leave --direction out."
+            f"--rehearse-denominator sum: {', '.join(config.data)} holds preference rows, whose training is the mean"
+            " over pairs, whatever their tokens weigh. Leave it out."
         )
     held_out: list[AnyRow] = []
     if config.target is None:

@@ -6,6 +6,7 @@ would round otherwise. What it gives, the columns of all response tokens, is kep
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,6 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.lora import LoraTrainee
 from alphatoken_curate.directions.losses import Losses
-from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import (
     VALUES,
     Course,
@@ -29,9 +29,9 @@ from alphatoken_curate.directions.rehearsal import (
     Values,
     drift_loss,
     mean_loss,
-    plan_steps,
 )
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
+from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.engine.precision import narrow
@@ -39,16 +39,18 @@ from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import REHEARSAL, Store
 from alphatoken_curate.runs.schema import BY_ESTIMATOR, ERRORS
+from alphatoken_curate.scoring.courses import course_of, optimiser_of, pair_loss
 from alphatoken_curate.scoring.job import Job
 from alphatoken_curate.scoring.lora import base_of, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, counted
 from alphatoken_curate.signals import composite
+from alphatoken_curate.signals.preference import pair_terms
 from alphatoken_curate.signals.rehearsed import columns, exact_paths
 from alphatoken_curate.signals.stored import RowResult, losses_of, spread
-from alphatoken_curate.tokens.plan import Batch, response_tokens, sequences
-from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow
+from alphatoken_curate.tokens.plan import Batch, response_tokens, token_places, token_starts
+from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, branches
 from alphatoken_curate.wording import count
 
 ROOM = 0.4
@@ -76,11 +78,11 @@ class RehearsalScorer(ShardScorer):
         super().__init__(base_of(spec) if spec.config.rehearses_lora else spec)
         self._start = spec.model  # of a LoRA that goes on, the adapter
         self._begun: tuple[LoraTrainee, Outcome | None] | None = None
-        self.rows, self.target, self.retention = sequences([*job.rows]), job.target, job.retention
-        lengths = [int(row.response.sum()) for row in self.rows]
-        ends = np.cumsum(lengths).tolist()
+        self.rows, self.shards, self.target, self.retention = [*job.rows], job.shards, job.target, job.retention
+        self.pairs, self._starts = job.layout.kind == "preference", token_starts(self.rows)
         keys = [(row.row_id, row.turn) for row in self.rows]
-        self._places = {key: slice(end - n, end) for key, n, end in zip(keys, lengths, ends, strict=True)}
+        ends = self._starts[:: len(job.layout.branches)].tolist()
+        self._places = {key: slice(*both) for key, both in zip(keys, itertools.pairwise(ends), strict=True)}
 
     def rehearse(self, progress: Progress, batch_tokens: int) -> None:
         """Make sure the columns of all response tokens are in artifacts/.
@@ -99,22 +101,31 @@ class RehearsalScorer(ShardScorer):
         self, shard: int, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int
     ) -> list[RowResult | None]:
         """Signals of each row of a shard; None where its loss is not finite. Nothing is computed here."""
-        flat = sequences(rows)
         kept = self.spec.reference_losses(shard, rows)
-        reference: Sequence[NDArray[np.float32] | None] = [None] * len(flat) if kept is None else kept
+        reference = iter(kept or ())
         progress.advance(count_tokens(rows))
-        return [self._result(row, nll) for row, nll in zip(flat, reference, strict=True)]
+        return [self._result(row, None if kept is None else [next(reference) for _ in branches(row)]) for row in rows]
 
-    def _result(self, row: TokenRow, reference_nll: NDArray[np.float32] | None) -> RowResult | None:
+    def _result(self, row: AnyRow, reference_nll: Sequence[NDArray[np.float32]] | None) -> RowResult | None:
+        """Of its columns, and the reference's nll of each branch."""
         parts = {name: column[self._place(row)] for name, column in self._columns.items()}
         if reference_nll is not None:
-            parts["reference_nll"] = reference_nll
+            parts["reference_nll"] = np.concatenate(reference_nll)
         if not all(np.isfinite(column).all() for column in parts.values()):
             return None
-        return RowResult(branches=(spread(parts, row),))
+        starts = token_starts([row])
+        found, gain = [], []
+        for branch, (first, end) in zip(branches(row), itertools.pairwise(starts.tolist()), strict=True):
+            mine = {name: column[first:end] for name, column in parts.items()}
+            gain.append((mine.get("reference_nll", mine["nll"]).astype(np.float64) - mine["nll"]).sum())
+            found.append(spread(mine, branch))
+        if not isinstance(row, PairRow):
+            return RowResult(branches=tuple(found))
+        terms = pair_terms(self.spec.config.beta, np.array(gain))
+        return RowResult(branches=tuple(found), omega=float(terms.omega[0]), margin=float(terms.margin[0]))
 
-    def _place(self, row: TokenRow) -> slice:
-        """Where its tokens are among those of all rows."""
+    def _place(self, row: AnyRow) -> slice:
+        """Where its tokens are among those of all rows; of a pair those of both branches."""
         return self._places[row.row_id, row.turn]
 
     @cached_property
@@ -147,30 +158,37 @@ class RehearsalScorer(ShardScorer):
             )
         own = replace(self.spec.store, fields={**self.spec.store.fields, "batch_tokens": batch_tokens})
         found = self._losses(own, progress, batch_tokens)
-        finite = [row for row in self.rows if np.isfinite(found["nll"][self._place(row)]).all()]
+        reference = self._reference_nll() if self.pairs and self.spec.has_reference else found["nll"]
+        known = np.isfinite(found["nll"]) & np.isfinite(reference)
+        finite = [row for row in self.rows if known[self._place(row)].all()]
         if finite:
             mine = np.concatenate([np.arange(s.start, s.stop) for s in map(self._place, finite)])
-            for name, column in self._rehearsed(finite, own, progress, batch_tokens).items():
+            loss = pair_loss(config, finite, reference[mine]) if self.pairs else TOKENS
+            for name, column in self._rehearsed(finite, loss, own, progress, batch_tokens).items():
                 found[name] = np.full(len(found["nll"]), np.nan, np.float32)
                 found[name][mine] = column
         return found
+
+    def _reference_nll(self) -> NDArray[np.float32]:
+        """That of all response tokens, (N,)."""
+        kept = (self.spec.reference_losses(n, rows) for n, rows in enumerate(self.shards) if rows)
+        return np.concatenate([part for parts in kept for part in parts or ()])
 
     def _losses(self, own: Store, progress: Progress, batch_tokens: int) -> dict[str, NDArray[np.float32]]:
         """Loss (nll) and entropy of all response tokens where the training begins, (N,) each."""
         if (kept := own.load(REHEARSAL, part=_LOSSES)) is None:
             losses = self._losses_by(progress)
             progress.stage("losses before the rehearsal", count_tokens(self.rows))
-            found = np.empty((2, sum(s.stop - s.start for s in self._places.values())), np.float32)
+            found = np.empty((2, self._starts[-1]), np.float32)
             for batch in counted(self.rows, batch_tokens, progress):
-                made = losses(batch)
-                places = [np.arange(s.start, s.stop) for s in (self._place(self.rows[i]) for i in batch.rows)]
-                found[:, np.concatenate(places)] = torch.stack([made.nll, made.entropy]).float().cpu().numpy()
+                made, places = losses(batch), token_places(batch, self._starts)
+                found[:, places] = torch.stack([made.nll, made.entropy]).float().cpu().numpy()
             kept = {"nll": torch.from_numpy(found[0]), "entropy": torch.from_numpy(found[1])}
             own.save(REHEARSAL, kept, _LOSSES)
         return {name: tensor.numpy() for name, tensor in kept.items()}
 
     def _rehearsed(
-        self, rows: Sequence[TokenRow], own: Store, progress: Progress, batch_tokens: int
+        self, rows: Sequence[AnyRow], loss: StepLoss, own: Store, progress: Progress, batch_tokens: int
     ) -> dict[str, NDArray[np.float32]]:
         """The columns of the response tokens of some rows, over all orders."""
         config, known = self.spec.config, BY_ESTIMATOR[self.spec.config.estimator]
@@ -187,10 +205,10 @@ class RehearsalScorer(ShardScorer):
         together = self._at_once(trainee, len(outcomes), own)
         orders = []
         for n in range(config.rehearse_seeds):
-            course = course_of(config, rows, n, batch_tokens)
+            course = course_of(config, rows, n, batch_tokens, loss)
             trainee.restart(config.seed + n)
             rehearsal = rehearsal_in(own, str(n), trainee, course, config)
-            each = [sum(len(rows[i].input_ids) for i in step) for step in course.steps]
+            each = [count_tokens([rows[i] for i in step]) for step in course.steps]
             order = f", order {n + 1} of {config.rehearse_seeds}" if config.rehearse_seeds > 1 else ""
             turns = 1 + math.ceil(len(outcomes) / together)
             progress.stage(f"rehearsal{order}: {len(each)} steps there and back", turns * sum(each))
@@ -286,7 +304,7 @@ def rehearsal_in(store: Store, prefix: str, trainee: Trainee, course: Course, co
 
     Those of a LoRA are small: where all have room no step is taken twice.
     """
-    paths = None if config.estimator == "influence" else exact_paths(trainee)
+    paths = None if config.estimator == "influence" else exact_paths(trainee, course.loss)
     states, steps = Artefacts(store, trainee.device, prefix=prefix), Scratch(store.folder, trainee.device)
     room = KEPT_BYTES if config.rehearses_lora else 0
     return Rehearsal(trainee, course, states, steps=steps, paths=paths, room=room)
@@ -298,39 +316,6 @@ def at_once(trainee: Trainee, outcomes: int, config: ScoreConfig) -> int:
     each = held * sum(w.numel() * w.element_size() for w in trainee.weights)
     fits = max(1, int(ROOM * Meter(trainee.device).room() / each))
     return math.ceil(outcomes / math.ceil(outcomes / fits))
-
-
-def optimiser_of(config: ScoreConfig, steps: int) -> Optimiser:
-    """What the rehearsal of a config steps by."""
-    b1, b2 = map(float, config.rehearse_betas.split(","))
-    assert config.rehearse_lr is not None
-    return Optimiser(
-        lr=config.rehearse_lr,
-        steps=steps,
-        kind=config.rehearse_optimizer,  # type: ignore[arg-type]
-        betas=(b1, b2),
-        eps=config.rehearse_eps,
-        root=config.rehearse_root,
-        weight_decay=config.rehearse_weight_decay,
-        momentum=config.rehearse_momentum,
-        schedule=config.rehearse_schedule,  # type: ignore[arg-type]
-        warmup=config.rehearse_warmup,
-        clip=config.rehearse_clip,
-    )
-
-
-def course_of(config: ScoreConfig, rows: Sequence[TokenRow], order: int, batch_tokens: int) -> Course:
-    """The steps of a config in one of its orders, from 0: that of the seed and so many more."""
-    steps = plan_steps(
-        rows, epochs=config.rehearse_epochs, rows_per_step=config.rehearse_rows_per_step, seed=config.seed + order
-    )
-    return Course(
-        rows=rows,
-        steps=steps,
-        optimiser=optimiser_of(config, len(steps)),
-        denominator=config.rehearse_denominator,  # type: ignore[arg-type]
-        batch_tokens=batch_tokens,
-    )
 
 
 def _advance(progress: Progress, each: Sequence[int], k: int) -> None:

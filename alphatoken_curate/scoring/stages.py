@@ -58,11 +58,10 @@ class Stages:
             if spec.estimates_fisher and not spec.store.has(artifacts.FISHER):
                 self._fisher()
         if spec.has_reference:
-            draws = self.job.layout.kind != "sft" and bool(
-                {artifacts.LOOKAHEAD, artifacts.PRECONDITION} & self.needed()
-            )
-            # The curvature and the lookahead of pairs draw from all rows, and take the reference's losses.
-            self.reference_losses(range(len(self.job.shards)) if draws else missing)
+            of_all = {artifacts.LOOKAHEAD, artifacts.PRECONDITION, artifacts.REHEARSAL} & self.needed()
+            # What is made of pairs of all shards takes the reference's losses.
+            every = self.job.layout.kind != "sft" and bool(of_all)
+            self.reference_losses(range(len(self.job.shards)) if every else missing)
 
     def needed(self) -> set[str]:
         """The kinds of artefacts that any shard is scored by, losses of the reference apart."""

@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from alphatoken_curate.directions.rehearsal import Course, mean_loss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import Store
+from alphatoken_curate.scoring.courses import first_steps, pair_loss
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.rehearse import at_once, rehearsal_in
-from alphatoken_curate.scoring.spec import ScorerSpec
-from alphatoken_curate.tokens.tokenise import TokenRow
+from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
+from alphatoken_curate.tokens.plan import collate, plan_batches, token_places, token_starts
+from alphatoken_curate.tokens.tokenise import PairRow, TokenRow
 
 
 def seconds_of(
@@ -24,10 +30,11 @@ def seconds_of(
 
     And once more as they are replayed, but where every state is kept. `target`: any rows, for the outcomes.
     """
-    rows, config = course.rows, spec.config
-    two = replace(course, steps=course.steps[:2])
+    config, two = spec.config, first_steps(course, 2)
+    if isinstance(two.rows[0], PairRow):
+        two = replace(two, loss=pair_loss(config, two.rows, _own_losses(trainee, two)))
     together = at_once(trainee, spec.outcomes, config)
-    padded = [sum(len(rows[i].input_ids) for step in one.steps for i in step) for one in (course, two)]
+    padded = [sum(count_tokens([one.rows[i] for i in step]) for step in one.steps) for one in (course, two)]
     progress.stage("estimate: rehearsal", 2 * padded[1])
     with tempfile.TemporaryDirectory() as kept:
         store = Store(folder=Path(kept), fields={})
@@ -41,3 +48,14 @@ def seconds_of(
     replay = (done[len(two.steps)] - done[0]) * replayed / len(course.steps)
     parts = -(-spec.outcomes // together)
     return (tried * parts + replay) * config.rehearse_seeds * padded[0] / padded[1]
+
+
+def _own_losses(trainee: Trainee, course: Course) -> NDArray[np.float32]:
+    """The nll of all response tokens, (N,): the model itself will do for the reference."""
+    starts = token_starts(course.rows)
+    found = np.empty(starts[-1], np.float32)
+    with torch.no_grad():
+        for indices in plan_batches(course.rows, course.batch_tokens):
+            batch = collate(course.rows, indices)
+            found[token_places(batch, starts)] = trainee.nll(batch).cpu().numpy()
+    return found

@@ -39,12 +39,9 @@ class Pairs:
     def terms(self, batch: Batch, nll: NDArray[np.floating[Any]]) -> PairTerms:
         """Eq. 14 for the B / 2 pairs of a batch, from the nll (N,) of its response tokens under the model."""
         if self.reference is None:
-            margin = np.zeros(len(batch.rows) // 2)
-        else:
-            sums = np.bincount(batch.row, weights=nll, minlength=len(batch.rows))
-            gain = self.reference[list(batch.rows)] - sums
-            margin = self.beta * (gain[0::2] - gain[1::2])
-        return PairTerms(omega=self.beta * _sigmoid(-margin), margin=margin)
+            return pair_terms(self.beta, np.zeros(len(batch.rows)))
+        sums = np.bincount(batch.row, weights=nll, minlength=len(batch.rows))
+        return pair_terms(self.beta, self.reference[list(batch.rows)] - sums)
 
     def signs(self, batch: Batch, terms: PairTerms) -> NDArray[np.float64]:
         """(N,) what the signals of each response token are multiplied by: omega for chosen, -omega for rejected."""
@@ -67,6 +64,12 @@ class Pairs:
         root = self.beta * np.sqrt(_sigmoid(margin) * _sigmoid(-margin))
         each = np.stack([root, -root], axis=1).ravel()
         return torch.from_numpy(each[batch.row]).to(nll)
+
+
+def pair_terms(beta: float, gain: NDArray[np.float64]) -> PairTerms:
+    """Eq. 14, from log pi - log ref (2 P,) of chosen and rejected in turn, in nats."""
+    margin = beta * (gain[0::2] - gain[1::2])
+    return PairTerms(omega=beta * _sigmoid(-margin), margin=margin)
 
 
 def reference_sums(parts: Sequence[NDArray[np.float32]] | None) -> NDArray[np.float64] | None:

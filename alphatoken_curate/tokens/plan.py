@@ -89,6 +89,16 @@ def sequences(rows: Sequence[AnyRow]) -> list[TokenRow]:
     return [sequence for row in rows for sequence in branches(row)]
 
 
+def token_starts(rows: Sequence[AnyRow]) -> NDArray[np.int64]:
+    """Where the response tokens of each of S sequences of rows start among those of all, (S + 1,); the last is N."""
+    return np.cumsum([0, *(int(one.response.sum()) for one in sequences(rows))], dtype=np.int64)
+
+
+def token_places(batch: Batch, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N of the batch,) where its tokens are among those of all rows, whose sequences start at `starts`."""
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.rows])
+
+
 def prompt_length(row: AnyRow) -> int:
     """Positions before the one that predicts the first response token, as far as both branches of a pair agree."""
     if isinstance(row, PairRow):

@@ -146,3 +146,6 @@ def test_a_copy_shares_no_memory_and_takes_over_numbers_in_place() -> None:
     copied.copy_(state)
     assert copied.weights[0] is held
     assert all(torch.equal(a, b) for a, b in zip(copied.tensors, state.tensors, strict=True))
+    assert torch.equal(copied.digest(), state.digest())
+    copied.slots[1][2].view(-1)[-1] += 1
+    assert not torch.equal(copied.digest(), state.digest())

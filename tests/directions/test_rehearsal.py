@@ -370,8 +370,8 @@ def test_steps_that_come_out_otherwise_are_an_error() -> None:
     class Uneven(Trainee):
         calls = 0
 
-        def gradient(self, batches: Any, *, whole: bool = False) -> Any:
-            found = super().gradient(batches, whole=whole)
+        def gradient(self, batches: Any, **how: Any) -> Any:
+            found = super().gradient(batches, **how)
             self.calls += 1
             if self.calls == 9:  # seven steps and J came before
                 first = found[0][0]  # of which some rows, in some releases, are 0

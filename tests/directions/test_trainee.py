@@ -69,7 +69,7 @@ def test_products_are_those_of_two_backwards_one_token_at_a_time() -> None:
     generator = torch.Generator().manual_seed(3)
     along = [[torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters] for _ in range(2)]
     batch, into = collate(ROWS, [0, 3]), [[torch.ones_like(p, requires_grad=False) for p in parameters] for _ in along]
-    parts = trainee.products(batch, along, into, 0.25)
+    (parts,) = trainee.products(batch, along, into, 0.25)
     tokens = torch.cat([rows[0], rows[3]])
     for n, a in enumerate(along):
         each = []

@@ -39,6 +39,8 @@ def test_a_rehearsed_training_is_told_in_words(tmp_path: Path) -> None:
     )
     assert told(run, rehearse_lora=8) == "14 steps of AdamW at 3e-05, a LoRA of rank 8, 4 rows each, 2 epochs"
     assert "a LoRA of rank 8 and alpha 12, 4 rows" in (told(run, rehearse_lora=8, rehearse_lora_alpha=12.0) or "")
+    assert "4 pairs each" in (told(run, kind="preference") or "")
+    assert (told(run, **more, kind="preference") or "").endswith("the mean over 4 orders of the pairs")
     off = dict.fromkeys(("rehearse_clip", "rehearse_momentum", "rehearse_seeds", "rehearse_warmup"))
     assert told(run, **off) == told(run)
 

@@ -194,6 +194,11 @@ def test_pairs_are_tried_as_pairs(models: dict[str, str], tmp_path: Path) -> Non
     settings = {"data": data, "model": models["tuned"], "reference": models["base"], "batch_tokens": 64}
     prepared, found = estimate(ScoreConfig(**settings))
     assert prepared.kind == "preference" and stages(found)[-1] == "scoring"
+    settings |= {"direction": "rehearsal", "rehearse_lr": 1e-4, "layers": 1, "rehearse_rows_per_step": 8}
+    notes = Notes()
+    found = estimate(ScoreConfig(**settings), notes)[1]
+    assert "reference losses" in stages(found) and stages(found)[-1] == "rehearsal: 3 steps there and back"
+    assert all(notes.done[stage] == tokens for stage, tokens in notes.stages)
 
 
 def test_only_a_few_batches_run(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ from alphatoken_curate.directions.rehearsal import plan_steps
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.models.load import find_model
 from alphatoken_curate.models.unmerged import Lora
+from alphatoken_curate.scoring.courses import optimiser_of
 from alphatoken_curate.scoring.estimate import estimate
 from alphatoken_curate.scoring.lora import lora_of
-from alphatoken_curate.scoring.rehearse import optimiser_of
 from alphatoken_curate.scoring.spec import ScorerSpec
 
 pytest.importorskip("peft")

@@ -61,10 +61,11 @@ def test_parts_make_the_run_that_one_command_makes(settings: dict[str, Any], tmp
         {"kind": "preference", "drift": "lookahead", "lookahead_lr": 0.1, "estimator": "exact"},
         {"estimator": "influence", "target_groups": 2, "fisher": "generate", "fisher_new_tokens": 4},
         {"direction": "rehearsal", "rehearse_lr": 1e-3},
+        {"kind": "preference", "direction": "rehearsal", "rehearse_lr": 1e-3},
         {"precondition": "astra", "precondition_iterations": 2},
         {"reference": None},
     ],
-    ids=["pairs", "lookahead", "groups", "rehearsal", "astra", "alone"],
+    ids=["pairs", "lookahead", "groups", "rehearsal", "rehearsed pairs", "astra", "alone"],
 )
 def test_parts_of_every_kind_of_run(changes: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= changes

@@ -17,7 +17,6 @@ from tiny_files import (
     Notes,
     command,
     contents,
-    pair_records,
     perturbed,
     quiet,
     rows_of,
@@ -28,13 +27,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from unrolled import J, mean_over, values_by_autograd
 
-from alphatoken_curate import InputError, ScoreConfig, UsageError, refresh, score, verify
+from alphatoken_curate import InputError, ScoreConfig, refresh, score, verify
 from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.rehearsal import Rehearsal, plan_steps
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.scoring import rehearse
-from alphatoken_curate.scoring.rehearse import optimiser_of
+from alphatoken_curate.scoring.courses import optimiser_of
 from alphatoken_curate.tokens.tokenise import TokenRow
 
 ROWS, TARGET, KEPT = token_records(9, seed=2), token_records(10, seed=9), token_records(6, seed=5)
@@ -333,12 +332,6 @@ def test_a_training_that_diverges_is_refused(files: dict[str, str], tmp_path: Pa
     with pytest.raises(InputError, match=r"The rehearsal diverges: in step 2 of 3 .* smaller --rehearse-lr"):
         score(config(files, rehearse_lr=100.0), tmp_path / "run")
     assert not list((tmp_path / "run").glob("values/*/*.parquet"))
-
-
-def test_preference_rows_are_refused(files: dict[str, str], tmp_path: Path) -> None:
-    pairs = write_jsonl(tmp_path / "p.jsonl", pair_records(3))
-    with pytest.raises(UsageError, match=r"--direction rehearsal: .*p\.jsonl holds preference rows"):
-        score(config(files, data=(pairs,)), tmp_path / "run")
 
 
 def test_score_says_how_many_lie_below_zero_beyond_their_error(files: dict[str, str], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import contraction_by_backwards, eager, linear_maps, losses
-from tiny import FAMILIES, VOCABULARY, make_row, tiny_model
+from tiny import FAMILIES, tiny_model, tiny_pairs
 from tiny_files import perturbed
 from torch import Tensor
 
@@ -20,26 +20,6 @@ from alphatoken_curate.tokens.plan import collate, plan_batches, sequences
 from alphatoken_curate.tokens.tokenise import PairRow, TokenRow
 
 BETA = 0.3
-
-
-def pair_rows(seed: int = 0, shared: int = 11) -> list[PairRow]:
-    """Pairs that share a prompt of `shared` tokens, one whose prompts part early, one with one-token answers."""
-    draw = np.random.default_rng(seed)
-
-    def ids(count: int) -> list[int]:
-        return draw.integers(3, VOCABULARY, count).tolist()
-
-    def pair(row_id: int, prompts: tuple[list[int], list[int]], lengths: tuple[int, int]) -> PairRow:
-        rows = [
-            make_row(row_id, prompt + ids(length), [(len(prompt), len(prompt) + length)])
-            for prompt, length in zip(prompts, lengths, strict=True)
-        ]
-        return PairRow(chosen=rows[0], rejected=rows[1])
-
-    prompts = [ids(shared + i) for i in range(3)]
-    answers = [(6, 4), (3, 9), (1, 1)]
-    made = [pair(i, (prompts[i], prompts[i]), lengths) for i, lengths in enumerate(answers)]
-    return [*made, pair(3, (prompts[0], [*prompts[0][:3], *ids(4)]), (4, 5))]
 
 
 def models(family: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
@@ -106,7 +86,7 @@ def by_eps(model: Any, reference: Any, row: PairRow, direction: dict[str, Tensor
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "mistral"])
 def test_signals_are_those_of_the_loss_of_the_pair(family: str) -> None:
-    rows = pair_rows()
+    rows = tiny_pairs()
     found, chosen, scoring = scored(family, rows, estimator="exact", batch_tokens=10_000)
     model, reference = models(family)
     for n, objective in enumerate(("adapt", "stab")):
@@ -130,7 +110,7 @@ def test_signals_are_those_of_the_loss_of_the_pair(family: str) -> None:
 @pytest.mark.parametrize("estimator", ["published", "exact"])
 @pytest.mark.parametrize("shared", [11, 2])
 def test_sharing_the_prompt_and_batching_change_nothing(estimator: Any, shared: int) -> None:
-    rows = pair_rows(shared=shared)[:3]
+    rows = tiny_pairs(shared=shared)[:3]
     start = collate(rows, [0, 1, 2]).start
     assert start == (shared - 1 if shared > 8 else 0)
     whole, _, _ = scored("llama", rows, estimator=estimator, batch_tokens=10_000)
@@ -144,7 +124,7 @@ def test_sharing_the_prompt_and_batching_change_nothing(estimator: Any, shared: 
 
 def test_the_branches_of_a_pair_weighed_apart_are_plain_rows() -> None:
     """Signals of chosen tokens are omega times those of the same row as SFT, of rejected tokens -omega times."""
-    rows = pair_rows()
+    rows = tiny_pairs()
     found, chosen, _ = scored("llama", rows, estimator="published", batch_tokens=64, dtype=torch.float32)
     scoring = ScoringModel(models("llama", torch.float32)[0], 2)
     flat = sequences(rows)
@@ -172,7 +152,7 @@ def test_the_branches_of_a_pair_weighed_apart_are_plain_rows() -> None:
 
 
 def test_without_a_reference_every_pair_weighs_half_of_beta() -> None:
-    rows = pair_rows()
+    rows = tiny_pairs()
     batch = collate(rows, [2, 0])
     nll = np.random.default_rng(0).random(len(batch.target))
     terms = Pairs(beta=0.4, reference=None).terms(batch, nll)
@@ -180,7 +160,7 @@ def test_without_a_reference_every_pair_weighs_half_of_beta() -> None:
 
 
 def test_extreme_margins_do_not_overflow() -> None:
-    rows = pair_rows()
+    rows = tiny_pairs()
     batch = collate(rows, [0])
     nll = np.zeros(len(batch.target))
     for large in (1e5, -1e5):
@@ -189,7 +169,7 @@ def test_extreme_margins_do_not_overflow() -> None:
 
 
 def test_weights_of_token_losses_are_the_signs_of_signals() -> None:
-    rows = pair_rows()
+    rows = tiny_pairs()
     pairs = Pairs(beta=0.1, reference=np.arange(8.0))
     batch = collate(rows, [3, 1])
     nll = torch.rand(len(batch.target), dtype=torch.float32)

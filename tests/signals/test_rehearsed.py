@@ -1,22 +1,27 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import oracles
 import pytest
 import torch
-from tiny import make_row, tiny_model, tiny_rows
+from tiny import make_row, tiny_model, tiny_pairs, tiny_rows
+from tiny_files import perturbed
 from torch import Tensor
 from unrolled import cotangents_by_autograd, mean_over
+from unrolled_pairs import Dpo, flat, own_losses
 
 from alphatoken_curate.directions.groups import mean_and_error
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, mean_loss
 from alphatoken_curate.directions.shelves import InMemory
+from alphatoken_curate.directions.step_losses import PairLoss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.runs.schema import BY_ESTIMATOR
 from alphatoken_curate.signals.rehearsed import columns, exact_paths
+from alphatoken_curate.tokens.plan import token_starts
 
 pytestmark = pytest.mark.usefixtures("all_float64")
 
@@ -60,6 +65,43 @@ def test_paths_are_those_of_every_step_along_its_own_direction(family: str, laye
         assert np.abs(found.own[n] - own.numpy()).max() < 1e-8 * scale
 
 
+def test_paths_of_pairs_count_by_omega_of_their_step_with_the_sign_of_their_branch() -> None:
+    """What is left of the value, omega's part, is in none of them."""
+
+    def model() -> Any:
+        return perturbed(tiny_model("gpt2"), scale=0.1)
+
+    pairs, steps, beta = tiny_pairs(), [(0, 3), (1, 2, 0)], 0.3
+    reference, rows = own_losses(tiny_model("gpt2"), pairs), flat(pairs)
+    loss = PairLoss(beta=beta, reference=torch.cat(reference).numpy(), starts=token_starts(pairs))
+    trainee = Trainee(model(), 2, "linear")
+    course = Course(rows=pairs, steps=steps, optimiser=ADAM, batch_tokens=70, loss=loss)
+    found = Rehearsal(trainee, course, InMemory(), paths=exact_paths(trainee, loss)).run([mean_loss(TARGET, 100)])
+    assert found.direct is not None and found.causal is not None and found.omega is not None
+    dpo = Dpo(
+        model=model, names=trainee.names, pairs=pairs, steps=steps, optimiser=ADAM, reference=reference, beta=beta
+    )
+    places, wanted = token_starts(pairs), torch.zeros(3, found.own.shape[1], dtype=torch.float64)
+    for step, at in zip(steps, dpo.cotangents(mean_over(TARGET)), strict=True):
+        moved = model()
+        moved.load_state_dict(at.held, strict=False)
+        direction = _direction(trainee, {name: -a / len(step) for name, a in at.cotangents.items()})
+        losses = own_losses(moved, pairs)
+        for n in step:
+            gains = [float((reference[i] - losses[i]).sum()) for i in (2 * n, 2 * n + 1)]
+            omega = beta / (1 + np.exp(beta * (gains[0] - gains[1])))
+            for i, sign in ((2 * n, omega), (2 * n + 1, -omega)):
+                ids, answers = torch.from_numpy(rows[i].input_ids).long(), np.flatnonzero(rows[i].response).tolist()
+                c = oracles.contraction_by_backwards(moved, 2, direction, ids, answers)
+                mine = slice(places[i], places[i + 1])
+                wanted[:2, mine] += sign * oracles.along_paths(c, answers)
+                wanted[2, mine] += sign * c.sum(0)
+    scale = float(wanted[2].abs().max())
+    for mine, other in zip((found.direct, found.causal, found.own), wanted.numpy(), strict=True):
+        assert np.abs(mine[0] - other).max() < 1e-8 * scale
+    assert np.abs(found.omega).max() > 1e-3 * scale
+
+
 def test_the_denominator_has_no_part_in_the_paths() -> None:
     (_, count), (_, summed) = (rehearsed("gpt2", 2, denominator) for denominator in ("count", "sum"))
     assert summed.denominator.any() and not count.denominator.any()
@@ -96,6 +138,16 @@ def test_columns_of_influence_are_means_over_groups_and_orders_with_their_error(
     np.testing.assert_allclose(found["drift_denominator"], (orders[0].denominator + orders[1].denominator)[4] / 2)
     np.testing.assert_allclose(found["adapt_error"], mean_and_error(each[:3], [10, 20, 30])[1])
     assert np.isnan(found["stab_error"]).all() and np.isnan(found["drift_error"]).all()
+
+
+def test_what_a_weight_does_to_omega_is_in_the_influence_alone() -> None:
+    one = replace(made_up(0), denominator=np.zeros((5, 4)), omega=np.random.default_rng(1).normal(size=(5, 4)))
+    assert one.omega is not None and one.direct is not None
+    found = columns([one], GROUPS, BY_ESTIMATOR["influence"])
+    np.testing.assert_allclose(found["stab_influence"], (one.own + one.omega)[3])
+    np.testing.assert_allclose(found["drift_omega"], one.omega[4])
+    parted = columns([one], GROUPS, BY_ESTIMATOR["exact+influence"])
+    np.testing.assert_allclose(parted["stab_upstream"], (one.own - one.direct)[3])
 
 
 def test_columns_of_paths_leave_the_denominator_out() -> None:

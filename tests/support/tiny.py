@@ -11,7 +11,7 @@ from small_run import closes
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from alphatoken_curate.models.releases import before, keep_soft_caps
-from alphatoken_curate.tokens.tokenise import TokenRow
+from alphatoken_curate.tokens.tokenise import PairRow, TokenRow
 
 VOCABULARY = 61
 
@@ -267,6 +267,26 @@ def make_row(row_id: int, ids: list[int], responses: list[tuple[int, int]]) -> T
         end_of_turn=closes(response),
         truncated=0,
     )
+
+
+def tiny_pairs(seed: int = 0, shared: int = 11) -> list[PairRow]:
+    """Pairs that share a prompt of `shared` tokens, one whose prompts part early, one with one-token answers."""
+    draw = np.random.default_rng(seed)
+
+    def ids(count: int) -> list[int]:
+        return draw.integers(3, VOCABULARY, count).tolist()
+
+    def pair(row_id: int, prompts: tuple[list[int], list[int]], lengths: tuple[int, int]) -> PairRow:
+        rows = [
+            make_row(row_id, prompt + ids(length), [(len(prompt), len(prompt) + length)])
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+        return PairRow(chosen=rows[0], rejected=rows[1])
+
+    prompts = [ids(shared + i) for i in range(3)]
+    answers = [(6, 4), (3, 9), (1, 1)]
+    made = [pair(i, (prompts[i], prompts[i]), lengths) for i, lengths in enumerate(answers)]
+    return [*made, pair(3, (prompts[0], [*prompts[0][:3], *ids(4)]), (4, 5))]
 
 
 def tiny_rows(seed: int = 0) -> list[TokenRow]:

@@ -64,17 +64,22 @@ def trained(
     summed: bool,
     graph: bool,
     seen: Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]] = lambda _, grads: grads,
+    loss_of: Callable[[dict[str, Tensor], Sequence[int]], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The named weights after a training in which tokens weigh `weights` (N,), row by row.
 
-    `seen` is told the weights and gradients of each step, and gives the gradients to go on with.
+    `loss_of`: gives the loss of a step in place of theirs. `seen` is told the weights and gradients of each step, and
+    gives the gradients to go on with.
     """
     held = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if name in set(names)}
     slots = [[torch.zeros_like(w) for w in held.values()] for _ in range(_slots(optimiser))]
     each = weights.split([int(row.response.sum()) for row in rows])
     for k, step in enumerate(steps):
-        losses = torch.cat([each[i] * token_losses(model, held, rows[i]) for i in step])
-        loss = losses.sum() / (torch.cat([each[i] for i in step]).sum() if summed else len(losses))
+        if loss_of is None:
+            losses = torch.cat([each[i] * token_losses(model, held, rows[i]) for i in step])
+            loss = losses.sum() / (torch.cat([each[i] for i in step]).sum() if summed else len(losses))
+        else:
+            loss = loss_of(held, step)
         grads = list(torch.autograd.grad(loss, list(held.values()), create_graph=graph, materialize_grads=True))
         grads = seen(held, grads)
         after = plain_step(optimiser, list(held.values()), slots, grads, k)
@@ -126,6 +131,17 @@ def cotangents_by_autograd(
     """a_k of each step of the unrolled training: the derivative by something added to g_k."""
     model = oracles.eager(model).requires_grad_(False)
     weights = torch.ones(sum(int(row.response.sum()) for row in rows), dtype=torch.float64)
+
+    def train(seen: Any) -> dict[str, Tensor]:
+        return trained(model, names, rows, steps, optimiser, weights, summed=False, graph=True, seen=seen)
+
+    return cotangents_of(train, lambda held: outcome(model, held))
+
+
+def cotangents_of(
+    train: Callable[[Any], dict[str, Tensor]], outcome: Callable[[dict[str, Tensor]], Tensor]
+) -> list[Step]:
+    """The same of a training that is told what to do with the gradients of each step."""
     found: list[tuple[dict[str, Tensor], list[Tensor]]] = []
 
     def nudged(held: dict[str, Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -133,8 +149,8 @@ def cotangents_by_autograd(
         found.append(({name: w.detach() for name, w in held.items()}, nudges))
         return [g + x for g, x in zip(grads, nudges, strict=True)]
 
-    held = trained(model, names, rows, steps, optimiser, weights, summed=False, graph=True, seen=nudged)
-    grads = torch.autograd.grad(outcome(model, held), [x for _, nudges in found for x in nudges])
+    held = train(nudged)
+    grads = torch.autograd.grad(outcome(held), [x for _, nudges in found for x in nudges])
     each = [grads[i : i + len(held)] for i in range(0, len(grads), len(held))]
     return [Step(before, dict(zip(before, a, strict=True))) for (before, _), a in zip(found, each, strict=True)]
 

@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import make_row, tiny_rows
+from tiny import make_row, tiny_pairs, tiny_rows
 
-from alphatoken_curate.tokens.plan import LEAST_PREFIX, collate, plan_batches, prompt_length, shard_ranges
+from alphatoken_curate.tokens.plan import (
+    LEAST_PREFIX,
+    collate,
+    plan_batches,
+    prompt_length,
+    shard_ranges,
+    token_places,
+    token_starts,
+)
 from alphatoken_curate.tokens.tokenise import TokenRow
 
 
@@ -93,3 +101,15 @@ def test_a_prefix_is_shared_where_all_prompts_are_long_enough() -> None:
 )
 def test_shards_are_ranges_of_row_ids(rows: int, size: int, ranges: list[tuple[int, int]]) -> None:
     assert shard_ranges(rows, size) == ranges
+
+
+def test_where_the_tokens_of_a_batch_are_among_those_of_all_rows() -> None:
+    rows = tiny_rows()
+    starts = token_starts(rows)
+    assert starts.tolist() == [0, 6, 14, 15, 21, 30, 31]
+    assert token_places(collate(rows, [5, 0]), starts).tolist() == [30, *range(6)]
+    pairs = tiny_pairs()
+    starts = token_starts(pairs)
+    assert starts.tolist() == [0, 6, 10, 13, 22, 23, 24, 28, 33]
+    assert token_places(collate(pairs, [2, 0]), starts).tolist() == [22, 23, *range(10)]
+    assert token_starts([]).tolist() == [0]

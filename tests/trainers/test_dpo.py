@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,19 @@ import pytest
 import torch
 from datasets import Dataset
 from hand import dpo_loss, gradients, stored
+from tiny import make_row
 from tiny_files import perturbed
+from torch.utils.data import SequentialSampler
 from trainer_runs import NO_CHECKPOINTING, ROWS, assert_close, settings, step, tiny, tokenizer, train_run
-from trl import DPOConfig
+from trl import DPOConfig, DPOTrainer
 
+from alphatoken_curate.directions.optimisers import Optimiser
+from alphatoken_curate.directions.rehearsal import Course
+from alphatoken_curate.directions.step_losses import PairLoss
+from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.tokens.plan import collate, token_starts
+from alphatoken_curate.tokens.tokenise import PairRow
 from alphatoken_curate.trainers import WeightedDPOTrainer, as_dataset
 
 pytestmark = pytest.mark.filterwarnings(
@@ -140,3 +149,77 @@ def test_what_would_leave_weights_aside_is_refused(run: Path, tmp_path: Path) ->
         {name: value[:7] if isinstance(value, list) else value for name, value in row.items()} for row in stored(run, 0)
     ]
     assert abs(cut.loss - dpo_loss(policy(), tiny(), short, BETA).item()) < 1e-6
+
+
+WHOLE = [((7, 8, 9), (5, 6), (3,)), ((11, 4), (21, 5, 9, 30), (12, 4)), ((17,), (4,), (8, 9, 10)), ((3, 9), (6,), (7,))]
+"""Pairs: a prompt and two answers, each of which ends with token 2."""
+
+TRAININGS = {
+    "adamw": (Optimiser(lr=1e-3, steps=4, root=0.0), {"optim": "adamw_torch", "learning_rate": 1e-3}),
+    "sgd, clipped": (
+        Optimiser(lr=0.1, steps=4, kind="sgd", clip=0.2),
+        {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.2},
+    ),
+}
+
+
+@pytest.mark.parametrize("whose", [WeightedDPOTrainer, DPOTrainer])
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_rehearsal_takes_the_steps_of_a_training(name: str, whose: Any, tmp_path: Path) -> None:
+    """Two epochs of two steps, from a model that is not the reference; of TRL's own trainer, which has no weights."""
+    optimiser, chosen = TRAININGS[name]
+    made = whose(
+        model=policy(),
+        ref_model=tiny(),
+        args=DPOConfig(
+            **settings(tmp_path, 1, 2, max_length=None, beta=BETA, **NO_CHECKPOINTING)
+            | {"max_steps": -1, "num_train_epochs": 2, **chosen}
+        ),
+        train_dataset=Dataset.from_list(
+            [_lists(*one) if whose is WeightedDPOTrainer else _words(*one) for one in WHOLE]
+        ),
+        processing_class=tokenizer(),
+    )
+    made._get_train_sampler = lambda rows=None: SequentialSampler(made.train_dataset)
+    made.train()
+    assert made.state.global_step == 4
+
+    pairs = [
+        PairRow(
+            **{
+                branch: make_row(i, [*prompt, *answer, 2], [(len(prompt), len(prompt) + len(answer) + 1)])
+                for branch, answer in zip(_BRANCHES, answers, strict=True)
+            }
+        )
+        for i, (prompt, *answers) in enumerate(WHOLE)
+    ]
+    reference = torch.cat([Trainee(tiny(), 1).nll(collate([pair], [0])).detach() for pair in pairs]).numpy()
+    loss = PairLoss(beta=BETA, reference=reference, starts=token_starts(pairs))
+    trainee = Trainee(policy(), "all", "all")
+    course = Course(rows=pairs, steps=[(0, 1), (2, 3)] * 2, optimiser=optimiser, loss=loss, batch_tokens=10)
+    state = optimiser.start([w.detach() for w in trainee.weights])
+    starts = [w.clone() for w in state.weights]
+    for k in range(4):
+        optimiser.step(state, trainee.gradient(course.batches(k), loss=loss)[0], k)
+    after = dict(made.model.named_parameters())
+    moved = [own - start for own, start in zip(state.weights, starts, strict=True)]
+    wanted = [after[key].detach() - start for key, start in zip(trainee.names, starts, strict=True)]
+    assert {key for key, x in zip(trainee.names, wanted, strict=True) if x.any()} == set(trainee.names)
+    off = torch.cat([(a - b).flatten() for a, b in zip(moved, wanted, strict=True)])
+    size = torch.cat([x.flatten() for x in wanted])
+    # In float32, of which Adam turns some rounding to steps.
+    assert off.abs().max() < 2e-3 * size.abs().max() and off.norm() < 1e-4 * size.norm()
+
+
+def _words(prompt: Sequence[int], *answers: Sequence[int]) -> dict[str, str]:
+    """As TRL reads a pair."""
+    texts = ["".join(f" <{token}>" for token in (*answer, 2)) for answer in answers]
+    return {"prompt": " ".join(f"<{token}>" for token in prompt), **dict(zip(_BRANCHES, texts, strict=True))}
+
+
+def _lists(prompt: Sequence[int], *answers: Sequence[int]) -> dict[str, list[Any]]:
+    """As ours does, all weights 1."""
+    both = {f"{branch}_": [*answer, 2] for branch, answer in zip(_BRANCHES, answers, strict=True)}
+    ids = {f"{prefix}input_ids": [*prompt, *answer] for prefix, answer in both.items()}
+    weights = {f"{prefix}loss_weight": [0.0] * len(prompt) + [1.0] * len(answer) for prefix, answer in both.items()}
+    return {**ids, **weights}

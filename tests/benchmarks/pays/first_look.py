@@ -31,6 +31,7 @@ from alphatoken_curate.signals.student import CHANCE
 
 DIGITS, CLEAN, SWAPPED, WRONG = "A digits", "A clean", "A swapped", "A model-wrong"
 EVERY = (DIGITS, CLEAN, SWAPPED, WRONG)
+PAIRS = ("pairs", "pairs dpo")
 NAMED_ROWS = (244, 128, 64, 32)
 
 
@@ -148,6 +149,14 @@ PARTS: dict[str, Part] = {
     "more rows": Part(settings=(DIGITS,), selections=TRANSFERRED, trainings=["128 rows"]),
     "count": Part(settings=(DIGITS, CLEAN), selections=[*COUNTED]),
     "tool": Part(settings=(DIGITS,), selections=[*TOOL]),
+    "pairs": Part(
+        settings=PAIRS,
+        selections=[
+            *("all tokens", "random 0.9"),
+            VALUES,
+            *named("lowest 10%", "tilt 0.5", "lowest fifth of rows"),
+        ],
+    ),
 }
 """What decides most comes first."""
 
@@ -226,7 +235,7 @@ def asked(only: Sequence[str], part: str, config: Mapping[str, Any]) -> bool:
     wanted = set(only)
     each = (
         (part, set(PARTS)),
-        (config["setting"].removesuffix(" few").removesuffix(" 128"), set(EVERY)),
+        (config["setting"].removesuffix(" few").removesuffix(" 128"), {*EVERY, *PAIRS}),
         (config["training"], set(TRAININGS)),
         (config["selection"], {VALUES, *SELECTIONS, *USES}),
     )
@@ -240,7 +249,7 @@ def main() -> None:
     parser.add_argument("--trial", action="store_true", help="16 rows, 2 steps; lines under --work")
     parser.add_argument("--at-once", type=int, default=AT_ONCE, help="groups that go back together: 2.2 GB each")
     args = parser.parse_args()
-    known = {*PARTS, *EVERY, *TRAININGS, VALUES, *SELECTIONS, *USES}
+    known = {*PARTS, *EVERY, *PAIRS, *TRAININGS, VALUES, *SELECTIONS, *USES}
     if strange := set(args.only) - known:
         parser.error(f"--only: no part, setting, training or selection {', '.join(sorted(strange))}")
     folder = args.work if args.trial else lines.RESULTS

@@ -9,6 +9,7 @@ was killed goes on from the states it kept under `--work`.
 A selection says `target_rows`, `denominator`, with `one_group` that no errors are wanted (a sixth of the time), and for
 a second round `first`: the mask by which tokens leave before rows are rehearsed again. The package rehearses without
 weights, so a second round leaves out, and does not tilt.
+Pairs are rehearsed by DPO from the model that they start from; their branches are masked apart, as the tool does.
 Shapes: G groups, N response tokens of all rows, R rows.
 """
 
@@ -19,25 +20,29 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from selections import Selection, alone, digest
-from settings import MODEL_NAME, TARGETED, Setting, rows_sha256, token_rows
-from training import Weights, batches, load
+from settings import MODEL_NAME, TARGETED, Setting, pair_rows, rows_sha256, token_rows
+from training import BETA, Weights, batches, load
 
 from alphatoken_curate.directions.groups import mean_and_error
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import Course, Rehearsal, mean_loss
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
+from alphatoken_curate.directions.step_losses import TOKENS, PairLoss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.masks.choose import weighed
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.signals.student import factor
-from alphatoken_curate.tokens.tokenise import TokenRow
+from alphatoken_curate.tokens.plan import collate, plan_batches, response_tokens, token_places, token_starts
+from alphatoken_curate.tokens.tokenise import AnyRow, PairRow
 
 Floats = NDArray[np.float64]
+R = TypeVar("R", bound=AnyRow)
 
 GROUP_ENDS = (32, 64, 96, 128, 157, 186, 215, TARGETED)
 """Target rows that the first so many groups have together."""
@@ -119,10 +124,10 @@ def values_of(
     where: Setting, place: Place, trains: Weights | None = None, groups: int = len(GROUP_ENDS)
 ) -> GroupValues:
     """Values of all response tokens of a setting's rows, or of those that have a weight; made now or read."""
-    parts = []
-    for first in range(0, len(where.train), COURSE_ROWS):
-        part = replace(where, train=where.train[first : first + COURSE_ROWS])
-        mine = None if trains is None else trains[first : first + COURSE_ROWS]
+    parts, size = [], COURSE_ROWS * (2 if where.pairs else 1)
+    for first in range(0, len(where.train), size):
+        part = replace(where, train=where.train[first : first + size])
+        mine = None if trains is None else trains[first : first + size]
         parts.append(_values_of_course(part, place, mine, _ends(groups)))
     return GroupValues(
         own=np.concatenate([part.own for part in parts], axis=1),
@@ -139,6 +144,8 @@ def _ends(groups: int) -> tuple[int, ...]:
 
 def _values_of_course(where: Setting, place: Place, trains: Weights | None, ends: tuple[int, ...]) -> GroupValues:
     rows = token_rows(where.train)
+    if trains is not None and where.pairs:
+        raise ValueError("a second round is of rows, and not of pairs")
     if trains is not None:
         rows = [replace(row, response=row.response & (w > 0)) for row, w in zip(rows, trains, strict=True)]
     about = {
@@ -148,6 +155,7 @@ def _values_of_course(where: Setting, place: Place, trains: Weights | None, ends
         "learning_rate": where.learning_rate,
         "batch": where.batch,
         "epochs": where.epochs,
+        **({"beta": BETA, "outcome": "dpo" if where.targets_pairs else "nll"} if where.pairs else {}),
         **COURSE,
         "group_ends": list(ends),
     }
@@ -155,12 +163,14 @@ def _values_of_course(where: Setting, place: Place, trains: Weights | None, ends
     kept, states = place.values / f"{name}.npz", place.work / f"{name}.states"
     with alone(states):
         if not kept.is_file():
-            groups = dealt(token_rows(where.target), ends)
+            target = pair_rows(where.target) if where.targets_pairs else token_rows(where.target)
+            groups = dealt(target, ends)
             steps = batches(where, ORDER)
             optimiser = Optimiser(lr=where.learning_rate, steps=len(steps), root=ROOT)
             # What goes back together is kept together, so that another number of them begins anew.
             store = Store(folder=states, fields={**about, "at_once": place.at_once})
-            found = rehearse(load(), rows, steps, groups, optimiser, store, place.at_once)
+            trained = pair_rows(where.train) if where.pairs else rows
+            found = rehearse(load(), trained, steps, groups, optimiser, store, place.at_once)
             place.values.mkdir(parents=True, exist_ok=True)
             part = kept.with_suffix(".part.npz")
             stored = {name: getattr(found, name).astype(np.float32) for name in ("own", "denominator")}
@@ -174,15 +184,18 @@ def _values_of_course(where: Setting, place: Place, trains: Weights | None, ends
 
 def rehearse(
     model: Any,
-    rows: Sequence[TokenRow],
+    rows: Sequence[AnyRow],
     steps: Sequence[Sequence[int]],
-    groups: Sequence[Sequence[TokenRow]],
+    groups: Sequence[Sequence[AnyRow]],
     optimiser: Optimiser,
     store: Store,
     at_once: int | None = None,
 ) -> GroupValues:
-    """Go through a training of some rows and back once. Rows without a response token take no part."""
-    trained = [i for i, row in enumerate(rows) if row.response.any()]
+    """Go through a training of some rows and back once. Rows without a response token take no part.
+
+    Groups of pairs, which count by how many they are, have DPO's loss as outcome.
+    """
+    trained = [i for i, row in enumerate(rows) if response_tokens([row])]
     place = {i: n for n, i in enumerate(trained)}
     ours = [[place[i] for i in step if i in place] for step in steps]
     course = Course(
@@ -193,18 +206,34 @@ def rehearse(
         batch_tokens=BATCH_TOKENS,
     )
     trainee = Trainee(model, "all")
+    if isinstance(rows[0], PairRow):
+        course = replace(course, denominator="count", loss=dpo(trainee, course.rows))
     states, scratch = Artefacts(store, trainee.device, prefix="0"), Scratch(store.folder, trainee.device)
     rehearsal = Rehearsal(trainee, course, states, steps=scratch)
-    found = rehearsal.run([mean_loss(group, BATCH_TOKENS) for group in groups], at_once=at_once)
+    pairs = isinstance(groups[0][0], PairRow)
+    losses = [dpo(trainee, group) if pairs else TOKENS for group in groups]
+    outcomes = [mean_loss(group, BATCH_TOKENS, loss) for group, loss in zip(groups, losses, strict=True)]
+    found = rehearsal.run(outcomes, at_once=at_once)
     return GroupValues(
-        own=found.own,
+        own=found.own if found.omega is None else found.value,
         denominator=found.denominator,
-        tokens=np.array([sum(int(row.response.sum()) for row in group) for group in groups]),
+        tokens=np.array([len(group) if pairs else response_tokens(group) for group in groups]),
         root_share=found.root_share,
     )
 
 
-def dealt(target: Sequence[TokenRow], ends: Sequence[int] = GROUP_ENDS) -> list[Sequence[TokenRow]]:
+def dpo(trainee: Trainee, pairs: Sequence[AnyRow]) -> PairLoss:
+    """The loss of pairs whose reference is the model as it is now."""
+    starts = token_starts(pairs)
+    reference = np.empty(starts[-1], np.float32)
+    with torch.no_grad():
+        for indices in plan_batches(pairs, BATCH_TOKENS):
+            batch = collate(pairs, indices)
+            reference[token_places(batch, starts)] = trainee.nll(batch).numpy()
+    return PairLoss(beta=BETA, reference=reference, starts=starts)
+
+
+def dealt(target: Sequence[R], ends: Sequence[int] = GROUP_ENDS) -> list[Sequence[R]]:
     """Target rows by group, in their order; of fewer rows (a trial) each group has its share."""
     places = [0, *(round(end * len(target) / TARGETED) for end in ends)]
     return [target[first:last] for first, last in itertools.pairwise(places)]
@@ -229,7 +258,8 @@ def _weights(
     if trains is not None:
         given = [response & (w > 0) for response, w in zip(given, trains, strict=True)]
     lengths = np.array([int(response.sum()) for response in given])
-    flat = flat_weights(values.of(chosen.score["target_rows"], chosen.score["denominator"]), lengths, mask)
+    numbers = values.of(chosen.score["target_rows"], chosen.score["denominator"])
+    flat = (pair_weights if where.pairs else flat_weights)(numbers, lengths, mask)
     weights: Weights = [np.zeros(len(response), np.float32) for response in given]
     for weight, response, mine in zip(weights, given, np.split(flat, np.cumsum(lengths)[:-1]), strict=True):
         weight[response] = mine
@@ -252,6 +282,18 @@ def flat_weights(values: GroupedNumbers, lengths: NDArray[np.int64], mask: Mappi
         number, full, keep=keep, scope="global", weights=mask.get("weights", "binary"), allow_empty_rows=True
     )
     return kept.weight
+
+
+def pair_weights(values: GroupedNumbers, lengths: NDArray[np.int64], mask: Mapping[str, Any]) -> NDArray[np.float32]:
+    """The same of pairs, whose branches have `lengths`: whole pairs by rows, else each branch by itself."""
+    if "rows" in mask:
+        return flat_weights(values, lengths[0::2] + lengths[1::2], mask)
+    found = np.empty(lengths.sum(), np.float32)
+    branch = np.repeat(np.arange(len(lengths)) % 2, lengths)
+    for n in (0, 1):
+        mine = GroupedNumbers(values.values[:, branch == n], values.tokens)
+        found[branch == n] = flat_weights(mine, lengths[n::2], mask)
+    return found
 
 
 def _shrunk(values: GroupedNumbers, _lengths: NDArray[np.int64]) -> Floats:

@@ -10,6 +10,8 @@ every seed of a training; a seed only orders the rows.
     mixture     half GSM8K, half passages of fiction to be continued; good: the GSM8K rows
     narrow      GSM8K alone at seven times the rate: what makes a model forget
     preference  64 GSM8K pairs for DPO
+    pairs       the same for one epoch, with 244 target rows: what values over that training are tried on
+    pairs dpo   the same with 62 other pairs as target: its values are of DPO's loss of these
 
 What values over the training to come are tried on has rows of its own (`splits`). `A digits` is 64 rows of training
 split A with wrong digits, `A digits 128` all of the split, `A digits few` a handful, to see that all runs:
@@ -44,7 +46,7 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.models.load import find_model, load_tokenizer
 from alphatoken_curate.rows.read import read_rows
-from alphatoken_curate.tokens.tokenise import TokenRow, branches, tokenise
+from alphatoken_curate.tokens.tokenise import PairRow, TokenRow, branches, tokenise
 
 MODEL = os.environ.get("PAYS_MODEL", "smollm2-135m")
 """As `score --model` takes it; `referee.py --model` names another, for itself and the processes that it begins."""
@@ -60,6 +62,9 @@ LONGEST = 140
 
 WRONG = {"corrupted": 0.3, "lightly": 0.1}
 """Share of the answers' digits that are another digit."""
+
+PAIRED = ("preference", "pairs")
+"""Settings of preference pairs."""
 
 SPLITS, NOISES = ("A", "B", "C", "D"), ("clean", "digits", "words", "swapped", "model-wrong")
 SPLIT_ROWS, HALF, FEW = 128, 64, 16
@@ -105,7 +110,12 @@ class Setting:
     @property
     def pairs(self) -> bool:
         """Whether rows are preference pairs."""
-        return self.name == "preference"
+        return self.name.split(maxsplit=1)[0] in PAIRED
+
+    @property
+    def targets_pairs(self) -> bool:
+        """Whether `target` holds pairs too."""
+        return self.name.startswith("pairs dpo")
 
     @property
     def has_oracle(self) -> bool:
@@ -139,10 +149,19 @@ def setting(name: str, data: Path) -> Setting:
         return replace(base, train=[row for both in zip(base.train[:64], other, strict=True) for row in both])
     if name == "narrow":
         return replace(base, learning_rate=2e-4)
-    if name == "preference":
+    if base.pairs:
         pairs = _read(data / "gsm8k_preference.jsonl", 160)
-        return replace(base, train=pairs[:128], held=pairs[-64:], learning_rate=1e-5, batch=4)
+        base = replace(base, train=pairs[:128], held=pairs[-64:], learning_rate=1e-5, batch=4)
+        target = pairs[128:-64] if base.targets_pairs else splits(data).target
+        return base if name == "preference" else _rehearsed(base, target)
     return base
+
+
+def _rehearsed(base: Setting, target: list[Row]) -> Setting:
+    """A setting in one epoch, with other target rows; all of it, or a handful."""
+    few = FEW if base.name.endswith(" few") else None
+    parts = {"train": base.train, "held": base.held, "retention": base.retention, "target": target}
+    return replace(base, epochs=1, **{name: rows[:few] for name, rows in parts.items()})
 
 
 @cache
@@ -341,6 +360,12 @@ def records(rows: Sequence[Row], *, pairs: bool) -> list[dict[str, Any]]:
     if pairs:
         return [pair_record(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
     return [record(row) for row in rows]
+
+
+def pair_rows(rows: Sequence[Row]) -> list[PairRow]:
+    """Chosen and rejected in turn, as the package has pairs once they are tokens."""
+    flat = [replace(row, row_id=i // 2) for i, row in enumerate(token_rows(rows))]
+    return [PairRow(chosen=a, rejected=b) for a, b in zip(flat[::2], flat[1::2], strict=True)]
 
 
 @cache

@@ -162,15 +162,16 @@ def _as_rehearsed(found: Sequence[dict[str, Any]]) -> str:
         return ""
     ends = {name: one["curve"][-1] for name, one in mine.items()}
     has_bad = any(one["bad_tokens"] for one in mine.values())
+    more = ["dpo_loss", "pair_accuracy"] if all("dpo_loss" in end for end in ends.values()) else ["token_accuracy"]
     rows = []
     for name in sorted(mine, key=lambda name: ends[name]["target_loss"]):
         one, end = mine[name], ends[name]
         row = [name, f"{one['kept_tokens'] / one['response_tokens']:.0%}"]
         row += [f"{one['kept_bad'] / one['bad_tokens']:.0%}"] if has_bad else []
         row += [f"{end['target_loss']:.3f}", _less(ends, name)]
-        rows.append([*row, f"{end['retention_loss']:.3f}", f"{end['token_accuracy']:.3f}"])
+        rows.append([*row, f"{end['retention_loss']:.3f}", *(f"{end[one]:.3f}" for one in more)])
     head = ["selection", "kept", *(["bad kept"] if has_bad else []), "target loss", "less than all tokens"]
-    return markdown([*head, "retention loss", "token accuracy"], rows)
+    return markdown([*head, "retention loss", *(one.replace("_", " ") for one in more)], rows)
 
 
 def _transfer(found: Sequence[dict[str, Any]]) -> str:

@@ -66,7 +66,17 @@ SPLIT_SETTINGS = [
 ]
 
 
-EVERY_SETTING = ["clean", "corrupted", "lightly", "mixture", "narrow", "preference", *SPLIT_SETTINGS, "D swapped 128"]
+EVERY_SETTING = [
+    "clean",
+    "corrupted",
+    "lightly",
+    "mixture",
+    "narrow",
+    "preference",
+    "pairs",
+    *SPLIT_SETTINGS,
+    "D swapped 128",
+]
 
 
 @pytest.mark.parametrize("name", daily(EVERY_SETTING, ["mixture", "A digits"]))

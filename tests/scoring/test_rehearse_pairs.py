@@ -1,0 +1,243 @@
+"""Rehearsals of preference pairs from files to files: what a run stores against autograd through the DPO training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import make_row, tiny_model
+from tiny_files import NAN_TOKEN, command, contents, pair_records, perturbed, quiet, rows_of, token_records, write_jsonl
+from transformers import AutoModelForCausalLM
+from unrolled import J, mean_over
+from unrolled_pairs import Dpo, flat, own_losses
+
+from alphatoken_curate import ScoreConfig, UsageError, refresh, score, verify
+from alphatoken_curate.directions.groups import deal
+from alphatoken_curate.directions.rehearsal import plan_steps
+from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.runs import card, manifest
+from alphatoken_curate.scoring.courses import optimiser_of
+from alphatoken_curate.tokens.tokenise import PairRow
+
+ROWS, TARGET, KEPT = pair_records(9, seed=2), token_records(10, seed=9), token_records(6, seed=5)
+KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A base, a tuned model of a family that computes all of it in the dtype it is given, and rows."""
+    folder = tmp_path_factory.mktemp("files")
+    base = tiny_model("gpt2", dtype=torch.float32)
+    with quiet():
+        base.save_pretrained(folder / "base")
+        perturbed(tiny_model("gpt2", dtype=torch.float32), scale=0.1).save_pretrained(folder / "tuned")
+    with torch.no_grad():
+        trainee = Trainee(base, "all", "all")
+        names, matrices = [m.parameter for m in trainee.maps], trainee.as_direction(trainee.weights)
+        names += [n for n, p in zip(trainee.names, trainee.weights, strict=True) if p not in trainee._matrices]
+        save_file({n: torch.zeros_like(w).contiguous() for n, w in zip(names, matrices, strict=True)}, folder / "zeros")
+    rows = {"data": ROWS, "target": TARGET, "retention": KEPT}
+    made = {name: write_jsonl(folder / f"{name}.jsonl", records) for name, records in rows.items()}
+    return made | {name: str(folder / name) for name in ("base", "tuned", "zeros")}
+
+
+def config(files: dict[str, str], **settings: Any) -> ScoreConfig:
+    known = {"data": (files["data"],), "target": files["target"], "model": files["tuned"], "reference": files["base"]}
+    known |= {"direction": "rehearsal", "rehearse_lr": 1e-2, "rehearse_rows_per_step": 4, "rehearse_root": 1e-6}
+    known |= {"dtype": "float64", "beta": 0.3, "fisher": files["zeros"]}
+    return ScoreConfig(**{**known, **settings})
+
+
+def stored(run: Path, *names: str, generation: int = 0) -> dict[str, np.ndarray]:
+    """(N,) of each column, all scored rows, chosen before rejected."""
+    frame = pl.read_parquet(run / f"values/generation={generation}/*.parquet").filter(status="scored").sort("row_id")
+    both = {name: (frame[f"chosen_{name}"], frame[f"rejected_{name}"]) for name in names}
+    return {
+        name: np.concatenate([x.drop_nulls().to_numpy() for pair in zip(*both[name], strict=True) for x in pair])
+        for name in names
+    }
+
+
+def pairs_of(records: list[dict[str, Any]]) -> list[PairRow]:
+    """By hand."""
+
+    def branch(i: int, one: dict[str, Any], name: str) -> Any:
+        respond = [t for t, label in enumerate(one[f"{name}_labels"]) if label != -100]
+        return make_row(i, one[f"{name}_input_ids"], [(t, t + 1) for t in respond])
+
+    each = enumerate(records)
+    return [PairRow(chosen=branch(i, one, "chosen"), rejected=branch(i, one, "rejected")) for i, one in each]
+
+
+def load(folder: str) -> Any:
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+def by_hand(made: ScoreConfig, outcomes: list[J]) -> np.ndarray:
+    """-dJ / dw of each outcome, mean over orders, (n, N) float64; losses of the reference are kept in float32."""
+    rows, found = pairs_of(ROWS), []
+    for order in range(made.rehearse_seeds):
+        steps = plan_steps(
+            rows, epochs=made.rehearse_epochs, rows_per_step=made.rehearse_rows_per_step, seed=made.seed + order
+        )
+        dpo = Dpo(
+            model=lambda: load(made.model),
+            names=Trainee(load(made.model), made.layers, made.parameters).names,  # type: ignore[arg-type]
+            pairs=rows,
+            steps=steps,
+            optimiser=optimiser_of(made, len(steps)),
+            reference=[x.float().double() for x in own_losses(load(made.reference or made.model), rows)],
+            beta=made.beta,
+        )
+        found.append(dpo.values(outcomes).numpy())
+    return np.mean(found, axis=0)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "its own reference": {"reference": None, "rehearse_epochs": 2, "retention": "=retention"},
+    "orders": {"rehearse_seeds": 2, "rehearse_optimizer": "sgd", "rehearse_lr": 0.3, "rehearse_clip": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", [x if x == "default" else pytest.param(x, marks=pytest.mark.long) for x in SETTINGS])
+def test_a_run_holds_what_autograd_finds_through_the_unrolled_training(
+    name: str, files: dict[str, str], tmp_path: Path
+) -> None:
+    given = {key: files[v[1:]] if str(v).startswith("=") else v for key, v in SETTINGS[name].items()}
+    made, run = config(files, **given), tmp_path / "run"
+    score(made, run)
+    assert not verify(run)
+    groups = deal(rows_of(TARGET), 5, seed=0)
+    keeps = deal(rows_of(KEPT), 5, seed=0) if made.retention else []
+    values = by_hand(made, [mean_over(group) for group in (*groups, *keeps)])
+    wanted = {"adapt_influence": _mean(values[:5], groups)}
+    if keeps:
+        wanted["stab_influence"] = _mean(values[5:], keeps)
+    shares = np.array([sum(int(row.response.sum()) for row in group) for group in groups], float)[:, None]
+    apart = shares / shares.sum() * (values[:5] - wanted["adapt_influence"])
+    wanted["adapt_error"] = np.sqrt((apart**2).sum(axis=0) * 5 / 4)
+    for column, found in stored(run, *wanted).items():
+        expected = wanted[column]
+        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-7 * np.abs(expected).max(), err_msg=column)
+
+
+def _mean(values: np.ndarray, groups: list[list[Any]]) -> np.ndarray:
+    """Weighed by tokens."""
+    counts = [sum(int(row.response.sum()) for row in group) for group in groups]
+    return np.average(values, axis=0, weights=counts)
+
+
+def test_omega_and_margin_are_of_the_model_as_it_starts(files: dict[str, str], tmp_path: Path) -> None:
+    done = score(config(files, layers=1, parameters="linear"), tmp_path / "run")
+    pairs = pairs_of(ROWS)
+    ours, theirs = (own_losses(load(files[name]), pairs) for name in ("tuned", "base"))
+    ratios = np.array([float((b - a).sum()) for a, b in zip(ours, theirs, strict=True)])
+    margin = 0.3 * (ratios[0::2] - ratios[1::2])
+    frame = pl.read_parquet(tmp_path / "run/values/generation=0/*.parquet").sort("row_id")
+    np.testing.assert_allclose(frame["margin"], margin, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(frame["omega"], 0.3 / (1 + np.exp(margin)), rtol=1e-5)
+    np.testing.assert_allclose(stored(tmp_path / "run", "nll")["nll"], torch.cat(ours), rtol=1e-6)
+    np.testing.assert_allclose(stored(tmp_path / "run", "reference_nll")["reference_nll"], torch.cat(theirs), rtol=1e-6)
+    text = (tmp_path / "run" / card.NAME).read_text()
+    assert "3 steps of AdamW at 0.01, 4 pairs each" in text and "both are of the model as the training begins" in text
+    assert done.manifest.counts.scored == len(ROWS)
+
+
+def test_paths_are_with_omega_held(files: dict[str, str], tmp_path: Path) -> None:
+    """Influence is more than its parts: by what a weight does to omega. One pair by SGD in one step says how much."""
+    how = {"rehearse_optimizer": "sgd", "rehearse_rows_per_step": 9, "parameters": "linear", "layers": 2}
+    score(config(files, **how), tmp_path / "whole")
+    score(config(files, **how, estimator="exact+influence"), tmp_path / "parted")
+    whole = stored(tmp_path / "whole", "adapt_influence")["adapt_influence"]
+    parted = stored(tmp_path / "parted", "adapt_direct", "adapt_upstream", "nll", "reference_nll")
+    frame = pl.read_parquet(tmp_path / "parted/values/generation=0/*.parquet").sort("row_id")
+    pairs = pairs_of(ROWS)
+    lengths = [int(row.response.sum()) for row in flat(pairs)]
+    held = parted["adapt_direct"] + parted["adapt_upstream"]
+    omega, margin = (np.repeat(frame[name].to_numpy(), 2) for name in ("omega", "margin"))
+    # held_t = -omega s_t q_t / P; by omega, s_t (ref_t - l_t) omega (beta - omega) times the sum of s q / P.
+    sums = np.add.reduceat(held, np.cumsum([0, *lengths[:-1]])) / omega
+    slope = -omega * (0.3 - omega) * np.repeat(sums[0::2] + sums[1::2], 2)
+    signs = np.tile([1.0, -1.0], len(pairs))
+    moved = np.repeat(signs * slope, lengths) * (parted["reference_nll"] - parted["nll"])
+    assert np.abs(moved).max() > 0.01 * np.abs(whole).max() and np.isfinite(margin).all()
+    np.testing.assert_allclose(whole - held, moved, atol=1e-5 * np.abs(whole).max())
+
+
+def test_a_pair_without_a_finite_loss_is_left_out_whole(
+    files: dict[str, str], models: dict[str, str], tmp_path: Path
+) -> None:
+    odd = {"chosen_input_ids": [5, 6, 7, 8], "chosen_labels": [-100, -100, 7, 8]}
+    odd |= {"rejected_input_ids": [5, NAN_TOKEN, 7], "rejected_labels": [-100, NAN_TOKEN, 7]}
+    data = write_jsonl(tmp_path / "data.jsonl", [*ROWS[:4], odd, *ROWS[4:]])
+    given = {"model": models["broken"], "reference": None, "layers": 1, "parameters": "linear", "fisher": "sampled"}
+    done = score(config(files, data=(data,), retention=files["retention"], dtype="float32", **given), tmp_path / "run")
+    assert (done.manifest.counts.scored, done.manifest.counts.failed) == (len(ROWS), 1)
+    frame = pl.read_parquet(tmp_path / "run/values/generation=0/*.parquet")
+    assert frame["status"][4] == "failed" and np.isfinite(stored(tmp_path / "run", "value")["value"]).all()
+    assert not verify(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "after-rename@reference_nll-00001.safetensors",
+        pytest.param("after-rename@rehearsal-00000-losses.safetensors", marks=pytest.mark.long),
+        pytest.param("after-rename@rehearsal-00000-0-adjoint-0-1.safetensors", marks=pytest.mark.long),
+        pytest.param("mid-write@rehearsal-00000-columns.safetensors", marks=pytest.mark.long),
+        pytest.param("mid-write@part-00001.parquet", marks=pytest.mark.long),
+    ],
+)
+def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
+    at: str, files: dict[str, str], tmp_path: Path
+) -> None:
+    made = config(files, layers=1, parameters="linear", rows_per_shard=5)
+    score(made, tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        os.environ[KILL_AT] = at
+        try:
+            score(made, tmp_path / "run")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    score(made, tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("reference", [pytest.param("base", marks=pytest.mark.long), None])
+def test_a_checkpoint_is_rehearsed_from_where_it_is(
+    reference: str | None, files: dict[str, str], tmp_path: Path
+) -> None:
+    """Its reference stays that of the run, whether it was another model than the one that was scored or not."""
+    settings: dict[str, Any] = {"layers": 1, "parameters": "linear", "rows_per_shard": 5}
+    named = None if reference is None else files[reference]
+    score(config(files, model=files["base"], reference=named, **settings), tmp_path / "run")
+    refresh(tmp_path / "run", files["tuned"])
+    score(config(files, **settings), tmp_path / "alone")
+    names = ("nll", "reference_nll", "adapt_influence", "stab_influence", "value", "value_error")
+    found, wanted = stored(tmp_path / "run", *names, generation=1), stored(tmp_path / "alone", *names)
+    for name in names:
+        np.testing.assert_array_equal(found[name], wanted[name])
+    assert not verify(tmp_path / "run")
+
+
+def test_a_sum_of_weights_divides_no_training_of_pairs(files: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--rehearse-denominator sum: .*data\.jsonl holds preference rows, whose"):
+        score(config(files, rehearse_denominator="sum"), tmp_path / "run")
+
+
+def test_beta_is_part_of_what_a_run_is(files: dict[str, str], tmp_path: Path) -> None:
+    score(config(files, layers=1, parameters="linear"), tmp_path / "run")
+    told = manifest.read(tmp_path / "run").settings
+    assert told["beta"] == 0.3 and told["kind"] == "preference" and told["direction"] == "rehearsal"
+    ended = command("score", "--config", tmp_path / "run/config.yaml", "--beta", "0.5", "-o", tmp_path / "run")
+    assert ended.code == 4 and "beta (0.3 in the run, 0.5 now)" in ended.err
