@@ -308,6 +308,9 @@ class ScoreConfig(MaskConfig):
     rehearse_seeds: int = _option(
         1, "Orders of rows that values are means over.", _REHEARSAL, kind="count", bounds=(1, 1000)
     )
+    rehearse_window: int | None = _option(
+        None, "Steps that see no further than where the last of them ends. Default: all.", _REHEARSAL, kind="count"
+    )
     beta: float = _option(
         0.1, "Strength of the preference loss (beta of Eq. 14).", _COMPUTED, kind="positive", bounds=(1e-6, 1e3)
     )

@@ -27,12 +27,12 @@ ORDER = """
     tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
         speller tokenise plan packed dealt draws
     directions: losses selection target fisher generate precondition drift parameters
-        optimisers trainee shelves rehearsal groups sums
+        optimisers trainee shelves waypoints windows rehearsal groups sums
     signals: paths influence composite preference stored rehearsed student
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources spawned tokenising shelf reader prepare idle outcome spec
         reference scorer trial job rehearse worker engines pool processes cluster stages beside changes loop part
-        refresh watch memory estimate check finished score
+        refresh watch memory probes estimate check finished score
     reading: words published scan rules verify publish row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
@@ -244,6 +244,7 @@ def test_every_source_module_has_its_tests() -> None:
         "runs.vocabulary": "reading/test_words",
         "models.folders": "models/test_load",
         "models.likeness": "scoring/test_refresh",
+        "directions.waypoints": "directions/test_shelves",
         "engine.tangent_rules": "engine/test_tangents",
         "engine.probabilities": "engine/test_attention",
         "rows.files": "rows/test_read",
@@ -265,6 +266,7 @@ def test_every_source_module_has_its_tests() -> None:
         "scoring.reader": "scoring/test_prepare",
         "scoring.cluster": "scoring/test_cluster",
         "scoring.stages": "scoring/test_score",
+        "scoring.probes": "scoring/test_estimate",
         "scoring.watch": "scoring/test_refresh",
         "masks.formulas": "masks/test_choose",
         "masks.mask": "masks/test_remask",

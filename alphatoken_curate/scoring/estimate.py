@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from alphatoken_curate.directions.parameters import rest_gradient, rest_of_batch
 from alphatoken_curate.directions.rehearsal import mean_loss
 from alphatoken_curate.directions.sums import in_parts
 from alphatoken_curate.directions.target import target_gradient
+from alphatoken_curate.directions.trainee import Trainee, Weights
+from alphatoken_curate.directions.windows import borders_of
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.engine.placement import told
 from alphatoken_curate.errors import CurateError
@@ -37,8 +39,16 @@ from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
+from alphatoken_curate.scoring.probes import Size, choose, predict, size_of
 from alphatoken_curate.scoring.reference import ReferencePass
-from alphatoken_curate.scoring.rehearse import at_once, course_of, rehearsal_in, trainee_of
+from alphatoken_curate.scoring.rehearse import (
+    at_once,
+    course_of,
+    kept_bytes,
+    rehearsal_in,
+    there_and_back,
+    trainee_of,
+)
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
@@ -56,14 +66,6 @@ T = TypeVar("T")
 
 Batches = Callable[[], Iterator[Batch]]
 """Gives the batches of a stage, as often as it goes over them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """Of a batch: its tokens, padding included, and how long its rows are."""
-
-    padded: int
-    width: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +93,7 @@ class Estimate:
     batch_tokens: int
     """The budget that was tried: what `auto` came to."""
     placement: tuple[str, ...] = ()
-    """In words: where the model lies, and the directions of S beside it."""
+    """In words: where the model lies, and the directions of S beside it or what a rehearsal keeps on disk."""
 
     @property
     def seconds(self) -> float:
@@ -153,7 +155,7 @@ class _Trials:
         placement = self._placement(scoring)
         self._find_budget(scorer)
         if self.config.rehearses:
-            self._rehearsal(scoring)
+            placement = (*placement, self._rehearsal(scoring))
         else:
             self._directions(scoring)
             self._scoring(scoring)
@@ -246,30 +248,47 @@ class _Trials:
 
         self._try("scoring", self.shards, score, len(self.shards))
 
-    def _rehearsal(self, scoring: ScoringModel) -> None:
-        """Two steps there and back, states on disk and all; the others by their tokens, and once more as replayed."""
+    def _rehearsal(self, scoring: ScoringModel) -> str:
+        """Two steps there and back, states on disk and all; the others by their tokens, and once more as replayed.
+
+        The gradient of outcomes comes once a window. Returns in words what is kept on disk.
+        """
         rows, config, target = sequences([*self.prepared.rows]), self.config, self.prepared.target_rows
         self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
         model = scoring.model
         scoring.release_model()
         trainee = self._timed("preparing the rehearsal", lambda: trainee_of(config, model, self.spec.dtype))
         whole = course_of(config, rows, 0, self.budget)
-        two = replace(whole, steps=whole.steps[:2])
+        two = replace(whole, steps=whole.steps[:2], window=None)
         together = at_once(trainee, self.spec.outcomes, config)
+        few, asked = [target[i] for i in plan_batches(target, self.budget)[0]], list[float]()
+
+        def outcome(trainee: Trainee) -> Weights:
+            began = self.meter.now()
+            found = mean_loss(few, self.budget)(trainee)
+            asked.append(self.meter.now() - began)
+            return found
+
         padded = [sum(len(rows[i].input_ids) for step in course.steps for i in step) for course in (whole, two)]
         self.progress.stage("estimate: rehearsal", 2 * padded[1])
         with tempfile.TemporaryDirectory() as kept:
             rehearsal = rehearsal_in(Store(folder=Path(kept), fields={}), "0", trainee, two, config)
             done = [self.meter.now()]
-            outcomes = [mean_loss(target[:1], self.budget)] * together
-            rehearsal.run(outcomes, lambda _: done.append(self.meter.now()))
-            tried = self.meter.now() - done[0]
+            rehearsal.run([outcome] * together, lambda _: done.append(self.meter.now()))
+            tried = self.meter.now() - done[0] - sum(asked)
         parts = -(-self.spec.outcomes // together)
         self.progress.advance(2 * padded[1])
         # Two steps are one segment, which nothing is replayed of.
-        replay = (done[len(two.steps)] - done[0]) * whole.borders[-2] / len(whole.steps)
-        seconds = (tried * parts + replay) * config.rehearse_seeds * padded[0] / padded[1]
-        self.stages.append(StageEstimate(name=f"rehearsal: {len(whole.steps)} steps there and back", seconds=seconds))
+        every = borders_of(len(whole.steps), whole.window)
+        replay = (done[len(two.steps)] - done[0]) * sum(b[-2] - b[0] for b in every) / len(whole.steps)
+        tokens, tried_tokens = (
+            sum(len(row.input_ids) for row in of) for of in ([*target, *self.prepared.retention.rows], few)
+        )
+        ends = len(every) * sum(asked) / together * tokens / tried_tokens
+        seconds = ((tried * parts + replay) * padded[0] / padded[1] + ends) * config.rehearse_seeds
+        self.stages.append(StageEstimate(name=f"rehearsal: {there_and_back(whole)}", seconds=seconds))
+        size = kept_bytes(rehearsal.state, whole, together, self.spec.outcomes, config)
+        return f"states of the rehearsal on disk, {size / 2**20:,.1f} MiB at most at a time"
 
     def _find_budget(self, of: ReferencePass | ShardScorer) -> None:
         """Find the budget as the run would."""
@@ -317,7 +336,7 @@ class _Trials:
         for number, rows in enumerate(shards):
             batches = plan_batches(rows, budget or self.budget)
             plan += [(number, indices) for indices in batches]
-            sizes += [_size(rows, indices) for indices in batches]
+            sizes += [size_of(rows, indices) for indices in batches]
         first, probes = choose(sizes)
         wanted = [plan[i] for i in (*first, *probes)]
         tried = _Tried(self.meter, self.progress, [collate(shards[number], indices) for number, indices in wanted])
@@ -345,41 +364,6 @@ class _Tried:
             if not self.seconds[index]:
                 self._progress.advance(batch.input_ids.size)
             self.seconds[index] += self._meter.now() - began
-
-
-def choose(sizes: Sequence[Size]) -> tuple[list[int], list[int]]:
-    """Batches to try, by number: what warms up, untimed, and what is timed.
-
-    The largest comes first, for its memory; then those in the middle of the longer and of the shorter half of all
-    tokens. One or two batches are timed as they are: they are the whole stage.
-    """
-    if len(sizes) <= 2:
-        return [], list(range(len(sizes)))
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i].width)
-    seen = np.cumsum([sizes[i].padded for i in order])
-    middles = [order[int(np.searchsorted(seen, share * seen[-1]))] for share in (0.25, 0.75)]
-    return [max(order, key=lambda i: sizes[i].padded)], middles
-
-
-def predict(sizes: Sequence[Size], seconds: Mapping[int, float]) -> float:
-    """Seconds of all batches, from those of one or two of them: tokens * (b + c * width).
-
-    Where two batches are of one width, or all are known, there is no slope to find. No width is taken to be cheaper
-    than half of the cheapest that was seen.
-    """
-    known = sorted((sizes[i].width, taken / sizes[i].padded) for i, taken in seconds.items())
-    if len(sizes) == len(seconds):
-        return sum(seconds.values())
-    (short, low), (long, high) = known[0], known[-1]
-    slope = (high - low) / (long - short) if long > short else 0.0
-    rate = low if long > short else sum(each for _, each in known) / len(known)
-    least = min(low, high) / 2
-    return sum(size.padded * max(least, rate + slope * (size.width - short)) for size in sizes)
-
-
-def _size(rows: Sequence[AnyRow], indices: Sequence[int]) -> Size:
-    lengths = [len(one.input_ids) for one in sequences([rows[i] for i in indices])]
-    return Size(padded=len(lengths) * max(lengths), width=max(lengths))
 
 
 def _answered(row: TokenRow, room: int) -> TokenRow:

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.groups import deal
-from alphatoken_curate.directions.optimisers import Optimiser
+from alphatoken_curate.directions.optimisers import Optimiser, State
 from alphatoken_curate.directions.rehearsal import (
-    VALUES,
     Course,
     Outcome,
     Rehearsal,
@@ -31,6 +30,8 @@ from alphatoken_curate.directions.rehearsal import (
 )
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
 from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.directions.waypoints import VALUES
+from alphatoken_curate.directions.windows import borders_of, windows
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.engine.precision import narrow
 from alphatoken_curate.models.devices import free_memory
@@ -57,8 +58,11 @@ FEW_ROWS = 100
 MUCH_OF_A_STEP = 0.05
 """What the root term may change of the steps before it is warned of."""
 
-COLUMNS, _LOSSES, _PLAN, _ADJOINTS = "columns", "losses", "plan", "-adjoint-"
-"""Parts of what a rehearsal keeps: what came of it, and what it keeps while it lasts; in the name of its adjoints."""
+COLUMNS, _LOSSES, _PLAN = "columns", "losses", "plan"
+"""Parts of what a rehearsal keeps: what came of it, and what it keeps while it lasts."""
+
+_ADJOINTS, _VALUES = "-adjoint-", f"-{VALUES.format('')}"
+"""In the names of its adjoints, and of the values of some outcomes, of any order and window."""
 
 
 class RehearsalScorer(ShardScorer):
@@ -187,7 +191,7 @@ class RehearsalScorer(ShardScorer):
             each = [sum(len(rows[i].input_ids) for i in step) for step in course.steps]
             order = f", order {n + 1} of {config.rehearse_seeds}" if config.rehearse_seeds > 1 else ""
             turns = 1 + math.ceil(len(outcomes) / together)
-            progress.stage(f"rehearsal{order}: {len(each)} steps there and back", turns * sum(each))
+            progress.stage(f"rehearsal{order}: {there_and_back(course)}", turns * sum(each))
             orders.append(rehearsal.run(outcomes, partial(_advance, progress, each), at_once=together))
         _tell_of_root(orders, config, progress)
         found = columns(orders, counts, known)
@@ -223,7 +227,7 @@ class RehearsalScorer(ShardScorer):
 
     def _came_back(self, own: Store) -> bool:
         """Whether the values of some outcomes are there, of any order."""
-        return any(own.is_made(REHEARSAL, f"{n}-{VALUES.format(0)}") for n in range(self.spec.config.rehearse_seeds))
+        return any(_VALUES in path.name for path in own.parts(REHEARSAL))
 
 
 def trainee_of(config: ScoreConfig, model: Any, dtype: str) -> Trainee:
@@ -278,7 +282,32 @@ def course_of(config: ScoreConfig, rows: Sequence[TokenRow], order: int, batch_t
         optimiser=optimiser_of(config, len(steps)),
         denominator=config.rehearse_denominator,  # type: ignore[arg-type]
         batch_tokens=batch_tokens,
+        window=config.rehearse_window,
     )
+
+
+def there_and_back(course: Course) -> str:
+    """`24 steps there and back`, and in how many windows."""
+    windows = len(borders_of(len(course.steps), course.window))
+    return f"{count(len(course.steps), 'step')} there and back" + (f", {windows:,} windows" if windows > 1 else "")
+
+
+def kept_bytes(state: State, course: Course, together: int, outcomes: int, config: ScoreConfig) -> int:
+    """Most that a rehearsal keeps on disk at a time: of its largest window, and the values of all windows and orders.
+
+    `together` of the `outcomes` go back at a time; `state` is one like those that are kept.
+    """
+    weights, whole = (sum(t.nbytes for t in tensors) for tensors in (state.weights, state.tensors))
+    each = 8 * (2 if config.estimator == "influence" else 4)  # of a token and an outcome
+    largest, values = 0, 0
+    for window in windows(course.steps, course.lengths, course.window):
+        segment, tokens = window.borders[-1] - window.borders[-2], int(window.starts[-1])
+        states = (len(window.borders) + (window.borders[0] > 0)) * whole
+        back = together * (whole + tokens * each)
+        # Adjoints at a border are dropped once those before it are there; the steps of a segment are gone by then.
+        largest = max(largest, states + back + max(back, segment * (whole + weights)))
+        values += tokens * each * outcomes
+    return largest + values * config.rehearse_seeds
 
 
 def _advance(progress: Progress, each: Sequence[int], k: int) -> None:

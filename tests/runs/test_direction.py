@@ -37,8 +37,16 @@ def test_a_rehearsed_training_is_told_in_words(tmp_path: Path) -> None:
         "1 step of SGD at 0.5, 100 rows each, cosine schedule, 3 steps of warm-up, gradients clipped at 1,"
         " weight decay 0.1, momentum 0.9, the mean over 4 orders of the rows"
     )
-    off = dict.fromkeys(("rehearse_clip", "rehearse_momentum", "rehearse_seeds", "rehearse_warmup"))
+    off = dict.fromkeys(("rehearse_clip", "rehearse_momentum", "rehearse_seeds", "rehearse_warmup", "rehearse_window"))
     assert told(run, **off) == told(run)
+
+
+def test_windows_are_told_where_they_are_less_than_the_whole_training(tmp_path: Path) -> None:
+    run = run_with_errors(tmp_path)
+    whole = told(run)
+    assert told(run, rehearse_window=13) == f"{whole}, each step by the outcome at the end of its window of 13 steps"
+    assert told(run, rehearse_window=1) == f"{whole}, each step by the outcome at the end of its window of 1 step"
+    assert told(run, rehearse_window=14) == told(run, rehearse_window=900) == whole
 
 
 def test_each_answer_is_a_row_where_turns_are_sequences(tmp_path: Path) -> None:

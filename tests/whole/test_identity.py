@@ -237,6 +237,7 @@ FIELDS: dict[str, Change] = {
     "rehearse_clip": Change(base=given(**REHEARSAL), to=becomes(rehearse_clip=1.0)),
     "rehearse_denominator": Change(base=given(**REHEARSAL), to=becomes(rehearse_denominator="sum")),
     "rehearse_seeds": Change(base=given(**REHEARSAL), to=becomes(rehearse_seeds=2)),
+    "rehearse_window": Change(base=given(**REHEARSAL), to=becomes(rehearse_window=2)),
 }
 """By the field that is named. `kind` is not here: rows of the other kind are other data."""
 
