@@ -176,6 +176,9 @@ class Rehearsal:
             self._window = window
             for n, part in enumerate(parts):
                 self._run_part(n, part, told, last=n + 1 == len(parts))
+            if self._moved:
+                steps = range(window.borders[0], window.borders[-1])
+                self.trainee.forget_below(batch for k in steps for batch in self.course.batches(k))
             for k in window.borders:  # by now, or before a kill that came between
                 if k and (window.is_last or k < window.borders[-1]):
                     self.kept.drop_state(k, digest=True)
@@ -299,10 +302,11 @@ class Rehearsal:
         tokens = sum(len(batch.target) for batch in batches)
         places = [self._window.places(batch) for batch in batches]
         summed = np.zeros(len(along))
-        for batch, mine in zip(batches, places, strict=True):
-            parts = self.trainee.products(batch, along, into, 1 / tokens).double().cpu().numpy()
-            sums[0][:, mine] -= parts
-            summed += parts.sum(axis=1)
+        with self.trainee.trained_in(self.course.batches(k)):
+            for batch, mine in zip(batches, places, strict=True):
+                parts = self.trainee.products(batch, along, into, 1 / tokens).double().cpu().numpy()
+                sums[0][:, mine] -= parts
+                summed += parts.sum(axis=1)
         if self.course.denominator == "sum":
             sums[1][:, np.concatenate(places)] += summed[:, None] / tokens
         if self.paths is not None:

@@ -9,9 +9,10 @@ Shapes: N response tokens of a batch, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from alphatoken_curate.directions.losses import at, positions
-from alphatoken_curate.engine.below import Below
+from alphatoken_curate.engine.below import Below, Shelf
 from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
 from alphatoken_curate.engine.capture import Direction, probe_ids
 from alphatoken_curate.engine.precision import narrow, wide
@@ -67,6 +68,7 @@ class Trainee:
         self.layers = layers
         below = blocks[: len(blocks) - layers] if parameters == "linear" else []
         self._below = Below(below)
+        self._trained_in: Sequence[Batch] = ()
         if odd := next((p.dtype for p in self.weights if narrow(p.dtype)), None):
             raise ModelError(f"{type(model).__name__}: its weights are {odd}, and a rehearsal trains in float32.")
         _plain(self.model)
@@ -74,6 +76,7 @@ class Trainee:
         if not _same_from_above(self):
             self._below = Below([])
         _check(self)
+        self.forget_below()
         self.dtype = dtype
 
     @property
@@ -104,18 +107,61 @@ class Trainee:
     def _matrices(self) -> set[Tensor]:
         return {m.bare for m in self.maps}
 
-    def nll(self, batch: Batch, *, twice: bool = False) -> Tensor:
+    def nll(self, batch: Batch, *, twice: bool = False, below: Tensor | None = None) -> Tensor:
         """-log p of the N response tokens of a batch, (N,) in nats, with whatever graph the weights ask for.
 
-        `twice`: it is to be differentiated twice.
+        `twice`: it is to be differentiated twice. `below`: what lies below the blocks that train gives.
         """
         batch = replace(batch, start=0)  # prompts take part in the second derivative
         ids = torch.from_numpy(batch.input_ids).to(self.device)
-        with self._below.kept((batch.input_ids.shape, batch.input_ids.tobytes()), new=not twice):
+        with self._below.kept(_key(batch), new=not twice) if below is None else self._below.given(below):
             hidden = self.base(input_ids=ids, use_cache=False).last_hidden_state
         logits = wide(head_logits(self.model, self.base, at(hidden, positions(batch, ids.device))))
         target = torch.from_numpy(batch.target).to(ids.device)
         return token_nll(logits, target) if twice else nn.functional.cross_entropy(logits, target, reduction="none")
+
+    def shelve_below(self, shelf: Shelf) -> None:
+        """Put away on a shelf what lies below what trains gives for a batch, where memory has no room to keep it."""
+        self._below.shelf = shelf
+
+    def forget_below(self, batches: Iterable[Batch] | None = None) -> None:
+        """Keep nothing of what lies below gave for some batches, or for any."""
+        self._below.forget(None if batches is None else map(_key, batches))
+
+    @property
+    def below_bytes(self) -> int:
+        """What is kept of each token below what trains."""
+        config = self.model.config.get_text_config()
+        return int(config.hidden_size) * self.weights[0].element_size() if self._below.blocks else 0
+
+    @contextmanager
+    def trained_in(self, batches: Sequence[Batch]) -> Iterator[None]:
+        """Inside this block, below what trains, rows that `products` is given come out as in these batches."""
+        self._trained_in = batches
+        try:
+            yield
+        finally:
+            self._trained_in = ()
+
+    def _rows_below(self, batch: Batch) -> Tensor | None:
+        """(B, T, D) what lies below gives for a batch; None where it has to run for it.
+
+        What pads a row there is its last position: numbers as they occur, which nothing that is asked for sees.
+        """
+        at = {row: (whole, i) for whole in self._trained_in for i, row in enumerate(whole.rows)}
+        if not self._below.blocks or not all(row in at for row in batch.rows):
+            return None
+        found = []
+        for whole, i in (at[row] for row in batch.rows):
+            if self._below.output(_key(whole)) is None:
+                with self._training(), self._maps(None):
+                    self.nll(whole)
+            output = self._below.output(_key(whole))
+            if not isinstance(output, Tensor) or output.shape[:2] != whole.input_ids.shape:
+                return None
+            positions = torch.arange(batch.input_ids.shape[1], device=output.device)
+            found.append(output[i].index_select(0, positions.clamp_(max=output.shape[1] - 1)))
+        return torch.stack(found)
 
     def gradient(self, batches: Iterable[Batch], *, whole: bool = False) -> tuple[Weights, float, int]:
         """Gradient of the mean loss over all response tokens of the batches, that mean in nats, and their number.
@@ -140,8 +186,9 @@ class Trainee:
         Returns (n, N): scale <a, gradient of l_t> of each token. One backward with the tokens' weights as inputs is
         differentiated once for each a; its graph is shared, and holds no gradient of a linear map (`engine.twice`).
         """
+        below = self._rows_below(batch)
         with self._training(), _PaddingRows() as rows, Twice(self.weights, self.dtype) as maps:
-            nll = self.nll(batch, twice=True)
+            nll = self.nll(batch, twice=True, below=below)
             ones = torch.ones_like(nll, requires_grad=True)
             found = torch.autograd.grad((ones * nll).sum() * scale, self.weights, create_graph=True, allow_unused=True)
             used = [i for i, grad in enumerate(found) if grad is not None]
@@ -159,13 +206,13 @@ class Trainee:
         return torch.stack(parts)
 
     @contextmanager
-    def _maps(self, sums: Weights) -> Iterator[None]:
+    def _maps(self, sums: Weights | None) -> Iterator[None]:
         """Inside this block maps multiply in `dtype`, and add their gradients to `sums`."""
         if self.dtype is None:
             yield
             return
         with Twice(self.weights, self.dtype) as maps:
-            maps.into = dict(zip(self.weights, sums, strict=True))
+            maps.into = {} if sums is None else dict(zip(self.weights, sums, strict=True))
             yield
 
     def _inputs(self, rows: _PaddingRows | None) -> tuple[list[Tensor], list[int]]:
@@ -232,15 +279,30 @@ def _plain(model: Any) -> None:
 
 
 def _same_from_above(trainee: Trainee) -> bool:
-    """Whether what lies below the blocks that train reaches them by their input alone (not so of shared keys)."""
+    """Whether what lies below the blocks that train reaches them by their input alone (not so of shared keys).
+
+    And whether a row of it is a row of the batch, which may run among others.
+    """
     batch = _probe(trainee.model)
+    mine = batch.row == 1
+    alone = replace(
+        batch,
+        rows=(1,),
+        input_ids=batch.input_ids[1:2],
+        row=batch.row[mine] - 1,
+        position=batch.position[mine],
+        target=batch.target[mine],
+    )
     with torch.no_grad():
         whole = trainee.nll(batch)
         try:
             from_above = trainee.nll(batch)
+            with trainee.trained_in([batch]):
+                of_row = trainee.nll(alone, below=trainee._rows_below(alone))
         except (RuntimeError, LookupError, TypeError, AttributeError):  # it looks for what was not computed
             return False
-    return torch.equal(whole, from_above)
+    same_row = torch.allclose(of_row, whole[torch.from_numpy(mine)], rtol=1e-3, atol=1e-4)
+    return torch.equal(whole, from_above) and same_row
 
 
 def _check(trainee: Trainee) -> None:
@@ -287,6 +349,11 @@ def _gradient_at(trainee: Trainee, batch: Batch, along: Weights, by: float) -> W
     for weight, own in zip(trainee.weights, held, strict=True):
         weight.detach().copy_(own)
     return found
+
+
+def _key(batch: Batch) -> Hashable:
+    """What a batch is known by: its tokens, as they are padded."""
+    return batch.input_ids.shape, sha256(batch.input_ids.tobytes()).digest()
 
 
 def _probe(model: Any) -> Batch:

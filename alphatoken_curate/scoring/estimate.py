@@ -287,7 +287,8 @@ class _Trials:
         ends = len(every) * sum(asked) / together * tokens / tried_tokens
         seconds = ((tried * parts + replay) * padded[0] / padded[1] + ends) * config.rehearse_seeds
         self.stages.append(StageEstimate(name=f"rehearsal: {there_and_back(whole)}", seconds=seconds))
-        size = kept_bytes(rehearsal.state, whole, together, self.spec.outcomes, config)
+        below = trainee.below_bytes, tokens
+        size = kept_bytes(rehearsal.state, whole, together, self.spec.outcomes, config, below=below)
         return f"states of the rehearsal on disk, {size / 2**20:,.1f} MiB at most at a time"
 
     def _find_budget(self, of: ReferencePass | ShardScorer) -> None:

@@ -32,6 +32,7 @@ from alphatoken_curate.directions.shelves import Artefacts, Scratch
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.directions.waypoints import VALUES
 from alphatoken_curate.directions.windows import borders_of, windows
+from alphatoken_curate.engine.below import ROOM as BELOW_ROOM
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.engine.precision import narrow
 from alphatoken_curate.models.devices import free_memory
@@ -175,6 +176,7 @@ class RehearsalScorer(ShardScorer):
         del scoring
         free_memory()
         trainee = trainee_of(config, model, self.spec.dtype)
+        trainee.shelve_below(Scratch(own.folder, trainee.device))
         groups = {"adapt": self._dealt(self.target)}
         if self.retention:
             groups["stab"] = self._dealt(self.retention)
@@ -193,6 +195,7 @@ class RehearsalScorer(ShardScorer):
             turns = 1 + math.ceil(len(outcomes) / together)
             progress.stage(f"rehearsal{order}: {there_and_back(course)}", turns * sum(each))
             orders.append(rehearsal.run(outcomes, partial(_advance, progress, each), at_once=together))
+        trainee.forget_below()
         _tell_of_root(orders, config, progress)
         found = columns(orders, counts, known)
         errors = {f"{name}_error" for name, dealt in groups.items() if len(dealt) > 1}
@@ -292,10 +295,13 @@ def there_and_back(course: Course) -> str:
     return f"{count(len(course.steps), 'step')} there and back" + (f", {windows:,} windows" if windows > 1 else "")
 
 
-def kept_bytes(state: State, course: Course, together: int, outcomes: int, config: ScoreConfig) -> int:
+def kept_bytes(
+    state: State, course: Course, together: int, outcomes: int, config: ScoreConfig, *, below: tuple[int, int] = (0, 0)
+) -> int:
     """Most that a rehearsal keeps on disk at a time: of its largest window, and the values of all windows and orders.
 
-    `together` of the `outcomes` go back at a time; `state` is one like those that are kept.
+    `together` of the `outcomes` go back at a time; `state` is one like those that are kept. `below`: of each token what
+    lies below what trains gives, in bytes, and tokens of the outcomes.
     """
     weights, whole = (sum(t.nbytes for t in tensors) for tensors in (state.weights, state.tensors))
     each = 8 * (2 if config.estimator == "influence" else 4)  # of a token and an outcome
@@ -304,8 +310,13 @@ def kept_bytes(state: State, course: Course, together: int, outcomes: int, confi
         segment, tokens = window.borders[-1] - window.borders[-2], int(window.starts[-1])
         states = (len(window.borders) + (window.borders[0] > 0)) * whole
         back = together * (whole + tokens * each)
+        visited = sum(
+            len(course.rows[i].input_ids) for k in range(window.borders[0], window.borders[-1]) for i in course.steps[k]
+        )
+        under = below[0] * (visited + below[1])
         # Adjoints at a border are dropped once those before it are there; the steps of a segment are gone by then.
-        largest = max(largest, states + back + max(back, segment * (whole + weights)))
+        shelved = under if under > BELOW_ROOM else 0
+        largest = max(largest, states + back + max(back, segment * (whole + weights)) + shelved)
         values += tokens * each * outcomes
     return largest + values * config.rehearse_seeds
 

@@ -402,3 +402,27 @@ def test_a_window_knows_the_tokens_of_its_own_rows() -> None:
         assert all_places[one.places(batch)].tolist() == [
             t for i in batch.rows for t in range(starts[i], starts[i + 1])
         ]
+
+
+# -------------------------------------------------------------------------------------------------- below what trains
+
+
+def test_what_lies_below_runs_once_for_each_batch_that_trains() -> None:
+    """Not for replays, the way back and further outcomes; and without room to keep it, values are the same bits."""
+
+    def found(room: int, shelf: Any = None) -> tuple[Values, int]:
+        model, ran = tiny_model("gpt2", dtype=torch.float32), list[int]()
+        trainee = Trainee(model, 1, "linear")
+        trainee._below.room = room
+        if shelf is not None:
+            trainee.shelve_below(shelf)
+        model.transformer.h[0].ln_1.register_forward_hook(lambda *_: ran.append(1))
+        return Rehearsal(trainee, course(3), InMemory()).run(OUTCOMES, at_once=1), len(ran)
+
+    shelf = InMemory()
+    (kept, once), (computed, often), (shelved, as_once) = found(1 << 30), found(1), found(1, shelf)
+    batches = {batch.input_ids.tobytes() for k in range(len(STEPS)) for batch in course(3).batches(k)}
+    assert once == as_once == len(batches) + len(OUTCOMES) and often > 2 * once
+    same(computed, kept)
+    same(shelved, kept)
+    assert len(shelf._held) <= len(OUTCOMES), "what windows put there is gone"
