@@ -43,8 +43,8 @@ class Below:
     `shelf`: where what leaves memory goes, until it is forgotten.
     """
 
-    def __init__(self, blocks: list[nn.Module], room: int = ROOM) -> None:
-        self.blocks, self.room = blocks, room
+    def __init__(self, blocks: list[nn.Module], room: int | None = None) -> None:
+        self.blocks, self.room = blocks, ROOM if room is None else room
         self.shelf: Shelf | None = None
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._shelved: dict[Hashable, str] = {}

@@ -324,6 +324,34 @@ def test_killed_between_windows_the_same_command_ends_with_the_same_bytes(
     assert len(list((tmp_path / "run/artifacts").glob("rehearsal*"))) == 1, "states are gone"
 
 
+@pytest.mark.parametrize(
+    "at",
+    [
+        "after-rename@rehearsal-00000-0-adjoint-0-1",
+        pytest.param("mid-write@rehearsal-00000-columns", marks=pytest.mark.long),
+    ],
+)
+def test_what_is_kept_below_what_trains_decides_nothing_and_leaves_nothing(
+    at: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory, on disk, or lost with the process that kept it."""
+    made = config(files, layers=1, parameters="linear", retention=files["retention"], dtype="float32")
+    score(made, tmp_path / "whole")
+    monkeypatch.setattr("alphatoken_curate.engine.below.ROOM", 1)
+    child = os.fork()
+    if child == 0:
+        os.environ[KILL_AT] = f"{at}.safetensors"
+        try:
+            score(made, tmp_path / "run")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    assert ("adjoint" in at) == bool(list((tmp_path / "run/artifacts").glob(".rehearsal.*.tmp")))
+    score(made, tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 @pytest.mark.long
 def test_a_window_of_all_steps_gives_the_values_of_none(files: dict[str, str], tmp_path: Path) -> None:
     columns = {}
