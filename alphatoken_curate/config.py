@@ -312,18 +312,13 @@ class ScoreConfig(MaskConfig):
         1, "Orders of rows that values are means over.", _REHEARSAL, kind="count", bounds=(1, 1000)
     )
     rehearse_lora: int | None = _option(
-        None,
-        "Train a LoRA of this rank beside all linear maps, and no weight.",
-        _REHEARSAL,
-        kind="count",
-        bounds=(1, 4096),
+        None, "Train a LoRA of this rank, and no weight.", _REHEARSAL, kind="count", bounds=(1, 4096)
     )
     rehearse_lora_alpha: float | None = _option(
-        None,
-        "Its alpha: it counts alpha / rank times. Default: 2 ranks, or the adapter's.",
-        _REHEARSAL,
-        kind="positive",
-        bounds=(1e-6, 1e6),
+        None, "Its alpha. Default: 2 ranks, or the adapter's.", _REHEARSAL, kind="positive", bounds=(1e-6, 1e6)
+    )
+    rehearse_window: int | None = _option(
+        None, "Steps that see no further than where the last of them ends. Default: all.", _REHEARSAL, kind="count"
     )
     beta: float = _option(
         0.1, "Strength of the preference loss (beta of Eq. 14).", _COMPUTED, kind="positive", bounds=(1e-6, 1e3)

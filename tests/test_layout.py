@@ -22,18 +22,18 @@ ORDER = """
         artifacts
     models: releases formats tensors whole vocabularies folders adapters unmerged devices disk load likeness
         checkpoints
-    engine: tangents tangent_rules precision probabilities attention tangent_attention twice lowrank experts foreign
-        below blocks caches placement capture moving value_rows
+    engine: tangents tangent_rules precision probabilities attention tangent_attention twice padding_rows lowrank
+        experts foreign below blocks caches placement capture moving value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs beside columns read
     tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
         speller tokenise plan packed dealt draws
     directions: losses selection target fisher generate precondition gauss_newton astra drift parameters
-        optimisers step_losses trainee shelves rehearsal lora groups sums
+        optimisers step_losses trainee shelves waypoints windows rehearsal lora groups sums
     signals: paths influence composite preference stored rehearsed student
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources spawned tokenising shelf reader prepare idle outcome spec
         reference scorer solving trial job lora courses rehearse steps worker engines pool processes cluster stages
-        beside changes loop part refresh watch memory estimate check finished score
+        beside changes loop part refresh watch memory probes estimate check finished score
     reading: words published scan rules verify publish row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
@@ -245,8 +245,10 @@ def test_every_source_module_has_its_tests() -> None:
         "runs.vocabulary": "reading/test_words",
         "models.folders": "models/test_load",
         "models.likeness": "scoring/test_refresh",
+        "directions.waypoints": "directions/test_shelves",
         "engine.tangent_rules": "engine/test_tangents",
         "engine.moving": "signals/test_influence",
+        "engine.padding_rows": "directions/test_trainee",
         "engine.probabilities": "engine/test_attention",
         "rows.files": "rows/test_read",
         "rows.containers": "rows/test_read",
@@ -268,6 +270,7 @@ def test_every_source_module_has_its_tests() -> None:
         "scoring.reader": "scoring/test_prepare",
         "scoring.cluster": "scoring/test_cluster",
         "scoring.stages": "scoring/test_score",
+        "scoring.probes": "scoring/test_estimate",
         "scoring.watch": "scoring/test_refresh",
         "masks.formulas": "masks/test_choose",
         "masks.mask": "masks/test_remask",

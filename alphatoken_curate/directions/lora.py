@@ -75,10 +75,10 @@ class LoraTrainee(Trainee):
                 own.a.copy_(torch.from_numpy(_drawn(seed, m.owner, tuple(own.a.shape))))
                 own.b.zero_()
 
-    def nll(self, batch: Batch, *, twice: bool = False) -> Tensor:
+    def nll(self, batch: Batch, *, twice: bool = False, below: Tensor | None = None) -> Tensor:
         """-log p of the N response tokens of a batch, (N,) in nats, the LoRA beside the model."""
         with LowRank(self.adapters, self._products):
-            return super().nll(batch, twice=twice)
+            return super().nll(batch, twice=twice, below=below)
 
     def losses(self, batch: Batch) -> Losses:
         """Losses of the response tokens of a batch: one forward, no gradient."""

@@ -11,6 +11,8 @@ same bits, and all are gone back through one by one.
 With a_k the cotangent of g_k, token t has -<a_k, gradient of l_t> / D of step k and, with `sum`, <a_k, g_k> / D, the
 same for all of its tokens; of pairs what w_t does to omega; and lambda, the cotangent of the weights, gets H_k a_k.
 Several outcomes go back together.
+In windows (`directions.windows`) each is gone back through before the next is trained: lambda begins anew at its end,
+from J of the weights there, and the optimiser's cotangents from 0. So what is kept, but for values, is of one window.
 Shapes: n outcomes, N response tokens of all rows, row by row.
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,13 +33,12 @@ from alphatoken_curate.directions.optimisers import Optimiser, State
 from alphatoken_curate.directions.shelves import InMemory, Shelf
 from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
 from alphatoken_curate.directions.trainee import Trainee, Weights
+from alphatoken_curate.directions.waypoints import Waypoints
+from alphatoken_curate.directions.windows import Window, borders_of, windows
 from alphatoken_curate.errors import CurateError, InputError
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
-from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, token_places, token_starts
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, token_starts
 from alphatoken_curate.tokens.tokenise import AnyRow
-
-VALUES = "values-{}"
-"""The name of what some outcomes owe to tokens, once it is there, by which part of all outcomes it is."""
 
 REHEARSAL_DRAW = -5
 """Less the epoch, the position under which a row's place in it is drawn; no token has a negative one."""
@@ -63,6 +64,8 @@ class Course:
     """Padded tokens that run together; a step takes as many batches as it needs, which hold pairs whole."""
     loss: StepLoss = TOKENS
     """What is made of the losses of a step's tokens."""
+    window: int | None = None
+    """Steps after which the way back begins anew; None is all of them."""
 
     def batches(self, k: int, *, twice: bool = False) -> list[Batch]:
         """The batches of step k; their `rows` are indices among all sequences.
@@ -75,15 +78,19 @@ class Course:
 
     @property
     def borders(self) -> list[int]:
-        """Where segments start, and N: steps done before the state there. The first segment is what is left."""
-        count = len(self.steps)
-        size = math.isqrt(max(1, count - 1)) + 1
-        return [0, *range((count - 1) % size + 1, count + 1, size)]
+        """Where segments start, of all windows, and N: steps done before the state there."""
+        return [0, *(k for borders in borders_of(len(self.steps), self.window) for k in borders[1:])]
 
     @property
-    def places(self) -> NDArray[np.int64]:
-        """Where each sequence's tokens start among those of all rows; the last is N."""
-        return token_starts(self.rows)
+    def lengths(self) -> NDArray[np.int64]:
+        """Response tokens of each sequence."""
+        return np.diff(token_starts(self.rows))
+
+    @property
+    def taken(self) -> list[list[int]]:
+        """Indices of the sequences of each step: of a pair both branches."""
+        each = len(self.lengths) // len(self.rows)
+        return [[each * i + branch for i in step for branch in range(each)] for step in self.steps]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -160,13 +167,15 @@ class Rehearsal:
         paths: Paths | None = None,
         room: int = 0,
     ) -> None:
-        self.trainee, self.course, self.states, self.paths = trainee, course, states, paths
+        self.trainee, self.course, self.paths = trainee, course, paths
         self.steps = InMemory() if steps is None else steps
         self.state = course.optimiser.start([w.detach() for w in trainee.weights])
+        self.kept = Waypoints(states, trainee.names, len(self.state.slots))
         each = sum(x.nbytes for x in (*self.state.tensors, *self.state.weights))  # with a gradient
-        self.keeps_all = each * len(course.steps) <= room
+        self.keeps_all = each * min(len(course.steps), course.window or len(course.steps)) <= room
         self._first_loss, self._shift = math.inf, (0.0, 0.0)
-        self._part, self._states_stay = 0, False
+        self._part, self._states_stay, self._moved = "", False, False
+        self._window: Window
 
     def run(
         self, outcomes: Sequence[Outcome], told: Callable[[int], None] = lambda _: None, *, at_once: int | None = None
@@ -180,50 +189,73 @@ class Rehearsal:
         """
         size = at_once or len(outcomes)
         parts = [outcomes[first : first + size] for first in range(0, len(outcomes), size)]
-        done = [self._run_part(n, part, told, last=n + 1 == len(parts)) for n, part in enumerate(parts)]
-        for k in self.course.borders:  # by now, or before a kill that came between
-            for name in (_STATE, _DIGEST):
-                self.states.drop(name.format(k))
-        sums = np.concatenate([one["sums"].cpu().numpy() for one in done], axis=1)
-        found = dict(zip(_PARTS, sums, strict=False))
-        if self.course.loss.ways > 1:
-            found |= {"omega": found["denominator"], "denominator": np.zeros_like(found["own"])}
-        return Values(**found, root_share=float(done[0]["root_share"]))
+        for window in self._windows():
+            self._window = window
+            for n, part in enumerate(parts):
+                self._run_part(n, part, told, last=n + 1 == len(parts))
+            if self._moved:
+                steps = range(window.borders[0], window.borders[-1])
+                self.trainee.forget_below(batch for k in steps for batch in self.course.batches(k))
+            for k in window.borders:  # by now, or before a kill that came between
+                if k and (window.is_last or k < window.borders[-1]):
+                    self.kept.drop_state(k, digest=True)
+        if self._moved and self._window.borders[0]:
+            self._load(0)
+        self.kept.drop_state(0, digest=True)
+        return self._values([len(part) for part in parts])
 
-    def _run_part(
-        self, n: int, outcomes: Sequence[Outcome], told: Callable[[int], None], *, last: bool
-    ) -> dict[str, Tensor]:
-        """Values of some outcomes that go back together. Before the `last` part states stay for those to come."""
-        self._part, self._states_stay = n, not last
-        if (done := self.states.get(VALUES.format(n))) is None:
-            borders = self.course.borders
-            if not self._is_kept(0):
+    def _windows(self) -> Iterator[Window]:
+        return windows(self.course.taken, self.course.lengths, self.course.window)
+
+    def _values(self, parts: Sequence[int]) -> Values:
+        """What came of all parts, of so many outcomes each, and of all windows in their order."""
+        starts = token_starts(self.course.rows)
+        sums, share = np.zeros((2 if self.paths is None else 4, sum(parts), int(starts[-1]))), 0.0
+        for window in self._windows():
+            mine, ends = window.places_in_all(starts), itertools.accumulate(parts)
+            for n, end in enumerate(ends):
+                found, share = self.kept.values(f"{n}{window.name}")
+                sums[:, end - parts[n] : end, mine] += found
+        parted = dict(zip(_PARTS, sums, strict=False))
+        if self.course.loss.ways > 1:
+            parted |= {"omega": parted["denominator"], "denominator": np.zeros_like(parted["own"])}
+        return Values(**parted, root_share=share)
+
+    def _run_part(self, n: int, outcomes: Sequence[Outcome], told: Callable[[int], None], *, last: bool) -> None:
+        """See that the values of some outcomes that go back together are there. Before the `last` part states stay."""
+        self._part, self._states_stay = f"{n}{self._window.name}", not last
+        borders = self._window.borders
+        if not self.kept.has_values(self._part):
+            if not self._moved and not self.kept.has_state(0):
                 self._keep_state(0)
-            reached = self._reached()
+            self._moved = True
+            reached = next((k for k in borders if self.kept.has_adjoints(self._part, k)), None)
             if reached is None:
-                self._forward(borders, told, keep=0 if self.keeps_all else borders[-2])
+                self._forward(borders, told, keep=borders[0] if self.keeps_all else borders[-2])
                 self._begin_adjoints([outcome(self.trainee) for outcome in outcomes])
                 reached = borders[-1]
             for k in borders:  # what a replay is held against
-                if not self.states.has(_DIGEST.format(k)):
-                    self._forward([border for border in borders if border <= k], lambda _: None)
+                if not self.kept.has_digest(k):
+                    self._forward([border for border in borders if border <= k])
             for first, after in reversed(list(itertools.pairwise(borders))):
                 if first < reached:
                     self._back(first, after, told)
-            done = self._finish()
-        for k in self.course.borders:
-            self._drop_adjoints(k, len(outcomes))
-        return done
+            self._finish()
+        for k in borders:
+            self.kept.drop_adjoints(self._part, k, len(outcomes))
 
-    def _forward(self, borders: list[int], told: Callable[[int], None], *, keep: float = math.inf) -> None:
+    def _forward(
+        self, borders: Sequence[int], told: Callable[[int], None] = lambda _: None, *, keep: float = math.inf
+    ) -> None:
         """Train from the last border that was kept. Steps from `keep` on can be gone back through at once."""
-        start = next(k for k in reversed(borders) if self._is_kept(k))
+        start = next((k for k in reversed(borders) if self.kept.has_state(k)), 0)
         self._load(start)
         for k in range(start, borders[-1]):
             self._step(k, keep=k >= keep)
             shift = self.course.optimiser.root_shift(self.state, k)
             self._shift = self._shift[0] + shift[0], self._shift[1] + shift[1]
-            told(k)
+            if k >= borders[0]:
+                told(k)
             if k + 1 in borders:
                 self._keep_state(k + 1)
 
@@ -232,7 +264,7 @@ class Rehearsal:
         grads, loss, _ = self.trainee.gradient(self.course.batches(k), loss=self.course.loss)
         self._check_training(k, grads, loss)
         if keep:
-            self.steps.put(str(k), self._named(self.state))
+            self.steps.put(str(k), self.kept.named(self.state))
             self.steps.put(f"{k} grads", dict(zip(self.trainee.names, grads, strict=True)))
         self.course.optimiser.step(self.state, grads, k)
 
@@ -254,14 +286,15 @@ class Rehearsal:
             for k in range(first, last):
                 self._step(k, keep=True)
             self._check_replay(first, last)
-        adjoints, sums = self._take_adjoints(last)
+        adjoints, sums = self.kept.adjoints(self._part, last)
         for k in reversed(range(first, last)):
             self._back_through(k, adjoints, sums)
             told(k)
-        self._keep_adjoints(first, adjoints, sums)
-        self._drop_adjoints(last, len(adjoints))
-        if not self._states_stay:
-            self.states.drop(_STATE.format(last))
+        self.kept.keep_adjoints(self._part, first, adjoints, sums)
+        self.kept.drop_adjoints(self._part, last, len(adjoints))
+        # The next window starts where this one ends.
+        if not self._states_stay and (self._window.is_last or last < self._window.borders[-1]):
+            self.kept.drop_state(last)
 
     def _back_through(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
         """Take adjoints from after step k to before it, and add what its tokens get."""
@@ -277,7 +310,7 @@ class Rehearsal:
         """Go to where step k was taken from, take adjoints there but for H a, and give a of each."""
         before, grads = self.steps.get(str(k)), self.steps.get(f"{k} grads")
         assert before is not None and grads is not None
-        self.state.copy_(self._from(before))
+        self.state.copy_(self.kept.of_named(before))
         self.steps.drop(str(k))
         self.steps.drop(f"{k} grads")
         along, each = self.course.optimiser.pull_back, [grads[name] for name in self.trainee.names]
@@ -287,13 +320,13 @@ class Rehearsal:
         """Add what the tokens of step k get to `sums`, and H_k a_k to `into`."""
         batches, loss = self.course.batches(k, twice=True), self.course.loss
         units = sum(loss.units(batch) for batch in batches)
-        starts = self.course.places
-        places = [token_places(batch, starts) for batch in batches]
+        places = [self._window.places(batch) for batch in batches]
         summed = np.zeros(len(along))
-        for batch, mine in zip(batches, places, strict=True):
-            parts = self.trainee.products(batch, along, into, 1 / units, loss).double().cpu().numpy()
-            sums[: len(parts), :, mine] -= parts
-            summed += parts[0].sum(axis=1)
+        with self.trainee.trained_in(self.course.batches(k)):
+            for batch, mine in zip(batches, places, strict=True):
+                parts = self.trainee.products(batch, along, into, 1 / units, loss).double().cpu().numpy()
+                sums[: len(parts), :, mine] -= parts
+                summed += parts[0].sum(axis=1)
         if self.course.denominator == "sum":
             sums[1][:, np.concatenate(places)] += summed[:, None] / units
         if self.paths is not None:
@@ -304,97 +337,44 @@ class Rehearsal:
                 sums[2:, :, mine] += found.double().cpu().numpy()
 
     def _check_replay(self, first: int, last: int) -> None:
-        kept = self.states.get(_DIGEST.format(last))
-        if kept is None or not torch.equal(kept["sha256"].cpu(), self.state.digest()):
+        if not self.kept.is_same(last, self.state):
             steps = f"Step {last}" if last == first + 1 else f"Steps {first + 1} to {last}"
             raise CurateError(
                 f"{steps} of the rehearsal came out otherwise when taken again: this machine does not compute the same"
                 " twice. Use --device cpu, and the same number of threads."
             )
 
-    def _reached(self) -> int | None:
-        """The border that the way back has come to; None where it has not begun."""
-        return next((k for k in self.course.borders if self.states.has(_ADJOINT.format(self._part, k))), None)
-
-    def _named(self, state: State) -> dict[str, Tensor]:
-        names = self.trainee.names
-        found = {f"weight {name}": w for name, w in zip(names, state.weights, strict=True)}
-        for n, slot in enumerate(state.slots):
-            found |= {f"slot {n} {name}": s for name, s in zip(names, slot, strict=True)}
-        return found
-
-    def _from(self, tensors: Mapping[str, Tensor], prefix: str = "") -> State:
-        names, slots = self.trainee.names, range(len(self.state.slots))
-        return State(
-            [tensors[f"{prefix}weight {name}"] for name in names],
-            tuple([tensors[f"{prefix}slot {n} {name}"] for name in names] for n in slots),
-        )
-
     def _keep_state(self, k: int) -> None:
-        self.states.put(_STATE.format(k), self._named(self.state))
-        told = torch.tensor([self._first_loss, *self._shift], dtype=torch.float64)
-        self.states.put(_DIGEST.format(k), {"sha256": self.state.digest(), "told": told})
-
-    def _is_kept(self, k: int) -> bool:
-        return self.states.has(_DIGEST.format(k)) and self.states.has(_STATE.format(k))
+        self.kept.keep_state(k, self.state, [self._first_loss, *self._shift])
 
     def _load(self, k: int) -> None:
         """Go to the state at a border; where it was deleted, by training up to there from one before it."""
-        found, about = self.states.get(_STATE.format(k)), self.states.get(_DIGEST.format(k))
-        if found is None or about is None:
-            self._forward([border for border in self.course.borders if border <= k], lambda _: None)
+        if (found := self.kept.state(k)) is None:
+            if k == 0:
+                raise CurateError("What the rehearsal begins with is gone. Run the same command again.")
+            self._forward([border for border in self._window.borders if border <= k])
             return
-        self.state.copy_(self._from(found))
-        self._first_loss, *shift = about["told"].tolist()
+        state, (self._first_loss, *shift) = found
+        self.state.copy_(state)
         self._shift = shift[0], shift[1]
 
     def _begin_adjoints(self, gradients: list[Weights]) -> None:
         if not all(bool(g.isfinite().all()) for gradient in gradients for g in gradient):
-            raise InputError(
-                f"The loss of the target or retention rows has no finite gradient where the rehearsal ends. {_GENTLER}"
+            where = (
+                "where the rehearsal ends" if self._window.is_last else f"after step {self._window.borders[-1]} of it"
             )
+            raise InputError(f"The loss of the target or retention rows has no finite gradient {where}. {_GENTLER}")
         slots = range(len(self.state.slots))
         adjoints = [State(g, tuple([torch.zeros_like(x) for x in g] for _ in slots)) for g in gradients]
-        sums = np.zeros((2 if self.paths is None else 4, len(gradients), int(self.course.places[-1])))
-        self._keep_adjoints(len(self.course.steps), adjoints, sums)
+        sums = np.zeros((2 if self.paths is None else 4, len(gradients), int(self._window.starts[-1])))
+        self.kept.keep_adjoints(self._part, self._window.borders[-1], adjoints, sums)
 
-    def _keep_adjoints(self, k: int, adjoints: list[State], sums: NDArray[np.float64]) -> None:
-        """One by one, so that no more than one is held twice; the sums come last, by which all are there."""
-        name = _ADJOINT.format(self._part, k)
-        for n, adjoint in enumerate(adjoints):
-            self.states.put(f"{name}-{n}", self._named(adjoint))
-        self.states.put(name, {"sums": torch.from_numpy(sums)})
-
-    def _take_adjoints(self, k: int) -> tuple[list[State], NDArray[np.float64]]:
-        name = _ADJOINT.format(self._part, k)
-        sums = self.states.get(name)
-        assert sums is not None
-        adjoints = []
-        for n in range(sums["sums"].shape[1]):
-            kept = self.states.get(f"{name}-{n}")
-            if kept is None:
-                raise CurateError(f"What the rehearsal kept behind step {k} is not all there. Delete its files.")
-            adjoints.append(self._from(kept))
-        return adjoints, sums["sums"].cpu().numpy().copy()
-
-    def _drop_adjoints(self, k: int, outcomes: int) -> None:
-        name = _ADJOINT.format(self._part, k)
-        for one in (name, *(f"{name}-{n}" for n in range(outcomes))):
-            self.states.drop(one)
-
-    def _finish(self) -> dict[str, Tensor]:
-        """Keep the values."""
-        found = self.states.get(_ADJOINT.format(self._part, 0))
-        assert found is not None
-        last = self.states.get(_DIGEST.format(len(self.course.steps)))
-        assert last is not None
-        taken, whole = last["told"][1:].tolist()
+    def _finish(self) -> None:
+        """Keep the values of a part, and what the root term did to all steps so far."""
+        _, taken, whole = self.kept.told(self._window.borders[-1])
         share = math.sqrt(taken / whole) if whole else 0.0
-        done = {"sums": found["sums"], "root_share": torch.tensor([share], dtype=torch.float64)}
-        self.states.put(VALUES.format(self._part), done)
-        return done
+        self.kept.keep_values(self._part, self.kept.sums(self._part, self._window.borders[0]), share)
 
 
 _GENTLER = "Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1."
 _PARTS = ("own", "denominator", "direct", "causal")  # of pairs omega's in place of the denominator's
-_STATE, _DIGEST, _ADJOINT = "state-{}", "digest-{}", "adjoint-{}-{}"

@@ -9,21 +9,22 @@ Shapes: N response tokens of a batch, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from alphatoken_curate.directions.losses import at, positions
 from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
-from alphatoken_curate.engine.below import Below
+from alphatoken_curate.engine.below import Below, Shelf
 from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, linear_maps, trunk, unwrapped
 from alphatoken_curate.engine.capture import Direction, ScoringModel, captured, probe_ids
+from alphatoken_curate.engine.padding_rows import PaddingRows
 from alphatoken_curate.engine.precision import narrow, wide
 from alphatoken_curate.engine.twice import Twice, token_nll
 from alphatoken_curate.errors import ModelError
@@ -69,12 +70,14 @@ class Trainee:
         self.names, self.weights = list(wanted), list(wanted.values())
         below = blocks[: len(blocks) - layers] if parameters == "linear" else []
         self._below = Below(below)
+        self._trained_in: Sequence[Batch] = ()
         if odd := next((p.dtype for p in self.weights if narrow(p.dtype)), None):
             raise ModelError(f"{type(model).__name__}: its weights are {odd}, and a rehearsal trains in float32.")
         self.dtype: torch.dtype | None = None  # differences of gradients tell more without
         if not _same_from_above(self):
             self._below = Below([])
         _check(self)
+        self.forget_below()
         self.dtype = dtype
 
     def _trains(self, below: list[nn.Module], parameters: Literal["linear", "all"]) -> Mapping[str, Tensor]:
@@ -118,18 +121,61 @@ class Trainee:
     def _matrices(self) -> set[Tensor]:
         return {m.bare for m in self.maps}
 
-    def nll(self, batch: Batch, *, twice: bool = False) -> Tensor:
+    def nll(self, batch: Batch, *, twice: bool = False, below: Tensor | None = None) -> Tensor:
         """-log p of the N response tokens of a batch, (N,) in nats, with whatever graph the weights ask for.
 
-        `twice`: it is to be differentiated twice.
+        `twice`: it is to be differentiated twice. `below`: what lies below the blocks that train gives.
         """
         batch = replace(batch, start=0)  # prompts take part in the second derivative
         ids = torch.from_numpy(batch.input_ids).to(self.device)
-        with self._below.kept((batch.input_ids.shape, batch.input_ids.tobytes()), new=not twice):
+        with self._below.kept(_key(batch), new=not twice) if below is None else self._below.given(below):
             hidden = self.base(input_ids=ids, use_cache=False).last_hidden_state
         logits = wide(head_logits(self.model, self.base, at(hidden, positions(batch, ids.device))))
         target = torch.from_numpy(batch.target).to(ids.device)
         return token_nll(logits, target) if twice else nn.functional.cross_entropy(logits, target, reduction="none")
+
+    def shelve_below(self, shelf: Shelf) -> None:
+        """Put away on a shelf what lies below what trains gives for a batch, where memory has no room to keep it."""
+        self._below.shelf = shelf
+
+    def forget_below(self, batches: Iterable[Batch] | None = None) -> None:
+        """Keep nothing of what lies below gave for some batches, or for any."""
+        self._below.forget(None if batches is None else map(_key, batches))
+
+    @property
+    def below_bytes(self) -> int:
+        """What is kept of each token below what trains."""
+        config = self.model.config.get_text_config()
+        return int(config.hidden_size) * self.weights[0].element_size() if self._below.blocks else 0
+
+    @contextmanager
+    def trained_in(self, batches: Sequence[Batch]) -> Iterator[None]:
+        """Inside this block, below what trains, rows that `products` is given come out as in these batches."""
+        self._trained_in = batches
+        try:
+            yield
+        finally:
+            self._trained_in = ()
+
+    def _rows_below(self, batch: Batch) -> Tensor | None:
+        """(B, T, D) what lies below gives for a batch; None where it has to run for it.
+
+        What pads a row there is its last position: numbers as they occur, which nothing that is asked for sees.
+        """
+        at = {row: (whole, i) for whole in self._trained_in for i, row in enumerate(whole.rows)}
+        if not self._below.blocks or not all(row in at for row in batch.rows):
+            return None
+        found = []
+        for whole, i in (at[row] for row in batch.rows):
+            if self._below.output(_key(whole)) is None:
+                with self._training(), self._maps(None):
+                    self.nll(whole)
+            output = self._below.output(_key(whole))
+            if not isinstance(output, Tensor) or output.shape[:2] != whole.input_ids.shape:
+                return None
+            positions = torch.arange(batch.input_ids.shape[1], device=output.device)
+            found.append(output[i].index_select(0, positions.clamp_(max=output.shape[1] - 1)))
+        return torch.stack(found)
 
     def gradient(
         self, batches: Iterable[Batch], *, whole: bool = False, loss: StepLoss = TOKENS
@@ -140,7 +186,7 @@ class Trainee:
         """
         sums, total, units = [torch.zeros_like(w, requires_grad=False) for w in self.weights], 0.0, 0
         for batch in batches:
-            with self._training(), _PaddingRows() as rows, self._maps(sums):
+            with self._training(), PaddingRows() as rows, self._maps(sums):
                 nll = self.nll(batch)
                 alone = nll.detach()
                 inputs, places = self._inputs(rows if whole else None)
@@ -166,8 +212,9 @@ class Trainee:
         plain losses the one scale <a, gradient of l_t>. One backward with the tokens' weights as inputs is
         differentiated once for each a; its graph is shared, and holds no gradient of a linear map (`engine.twice`).
         """
-        with self._training(), _PaddingRows() as rows, Twice(self.weights, self.dtype) as maps:
-            nll = self.nll(batch, twice=True)
+        below = self._rows_below(batch)
+        with self._training(), PaddingRows() as rows, Twice(self.weights, self.dtype) as maps:
+            nll = self.nll(batch, twice=True, below=below)
             ones = [torch.ones_like(nll, requires_grad=True) for _ in range(loss.ways)]
             weighed = loss.weigh(batch, nll, ones) * scale
             found = torch.autograd.grad(nll, self.weights, weighed, create_graph=True, allow_unused=True)
@@ -186,16 +233,16 @@ class Trainee:
         return torch.stack(parts, dim=1)
 
     @contextmanager
-    def _maps(self, sums: Weights) -> Iterator[None]:
+    def _maps(self, sums: Weights | None) -> Iterator[None]:
         """Inside this block maps multiply in `dtype`, and add their gradients to `sums`."""
         if self.dtype is None:
             yield
             return
         with Twice(self.weights, self.dtype) as maps:
-            maps.into = dict(zip(self.weights, sums, strict=True))
+            maps.into = {} if sums is None else dict(zip(self.weights, sums, strict=True))
             yield
 
-    def _inputs(self, rows: _PaddingRows | None) -> tuple[list[Tensor], list[int]]:
+    def _inputs(self, rows: PaddingRows | None) -> tuple[list[Tensor], list[int]]:
         """What to differentiate by, and which of the weights each is: padding rows stand apart."""
         apart = {} if rows is None else rows.apart
         extra = [(apart[w], i) for i, w in enumerate(self.weights) if w in apart]
@@ -214,29 +261,6 @@ class Trainee:
         finally:
             for parameter, asked in held:
                 parameter.requires_grad_(asked)
-
-
-class _PaddingRows(TorchFunctionMode):
-    """Takes the padding rows of embeddings from tensors of their own.
-
-    As an input such a row gets no gradient of torch, which says nothing of what the loss does when it moves: where
-    embedding and head are one it does move, and where it is the token that ends a turn (SmolLM2) it is everywhere.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.apart: dict[Tensor, Tensor] = {}
-        """The same memory as an embedding's weight, and a leaf of the graph apart from it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        padding = kwargs.get("padding_idx") if func is nn.functional.embedding else None
-        if padding is None or not args[1].requires_grad:
-            return func(*args, **kwargs)
-        ids, weight = args[:2]
-        own = self.apart.setdefault(weight, weight.detach().requires_grad_())
-        padded = (ids == padding % len(weight)).unsqueeze(-1)
-        return torch.where(padded, nn.functional.embedding(ids, own), nn.functional.embedding(ids, weight))
 
 
 def _trained(
@@ -259,15 +283,30 @@ def _plain(model: Any) -> None:
 
 
 def _same_from_above(trainee: Trainee) -> bool:
-    """Whether what lies below the blocks that train reaches them by their input alone (not so of shared keys)."""
+    """Whether what lies below the blocks that train reaches them by their input alone (not so of shared keys).
+
+    And whether a row of it is a row of the batch, which may run among others.
+    """
     batch = _probe(trainee.model)
+    mine = batch.row == 1
+    alone = replace(
+        batch,
+        rows=(1,),
+        input_ids=batch.input_ids[1:2],
+        row=batch.row[mine] - 1,
+        position=batch.position[mine],
+        target=batch.target[mine],
+    )
     with torch.no_grad():
         whole = trainee.nll(batch)
         try:
             from_above = trainee.nll(batch)
+            with trainee.trained_in([batch]):
+                of_row = trainee.nll(alone, below=trainee._rows_below(alone))
         except (RuntimeError, LookupError, TypeError, AttributeError):  # it looks for what was not computed
             return False
-    return torch.equal(whole, from_above)
+    same_row = torch.allclose(of_row, whole[torch.from_numpy(mine)], rtol=1e-3, atol=1e-4)
+    return torch.equal(whole, from_above) and same_row
 
 
 def _check(trainee: Trainee) -> None:
@@ -314,6 +353,11 @@ def _gradient_at(trainee: Trainee, batch: Batch, along: Weights, by: float) -> W
     for weight, own in zip(trainee.weights, held, strict=True):
         weight.detach().copy_(own)
     return found
+
+
+def _key(batch: Batch) -> Hashable:
+    """What a batch is known by: its tokens, as they are padded."""
+    return batch.input_ids.shape, sha256(batch.input_ids.tobytes()).digest()
 
 
 def _probe(model: Any) -> Batch:

@@ -25,9 +25,10 @@ def _parts(stored: Manifest) -> Iterator[str]:
     settings, counts = stored.settings, stored.counts
     epochs, of_step = (int(_number(settings, name, 1)) for name in ("rehearse_epochs", "rehearse_rows_per_step"))
     rows = counts.sequences if settings.get("turns") == "each" and counts.sequences else counts.scored
+    steps, window = epochs * -(-rows // of_step), int(_number(settings, "rehearse_window", 0))
     optimiser = str(settings.get("rehearse_optimizer", "adamw"))
     named = _OPTIMISERS.get(optimiser, optimiser)
-    yield f"{count(epochs * -(-rows // of_step), 'step')} of {named} at {_number(settings, 'rehearse_lr', 0):g}"
+    yield f"{count(steps, 'step')} of {named} at {_number(settings, 'rehearse_lr', 0):g}"
     if rank := int(_number(settings, "rehearse_lora", 0)):
         alpha = _number(settings, "rehearse_lora_alpha", 0)
         yield f"a LoRA of rank {rank}" + (f" and alpha {alpha:g}" if alpha else "")
@@ -47,6 +48,8 @@ def _parts(stored: Manifest) -> Iterator[str]:
         yield f"momentum {momentum:g}"
     if (orders := int(_number(settings, "rehearse_seeds", 1))) > 1:
         yield f"the mean over {orders} orders of the {unit}s"
+    if 0 < window < steps:
+        yield f"each step by the outcome at the end of its window of {count(window, 'step')}"
 
 
 def _number(settings: Mapping[str, Json], name: str, default: float) -> float:

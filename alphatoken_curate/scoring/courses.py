@@ -10,11 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate.config import ScoreConfig
-from alphatoken_curate.directions.optimisers import Optimiser
+from alphatoken_curate.directions.optimisers import Optimiser, State
 from alphatoken_curate.directions.rehearsal import Course, plan_steps
 from alphatoken_curate.directions.step_losses import TOKENS, PairLoss, StepLoss
+from alphatoken_curate.directions.windows import borders_of, windows
+from alphatoken_curate.engine.below import ROOM as BELOW_ROOM
+from alphatoken_curate.scoring.spec import count_tokens
 from alphatoken_curate.tokens.plan import token_starts
 from alphatoken_curate.tokens.tokenise import AnyRow
+from alphatoken_curate.wording import count
+
+KEPT_BYTES = 8 << 30
+"""What all states of a LoRA's training may take on disk, while it lasts."""
 
 
 def optimiser_of(config: ScoreConfig, steps: int) -> Optimiser:
@@ -55,12 +62,52 @@ def course_of(
         denominator=config.rehearse_denominator,  # type: ignore[arg-type]
         batch_tokens=batch_tokens,
         loss=loss,
+        window=config.rehearse_window,
     )
 
 
 def first_steps(course: Course, count: int) -> Course:
-    """So many steps of a course, and their rows alone."""
+    """So many steps of a course, and their rows alone, without windows."""
     steps = course.steps[:count]
     ends = itertools.accumulate(map(len, steps), initial=0)
     rows = [course.rows[i] for step in steps for i in step]
-    return replace(course, rows=rows, steps=[range(*both) for both in itertools.pairwise(ends)])
+    return replace(course, rows=rows, steps=[range(*both) for both in itertools.pairwise(ends)], window=None)
+
+
+def there_and_back(course: Course) -> str:
+    """`24 steps there and back`, and in how many windows."""
+    windows = len(borders_of(len(course.steps), course.window))
+    return f"{count(len(course.steps), 'step')} there and back" + (f", {windows:,} windows" if windows > 1 else "")
+
+
+def kept_bytes(
+    state: State, course: Course, together: int, outcomes: int, config: ScoreConfig, *, below: tuple[int, int] = (0, 0)
+) -> int:
+    """Most that a rehearsal keeps on disk at a time: of its largest window, and the values of all windows and orders.
+
+    `together` of the `outcomes` go back at a time; `state` is one like those that are kept. `below`: of each token what
+    lies below what trains gives, in bytes, and tokens of the outcomes.
+    """
+    weights, whole = (sum(t.nbytes for t in tensors) for tensors in (state.weights, state.tensors))
+    each = 8 * (2 if config.estimator == "influence" else 4)  # of a token and an outcome
+    largest, values = 0, 0
+    for window in windows(course.taken, course.lengths, course.window):
+        first, last = window.borders[0], window.borders[-1]
+        segment, tokens = last - window.borders[-2], int(window.starts[-1])
+        if (last - first) * (whole + weights) <= kept_room(config):
+            segment = last - first
+        states = (len(window.borders) + (first > 0)) * whole
+        back = together * (whole + tokens * each)
+        under = below[0] * (
+            sum(count_tokens([course.rows[i] for i in step]) for step in course.steps[first:last]) + below[1]
+        )
+        # Adjoints at a border are dropped once those before it are there; the steps of a segment are gone by then.
+        shelved = under if under > BELOW_ROOM else 0
+        largest = max(largest, states + back + max(back, segment * (whole + weights)) + shelved)
+        values += tokens * each * outcomes
+    return largest + values * config.rehearse_seeds
+
+
+def kept_room(config: ScoreConfig) -> int:
+    """Bytes that all steps of a window may take on disk, so that none is taken twice: those of a LoRA are small."""
+    return KEPT_BYTES if config.rehearses_lora else 0

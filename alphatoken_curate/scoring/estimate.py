@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,20 +35,21 @@ from alphatoken_curate.models.devices import devices_of, names_of, taking_thread
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.scoring import solving
 from alphatoken_curate.scoring.budget import out_of_memory
-from alphatoken_curate.scoring.courses import course_of
+from alphatoken_curate.scoring.courses import course_of, there_and_back
 from alphatoken_curate.scoring.lora import base_of, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
+from alphatoken_curate.scoring.probes import Size, choose, predict, size_of
 from alphatoken_curate.scoring.reference import ReferencePass
 from alphatoken_curate.scoring.rehearse import trainee_of
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
-from alphatoken_curate.scoring.steps import seconds_of
+from alphatoken_curate.scoring.steps import tried_steps
 from alphatoken_curate.scoring.trial import REHEARSAL_TOKENS, blank, sample_of, tokens_of, tried, untried
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
-from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, sequences
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
 from alphatoken_curate.wording import count
 
@@ -59,14 +60,6 @@ T = TypeVar("T")
 
 Batches = Callable[[], Iterator[Batch]]
 """Gives the batches of a stage, as often as it goes over them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """Of a batch: its tokens, padding included, and how long its rows are."""
-
-    padded: int
-    width: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +87,7 @@ class Estimate:
     batch_tokens: int
     """The budget that was tried: what `auto` came to."""
     placement: tuple[str, ...] = ()
-    """In words: where the model lies, and the directions of S beside it."""
+    """In words: where the model lies, and the directions of S beside it or what a rehearsal keeps on disk."""
 
     @property
     def seconds(self) -> float:
@@ -162,7 +155,7 @@ class _Trials:
             model = scoring.model
             scoring.release_model()
             trainee = partial(trainee_of, self.config, model, self.spec.dtype)
-            self._rehearsal(self._timed("preparing the rehearsal", trainee))
+            placement = (*placement, self._rehearsal(self._timed("preparing the rehearsal", trainee)))
         else:
             self._directions(scoring)
             self._scoring(scoring)
@@ -183,8 +176,7 @@ class _Trials:
                 trainee.losses(batch)
 
         self._try("losses before the rehearsal", self.shards, losses)
-        self._rehearsal(trainee)
-        return self._found(placement)
+        return self._found((*placement, self._rehearsal(trainee)))
 
     def _found(self, placement: tuple[str, ...]) -> Estimate:
         return Estimate(
@@ -279,11 +271,13 @@ class _Trials:
 
         self._try("scoring", self.shards, score, len(self.shards))
 
-    def _rehearsal(self, trainee: Trainee) -> None:
-        rows, target = sequences([*self.prepared.rows]), self.prepared.target_rows
-        course = course_of(self.config, rows, 0, self.budget)
-        seconds = seconds_of(course, trainee, target[:1], self.spec, self.meter, self.progress)
-        self.stages.append(StageEstimate(name=f"rehearsal: {len(course.steps)} steps there and back", seconds=seconds))
+    def _rehearsal(self, trainee: Trainee) -> str:
+        """Its seconds; returns in words what is kept on disk."""
+        course = course_of(self.config, [*self.prepared.rows], 0, self.budget)
+        beside = [*self.prepared.target_rows, *self.prepared.retention.rows]
+        tried = tried_steps(course, trainee, beside, self.spec, self.meter, self.progress)
+        self.stages.append(StageEstimate(name=f"rehearsal: {there_and_back(course)}", seconds=tried.seconds))
+        return f"states of the rehearsal on disk, {tried.kept_bytes / 2**20:,.1f} MiB at most at a time"
 
     def _find_budget(self, of: ReferencePass | ShardScorer) -> None:
         """Find the budget as the run would."""
@@ -332,7 +326,7 @@ class _Trials:
         for number, rows in enumerate(shards):
             batches = plan_batches(rows, budget or self.budget)
             plan += [(number, indices) for indices in batches]
-            sizes += [_size(rows, indices) for indices in batches]
+            sizes += [size_of(rows, indices) for indices in batches]
         first, probes = choose(sizes)
         wanted = [plan[i] for i in (*first, *probes)]
         tried = _Tried(self.meter, self.progress, [collate(shards[number], indices) for number, indices in wanted])
@@ -360,41 +354,6 @@ class _Tried:
             if not self.seconds[index]:
                 self._progress.advance(batch.input_ids.size)
             self.seconds[index] += self._meter.now() - began
-
-
-def choose(sizes: Sequence[Size]) -> tuple[list[int], list[int]]:
-    """Batches to try, by number: what warms up, untimed, and what is timed.
-
-    The largest comes first, for its memory; then those in the middle of the longer and of the shorter half of all
-    tokens. One or two batches are timed as they are: they are the whole stage.
-    """
-    if len(sizes) <= 2:
-        return [], list(range(len(sizes)))
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i].width)
-    seen = np.cumsum([sizes[i].padded for i in order])
-    middles = [order[int(np.searchsorted(seen, share * seen[-1]))] for share in (0.25, 0.75)]
-    return [max(order, key=lambda i: sizes[i].padded)], middles
-
-
-def predict(sizes: Sequence[Size], seconds: Mapping[int, float]) -> float:
-    """Seconds of all batches, from those of one or two of them: tokens * (b + c * width).
-
-    Where two batches are of one width, or all are known, there is no slope to find. No width is taken to be cheaper
-    than half of the cheapest that was seen.
-    """
-    known = sorted((sizes[i].width, taken / sizes[i].padded) for i, taken in seconds.items())
-    if len(sizes) == len(seconds):
-        return sum(seconds.values())
-    (short, low), (long, high) = known[0], known[-1]
-    slope = (high - low) / (long - short) if long > short else 0.0
-    rate = low if long > short else sum(each for _, each in known) / len(known)
-    least = min(low, high) / 2
-    return sum(size.padded * max(least, rate + slope * (size.width - short)) for size in sizes)
-
-
-def _size(rows: Sequence[AnyRow], indices: Sequence[int]) -> Size:
-    lengths = [len(one.input_ids) for one in sequences([rows[i] for i in indices])]
-    return Size(padded=len(lengths) * max(lengths), width=max(lengths))
 
 
 def _answered(row: TokenRow, room: int) -> TokenRow:

@@ -22,7 +22,6 @@ from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.lora import LoraTrainee
 from alphatoken_curate.directions.losses import Losses
 from alphatoken_curate.directions.rehearsal import (
-    VALUES,
     Course,
     Outcome,
     Rehearsal,
@@ -33,13 +32,14 @@ from alphatoken_curate.directions.rehearsal import (
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
 from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
 from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.directions.waypoints import VALUES
 from alphatoken_curate.engine.capture import Direction, ScoringModel
 from alphatoken_curate.engine.precision import narrow
 from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import REHEARSAL, Store
 from alphatoken_curate.runs.schema import BY_ESTIMATOR, ERRORS
-from alphatoken_curate.scoring.courses import course_of, optimiser_of, pair_loss
+from alphatoken_curate.scoring.courses import course_of, kept_room, optimiser_of, pair_loss, there_and_back
 from alphatoken_curate.scoring.job import Job
 from alphatoken_curate.scoring.lora import base_of, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
@@ -56,17 +56,17 @@ from alphatoken_curate.wording import count
 ROOM = 0.4
 """Share of the free memory that adjoints going back together may take: as much goes to the graph of a batch."""
 
-KEPT_BYTES = 8 << 30
-"""What all states of a LoRA's training may take on disk, while it lasts."""
-
 FEW_ROWS = 100
 """Target rows of which fewer are warned of: a cut by their values learns them by heart."""
 
 MUCH_OF_A_STEP = 0.05
 """What the root term may change of the steps before it is warned of."""
 
-COLUMNS, _LOSSES, _PLAN, _ADJOINTS = "columns", "losses", "plan", "-adjoint-"
-"""Parts of what a rehearsal keeps: what came of it, and what it keeps while it lasts; in the name of its adjoints."""
+COLUMNS, _LOSSES, _PLAN = "columns", "losses", "plan"
+"""Parts of what a rehearsal keeps: what came of it, and what it keeps while it lasts."""
+
+_ADJOINTS, _VALUES = "-adjoint-", f"-{VALUES.format('')}"
+"""In the names of its adjoints, and of the values of some outcomes, of any order and window."""
 
 
 class RehearsalScorer(ShardScorer):
@@ -194,6 +194,7 @@ class RehearsalScorer(ShardScorer):
         config, known = self.spec.config, BY_ESTIMATOR[self.spec.config.estimator]
         trainee, drift = self._begin_lora(progress) if config.rehearses_lora else self._begin(progress)
         self._begun = None
+        trainee.shelve_below(Scratch(own.folder, trainee.device))
         groups = {"adapt": self._dealt(self.target)}
         if self.retention:
             groups["stab"] = self._dealt(self.retention)
@@ -211,8 +212,9 @@ class RehearsalScorer(ShardScorer):
             each = [count_tokens([rows[i] for i in step]) for step in course.steps]
             order = f", order {n + 1} of {config.rehearse_seeds}" if config.rehearse_seeds > 1 else ""
             turns = 1 + math.ceil(len(outcomes) / together)
-            progress.stage(f"rehearsal{order}: {len(each)} steps there and back", turns * sum(each))
+            progress.stage(f"rehearsal{order}: {there_and_back(course)}", turns * sum(each))
             orders.append(rehearsal.run(outcomes, partial(_advance, progress, each), at_once=together))
+        trainee.forget_below()
         _tell_of_root(orders, config, progress)
         found = columns(orders, counts, known)
         errors = {f"{name}_error" for name, dealt in groups.items() if len(dealt) > 1}
@@ -289,7 +291,7 @@ class RehearsalScorer(ShardScorer):
 
     def _came_back(self, own: Store) -> bool:
         """Whether the values of some outcomes are there, of any order."""
-        return any(own.is_made(REHEARSAL, f"{n}-{VALUES.format(0)}") for n in range(self.spec.config.rehearse_seeds))
+        return any(_VALUES in path.name for path in own.parts(REHEARSAL))
 
 
 def trainee_of(config: ScoreConfig, model: Any, dtype: str) -> Trainee:
@@ -306,8 +308,7 @@ def rehearsal_in(store: Store, prefix: str, trainee: Trainee, course: Course, co
     """
     paths = None if config.estimator == "influence" else exact_paths(trainee, course.loss)
     states, steps = Artefacts(store, trainee.device, prefix=prefix), Scratch(store.folder, trainee.device)
-    room = KEPT_BYTES if config.rehearses_lora else 0
-    return Rehearsal(trainee, course, states, steps=steps, paths=paths, room=room)
+    return Rehearsal(trainee, course, states, steps=steps, paths=paths, room=kept_room(config))
 
 
 def at_once(trainee: Trainee, outcomes: int, config: ScoreConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from alphatoken_curate.directions.rehearsal import Course, mean_loss
-from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.directions.trainee import Trainee, Weights
+from alphatoken_curate.directions.windows import borders_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import Store
-from alphatoken_curate.scoring.courses import first_steps, pair_loss
+from alphatoken_curate.scoring.courses import first_steps, kept_bytes, pair_loss
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.rehearse import at_once, rehearsal_in
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
@@ -23,31 +24,54 @@ from alphatoken_curate.tokens.plan import collate, plan_batches, token_places, t
 from alphatoken_curate.tokens.tokenise import PairRow, TokenRow
 
 
-def seconds_of(
-    course: Course, trainee: Trainee, target: Sequence[TokenRow], spec: ScorerSpec, meter: Meter, progress: Progress
-) -> float:
-    """Seconds of all orders: two steps there and back, states on disk and all, the others by their tokens.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """Of all orders `seconds`; `kept_bytes` are the most that lies on disk at a time."""
 
-    And once more as they are replayed, but where every state is kept. `target`: any rows, for the outcomes.
+    seconds: float
+    kept_bytes: int
+
+
+def tried_steps(
+    course: Course, trainee: Trainee, beside: Sequence[TokenRow], spec: ScorerSpec, meter: Meter, progress: Progress
+) -> Tried:
+    """Two steps there and back, states on disk and all; the others by their tokens, and once more as replayed.
+
+    `beside`: the rows of all outcomes, target rows first, whose gradient comes once a window.
     """
     config, two = spec.config, first_steps(course, 2)
     if isinstance(two.rows[0], PairRow):
         two = replace(two, loss=pair_loss(config, two.rows, _own_losses(trainee, two)))
     together = at_once(trainee, spec.outcomes, config)
+    few, asked = [beside[i] for i in plan_batches(beside, course.batch_tokens)[0]], list[float]()
+
+    def outcome(trainee: Trainee) -> Weights:
+        began = meter.now()
+        found = mean_loss(few, course.batch_tokens)(trainee)
+        asked.append(meter.now() - began)
+        return found
+
     padded = [sum(count_tokens([one.rows[i] for i in step]) for step in one.steps) for one in (course, two)]
     progress.stage("estimate: rehearsal", 2 * padded[1])
     with tempfile.TemporaryDirectory() as kept:
         store = Store(folder=Path(kept), fields={})
         rehearsal, done = rehearsal_in(store, "0", trainee, two, config), [meter.now()]
-        outcomes = [mean_loss(target, course.batch_tokens)] * together
-        rehearsal.run(outcomes, lambda _: done.append(meter.now()))
-        tried = meter.now() - done[0]
-        replayed = 0 if rehearsal_in(store, "0", trainee, course, config).keeps_all else course.borders[-2]
+        rehearsal.run([outcome] * together, lambda _: done.append(meter.now()))
+        tried = meter.now() - done[0] - sum(asked)
+        keeps_all = rehearsal_in(store, "0", trainee, course, config).keeps_all
     progress.advance(2 * padded[1])
     # Two steps are one segment, which nothing is replayed of.
+    every = borders_of(len(course.steps), course.window)
+    replayed = 0 if keeps_all else sum(borders[-2] - borders[0] for borders in every)
     replay = (done[len(two.steps)] - done[0]) * replayed / len(course.steps)
-    parts = -(-spec.outcomes // together)
-    return (tried * parts + replay) * config.rehearse_seeds * padded[0] / padded[1]
+    parts, tokens = -(-spec.outcomes // together), count_tokens(beside)
+    ends = len(every) * sum(asked) / together * tokens / count_tokens(few)
+    return Tried(
+        seconds=((tried * parts + replay) * padded[0] / padded[1] + ends) * config.rehearse_seeds,
+        kept_bytes=kept_bytes(
+            rehearsal.state, course, together, spec.outcomes, config, below=(trainee.below_bytes, tokens)
+        ),
+    )
 
 
 def _own_losses(trainee: Trainee, course: Course) -> NDArray[np.float32]:

@@ -45,6 +45,10 @@ SCRIPTS = {
         ],
         "lowest tenth",
     ),
+    "windows": (
+        [*DATA, "--steps", "2", "--rows-per-step", "1", "--target-rows", "2", "--windows", "1", "--layers", "1"],
+        "2 steps, 2 target rows",
+    ),
     "magic": ([*DATA, "--shape", "tiny", "--steps", "2", "--rows-per-step", "1", "--target-rows", "1"], "x step"),
     "speed": ([*DATA, "--rows", "2", "--length", "64", "--rounds", "1", "--prompt", "0.5"], "all exact"),
 }

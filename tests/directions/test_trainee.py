@@ -180,3 +180,36 @@ def test_blocks_below_run_once_for_a_batch_where_nothing_under_them_trains() -> 
     assert runs(2, "linear") == 1
     assert runs("all", "linear") == runs(2, "all") == 4
     assert runs(1, "linear", "gemma4_unified_text") == 4, "its last blocks take keys and values from others"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_rows_come_out_below_as_in_the_batches_they_train_in(family: str, dtype: Any) -> None:
+    """The same bits whether that is kept or computed once more, and but for rounding those of any other batch."""
+    model = tiny_model(family, dtype=torch.float32)
+    trainee, ran = Trainee(model, 1, "linear", dtype=dtype), list[int]()
+    blocks = decoder_blocks(model, model.base_model)
+    next(blocks[0].children()).register_forward_hook(lambda *_: ran.append(1))
+    trained, mixed = (
+        [collate(ROWS, [0, 1]), collate(ROWS, [2, 3, 4])],
+        [collate(ROWS, i) for i in ([1, 3], [0, 2], [4])],
+    )
+    along = trainee.gradient([collate(ROWS, [5])])[0]
+
+    def products(within: Any) -> list[Tensor]:
+        into = [torch.zeros_like(w, requires_grad=False) for w in trainee.weights]
+        with trainee.trained_in(within):
+            return [*(trainee.products(batch, [along], [into], 1.0) for batch in mixed), *into]
+
+    trainee.gradient(trained)
+    ran.clear()
+    kept = products(trained)
+    assert not ran
+    trainee._below.room = 1
+    trainee.gradient([collate(ROWS, [5])])
+    for own, wanted in zip(products(trained), kept, strict=True):
+        assert torch.equal(own, wanted)
+    assert ran
+    tolerance = 1e-4 if dtype is None else 0.1
+    for own, wanted in zip(products([]), kept, strict=True):
+        assert (own - wanted).norm() < tolerance * wanted.norm()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
+from alphatoken_curate.directions.shelves import Scratch
 from alphatoken_curate.engine.below import Below
 from alphatoken_curate.engine.blocks import decoder_blocks, trunk
 
@@ -52,6 +54,46 @@ def test_what_was_used_longest_ago_makes_room() -> None:
             logits(model, ids)
         assert len(ran) == again
         ran.clear()
+
+
+def test_what_is_given_is_gone_on_with_and_the_last_batch_is_there_whatever_the_room() -> None:
+    model, blocks, ran = parts("gpt2")
+    one, other = torch.arange(3, 15).view(2, 6), torch.arange(9, 19).view(2, 5)
+    below = Below(blocks[:2], room=1)
+    for key, ids in enumerate((one, other)):
+        with below.kept(key):
+            wanted = logits(model, ids)
+    assert below.output(0) is None
+    ran.clear()
+    with below.given(below.output(1)):
+        assert torch.equal(logits(model, other), wanted)
+    with below.given(below.output(1)[1:]):
+        torch.testing.assert_close(logits(model, other[1:]), wanted[1:])
+    assert not ran
+    with pytest.raises(KeyError), below.given(below.output(1)):
+        raise KeyError
+    logits(model, one)
+    assert len(ran) == 1
+
+
+def test_what_leaves_memory_lies_on_a_shelf_until_it_is_forgotten(tmp_path: Path) -> None:
+    model, blocks, ran = parts("gpt2")
+    each = [torch.arange(3 + n, 15 + n).view(2, 6) for n in range(4)]
+    wanted = [logits(model, ids) for ids in each]
+    below = Below(blocks[:2], room=2 * 2 * 6 * 16 * 4)
+    below.shelf = Scratch(tmp_path, "cpu")
+    ran.clear()
+    for _ in range(3):
+        for key, ids in enumerate(each):
+            with below.kept(key):
+                assert torch.equal(logits(model, ids), wanted[key])
+            assert below._held <= below.room and len(below._kept) <= 2
+    assert len(ran) == 4
+    assert len(list(tmp_path.iterdir())) == 4
+    below.forget([1, 3, 99])
+    assert below.output(1) is None and below.output(0) is not None and len(list(tmp_path.iterdir())) == 2
+    below.forget()
+    assert below._held == 0 and not below._kept and not list(tmp_path.iterdir())
 
 
 def test_without_blocks_nothing_is_kept() -> None:

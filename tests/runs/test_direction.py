@@ -41,8 +41,16 @@ def test_a_rehearsed_training_is_told_in_words(tmp_path: Path) -> None:
     assert "a LoRA of rank 8 and alpha 12, 4 rows" in (told(run, rehearse_lora=8, rehearse_lora_alpha=12.0) or "")
     assert "4 pairs each" in (told(run, kind="preference") or "")
     assert (told(run, **more, kind="preference") or "").endswith("the mean over 4 orders of the pairs")
-    off = dict.fromkeys(("rehearse_clip", "rehearse_momentum", "rehearse_seeds", "rehearse_warmup"))
+    off = dict.fromkeys(("rehearse_clip", "rehearse_momentum", "rehearse_seeds", "rehearse_warmup", "rehearse_window"))
     assert told(run, **off) == told(run)
+
+
+def test_windows_are_told_where_they_are_less_than_the_whole_training(tmp_path: Path) -> None:
+    run = run_with_errors(tmp_path)
+    whole = told(run)
+    assert told(run, rehearse_window=13) == f"{whole}, each step by the outcome at the end of its window of 13 steps"
+    assert told(run, rehearse_window=1) == f"{whole}, each step by the outcome at the end of its window of 1 step"
+    assert told(run, rehearse_window=14) == told(run, rehearse_window=900) == whole
 
 
 def test_each_answer_is_a_row_where_turns_are_sequences(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 from tiny_files import Notes, command, contents, token_records, write_jsonl
 
 from alphatoken_curate import CurateError, ScoreConfig, score
+from alphatoken_curate.directions.rehearsal import mean_loss
 from alphatoken_curate.models.load import find_model
 from alphatoken_curate.scoring.check import check
 from alphatoken_curate.scoring.engines import Here
-from alphatoken_curate.scoring.estimate import Estimate, Size, StageEstimate, _Trials, choose, estimate, predict
-from alphatoken_curate.scoring.meter import peak_of_process
+from alphatoken_curate.scoring.estimate import Estimate, StageEstimate, _Trials, estimate
+from alphatoken_curate.scoring.meter import Meter, peak_of_process
+from alphatoken_curate.scoring.probes import Size, choose, predict
 from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.signals.paths import PathScorer
 
@@ -175,8 +178,37 @@ def test_a_rehearsal_is_tried_on_two_of_its_steps(settings: dict[str, Any]) -> N
         "rehearsal: 4 steps there and back",
     ]
     assert all(notes.done[stage] == tokens for stage, tokens in notes.stages)
-    seeds = estimate(ScoreConfig(**settings, rehearse_seeds=50))[1]
+    seeds = estimate(ScoreConfig(**settings, rehearse_seeds=50, rehearse_window=1))[1]
     assert seeds.stages[-1].seconds > 10 * found.stages[-1].seconds
+    told = r"states of the rehearsal on disk, ([0-9.]+) MiB at most at a time"
+    disk = [re.fullmatch(told, one.placement[-1]) for one in (found, seeds)]
+    assert all(one is not None and float(one[1]) > 0 for one in disk)
+
+
+def test_every_window_takes_the_gradient_of_its_outcomes(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all target rows, here a second for each batch of them."""
+    settings |= {"direction": "rehearsal", "rehearse_lr": 1e-4, "layers": 1, "rehearse_rows_per_step": 16}
+
+    class Slow(Meter):
+        late = 0.0
+
+        def now(self) -> float:
+            return super().now() + self.late
+
+    def slow(rows: Any, batch_tokens: int) -> Any:
+        def outcome(trainee: Any) -> Any:
+            Slow.late += 100.0
+            return mean_loss(rows, batch_tokens)(trainee)
+
+        return outcome
+
+    monkeypatch.setattr("alphatoken_curate.scoring.estimate.Meter", Slow)
+    monkeypatch.setattr("alphatoken_curate.scoring.estimate.mean_loss", slow)
+    seconds = [estimate(ScoreConfig(**settings, rehearse_window=n))[1].stages[-1] for n in (4, 1)]
+    assert seconds[1].name == "rehearsal: 4 steps there and back, 4 windows"
+    assert seconds[1].seconds / seconds[0].seconds == pytest.approx(4, rel=0.1) and seconds[0].seconds >= 100
 
 
 def test_all_parameters_are_tried(settings: dict[str, Any], models: dict[str, str]) -> None:

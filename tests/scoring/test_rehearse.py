@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny import tiny_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model, tiny_rows
 from tiny_files import (
     NAN_TOKEN,
     Notes,
@@ -25,15 +25,17 @@ from tiny_files import (
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from unrolled import J, mean_over, values_by_autograd
+from unrolled import J, mean_over, values_by_windows
 
 from alphatoken_curate import InputError, ScoreConfig, refresh, score, verify
 from alphatoken_curate.directions.groups import deal
-from alphatoken_curate.directions.rehearsal import Rehearsal, plan_steps
+from alphatoken_curate.directions.optimisers import Optimiser
+from alphatoken_curate.directions.rehearsal import Course, Rehearsal, mean_loss, plan_steps
+from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.scoring import rehearse
-from alphatoken_curate.scoring.courses import optimiser_of
+from alphatoken_curate.scoring.courses import kept_bytes, optimiser_of
 from alphatoken_curate.tokens.tokenise import TokenRow
 
 ROWS, TARGET, KEPT = token_records(9, seed=2), token_records(10, seed=9), token_records(6, seed=5)
@@ -104,7 +106,9 @@ def by_hand(files: dict[str, str], made: ScoreConfig, outcomes: list[J]) -> np.n
             rows, epochs=made.rehearse_epochs, rows_per_step=made.rehearse_rows_per_step, seed=made.seed + order
         )
         how = {"summed": made.rehearse_denominator == "sum"}
-        found.append(values_by_autograd(model, names, rows, steps, optimiser_of(made, len(steps)), outcomes, **how))
+        window, optimiser = made.rehearse_window or len(steps), optimiser_of(made, len(steps))
+        ends = [*range(len(steps), 0, -window)][::-1]
+        found.append(values_by_windows(model, names, rows, steps, optimiser, outcomes, ends, **how))
     return np.mean([one.numpy() for one in found], axis=0)
 
 
@@ -120,6 +124,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "orders": {"rehearse_seeds": 2, "rehearse_epochs": 2, "rehearse_denominator": "sum", "target_groups": 2},
     "sgd": {"rehearse_optimizer": "sgd", "rehearse_momentum": 0.9, "rehearse_lr": 0.5, "rehearse_clip": 0.2},
     "last": {"layers": 1, "parameters": "linear", "rehearse_schedule": "cosine", "rehearse_warmup": 1},
+    "windows": {
+        **{"rehearse_window": 2, "rehearse_epochs": 2, "rehearse_rows_per_step": 4, "rehearse_seeds": 2},
+        **{"retention": "=retention", "drift": "weights", "target_groups": 2},
+    },
 }
 
 
@@ -156,8 +164,6 @@ def test_a_run_holds_what_autograd_finds_through_the_unrolled_training(
 
 
 def _fisher(files: dict[str, str]) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(files["fisher"])
 
 
@@ -288,6 +294,75 @@ def test_where_a_killed_one_finds_less_memory_fewer_outcomes_go_back_together(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "at",
+    [
+        f"after-rename@rehearsal-00000-{name}.safetensors"
+        for name in ("1-values-0w0", "0-values-2w1", "0-state-3", "1-adjoint-2w1-1", "1-values-2w1", "columns")
+    ],
+)
+@pytest.mark.long
+def test_killed_between_windows_the_same_command_ends_with_the_same_bytes(
+    at: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two orders, three parts of two outcomes each, and two windows: a step, and two."""
+    made = config(files, rehearse_seeds=2, layers=1, rehearse_window=2)
+    monkeypatch.setattr(rehearse, "at_once", lambda *_: 2)
+    score(made, tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        os.environ[KILL_AT] = at
+        try:
+            score(made, tmp_path / "run")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    monkeypatch.setattr(rehearse, "at_once", lambda *_: 1)
+    score(made, tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert len(list((tmp_path / "run/artifacts").glob("rehearsal*"))) == 1, "states are gone"
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "after-rename@rehearsal-00000-0-adjoint-0-1",
+        pytest.param("mid-write@rehearsal-00000-columns", marks=pytest.mark.long),
+    ],
+)
+def test_what_is_kept_below_what_trains_decides_nothing_and_leaves_nothing(
+    at: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory, on disk, or lost with the process that kept it."""
+    made = config(files, layers=1, parameters="linear", retention=files["retention"], dtype="float32")
+    score(made, tmp_path / "whole")
+    monkeypatch.setattr("alphatoken_curate.engine.below.ROOM", 1)
+    child = os.fork()
+    if child == 0:
+        os.environ[KILL_AT] = f"{at}.safetensors"
+        try:
+            score(made, tmp_path / "run")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    assert ("adjoint" in at) == bool(list((tmp_path / "run/artifacts").glob(".rehearsal.*.tmp")))
+    score(made, tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.long
+def test_a_window_of_all_steps_gives_the_values_of_none(files: dict[str, str], tmp_path: Path) -> None:
+    columns = {}
+    for window in (None, 3, 2):
+        score(config(files, layers=1, rehearse_window=window), tmp_path / str(window))
+        (kept,) = (tmp_path / str(window) / "artifacts").glob("rehearsal*")
+        columns[window] = {name: tensor.numpy().tobytes() for name, tensor in load_file(kept).items()}
+    assert columns[3] == columns[None]
+    assert columns[2] != columns[None] and columns[2]["nll"] == columns[None]["nll"]
+    assert "window" not in (tmp_path / "3/README.md").read_text()
+
+
 def test_a_checkpoint_is_rehearsed_from_where_it_is(files: dict[str, str], tmp_path: Path) -> None:
     settings = {"reference": files["base"], "layers": 1}
     score(config(files, **settings), tmp_path / "run")
@@ -314,10 +389,38 @@ def test_a_finished_rehearsal_is_left_alone_and_another_one_refused(files: dict[
 
 
 def test_what_it_was_told_stands_in_the_run(files: dict[str, str], tmp_path: Path) -> None:
-    score(config(files, layers=1), tmp_path / "run")
+    score(config(files, layers=1, rehearse_window=2), tmp_path / "run")
     told = manifest.read(tmp_path / "run").settings
     assert told["direction"] == "rehearsal" and told["rehearse_lr"] == 0.01 and told["groups"] == 5
-    assert "rehearse_momentum" not in told and told["rehearse_betas"] == "0.9,0.999"
+    assert "rehearse_momentum" not in told and told["rehearse_betas"] == "0.9,0.999" and told["rehearse_window"] == 2
+    assert "each step by the outcome at the end of its window of 2 steps" in (tmp_path / "run/README.md").read_text()
+
+
+class Tallied(InMemory):
+    """A shelf that, with others, notes the most bytes they held."""
+
+    def __init__(self, others: list[Tallied]) -> None:
+        super().__init__()
+        self.all, self.most = others, 0
+        others.append(self)
+
+    def put(self, name: str, tensors: Any) -> None:
+        super().put(name, tensors)
+        every = (t for shelf in self.all for held in shelf._held.values() for t in held.values())
+        self.most = max(self.most, sum(t.nbytes for t in every))
+
+
+@pytest.mark.parametrize(("window", "at_once"), [(None, 2), (5, 1), (5, 2), (1, 2)])
+def test_what_is_said_to_lie_on_disk_does(window: int | None, at_once: int) -> None:
+    rows = tiny_rows()
+    optimiser = Optimiser(lr=0.01, steps=12)
+    course = Course(rows=rows, steps=[(i % 6,) for i in range(12)], optimiser=optimiser, window=window)
+    trainee, shelves = Trainee(tiny_model("gpt2", dtype=torch.float32), 1, "linear"), list[Tallied]()
+    rehearsal = Rehearsal(trainee, course, Tallied(shelves), steps=Tallied(shelves))
+    rehearsal.run([mean_loss(rows[:1], 100), mean_loss(rows[1:], 100)], at_once=at_once)
+    settings = ScoreConfig(data=("d",), direction="rehearsal", rehearse_lr=0.01)
+    said, most = kept_bytes(rehearsal.state, course, at_once, 2, settings), max(shelf.most for shelf in shelves)
+    assert 0.9 * said < most < 1.02 * said
 
 
 def test_few_target_rows_and_much_of_a_root_are_warned_of(files: dict[str, str], tmp_path: Path) -> None:

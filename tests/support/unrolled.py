@@ -17,6 +17,9 @@ from alphatoken_curate.tokens.tokenise import TokenRow
 J = Callable[[Any, dict[str, Tensor]], Tensor]
 """An outcome of a model and its trained weights, by name."""
 
+State = tuple[dict[str, Tensor], list[list[Tensor]]]
+"""Weights by name, and the optimiser's slots."""
+
 
 def plain_step(
     o: Optimiser, weights: list[Tensor], slots: list[list[Tensor]], grads: list[Tensor], k: int
@@ -71,10 +74,36 @@ def trained(
     `loss_of`: gives the loss of a step in place of theirs. `seen` is told the weights and gradients of each step, and
     gives the gradients to go on with.
     """
+    held, slots = begun(model, names, optimiser)
+    numbered = list(enumerate(steps))
+    return trained_on(
+        model, held, slots, rows, numbered, optimiser, weights, summed=summed, graph=graph, seen=seen, loss_of=loss_of
+    )[0]
+
+
+def begun(model: Any, names: Sequence[str], optimiser: Optimiser) -> State:
+    """The named weights as they are, and slots of zeros."""
     held = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if name in set(names)}
-    slots = [[torch.zeros_like(w) for w in held.values()] for _ in range(_slots(optimiser))]
+    return held, [[torch.zeros_like(w) for w in held.values()] for _ in range(_slots(optimiser))]
+
+
+def trained_on(
+    model: Any,
+    held: dict[str, Tensor],
+    slots: list[list[Tensor]],
+    rows: Sequence[TokenRow],
+    steps: Sequence[tuple[int, Sequence[int]]],
+    optimiser: Optimiser,
+    weights: Tensor,
+    *,
+    summed: bool,
+    graph: bool,
+    seen: Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]] = lambda _, grads: grads,
+    loss_of: Callable[[dict[str, Tensor], Sequence[int]], Tensor] | None = None,
+) -> State:
+    """The same from a state on, by numbered steps; with the slots."""
     each = weights.split([int(row.response.sum()) for row in rows])
-    for k, step in enumerate(steps):
+    for k, step in steps:
         if loss_of is None:
             losses = torch.cat([each[i] * token_losses(model, held, rows[i]) for i in step])
             loss = losses.sum() / (torch.cat([each[i] for i in step]).sum() if summed else len(losses))
@@ -87,7 +116,7 @@ def trained(
             after = [x.detach().requires_grad_() for x in after]
         held = dict(zip(held, after[: len(held)], strict=True))
         slots = [after[i : i + len(held)] for i in range(len(held), len(after), len(held))]
-    return held
+    return held, slots
 
 
 def _slots(optimiser: Optimiser) -> int:
@@ -110,6 +139,34 @@ def values_by_autograd(
     weights = torch.ones(count, dtype=torch.float64, requires_grad=True)
     held = trained(model, names, rows, steps, optimiser, weights, summed=summed, graph=True)
     return torch.stack([-torch.autograd.grad(J(model, held), weights, retain_graph=True)[0] for J in outcomes])
+
+
+def values_by_windows(
+    model: Any,
+    names: Sequence[str],
+    rows: Sequence[TokenRow],
+    steps: Sequence[Sequence[int]],
+    optimiser: Optimiser,
+    outcomes: Sequence[J],
+    ends: Sequence[int],
+    *,
+    summed: bool,
+) -> Tensor:
+    """The same through the steps of each window alone, from the state that it starts at, by J where it ends: sums.
+
+    `ends`: of each window, the steps that are done then.
+    """
+    model = oracles.eager(model).requires_grad_(False)
+    (held, slots), found = begun(model, names, optimiser), []
+    for first, end in zip([0, *ends], ends, strict=False):
+        weights = torch.ones(sum(int(row.response.sum()) for row in rows), dtype=torch.float64, requires_grad=True)
+        mine = list(enumerate(steps))[first:end]
+        held, slots = trained_on(model, held, slots, rows, mine, optimiser, weights, summed=summed, graph=True)
+        grads = (torch.autograd.grad(J(model, held), weights, retain_graph=True) for J in outcomes)
+        found.append(torch.stack([-grad for (grad,) in grads]))
+        held = {name: w.detach().requires_grad_() for name, w in held.items()}
+        slots = [[s.detach() for s in slot] for slot in slots]
+    return torch.stack(found).sum(dim=0)
 
 
 @dataclass
