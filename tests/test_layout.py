@@ -271,6 +271,7 @@ def test_every_source_module_has_its_tests() -> None:
         "scoring.cluster": "scoring/test_cluster",
         "scoring.stages": "scoring/test_score",
         "scoring.probes": "scoring/test_estimate",
+        "scoring.courses": "scoring/test_rehearse",
         "scoring.watch": "scoring/test_refresh",
         "masks.formulas": "masks/test_choose",
         "masks.mask": "masks/test_remask",

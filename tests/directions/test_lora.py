@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -12,19 +13,21 @@ import oracles
 import pytest
 import torch
 from peft_lora import as_ours, names_of, with_lora
-from tiny import make_row, tiny_model, tiny_rows
+from tiny import make_row, tiny_model, tiny_pairs, tiny_rows
 from torch import Tensor
 from unrolled import cotangents_by_autograd, mean_over, token_losses, values_by_autograd, values_by_retraining
+from unrolled_pairs import Dpo, own_losses
 
 from alphatoken_curate.directions.lora import LoraTrainee
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import Course, Outcome, Rehearsal, Values, mean_loss
 from alphatoken_curate.directions.shelves import InMemory
+from alphatoken_curate.directions.step_losses import PairLoss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.unmerged import Lora
 from alphatoken_curate.signals.rehearsed import exact_paths
-from alphatoken_curate.tokens.plan import collate
+from alphatoken_curate.tokens.plan import collate, token_starts
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("all_float64")
@@ -403,11 +406,43 @@ def test_no_gradient_of_a_weight_is_made() -> None:
     seen: list[bool] = []
     plain = trainee.nll
 
-    def nll(batch: Any, *, twice: bool = False) -> Tensor:
+    def nll(batch: Any, **how: Any) -> Tensor:
         seen.extend(p.requires_grad for p in trainee.model.parameters())
-        return plain(batch, twice=twice)
+        return plain(batch, **how)
 
     trainee.nll = nll  # type: ignore[method-assign]
     gradient = trainee.gradient([batch])[0]
     trainee.products(batch, [gradient], [[torch.zeros_like(g) for g in gradient]], 1.0)
     assert seen and not any(seen) and not any(w.requires_grad for w in trainee.weights)
+
+
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.long)])
+def test_pairs_train_a_lora_too(family: str) -> None:
+    pairs, steps, optimiser = tiny_pairs(), [(0, 3), (1, 2), (2, 0, 1)], OPTIMISERS["adamw, nearly signs"]
+    trainee = lora_of(family)
+    reference = own_losses(tiny_model(family), pairs)
+    model = with_lora(oracles.eager(tiny_model(family)), trainee)
+    told: Any = {"pairs": pairs, "steps": steps, "optimiser": optimiser, "reference": reference, "beta": 0.3}
+    wanted = Dpo(model=lambda: copy.deepcopy(model), names=names_of(model), **told)
+    loss = PairLoss(beta=0.3, reference=torch.cat(reference).numpy(), starts=token_starts(pairs))
+    course = Course(rows=pairs, steps=steps, optimiser=optimiser, batch_tokens=70, loss=loss)
+    found = Rehearsal(trainee, course, InMemory(), room=1 << 30).run(
+        [mean_loss(TARGET, 1000), mean_loss(RETENTION, 1000)]
+    )
+    assert_exact(found, wanted.values([mean_over(TARGET), mean_over(RETENTION)]))
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_windows_of_a_lora_are_trainings_of_their_own(room: int) -> None:
+    """Whether all their steps are kept or taken again."""
+    steps, optimiser = [(0, 1), (2, 0), (4, 3), (3, 5)], OPTIMISERS["adamw, nearly signs"]
+
+    def values(steps: Any, window: int | None = None) -> np.ndarray:
+        course = Course(rows=ROWS, steps=steps, optimiser=optimiser, batch_tokens=45, window=window)
+        return Rehearsal(lora_of("gpt2"), course, InMemory(), room=room).run([mean_loss(TARGET, 1000)]).value
+
+    whole, first = values(steps), values(steps[:2])
+    middle = sum(int(row.response.sum()) for row in ROWS[:3])
+    assert not np.allclose(whole[:, :middle], first[:, :middle], rtol=1e-3)
+    np.testing.assert_array_equal(values(steps, 2), np.concatenate([first[:, :middle], whole[:, middle:]], axis=1))
+    np.testing.assert_array_equal(values(steps, 4), whole)

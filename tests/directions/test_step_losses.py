@@ -243,3 +243,21 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(exact: bool) -> None:
         found = rehearsal(states).run(outcomes, at_once=1)
         for name in ("own", "omega", "denominator", *(("direct", "causal") if exact else ())):
             np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+
+
+def test_windows_of_pairs_are_trainings_of_their_own() -> None:
+    """The first is a training up to its end; the last ends where the whole does, and gives what that gives."""
+    steps = [(0, 1), (1,), (3, 2), (2,)]
+    reference = own_losses(tiny_model("gpt2"), PAIRS)
+    plain = course(ADAM, reference, 70, steps)
+
+    def values(of: Course) -> np.ndarray:
+        trainee = Trainee(perturbed(tiny_model("gpt2"), scale=0.1), 2, "all")
+        return Rehearsal(trainee, of, InMemory()).run([mean_loss(TARGET, 1000), mean_loss(RETENTION, 1000)]).value
+
+    whole, first = values(plain), values(dataclasses.replace(plain, steps=steps[:2]))
+    middle = int(token_starts(PAIRS)[4])
+    assert not first[:, middle:].any() and not np.allclose(whole[:, :middle], first[:, :middle], rtol=1e-3)
+    found = values(dataclasses.replace(plain, window=2))
+    np.testing.assert_array_equal(found, np.concatenate([first[:, :middle], whole[:, middle:]], axis=1))
+    np.testing.assert_array_equal(values(dataclasses.replace(plain, window=4)), whole)

@@ -389,7 +389,7 @@ def test_what_is_left_comes_first_of_windows_and_of_their_segments(
 
 
 def test_a_window_knows_the_tokens_of_its_own_rows() -> None:
-    lengths = [int(row.response.sum()) for row in ROWS]
+    lengths = np.array([int(row.response.sum()) for row in ROWS])
     starts = np.cumsum([0, *lengths])
     found = list(windows(STEPS, lengths, 3))
     assert [one.rows.tolist() for one in found] == [[0, 3], [1, 2, 3, 4, 5], [0, 1, 2, 4, 5]]

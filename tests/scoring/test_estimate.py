@@ -205,7 +205,7 @@ def test_every_window_takes_the_gradient_of_its_outcomes(
         return outcome
 
     monkeypatch.setattr("alphatoken_curate.scoring.estimate.Meter", Slow)
-    monkeypatch.setattr("alphatoken_curate.scoring.estimate.mean_loss", slow)
+    monkeypatch.setattr("alphatoken_curate.scoring.steps.mean_loss", slow)
     seconds = [estimate(ScoreConfig(**settings, rehearse_window=n))[1].stages[-1] for n in (4, 1)]
     assert seconds[1].name == "rehearsal: 4 steps there and back, 4 windows"
     assert seconds[1].seconds / seconds[0].seconds == pytest.approx(4, rel=0.1) and seconds[0].seconds >= 100
