@@ -33,7 +33,7 @@ from alphatoken_curate.errors import CurateError
 from alphatoken_curate.models.devices import devices_of, names_of, taking_threads
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.scoring.budget import out_of_memory
-from alphatoken_curate.scoring.lora import base_of, lora_trainee
+from alphatoken_curate.scoring.lora import base_of, load_base, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.reference import ReferencePass
@@ -169,7 +169,7 @@ class _Trials:
         """The model is not captured for it."""
         spec = base_of(self.spec)
         self.budget = self.budget or REHEARSAL_TOKENS
-        model = self._timed("loading the model", lambda: spec.load(spec.model))
+        model = self._timed("loading the model", partial(load_base, spec))
         trainee = self._timed(
             "preparing the rehearsal", lambda: lora_trainee(self.config, model, self.spec.model, spec.dtype)
         )
