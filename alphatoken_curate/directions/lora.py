@@ -2,7 +2,8 @@
 
 A is (R, d_in), drawn as peft draws it, uniform within 1 / sqrt(d_in); B (d_out, R) is 0 at first, so that the first
 gradient of A is exactly 0. The weights of all linear maps of the blocks are kept in `dtype`, if one is given, and
-multiply in it; whatever else the model holds, A, B and every sum are float32 at least.
+multiply in it; else in bfloat16 where that holds them exactly, and multiply in what they meet, with the same bits.
+Whatever else the model holds, A, B and every sum are float32 at least.
 Values are in the space of (A, B); a direction of that space is, of a map's weight, s (B M_A + M_B A).
 """
 
@@ -46,9 +47,8 @@ class LoraTrainee(Trainee):
         self.adapters: dict[Tensor, Adapter] = {}
         super().__init__(model, layers, "linear")
         self._products = dtype
-        if dtype is not None:
-            for weight in _fixed(self.model):
-                weight.data = weight.data.to(dtype)
+        for weight in _fixed(self.model):
+            weight.data = _kept(weight.data, dtype)
         self.restart(seed)
 
     def _trains(self, below: list[nn.Module], parameters: Literal["linear", "all"]) -> Mapping[str, Tensor]:
@@ -172,6 +172,14 @@ def _fixed(model: Any) -> list[nn.Parameter]:
     blocks = decoder_blocks(model, model.base_model)
     modules: list[Any] = [module for block in blocks for module in block.modules()]
     return [m.weight for m in modules if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
+
+
+def _kept(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight in `dtype`; by default in bfloat16 where that holds every number of it, as files mostly have them."""
+    if weight.is_meta:
+        return weight  # its numbers are on disk
+    kept = weight.to(dtype or torch.bfloat16)
+    return kept if dtype is not None or torch.equal(kept.to(weight.dtype), weight) else weight
 
 
 def _widen(model: Any) -> None:

@@ -46,8 +46,12 @@ def shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 
 def quantised(files: Iterable[Path]) -> list[tuple[str, str]]:
     """Name and kind (`I8`) of their tensors whose numbers need a scale, by name."""
-    kinds = {name: str(told.get("dtype")) for name, told in _told(files) if name != "__metadata__"}
-    return sorted((name, kind) for name, kind in kinds.items() if kind not in _FLOATS)
+    return sorted((name, kind) for name, kind in kinds(files).items() if kind not in _FLOATS)
+
+
+def kinds(files: Iterable[Path]) -> dict[str, str]:
+    """What numbers each of their tensors is of, by name: `BF16`."""
+    return {name: str(told.get("dtype")) for name, told in _told(files) if name != "__metadata__"}
 
 
 def _told(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -36,7 +36,7 @@ from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.scoring import solving
 from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.courses import course_of, there_and_back
-from alphatoken_curate.scoring.lora import base_of, lora_trainee
+from alphatoken_curate.scoring.lora import base_of, load_base, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, Prepared, drawn, prepare
 from alphatoken_curate.scoring.probes import Size, choose, predict, size_of
@@ -165,7 +165,7 @@ class _Trials:
         """The model is not captured for it."""
         spec = base_of(self.spec)
         self.budget = self.budget or REHEARSAL_TOKENS
-        model = self._timed("loading the model", lambda: spec.load(spec.model))
+        model = self._timed("loading the model", partial(load_base, spec))
         trainee = self._timed(
             "preparing the rehearsal", lambda: lora_trainee(self.config, model, self.spec.model, spec.dtype)
         )

@@ -41,7 +41,7 @@ from alphatoken_curate.runs.artifacts import REHEARSAL, Store
 from alphatoken_curate.runs.schema import BY_ESTIMATOR, ERRORS
 from alphatoken_curate.scoring.courses import course_of, kept_room, optimiser_of, pair_loss, there_and_back
 from alphatoken_curate.scoring.job import Job
-from alphatoken_curate.scoring.lora import base_of, lora_trainee
+from alphatoken_curate.scoring.lora import base_of, load_base, lora_trainee
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens, counted
@@ -244,7 +244,7 @@ class RehearsalScorer(ShardScorer):
                 model: Any = self._released(scoring)
             else:
                 progress.stage("loading model", 0)
-                model = self.spec.load(self.spec.model)
+                model = load_base(self.spec)
             trainee = lora_trainee(config, model, self._start, self.spec.dtype)
             self._begun = trainee, parts and trainee.drift_loss(*parts)
         return self._begun

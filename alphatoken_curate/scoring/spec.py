@@ -107,9 +107,9 @@ class ScorerSpec:
         stored = self.store.require(artifacts.REFERENCE_NLL, part=shard)["nll"]
         return [part.numpy() for part in stored.split([int(row.response.sum()) for row in sequences(rows)])]
 
-    def load(self, source: ModelSource) -> PreTrainedModel:
-        """A model of the run."""
-        return self._load(source, self.dtype_of_weights, self.placement)
+    def load(self, source: ModelSource, dtype: str | None = None) -> PreTrainedModel:
+        """A model of the run, in another dtype where one is named."""
+        return self._load(source, dtype or self.dtype_of_weights, self.placement)
 
     @property
     def placement(self) -> Placement:

@@ -257,6 +257,33 @@ def test_of_a_narrow_model_nothing_is_widened(
 
 
 @pytest.mark.long
+def test_what_files_have_in_bfloat16_stays_so_and_gives_the_bits_of_float32(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with quiet():
+        tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "narrow")
+        tiny_model("llama", dtype=torch.bfloat16).float().save_pretrained(tmp_path / "wide")
+    given: dict[str, Any] = {"retention": files["retention"], "dtype": "float32", "estimator": "exact+influence"}
+    loaded: list[Any] = []
+    plain = ScorerSpec.load
+
+    def load_it(self: ScorerSpec, *given: Any) -> Any:
+        loaded.append(plain(self, *given))
+        assert {p.dtype for p in loaded[-1].parameters()} == {torch.bfloat16 if given[1:] else torch.float32}
+        return loaded[-1]
+
+    monkeypatch.setattr(ScorerSpec, "load", load_it)
+    for name in ("narrow", "wide"):
+        score(config(files, model=str(tmp_path / name), **given), tmp_path / f"run-{name}")
+    for model in loaded:  # as it was left
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+        assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == torch.float32
+    one, other = (stored(tmp_path / f"run-{name}", "nll", "value", "adapt_upstream") for name in ("narrow", "wide"))
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name])
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("estimator", ["influence", "exact"])
 def test_a_narrow_model_drifts_by_a_fisher_too(estimator: str, files: dict[str, str], tmp_path: Path) -> None:
     given = {"rehearse_optimizer": "sgd", "rehearse_lr": 0.02, "estimator": estimator, "model": files["adapter"]}
