@@ -92,7 +92,7 @@ def pairs_of(records: list[dict[str, Any]]) -> list[PairRow]:
 
 
 def test_values_are_along_the_exact_solution(files: dict[str, str], tmp_path: Path) -> None:
-    records = token_records(6, seed=2, longest=8)
+    records = token_records(4, seed=2, longest=6)
     data, notes = write_jsonl(tmp_path / "few.jsonl", records), Notes()
     made = score(config(files, data=data, precondition_iterations=40, target_groups=2), tmp_path / "run", notes)
     assert not verify(made.run)
@@ -130,6 +130,7 @@ def test_values_are_along_the_exact_solution(files: dict[str, str], tmp_path: Pa
     np.testing.assert_allclose(values, each, rtol=1e-5, atol=1e-6 * np.abs(each).max())
 
 
+@pytest.mark.long
 def test_stability_is_solved_where_it_is_to_be_scaled(files: dict[str, str], tmp_path: Path) -> None:
     """Of pairs, whose margins are not 0: by the gradient of what is kept, by the drift, and by groups of each."""
     about = {"data": "=pairs", "retention": "=kept", "reference": "=base", "drift": "weights", "target_groups": 2}
