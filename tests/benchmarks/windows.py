@@ -58,6 +58,7 @@ def seen(steps: int, window: int | None) -> float:
 
 def rehearsed(trainee: Trainee, course: Course, groups: list[Any]) -> tuple[Floats, float, float]:
     """Values by each group of target rows, CPU seconds, and most MiB on disk."""
+    trainee.forget_below()
     begun, most = time.process_time(), 0
     with tempfile.TemporaryDirectory() as folder:
 
