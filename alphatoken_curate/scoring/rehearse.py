@@ -79,7 +79,7 @@ class RehearsalScorer(ShardScorer):
         self._start = spec.model  # of a LoRA that goes on, the adapter
         self._begun: tuple[LoraTrainee, Outcome | None] | None = None
         self.rows, self.shards, self.target, self.retention = [*job.rows], job.shards, job.target, job.retention
-        self._of_pairs, self._starts = job.layout.kind == "preference", token_starts(self.rows)
+        self._paired, self._starts = job.layout.kind == "preference", token_starts(self.rows)
         keys = [(row.row_id, row.turn) for row in self.rows]
         ends = self._starts[:: len(job.layout.branches)].tolist()
         self._places = {key: slice(*both) for key, both in zip(keys, itertools.pairwise(ends), strict=True)}
@@ -158,12 +158,12 @@ class RehearsalScorer(ShardScorer):
             )
         own = replace(self.spec.store, fields={**self.spec.store.fields, "batch_tokens": batch_tokens})
         found = self._losses(own, progress, batch_tokens)
-        reference = self._reference_nll() if self._of_pairs and self.spec.has_reference else found["nll"]
+        reference = self._reference_nll() if self._paired and self.spec.has_reference else found["nll"]
         known = np.isfinite(found["nll"]) & np.isfinite(reference)
         finite = [row for row in self.rows if known[self._place(row)].all()]
         if finite:
             mine = np.concatenate([np.arange(s.start, s.stop) for s in map(self._place, finite)])
-            loss = pair_loss(config, finite, reference[mine]) if self._of_pairs else TOKENS
+            loss = pair_loss(config, finite, reference[mine]) if self._paired else TOKENS
             for name, column in self._rehearsed(finite, loss, own, progress, batch_tokens).items():
                 found[name] = np.full(len(found["nll"]), np.nan, np.float32)
                 found[name][mine] = column
