@@ -116,6 +116,7 @@ def gone(process: int) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_a_step_that_takes_too_long_is_stopped_and_keeps_what_it_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -420,6 +420,7 @@ def test_a_reason_is_told_once_with_the_lines_it_holds_for(tmp_path: Path, model
     assert told.count("unknown_shape") == 1 and "(lines 3-4, 6)" in told
 
 
+@pytest.mark.long
 def test_a_closed_stderr_ends_nothing(data: str, models: dict[str, str], tmp_path: Path) -> None:
     code = "import sys; sys.stderr = None; from alphatoken_curate.cli.main import main; main()"
     made = ("score", 0, ("-o", tmp_path / "run"))

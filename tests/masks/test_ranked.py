@@ -153,6 +153,7 @@ def test_verify_and_the_manifest_hold_one_shard(runs: list[Path]) -> None:
     assert grows(manifest.rebuild, runs) <= 4 + MORE
 
 
+@pytest.mark.long
 def test_rows_are_not_kept_beside_their_tokens(tmp_path: Path) -> None:
     """`check`, as `score`: 6 bytes of a token and less than 2,000 of a row with its plan, whatever text it was."""
     model, length = save_models(tmp_path)["base"], 200

@@ -92,7 +92,7 @@ def test_two_generations_of_a_run_against_loops(tmp_path: Path, kind: str) -> No
     check(compare(run, generations=(2, 0)), tokens_of(again[2]), tokens_of(rows))
 
 
-@pytest.mark.parametrize("kind", ["sft", "preference"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("preference", marks=pytest.mark.long)])
 def test_masks_are_those_that_the_newest_settings_make_of_each(tmp_path: Path, kind: str) -> None:
     run = small_run(tmp_path / "run", value_rows(30, kind=kind), kind=kind, generations=(0, 2))
     settings = {"keep": 0.3, "scope": "batch:4", "weights": "rank"}

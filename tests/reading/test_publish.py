@@ -127,6 +127,7 @@ def killed(run: Path, url: str, point: str) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_an_upload_that_was_killed_goes_on(run: Path, url: str) -> None:
     """Between any two objects, and before the manifest: no manifest is there, and the same call ends it."""
     for point in ("after-object", "after-object:3", "before-published"):

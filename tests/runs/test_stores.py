@@ -174,7 +174,7 @@ def test_a_read_that_breaks_off_is_refused(bucket: str) -> None:
     stored.close()
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.long)])
 def test_a_large_object_is_not_held_in_memory(bucket: str, tmp_path: Path, kind: str) -> None:
     """Of 96 MiB, some blocks are."""
     texts = [os.urandom(8 * 2**10).hex() for _ in range(6 * 2**10)]
