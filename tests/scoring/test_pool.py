@@ -360,11 +360,11 @@ ALIKE: dict[str, dict[str, Any]] = {
 
 
 def _of_kinds() -> Iterator[Any]:
+    often = {"sft": ("exact", "influence", "ekfac"), "preference": ("exact",)}
     for name, changes in ALIKE.items():
-        yield pytest.param(changes, "sft", id=f"{name}-sft", marks=pytest.mark.long)
-        if name != "rehearsal":  # rows of one answer alone are rehearsed
-            often = pytest.mark.long if name == "exact" else pytest.mark.slow
-            yield pytest.param(changes, "preference", id=f"{name}-preference", marks=often)
+        for kind, names in often.items():
+            marks = pytest.mark.long if name in names else pytest.mark.slow
+            yield pytest.param(changes, kind, id=f"{name}-{kind}", marks=marks)
 
 
 @pytest.mark.parametrize(("changes", "kind"), list(_of_kinds()))

@@ -161,7 +161,7 @@ def _rehearsed(base: Setting, target: list[Row]) -> Setting:
     """A setting in one epoch, with other target rows; all of it, or a handful."""
     few = FEW if base.name.endswith(" few") else None
     parts = {"train": base.train, "held": base.held, "retention": base.retention, "target": target}
-    return replace(base, epochs=1, **{name: rows[:few] for name, rows in parts.items()})
+    return replace(base, epochs=1, beside=[], **{name: rows[:few] for name, rows in parts.items()})
 
 
 @cache

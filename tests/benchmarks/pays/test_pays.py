@@ -76,6 +76,7 @@ EVERY_SETTING = [
     "pairs",
     *SPLIT_SETTINGS,
     "D swapped 128",
+    "B words second",
 ]
 
 
