@@ -239,10 +239,10 @@ def stopped(states: InMemory, after: int, window: int = 3, at_once: int | None =
 @pytest.mark.parametrize(
     ("at_once", "stop"),
     [
-        *((2, stop) for stop in (1, 4, 7, 9)),
-        *((1, stop) for stop in (9, 14)),
-        *(pytest.param(2, stop, marks=pytest.mark.long) for stop in (0, 2, 3, 5, 6, 8, 10, 11, 12, 13)),
-        *(pytest.param(1, stop, marks=pytest.mark.long) for stop in (2, 7, 12, 16, 20)),
+        *((2, stop) for stop in (4, 7)),
+        (1, 14),
+        *(pytest.param(2, stop, marks=pytest.mark.long) for stop in (0, 1, 2, 3, 5, 6, 8, 9, 10, 11, 12, 13)),
+        *(pytest.param(1, stop, marks=pytest.mark.long) for stop in (2, 7, 9, 12, 16, 20)),
     ],
 )
 def test_stopped_anywhere_it_goes_on_to_the_same_bits_and_does_no_window_twice(at_once: int, stop: int) -> None:
@@ -328,9 +328,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Values, dict[str, b
     return rehearse(folder), contents(folder)
 
 
-_NOW = ("state-4", "adjoint-1w1-2", "values-1w1")
+_NOW = ("adjoint-1w1-2", "values-1w1")
 _LATER = (
     "state-1",
+    "state-4",
     "digest-2",
     "digest-4",
     "adjoint-0w1-4-0",
@@ -355,7 +356,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize(
     "name",
-    ["state-1", "values-1w0", *(pytest.param(n, marks=pytest.mark.long) for n in ("digest-4", "adjoint-0w1-2"))],
+    ["state-1", *(pytest.param(n, marks=pytest.mark.long) for n in ("values-1w0", "digest-4", "adjoint-0w1-2"))],
 )
 def test_damage_is_seen(name: str, tmp_path: Path) -> None:
     killed(tmp_path, "after-rename@rehearsal-00000-0-adjoint-0w1-2.safetensors")
