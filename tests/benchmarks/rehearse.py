@@ -40,7 +40,7 @@ from alphatoken_curate.models.unmerged import Lora
 from alphatoken_curate.reading.compare import spearman
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.prepare import prepare
-from alphatoken_curate.scoring.rehearse import KEPT_BYTES
+from alphatoken_curate.scoring.courses import KEPT_BYTES
 
 
 def peak_gib() -> float:
