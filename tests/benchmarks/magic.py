@@ -385,8 +385,8 @@ def main() -> None:
         tokens = [len(row.input_ids) for row in work.course.rows]
         print(
             f"{'a tiny GPT-2' if args.shape == 'tiny' else args.model}, {args.dtype}, {len(work.course.steps)} steps of"
-            f" {args.rows_per_step} rows; {sum(tokens)} tokens in {len(tokens)} rows, {work.course.places[-1]} of them"
-            f" respond; torch {torch.__version__}, {args.threads} threads"
+            f" {args.rows_per_step} rows; {sum(tokens)} tokens in {len(tokens)} rows, {sum(work.course.lengths)} of"
+            f" them respond; torch {torch.__version__}, {args.threads} threads"
         )
         columns = ["forward", "s/step", "wall", "x step", "GiB", "written", "on disk"]
         print(f"{'job':<14}" + "".join(f"{column:>9}" for column in columns), "  difference / Spearman", flush=True)

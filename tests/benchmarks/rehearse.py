@@ -39,8 +39,9 @@ from alphatoken_curate.models.load import find_model, load_model
 from alphatoken_curate.models.unmerged import Lora
 from alphatoken_curate.reading.compare import spearman
 from alphatoken_curate.runs.artifacts import Store
-from alphatoken_curate.scoring.prepare import prepare
 from alphatoken_curate.scoring.courses import KEPT_BYTES
+from alphatoken_curate.scoring.prepare import prepare
+from alphatoken_curate.tokens.plan import token_starts
 
 
 def peak_gib() -> float:
@@ -123,7 +124,7 @@ def measured(given: argparse.Namespace, course: Course, target: list[Any], *, fu
 def agreement(one: Values, other: Values, course: Course) -> dict[str, float]:
     """How the values of two trainings of the same steps go together."""
     a, b = (found.value.mean(axis=0) for found in (one, other))
-    sums = [np.add.reduceat(x, course.places[:-1]) for x in (a, b)]
+    sums = [np.add.reduceat(x, token_starts(course.rows)[:-1]) for x in (a, b)]
     low = [set(np.argsort(x)[: max(1, len(x) // 10)].tolist()) for x in (a, b)]
     return {
         "Spearman of tokens": round(spearman(a, b), 4),
