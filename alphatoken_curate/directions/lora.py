@@ -14,13 +14,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alphatoken_curate.directions.losses import Losses, at, token_losses
+from alphatoken_curate.directions.losses import Losses, at, positions, token_losses
 from alphatoken_curate.directions.rehearsal import Outcome
 from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits
@@ -82,15 +83,12 @@ class LoraTrainee(Trainee):
 
     def losses(self, batch: Batch) -> Losses:
         """Losses of the response tokens of a batch: one forward, no gradient."""
+        batch = replace(batch, start=0)
         ids, target = (torch.from_numpy(x).to(self.device) for x in (batch.input_ids, batch.target))
+        head = partial(head_logits, self.model, self.base)
         with torch.no_grad(), LowRank(self.adapters, self._products):
             hidden = self.base(input_ids=ids, use_cache=False).last_hidden_state
-            columns = batch.row * batch.input_ids.shape[1] + batch.position
-            chosen = at(hidden, torch.from_numpy(columns).to(self.device))
-
-            def head(x: Tensor) -> Tensor:
-                return head_logits(self.model, self.base, x)
-
+            chosen = at(hidden, positions(batch, ids.device))
             return token_losses(head, chosen, target, vocabulary=self.vocabulary, gradient=False)
 
     def as_direction(self, weights: Weights) -> Direction:

@@ -41,11 +41,13 @@ from alphatoken_curate.tokens.plan import Batch
 Batches = Callable[[], Iterable[Batch]]
 """Gives the same batches each time it is called: `ekfac` goes over them twice."""
 
+_EKFAC_PARTS = ("input_vectors", "output_vectors", "second_moment")
+
 _PARTS: dict[str, tuple[str, ...]] = {
     "adam": ("second_moment",),
     "kfac": ("input_vectors", "input_values", "output_vectors", "output_values"),
-    "ekfac": ("input_vectors", "output_vectors", "second_moment"),
-    "astra": ("input_vectors", "output_vectors", "second_moment"),
+    "ekfac": _EKFAC_PARTS,
+    "astra": _EKFAC_PARTS,
 }
 """What is stored for each linear map: second_moment (d_out, d_in), for `ekfac` in the eigenbases; eigenvectors as the
 columns of input_vectors (d_in, d_in) and output_vectors (d_out, d_out); eigenvalues (d_in,) and (d_out,)."""

@@ -34,11 +34,11 @@ from alphatoken_curate.directions.shelves import InMemory, Shelf
 from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
 from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.directions.waypoints import Waypoints
-from alphatoken_curate.directions.windows import Window, borders_of, windows
+from alphatoken_curate.directions.windows import Window, windows
 from alphatoken_curate.errors import CurateError, InputError
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, token_starts
-from alphatoken_curate.tokens.tokenise import AnyRow
+from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
 REHEARSAL_DRAW = -5
 """Less the epoch, the position under which a row's place in it is drawn; no token has a negative one."""
@@ -77,19 +77,19 @@ class Course:
         return [collate(self.rows, [self.steps[k][i] for i in indices]) for indices in planned]
 
     @property
-    def borders(self) -> list[int]:
-        """Where segments start, of all windows, and N: steps done before the state there."""
-        return [0, *(k for borders in borders_of(len(self.steps), self.window) for k in borders[1:])]
-
-    @property
     def lengths(self) -> NDArray[np.int64]:
         """Response tokens of each sequence."""
         return np.diff(token_starts(self.rows))
 
+    def keeps_all(self, state: State, room: int) -> bool:
+        """Whether all steps of a window, each a state like this one and a gradient, take no more than `room` bytes."""
+        each = sum(x.nbytes for x in (*state.tensors, *state.weights))
+        return each * min(len(self.steps), self.window or len(self.steps)) <= room
+
     @property
     def taken(self) -> list[list[int]]:
         """Indices of the sequences of each step: of a pair both branches."""
-        each = len(self.lengths) // len(self.rows)
+        each = len(branches(self.rows[0]))
         return [[each * i + branch for i in step for branch in range(each)] for step in self.steps]
 
 
@@ -171,8 +171,7 @@ class Rehearsal:
         self.steps = InMemory() if steps is None else steps
         self.state = course.optimiser.start([w.detach() for w in trainee.weights])
         self.kept = Waypoints(states, trainee.names, len(self.state.slots))
-        each = sum(x.nbytes for x in (*self.state.tensors, *self.state.weights))  # with a gradient
-        self.keeps_all = each * min(len(course.steps), course.window or len(course.steps)) <= room
+        self._keeps_all = course.keeps_all(self.state, room)
         self._first_loss, self._shift = math.inf, (0.0, 0.0)
         self._part, self._states_stay, self._moved = "", False, False
         self._window: Window
@@ -231,7 +230,7 @@ class Rehearsal:
             self._moved = True
             reached = next((k for k in borders if self.kept.has_adjoints(self._part, k)), None)
             if reached is None:
-                self._forward(borders, told, keep=borders[0] if self.keeps_all else borders[-2])
+                self._forward(borders, told, keep=borders[0] if self._keeps_all else borders[-2])
                 self._begin_adjoints([outcome(self.trainee) for outcome in outcomes])
                 reached = borders[-1]
             for k in borders:  # what a replay is held against

@@ -11,26 +11,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from alphatoken_curate.engine import below
 from alphatoken_curate.runs.artifacts import REHEARSAL, Store
 
 
-class Shelf(Protocol):
+class Shelf(below.Shelf, Protocol):
     """Where states are kept, by name: in memory or on disk."""
-
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a copy."""
-        ...
-
-    def get(self, name: str) -> dict[str, Tensor] | None:
-        """A copy of what was kept under a name; None where nothing was."""
-        ...
 
     def has(self, name: str) -> bool:
         """Whether something is kept under a name, by the look of it."""
-        ...
-
-    def drop(self, name: str) -> None:
-        """Forget it, where it is there."""
         ...
 
 

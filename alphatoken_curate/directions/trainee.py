@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alphatoken_curate.directions.losses import at, positions
@@ -28,7 +29,8 @@ from alphatoken_curate.engine.padding_rows import PaddingRows
 from alphatoken_curate.engine.precision import narrow, wide
 from alphatoken_curate.engine.twice import Twice, token_nll
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.tokens.plan import Batch
+from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, token_places, token_starts
+from alphatoken_curate.tokens.tokenise import AnyRow
 from alphatoken_curate.wording import count
 
 Weights = list[Tensor]
@@ -134,13 +136,23 @@ class Trainee:
         target = torch.from_numpy(batch.target).to(ids.device)
         return token_nll(logits, target) if twice else nn.functional.cross_entropy(logits, target, reduction="none")
 
+    def nll_of(self, rows: Sequence[AnyRow], batch_tokens: int) -> NDArray[np.float32]:
+        """-log p of the response tokens of all rows at the weights as they are, (N,) in nats."""
+        starts = token_starts(rows)
+        found = np.empty(starts[-1], np.float32)
+        with torch.no_grad():
+            for batch in (collate(rows, indices) for indices in plan_batches(rows, batch_tokens)):
+                found[token_places(batch, starts)] = self.nll(batch).cpu().numpy()
+        return found
+
     def shelve_below(self, shelf: Shelf) -> None:
         """Put away on a shelf what lies below what trains gives for a batch, where memory has no room to keep it."""
         self._below.shelf = shelf
 
     def forget_below(self, batches: Iterable[Batch] | None = None) -> None:
         """Keep nothing of what lies below gave for some batches, or for any."""
-        self._below.forget(None if batches is None else map(_key, batches))
+        if self._below.blocks:
+            self._below.forget(None if batches is None else map(_key, batches))
 
     @property
     def below_bytes(self) -> int:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from alphatoken_curate.tokens.plan import Batch
+from alphatoken_curate.tokens.plan import Batch, places_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,11 +34,11 @@ class Window:
 
     def places(self, batch: Batch) -> NDArray[np.int64]:
         """(N of the batch,) where the tokens of a batch are among its own."""
-        return _spread(self.starts, np.searchsorted(self.rows, np.asarray(batch.rows)))
+        return places_of(np.searchsorted(self.rows, np.asarray(batch.rows)), self.starts)
 
     def places_in_all(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) where its tokens are among those of all rows, which start at `starts`."""
-        return _spread(starts, self.rows)
+        return places_of(self.rows, starts)
 
 
 def windows(steps: Sequence[Sequence[int]], lengths: NDArray[np.int64], size: int | None) -> Iterator[Window]:
@@ -71,7 +71,3 @@ def borders_of(steps: int, size: int | None) -> list[list[int]]:
 def _cut(count: int, size: int) -> list[int]:
     """From 0 to `count` in pieces of a size; the first is what is left."""
     return [0, *range((count - 1) % size + 1, count + 1, size)]
-
-
-def _spread(starts: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in rows])

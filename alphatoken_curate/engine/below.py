@@ -22,18 +22,18 @@ ROOM = 1 << 30
 
 
 class Shelf(Protocol):
-    """Where tensors lie by name (`directions.shelves`)."""
+    """Where tensors lie by name (`directions.shelves` has some)."""
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a copy."""
         ...
 
     def get(self, name: str) -> dict[str, Tensor] | None:
-        """A copy of what was kept."""
+        """A copy of what was kept under a name; None where nothing was."""
         ...
 
     def drop(self, name: str) -> None:
-        """Forget it."""
+        """Forget it, where it is there."""
         ...
 
 

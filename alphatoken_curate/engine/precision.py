@@ -19,6 +19,12 @@ def narrow(dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).bits < torch.finfo(torch.float32).bits
 
 
+def narrow_kind(name: str) -> torch.dtype | None:
+    """The dtype of a name, where it is less than float32."""
+    kind: torch.dtype = getattr(torch, name)
+    return kind if narrow(kind) else None
+
+
 def wide(x: Tensor) -> Tensor:
     """A tensor in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -76,8 +76,8 @@ def first_steps(course: Course, count: int) -> Course:
 
 def there_and_back(course: Course) -> str:
     """`24 steps there and back`, and in how many windows."""
-    windows = len(borders_of(len(course.steps), course.window))
-    return f"{count(len(course.steps), 'step')} there and back" + (f", {windows:,} windows" if windows > 1 else "")
+    parts = len(borders_of(len(course.steps), course.window))
+    return f"{count(len(course.steps), 'step')} there and back" + (f", {parts:,} windows" if parts > 1 else "")
 
 
 def kept_bytes(
@@ -90,12 +90,10 @@ def kept_bytes(
     """
     weights, whole = (sum(t.nbytes for t in tensors) for tensors in (state.weights, state.tensors))
     each = 8 * (2 if config.estimator == "influence" else 4)  # of a token and an outcome
-    largest, values = 0, 0
+    largest, values, keeps_all = 0, 0, course.keeps_all(state, kept_room(config))
     for window in windows(course.taken, course.lengths, course.window):
         first, last = window.borders[0], window.borders[-1]
-        segment, tokens = last - window.borders[-2], int(window.starts[-1])
-        if (last - first) * (whole + weights) <= kept_room(config):
-            segment = last - first
+        segment, tokens = last - (first if keeps_all else window.borders[-2]), int(window.starts[-1])
         states = (len(window.borders) + (first > 0)) * whole
         back = together * (whole + tokens * each)
         under = below[0] * (

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.lora import LoraTrainee
-from alphatoken_curate.engine.precision import narrow
+from alphatoken_curate.engine.precision import narrow, narrow_kind
 from alphatoken_curate.models.load import ModelSource
 from alphatoken_curate.models.tensors import kinds
 from alphatoken_curate.models.unmerged import Lora, read_unmerged
@@ -47,6 +45,4 @@ def load_base(spec: ScorerSpec) -> Any:
 
 def lora_trainee(config: ScoreConfig, model: Any, source: ModelSource, dtype: str) -> LoraTrainee:
     """What trains beside `model`, which is that of `source` without its adapter, in a run of that dtype."""
-    products = getattr(torch, dtype)
-    narrowed = products if narrow(products) else None
-    return LoraTrainee(model, config.layers, lora_of(config, source), seed=config.seed, dtype=narrowed)
+    return LoraTrainee(model, config.layers, lora_of(config, source), seed=config.seed, dtype=narrow_kind(dtype))

@@ -34,7 +34,7 @@ from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.directions.waypoints import VALUES
 from alphatoken_curate.engine.capture import Direction, ScoringModel
-from alphatoken_curate.engine.precision import narrow
+from alphatoken_curate.engine.precision import narrow_kind
 from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import REHEARSAL, Store
@@ -151,7 +151,7 @@ class RehearsalScorer(ShardScorer):
                 " Hundreds of --target rows serve, or a mild use: --weights tilt:0.25."
             )
         config = self.spec.config
-        if narrow(getattr(torch, self.spec.dtype)) and config.rehearse_optimizer == "adamw":
+        if narrow_kind(self.spec.dtype) is not None and config.rehearse_optimizer == "adamw":
             progress.warn(
                 f"--dtype {self.spec.dtype}: AdamW steps along the sign of a gradient near 0, which is rounding here."
                 f" Values are off by much at --rehearse-root {config.rehearse_root:g}: give --dtype float32."
@@ -296,9 +296,7 @@ class RehearsalScorer(ShardScorer):
 
 def trainee_of(config: ScoreConfig, model: Any, dtype: str) -> Trainee:
     """What trains in the rehearsal of a config, in a run of that dtype."""
-    products = getattr(torch, dtype)
-    narrowed = products if narrow(products) else None
-    return Trainee(model, config.layers, config.parameters, dtype=narrowed)  # type: ignore[arg-type]
+    return Trainee(model, config.layers, config.parameters, dtype=narrow_kind(dtype))  # type: ignore[arg-type]
 
 
 def rehearsal_in(store: Store, prefix: str, trainee: Trainee, course: Course, config: ScoreConfig) -> Rehearsal:

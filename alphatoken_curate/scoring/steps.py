@@ -7,20 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from alphatoken_curate.directions.rehearsal import Course, mean_loss
 from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.directions.windows import borders_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import Store
-from alphatoken_curate.scoring.courses import first_steps, kept_bytes, pair_loss
+from alphatoken_curate.scoring.courses import first_steps, kept_bytes, kept_room, pair_loss
 from alphatoken_curate.scoring.meter import Meter
 from alphatoken_curate.scoring.rehearse import at_once, rehearsal_in
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
-from alphatoken_curate.tokens.plan import collate, plan_batches, token_places, token_starts
+from alphatoken_curate.tokens.plan import plan_batches
 from alphatoken_curate.tokens.tokenise import PairRow, TokenRow
 
 
@@ -41,7 +37,8 @@ def tried_steps(
     """
     config, two = spec.config, first_steps(course, 2)
     if isinstance(two.rows[0], PairRow):
-        two = replace(two, loss=pair_loss(config, two.rows, _own_losses(trainee, two)))
+        # The model itself will do for the reference.
+        two = replace(two, loss=pair_loss(config, two.rows, trainee.nll_of(two.rows, two.batch_tokens)))
     together = at_once(trainee, spec.outcomes, config)
     few, asked = [beside[i] for i in plan_batches(beside, course.batch_tokens)[0]], list[float]()
 
@@ -54,14 +51,14 @@ def tried_steps(
     padded = [sum(count_tokens([one.rows[i] for i in step]) for step in one.steps) for one in (course, two)]
     progress.stage("estimate: rehearsal", 2 * padded[1])
     with tempfile.TemporaryDirectory() as kept:
-        store = Store(folder=Path(kept), fields={})
-        rehearsal, done = rehearsal_in(store, "0", trainee, two, config), [meter.now()]
+        rehearsal = rehearsal_in(Store(folder=Path(kept), fields={}), "0", trainee, two, config)
+        done = [meter.now()]
         rehearsal.run([outcome] * together, lambda _: done.append(meter.now()))
         tried = meter.now() - done[0] - sum(asked)
-        keeps_all = rehearsal_in(store, "0", trainee, course, config).keeps_all
     progress.advance(2 * padded[1])
     # Two steps are one segment, which nothing is replayed of.
     every = borders_of(len(course.steps), course.window)
+    keeps_all = course.keeps_all(rehearsal.state, kept_room(config))
     replayed = 0 if keeps_all else sum(borders[-2] - borders[0] for borders in every)
     replay = (done[len(two.steps)] - done[0]) * replayed / len(course.steps)
     parts, tokens = -(-spec.outcomes // together), count_tokens(beside)
@@ -72,14 +69,3 @@ def tried_steps(
             rehearsal.state, course, together, spec.outcomes, config, below=(trainee.below_bytes, tokens)
         ),
     )
-
-
-def _own_losses(trainee: Trainee, course: Course) -> NDArray[np.float32]:
-    """The nll of all response tokens, (N,): the model itself will do for the reference."""
-    starts = token_starts(course.rows)
-    found = np.empty(starts[-1], np.float32)
-    with torch.no_grad():
-        for indices in plan_batches(course.rows, course.batch_tokens):
-            batch = collate(course.rows, indices)
-            found[token_places(batch, starts)] = trainee.nll(batch).cpu().numpy()
-    return found

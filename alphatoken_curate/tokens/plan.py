@@ -96,7 +96,12 @@ def token_starts(rows: Sequence[AnyRow]) -> NDArray[np.int64]:
 
 def token_places(batch: Batch, starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """(N of the batch,) where its tokens are among those of all rows, whose sequences start at `starts`."""
-    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.rows])
+    return places_of(batch.rows, starts)
+
+
+def places_of(indices: Iterable[int], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the tokens of some sequences, by index, are among those of all, which start at `starts`."""
+    return np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
 
 
 def prompt_length(row: AnyRow) -> int:

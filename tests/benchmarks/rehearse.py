@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.groups import deal
@@ -41,7 +42,8 @@ from alphatoken_curate.reading.compare import spearman
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.courses import KEPT_BYTES
 from alphatoken_curate.scoring.prepare import prepare
-from alphatoken_curate.tokens.plan import token_starts
+
+Floats = NDArray[np.float64]
 
 
 def peak_gib() -> float:
@@ -121,15 +123,24 @@ def measured(given: argparse.Namespace, course: Course, target: list[Any], *, fu
     return found
 
 
+def lowest_shared(one: Floats, other: Floats) -> float:
+    """Share of the lowest tenth of one that is among the lowest tenth of the other."""
+    n = max(1, len(one) // 10)
+    return len({*np.argsort(one, kind="stable")[:n]} & {*np.argsort(other, kind="stable")[:n]}) / n
+
+
+def by_rows(values: Floats, lengths: NDArray[np.int64]) -> Floats:
+    """Sums over the tokens of each row."""
+    return np.add.reduceat(values, np.cumsum(lengths) - lengths)
+
+
 def agreement(one: Values, other: Values, course: Course) -> dict[str, float]:
     """How the values of two trainings of the same steps go together."""
     a, b = (found.value.mean(axis=0) for found in (one, other))
-    sums = [np.add.reduceat(x, token_starts(course.rows)[:-1]) for x in (a, b)]
-    low = [set(np.argsort(x)[: max(1, len(x) // 10)].tolist()) for x in (a, b)]
     return {
         "Spearman of tokens": round(spearman(a, b), 4),
-        "of sums of rows": round(spearman(*sums), 4),
-        "lowest tenth in both": round(len(low[0] & low[1]) / len(low[0]), 4),
+        "of sums of rows": round(spearman(by_rows(a, course.lengths), by_rows(b, course.lengths)), 4),
+        "lowest tenth in both": round(lowest_shared(a, b), 4),
     }
 
 

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from rehearse import layers_of, peak_gib
+from rehearse import Floats, by_rows, layers_of, lowest_shared, peak_gib
 
 from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.directions.groups import deal
@@ -35,19 +34,6 @@ from alphatoken_curate.reading.compare import spearman
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.prepare import prepare
 from alphatoken_curate.tokens.plan import response_tokens
-
-Floats = NDArray[np.float64]
-
-
-def lowest_shared(one: Floats, other: Floats) -> float:
-    """Share of the lowest tenth of one that is among the lowest tenth of the other."""
-    n = max(1, len(one) // 10)
-    return len({*np.argsort(one, kind="stable")[:n]} & {*np.argsort(other, kind="stable")[:n]}) / n
-
-
-def by_rows(values: Floats, lengths: list[int]) -> Floats:
-    """Sums over the tokens of each row."""
-    return np.add.reduceat(values, np.cumsum([0, *lengths[:-1]]))
 
 
 def seen(steps: int, window: int | None) -> float:

@@ -21,6 +21,7 @@ from alphatoken_curate.directions.rehearsal import (
 )
 from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.trainee import Trainee
+from alphatoken_curate.directions.windows import borders_of
 from alphatoken_curate.errors import CurateError, InputError
 from alphatoken_curate.signals.rehearsed import exact_paths
 from alphatoken_curate.tokens.plan import collate
@@ -296,7 +297,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(denominator: Any) -> None:
         np.testing.assert_array_equal(found.own, wanted.own)
         np.testing.assert_array_equal(found.denominator, wanted.denominator)
         assert found.root_share == wanted.root_share > 0
-        assert len(again) <= len(calls) - stop + max(np.diff(course.borders))
+        assert len(again) <= len(calls) - stop + max(np.diff(borders_of(len(course.steps), None)[0]))
 
 
 @pytest.mark.parametrize(
@@ -431,4 +432,4 @@ def test_turns_of_a_row_have_places_of_their_own() -> None:
 
 @pytest.mark.parametrize(("steps", "borders"), [(1, [0, 1]), (2, [0, 2]), (7, [0, 1, 4, 7]), (9, [0, 3, 6, 9])])
 def test_segments_are_about_as_long_as_they_are_many(steps: int, borders: list[int]) -> None:
-    assert Course(rows=ROWS, steps=[(0,)] * steps, optimiser=ADAM).borders == borders
+    assert borders_of(steps, None) == [borders]

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from killed import ended_by
 from tiny import make_row, tiny_model, tiny_rows
 
 from alphatoken_curate import StoredDataError
@@ -104,14 +104,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(border: str, point: str, t
 
 def _in_a_process(folder: Path, kill_at: str) -> int:
     """The signal that ended a rehearsal in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        os.environ["ALPHATOKEN_CURATE_KILL_AT"] = kill_at
-        try:
-            rehearse(folder)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1
+    return ended_by(kill_at, lambda: rehearse(folder))
 
 
 @pytest.mark.parametrize("name", ["state-0", "digest-2", "adjoint-0-2", "adjoint-0-2-0", "values-0"])

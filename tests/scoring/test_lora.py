@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from killed import kill
 from peft_lora import as_ours, names_of, with_lora
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
@@ -34,7 +34,6 @@ from alphatoken_curate.scoring.spec import ScorerSpec
 pytest.importorskip("peft")
 
 ROWS, TARGET, KEPT = token_records(9, seed=2), token_records(10, seed=9), token_records(6, seed=5)
-KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
 MODULES = ["attn.c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
 
 
@@ -191,14 +190,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
 ) -> None:
     made = config(files, rehearse_seeds=2, layers=1)
     score(made, tmp_path / "whole")
-    child = os.fork()
-    if child == 0:
-        os.environ[KILL_AT] = at
-        try:
-            score(made, tmp_path / "run")
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    kill(at, lambda: score(made, tmp_path / "run"))
     score(made, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     left = [path.name for path in (tmp_path / "run/artifacts").glob("*rehearsal*")]

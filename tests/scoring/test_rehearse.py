@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from killed import kill
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_rows
 from tiny_files import (
@@ -39,7 +39,6 @@ from alphatoken_curate.scoring.courses import kept_bytes, optimiser_of
 from alphatoken_curate.tokens.tokenise import TokenRow
 
 ROWS, TARGET, KEPT = token_records(9, seed=2), token_records(10, seed=9), token_records(6, seed=5)
-KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
 
 
 @pytest.fixture(scope="module")
@@ -248,14 +247,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
 ) -> None:
     made = config(files, rehearse_seeds=2, layers=1)
     score(made, tmp_path / "whole")
-    child = os.fork()
-    if child == 0:
-        os.environ[KILL_AT] = at
-        try:
-            score(made, tmp_path / "run")
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    kill(at, lambda: score(made, tmp_path / "run"))
     score(made, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     left = [path.name for path in (tmp_path / "run/artifacts").glob("rehearsal*")]
@@ -272,14 +264,7 @@ def test_where_a_killed_one_finds_less_memory_fewer_outcomes_go_back_together(
     """But not once values are there, which fewer outcomes would have others of."""
     made = config(files, layers=1)
     score(made, tmp_path / "whole")
-    child = os.fork()
-    if child == 0:
-        os.environ[KILL_AT] = f"after-rename@rehearsal-00000-0-{at}.safetensors"
-        try:
-            score(made, tmp_path / "run")
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    kill(f"after-rename@rehearsal-00000-0-{at}.safetensors", lambda: score(made, tmp_path / "run"))
     seen: list[int] = []
     plain = Rehearsal._run_part
 
@@ -309,14 +294,7 @@ def test_killed_between_windows_the_same_command_ends_with_the_same_bytes(
     made = config(files, rehearse_seeds=2, layers=1, rehearse_window=2)
     monkeypatch.setattr(rehearse, "at_once", lambda *_: 2)
     score(made, tmp_path / "whole")
-    child = os.fork()
-    if child == 0:
-        os.environ[KILL_AT] = at
-        try:
-            score(made, tmp_path / "run")
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    kill(at, lambda: score(made, tmp_path / "run"))
     monkeypatch.setattr(rehearse, "at_once", lambda *_: 1)
     score(made, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
@@ -337,14 +315,7 @@ def test_what_is_kept_below_what_trains_decides_nothing_and_leaves_nothing(
     made = config(files, layers=1, parameters="linear", retention=files["retention"], dtype="float32")
     score(made, tmp_path / "whole")
     monkeypatch.setattr("alphatoken_curate.engine.below.ROOM", 1)
-    child = os.fork()
-    if child == 0:
-        os.environ[KILL_AT] = f"{at}.safetensors"
-        try:
-            score(made, tmp_path / "run")
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    kill(f"{at}.safetensors", lambda: score(made, tmp_path / "run"))
     assert ("adjoint" in at) == bool(list((tmp_path / "run/artifacts").glob(".rehearsal.*.tmp")))
     score(made, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from killed import kill
 from safetensors.torch import save_file
 from tiny import make_row, tiny_model
 from tiny_files import NAN_TOKEN, command, contents, pair_records, perturbed, quiet, rows_of, token_records, write_jsonl
@@ -26,7 +26,6 @@ from alphatoken_curate.scoring.courses import optimiser_of
 from alphatoken_curate.tokens.tokenise import PairRow
 
 ROWS, TARGET, KEPT = pair_records(9, seed=2), token_records(10, seed=9), token_records(6, seed=5)
-KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
 
 
 @pytest.fixture(scope="module")
@@ -201,14 +200,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
 ) -> None:
     made = config(files, layers=1, parameters="linear", rows_per_shard=5)
     score(made, tmp_path / "whole")
-    child = os.fork()
-    if child == 0:
-        os.environ[KILL_AT] = at
-        try:
-            score(made, tmp_path / "run")
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    kill(at, lambda: score(made, tmp_path / "run"))
     score(made, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from curved import root_of
+from killed import kill
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_files import Notes, contents, pair_records, perturbed, quiet, rows_of, token_records, write_jsonl
@@ -24,7 +24,6 @@ from alphatoken_curate.scoring import solving
 from alphatoken_curate.tokens.tokenise import PairRow
 
 DAMPING = 30.0
-KILL_AT = "ALPHATOKEN_CURATE_KILL_AT"
 ROWS = token_records(PART_ROWS + 3, seed=2, longest=7)
 
 
@@ -184,14 +183,7 @@ def test_killed_it_goes_on_from_the_last_iterate_to_the_same_bytes(
 ) -> None:
     made = config(files, precondition_iterations=3)
     score(made, tmp_path / "whole")
-    child = os.fork()
-    if child == 0:
-        os.environ[KILL_AT] = at
-        try:
-            score(made, tmp_path / "run")
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, "the point was not reached"
+    kill(at, lambda: score(made, tmp_path / "run"))
     steps, plain = list[int](), solving.step
     monkeypatch.setattr(solving, "step", lambda scorer, k, *others: steps.append(k) or plain(scorer, k, *others))
     score(made, tmp_path / "run")

@@ -63,22 +63,11 @@ def trained(
     steps: Sequence[Sequence[int]],
     optimiser: Optimiser,
     weights: Tensor,
-    *,
-    summed: bool,
-    graph: bool,
-    seen: Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]] = lambda _, grads: grads,
-    loss_of: Callable[[dict[str, Tensor], Sequence[int]], Tensor] | None = None,
+    **how: Any,
 ) -> dict[str, Tensor]:
-    """The named weights after a training in which tokens weigh `weights` (N,), row by row.
-
-    `loss_of`: gives the loss of a step in place of theirs. `seen` is told the weights and gradients of each step, and
-    gives the gradients to go on with.
-    """
+    """The named weights after a training in which tokens weigh `weights` (N,), row by row; else as `trained_on`."""
     held, slots = begun(model, names, optimiser)
-    numbered = list(enumerate(steps))
-    return trained_on(
-        model, held, slots, rows, numbered, optimiser, weights, summed=summed, graph=graph, seen=seen, loss_of=loss_of
-    )[0]
+    return trained_on(model, held, slots, rows, list(enumerate(steps)), optimiser, weights, **how)[0]
 
 
 def begun(model: Any, names: Sequence[str], optimiser: Optimiser) -> State:
@@ -101,7 +90,11 @@ def trained_on(
     seen: Callable[[dict[str, Tensor], list[Tensor]], list[Tensor]] = lambda _, grads: grads,
     loss_of: Callable[[dict[str, Tensor], Sequence[int]], Tensor] | None = None,
 ) -> State:
-    """The same from a state on, by numbered steps; with the slots."""
+    """The same from a state on, by numbered steps; with the slots.
+
+    `loss_of`: gives the loss of a step in place of theirs. `seen` is told the weights and gradients of each step, and
+    gives the gradients to go on with.
+    """
     each = weights.split([int(row.response.sum()) for row in rows])
     for k, step in steps:
         if loss_of is None:

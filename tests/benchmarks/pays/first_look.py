@@ -232,14 +232,13 @@ def described(where: Setting, place: Place) -> dict[str, Any]:
 
 def asked(only: Sequence[str], part: str, config: Mapping[str, Any]) -> bool:
     """Whether `--only` lets this one pass: parts, settings, trainings and selections narrow apart."""
-    wanted = set(only)
     each = (
         (part, set(PARTS)),
         (config["setting"].removesuffix(" few").removesuffix(" 128"), {*EVERY, *PAIRS}),
         (config["training"], set(TRAININGS)),
         (config["selection"], {VALUES, *SELECTIONS, *USES}),
     )
-    return all(not wanted & known or value in wanted for value, known in each)
+    return lines.narrowed(only, each)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -68,9 +68,13 @@ def parser(about: str | None) -> argparse.ArgumentParser:
 
 def asked(only: Sequence[str], settings: Iterable[str], setting: str, name: str) -> bool:
     """Whether `--only` lets this one pass: the settings it names and the others it names narrow apart."""
-    where = set(only) & set(settings)
-    names = set(only) - where
-    return (not where or setting in where) and (not names or name in names)
+    known = set(settings)
+    return narrowed(only, [(setting, known), (name, set(only) - known)])
+
+
+def narrowed(only: Sequence[str], each: Iterable[tuple[str, Collection[str]]]) -> bool:
+    """Whether `--only` lets one pass of which each value is one of some known: those that it names narrow apart."""
+    return all(value in only for value, known in each if not set(known).isdisjoint(only))
 
 
 def _timed(work: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> tuple[float, Any]:

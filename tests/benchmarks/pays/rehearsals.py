@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from selections import Selection, alone, digest
 from settings import MODEL_NAME, TARGETED, Setting, pair_rows, rows_sha256, token_rows
@@ -38,7 +37,7 @@ from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.masks.choose import weighed
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.signals.student import factor
-from alphatoken_curate.tokens.plan import collate, plan_batches, response_tokens, token_places, token_starts
+from alphatoken_curate.tokens.plan import response_tokens, token_starts
 from alphatoken_curate.tokens.tokenise import AnyRow, PairRow
 
 Floats = NDArray[np.float64]
@@ -224,13 +223,7 @@ def rehearse(
 
 def dpo(trainee: Trainee, pairs: Sequence[AnyRow]) -> PairLoss:
     """The loss of pairs whose reference is the model as it is now."""
-    starts = token_starts(pairs)
-    reference = np.empty(starts[-1], np.float32)
-    with torch.no_grad():
-        for indices in plan_batches(pairs, BATCH_TOKENS):
-            batch = collate(pairs, indices)
-            reference[token_places(batch, starts)] = trainee.nll(batch).numpy()
-    return PairLoss(beta=BETA, reference=reference, starts=starts)
+    return PairLoss(beta=BETA, reference=trainee.nll_of(pairs, BATCH_TOKENS), starts=token_starts(pairs))
 
 
 def dealt(target: Sequence[R], ends: Sequence[int] = GROUP_ENDS) -> list[Sequence[R]]:

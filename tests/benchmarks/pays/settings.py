@@ -290,40 +290,33 @@ def _answered(row: Row, other: Row) -> Row:
 
 def corrupt(rows: Sequence[Row], share: float, seed: int = 0) -> list[Row]:
     """Rows in which `share` of the digits of a response are another digit."""
-    digits = np.sort([_tokenizer().convert_tokens_to_ids(str(n)) for n in range(10)])
-    draws = np.random.default_rng(seed)
-    found = []
-    for row in rows:
-        is_digit = row.response & np.isin(row.ids, digits)
-        hit = is_digit & (draws.random(len(row.ids)) < share)
-        moved = (np.searchsorted(digits, row.ids[hit]) + draws.integers(1, 10, hit.sum())) % 10
-        ids = row.ids.copy()
-        ids[hit] = digits[moved]
-        found.append(Row(ids=ids, response=row.response, good=row.response & ~hit))
-    return found
+    return exchanged(rows, _digits(), share, seed)
 
 
 def reworded(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     """Rows in which `share` of the words of a response, where they are one token, are such a word of any response."""
     words = np.unique(np.concatenate([row.ids[row.response & np.isin(row.ids, _words())] for row in rows]))
+    return exchanged(rows, words, share, seed)
+
+
+def exchanged(rows: Sequence[Row], tokens: NDArray[np.int32], share: float, seed: int) -> list[Row]:
+    """Rows in which `share` of those tokens of a response that are among `tokens`, upwards, are another of these."""
     draws = np.random.default_rng(seed)
     found = []
     for row in rows:
-        hit = row.response & np.isin(row.ids, words) & (draws.random(len(row.ids)) < share)
+        hit = row.response & np.isin(row.ids, tokens) & (draws.random(len(row.ids)) < share)
+        moved = np.searchsorted(tokens, row.ids[hit]) + draws.integers(1, len(tokens), hit.sum())
         ids = row.ids.copy()
-        moved = np.searchsorted(words, row.ids[hit]) + draws.integers(1, len(words), hit.sum())
-        ids[hit] = words[moved % len(words)]
+        ids[hit] = tokens[moved % len(tokens)]
         found.append(Row(ids=ids, response=row.response, good=row.response & ~hit))
     return found
 
 
 def answer_digits(row: Row) -> NDArray[np.bool_]:
     """(T,): the digits of the last line of a response, which says the answer."""
-    tokenizer = _tokenizer()
-    (newline,) = tokenizer.encode("\n", add_special_tokens=False)
-    digits = tokenizer.convert_tokens_to_ids([str(n) for n in range(10)])
+    (newline,) = _tokenizer().encode("\n", add_special_tokens=False)
     behind = np.flatnonzero(row.response & (row.ids == newline)).max(initial=0)
-    found: NDArray[np.bool_] = row.response & np.isin(row.ids, digits) & (np.arange(len(row.ids)) > behind)
+    found: NDArray[np.bool_] = row.response & np.isin(row.ids, _digits()) & (np.arange(len(row.ids)) > behind)
     return found
 
 
@@ -375,6 +368,12 @@ def _tokenizer() -> Any:
     if not found.chat_template:
         found.chat_template = PLAIN
     return found
+
+
+@cache
+def _digits() -> NDArray[np.int32]:
+    """Tokens that are a digit, upwards."""
+    return np.sort(np.array(_tokenizer().convert_tokens_to_ids([str(n) for n in range(10)]), np.int32))
 
 
 @cache

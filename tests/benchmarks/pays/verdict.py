@@ -83,8 +83,8 @@ def of_noise(found: Sequence[Mapping[str, Any]]) -> str:
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, seeds in arms.items():
         groups[tuple(sorted(plain.keys() & seeds.keys()))].append(name)
-    cells = {name: _cells(arms, names, plain, seeds) for seeds, names in groups.items() if seeds for name in [*names]}
-    rows = sorted((cells[name][name] for name in cells), key=lambda row: -row[0])
+    cells = [cell for seeds, names in groups.items() if seeds for cell in _cells(arms, names, plain, seeds)]
+    rows = sorted(cells, key=lambda row: -row[0])
     head = ["arm", "seeds", "kept", "bad kept", "loss", *(f"gain: {name}" for name in MEASURES), "retention loss"]
     own = _about(PLAIN, [plain[s] for s in sorted(plain)]) if plain else []
     return markdown(head, [*([[*own[:5], "", "", "", own[5]]] if own else []), *(row[1] for row in rows)])
@@ -95,7 +95,7 @@ def _cells(
     names: Sequence[str],
     plain: Mapping[int, Mapping[str, Any]],
     seeds: Sequence[int],
-) -> dict[str, tuple[float, list[str]]]:
+) -> list[tuple[float, list[str]]]:
     """Of each arm its gain, by which it is sorted, and its row."""
     columns, first = [], np.zeros(len(names))
     for n, (over, by) in enumerate(MEASURES.values()):
@@ -105,11 +105,8 @@ def _cells(
         found = gains(sign * sums, sign * own, np.array(plain[seeds[0]]["held"][by], float))
         columns.append(_with_half(found))
         first = found.gain if n == 0 else first
-    told = {name: _about(name, [arms[name][s] for s in seeds]) for name in names}
-    return {
-        name: (float(first[k]), [*told[name][:5], *(column[k] for column in columns), told[name][5]])
-        for k, name in enumerate(names)
-    }
+    told = [_about(name, [arms[name][s] for s in seeds]) for name in names]
+    return [(float(first[k]), [*one[:5], *(column[k] for column in columns), one[5]]) for k, one in enumerate(told)]
 
 
 def _with_half(found: Gains) -> list[str]:
