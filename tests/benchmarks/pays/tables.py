@@ -1,7 +1,7 @@
 """Tables and figures from the result lines; nothing is typed by hand.
 
 Prints every table there are lines for. `--readme` writes those that results/README.md marks by
-`<!-- pays: NAME SETTING -->`, and those of the first look behind `<!-- rehearsal -->`; `--svg DIR` draws the outcomes:
+`<!-- pays: NAME SETTING -->`, and those of all settings of one, behind `<!-- NAME -->`; `--svg DIR` draws the outcomes:
 
     python tests/benchmarks/pays/tables.py --readme
 """
@@ -199,6 +199,47 @@ def _less(ends: dict[str, Any], name: str) -> str:
     return f"{ends['all tokens']['target_loss'] - ends[name]['target_loss']:+.3f}" if "all tokens" in ends else ""
 
 
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def adapters() -> str:
+    """Of every setting: how values of a LoRA go with those of all parameters, and what LoRAs trained by TRL leave."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines.read("adapters"):
+        found[line["config"]["setting"]].append(line)
+    parts = []
+    for setting, mine in found.items():
+        values = next((line["found"] for line in mine if line["config"]["selection"] == VALUES), None)
+        parts += [f"### {setting}", *([_agreement(values)] if values else []), _adapters(mine)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _agreement(found: dict[str, Any]) -> str:
+    names = [name for name in found if name != "tokens"]
+    return markdown([name.replace("_", " ") for name in names], [[f"{found[name]:.2f}" for name in names]])
+
+
+def _adapters(found: Sequence[dict[str, Any]]) -> str:
+    """Losses, the best first; those of all tokens are of the same seeds."""
+    by_name: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for line in found:
+        if line["config"]["selection"] != VALUES:
+            by_name[line["config"]["selection"]][line["config"]["seed"]] = line["found"]
+    plain = by_name.get("all tokens", {})
+    has_bad = any(one["bad_tokens"] for seeds in by_name.values() for one in seeds.values())
+    rows = []
+    for name in sorted(by_name, key=lambda name: mean(one["target_loss"] for one in by_name[name].values())):
+        seeds = by_name[name]
+        mine, both = list(seeds.values()), [seed for seed in seeds if seed in plain]
+        gained = [plain[seed]["target_loss"] - seeds[seed]["target_loss"] for seed in both]
+        row = [name, str(len(mine)), f"{mean(one['kept_tokens'] / one['response_tokens'] for one in mine):.0%}"]
+        row += [f"{mean(one['kept_bad'] / one['bad_tokens'] for one in mine):.0%}"] if has_bad else []
+        row += [with_interval([one["target_loss"] for one in mine]), with_interval(gained) if gained else ""]
+        rows.append([*row, with_interval([one["retention_loss"] for one in mine])])
+    head = ["selection", "seeds", "kept", *(["bad kept"] if has_bad else []), "target loss", "less than all tokens"]
+    return markdown([*head, "retention loss"], rows) if rows else ""
+
+
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -238,13 +279,16 @@ TABLES: dict[str, Callable[[str], str]] = {
     "outcome": outcome,
 }
 PAGE = lines.RESULTS / "README.md"
-REHEARSAL = re.compile(r"(<!-- rehearsal -->\n).*?(<!-- end of rehearsal -->)", re.DOTALL)
+WHOLE: dict[str, Callable[[], str]] = {"rehearsal": rehearsal, "adapters": adapters}
+"""Tables of all settings."""
+
+BETWEEN = re.compile(rf"(<!-- ({'|'.join(WHOLE)}) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 MARKED = re.compile(r"(<!-- pays: (\w+) (\w+) -->\n).*?(<!-- end of pays -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """A text with its marked tables as the lines have them now."""
-    text = REHEARSAL.sub(lambda found: "\n".join([found[1], *filter(None, [rehearsal(), ""]), found[2]]), text)
+    text = BETWEEN.sub(lambda found: f"{found[1]}\n{WHOLE[found[2]]()}\n\n{found[3]}", text)
     return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", text)
 
 
@@ -259,7 +303,8 @@ def main() -> None:
     for name, table in TABLES.items():
         for setting in dict.fromkeys(line["config"]["setting"] for line in lines.read(name)):
             print(f"\n## {name}: {setting}\n\n{table(setting)}")
-    print(f"\n## rehearsal\n\n{rehearsal()}")
+    for name, whole in WHOLE.items():
+        print(f"\n## {name}\n\n{whole()}")
     if args.svg:
         folder = Path(args.svg)
         folder.mkdir(parents=True, exist_ok=True)

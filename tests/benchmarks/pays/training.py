@@ -35,7 +35,8 @@ def load() -> Any:
 @cache
 def _start() -> Any:
     model = load_model(find_model(MODEL), dtype=torch.float32, device=torch.device("cpu")).requires_grad_(True)
-    model.hf_quantizer = None  # its weights are plain by now, but transformers saves nothing that was read from GGUF
+    # Its weights are plain by now, but transformers saves and trains nothing that was read from GGUF.
+    model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
