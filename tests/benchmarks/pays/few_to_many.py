@@ -7,10 +7,11 @@ those of `first_look.py`, in results/values: where they are not, they are rehear
 settings, of which both that a model is fitted on and that it predicts must be named.
 
 Of the 64 rows of a setting 16 are held out whole, in turn, and models are fitted on some of the others: by the tool's
-own columns (loss, entropy, surprise, influence along EK-FAC's and Adam's direction of the 244 target rows), where a
-token stands, its class, and what its row has on the mean. `ridge` adds squares and products; `trees` are boosted; `of
-ranks` fits normal scores of values, whose tails are heavy. Beside them stands each column alone, its sign chosen on
-the fitted rows. The eight groups of target rows bound what can be reached: half of them tells the other half no better.
+own columns (loss, entropy, surprise, influence along the EK-FAC direction of 64 target rows), these of the tokens
+before and after and on the mean of the row, where a token stands, its class, and what the same token is worth elsewhere.
+`ridge` adds squares and products; `trees` are boosted; `of ranks` fits normal scores of values, whose tails are heavy.
+Beside them stands each column alone, its sign chosen on the fitted rows; of `class` and `token` the mean that they have
+there. The eight groups of target rows bound what can be reached: how well half of them tells the other half.
 
     tokens        Spearman's correlation to the values of all held tokens
     within rows   mean of that of each row
@@ -25,7 +26,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import NormalDist
@@ -34,7 +35,7 @@ from typing import Any
 import lines
 import numpy as np
 from first_look import EVERY
-from grid import ADAM, INFLUENCE, INFLUENCE_EKFAC, SURPRISE
+from grid import INFLUENCE_EKFAC, SURPRISE
 from numpy.typing import NDArray
 from rehearsals import COURSE, GROUP_ENDS, Place, values_of
 from selections import scored
@@ -53,32 +54,40 @@ HELD, DRAWS, INNER = 16, 3, 4
 NOMINAL = 0.9
 """Share of values that an interval is to hold."""
 
+SHRUNK = 5
+"""Tokens of a mean that what is known of a class or token is shrunk by."""
+
 SHARES = (0.05, 0.1)
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 TREES = {"max_iter": 150, "learning_rate": 0.05, "max_leaf_nodes": 8, "min_samples_leaf": 20, "l2_regularization": 1.0}
 
-EKFAC = {**INFLUENCE_EKFAC, "layers": 15}
-"""Of the last 15 of 30 layers, for which EK-FAC takes half of its memory, which is over 5 GB for all."""
+TARGETS = 64
+"""Target rows of the directions: the first so many of those by which values are rehearsed."""
+
+EKFAC = {**INFLUENCE_EKFAC, "precondition_rows": 32, "batch_tokens": 512, "layers": 15}
+"""Of the last 15 of 30 layers: of all, EK-FAC takes over 5 GB and several times as long."""
 
 SCORED: dict[str, tuple[Mapping[str, Any], str]] = {
     "nll": (EKFAC, "nll"),
     "entropy": (EKFAC, "entropy"),
     "surprise": (EKFAC, SURPRISE),
     "influence ekfac": (EKFAC, "adapt_influence"),
-    "influence adam": ({**INFLUENCE, **ADAM}, "adapt_influence"),
 }
 """Of each column that the tool stores: what is scored, and the expression."""
 
+NEXT = {"before": -1, "after": 1}
+
 OF_TOKENS = (*SCORED, "position")
-"""Columns that differ between the tokens of a row; the others are of rows."""
+"""Columns of which `ridge` has squares and products."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokens:
-    """`value` (N,) in nats, `columns` (N,) each, `kind` (N,) the class of a token, `row` (N,) upwards."""
+    """`value` (N,) in nats, `columns` (N,) each; `token` and `kind` (N,) its id and class; `row` (N,) upwards."""
 
     value: Floats
     columns: Mapping[str, Floats]
+    token: Whole
     kind: NDArray[np.str_]
     row: Whole
 
@@ -86,7 +95,8 @@ class Tokens:
         """Those of some rows."""
         at = np.isin(self.row, np.asarray(rows, np.int64))
         columns = {name: column[at] for name, column in self.columns.items()}
-        return Tokens(value=self.value[at], columns=columns, kind=self.kind[at], row=self.row[at])
+        same = {name: getattr(self, name)[at] for name in ("value", "token", "kind", "row")}
+        return Tokens(columns=columns, **same)
 
 
 def by_row(numbers: Floats, row: Whole) -> list[Floats]:
@@ -106,17 +116,27 @@ def tokens_of(where: Setting, place: Place) -> Tokens:
     row = found["row_id"].to_numpy().astype(np.int64)
     lengths = [int(one.response.sum()) for one in where.train]
     assert np.array_equal(row, np.repeat(np.arange(len(lengths)), lengths))
-    columns |= {f"row {name}": _on_the_mean(column, row) for name, column in columns.items()}
+    beside = {f"{name} {side}": _beside(columns[name], row, by) for name in SCORED for side, by in NEXT.items()}
+    columns |= beside | {f"row {name}": _on_the_mean(columns[name], row) for name in SCORED}
     columns["position"] = np.concatenate([np.arange(n) / n for n in lengths])
     columns["length"] = np.repeat(np.array(lengths, np.float64), lengths)
     columns["prompt"] = np.repeat([float(one.response.argmax()) for one in where.train], lengths)
     value = values_of(where, place).of(GROUP_ENDS[-1], "sum").mean
-    return Tokens(value=value, columns=columns, kind=found["class"].to_numpy().astype(np.str_), row=row)
+    kind, token = found["class"].to_numpy().astype(np.str_), found["token_id"].to_numpy().astype(np.int64)
+    return Tokens(value=value, columns=columns, token=token, kind=kind, row=row)
 
 
 def _scanned(where: Setting, settings: Mapping[str, Any], expression: str, work: Path) -> Any:
-    run = scored(settings, where, work)
-    return atc.scan_tokens(run).sql(f'SELECT row_id, "class", {expression} AS number FROM self').collect()
+    run = scored(settings, replace(where, target=where.target[:TARGETS]), work)
+    return atc.scan_tokens(run).sql(f'SELECT row_id, token_id, "class", {expression} AS number FROM self').collect()
+
+
+def _beside(column: Floats, row: Whole, by: int) -> Floats:
+    """The column of the token before (-1) or after (1) in the same row; 0 where there is none."""
+    there, theirs = np.roll(column, -by), np.roll(row, -by)
+    found = np.where(theirs == row, there, 0.0)
+    found[-1 if by > 0 else 0] = 0.0
+    return found
 
 
 def _on_the_mean(column: Floats, row: Whole) -> Floats:
@@ -154,7 +174,7 @@ Fit = Callable[[Tokens, Floats, Tokens], Floats]
 
 def ridge(fitted: Tokens, wanted: Floats, other: Tokens) -> Floats:
     """Predictions (N,) for other tokens by columns, squares, products; the penalty that serves rows left out best."""
-    x, new = (_centred(*pair) for pair in _both(*_designs(fitted, other)))
+    x, new = _designs(*_taught(fitted, wanted, other))
     errors = np.zeros(len(PENALTIES))
     for train, test in inner_sets(fitted.row):
         guesses = _ridges(x[train], wanted[train], x[test])
@@ -174,6 +194,7 @@ def trees(fitted: Tokens, wanted: Floats, other: Tokens) -> Floats:
     """Predictions (N,) for other tokens by boosted trees of the columns."""
     from sklearn.ensemble import HistGradientBoostingRegressor  # needed here alone
 
+    fitted, other = _taught(fitted, wanted, other)
     scale = float(wanted.std()) or 1.0
     model = HistGradientBoostingRegressor(random_state=0, early_stopping=False, **TREES)
     model.fit(_plain(fitted), wanted / scale)
@@ -187,23 +208,46 @@ def _plain(tokens: Tokens) -> Floats:
 
 def _kinds(tokens: Tokens) -> list[Floats]:
     """Of each class whether a token is of it."""
-    return [(tokens.kind == name).astype(np.float64) for name in ("digits", "words", "punctuation", "whitespace")]
+    return [
+        (tokens.kind == name).astype(np.float64) for name in ("digits", "words", "punctuation", "whitespace", "code")
+    ]
+
+
+def _taught(fitted: Tokens, wanted: Floats, other: Tokens) -> tuple[Tokens, Tokens]:
+    """Both with what the same token is worth elsewhere: in fitted rows, of these in the other parts of them."""
+    mine = np.empty(len(wanted))
+    for train, test in inner_sets(fitted.row):
+        mine[test] = known(fitted.token[train], wanted[train], fitted.token[test])
+    theirs = known(fitted.token, wanted, other.token)
+    pair = ((fitted, mine), (other, theirs))
+    first, second = (replace(tokens, columns={**tokens.columns, "worth": worth}) for tokens, worth in pair)
+    return first, second
+
+
+def known(labels: Any, wanted: Floats, asked: Any) -> Floats:
+    """Mean of what is wanted by label, less that of all and shrunk, for the labels asked for; 0 of an unknown one."""
+    names, where = np.unique(labels, return_inverse=True)
+    sums = np.bincount(where, weights=wanted - wanted.mean())
+    means = dict(zip(names.tolist(), (sums / (np.bincount(where) + SHRUNK)).tolist(), strict=True))
+    return np.array([means.get(label, 0.0) for label in asked.tolist()])
 
 
 def _designs(fitted: Tokens, other: Tokens) -> tuple[Floats, Floats]:
-    """Columns with their tails drawn in, then squares and products of those of tokens, and these by class."""
+    """Columns with their tails drawn in, then squares and products of those of tokens, and these by class.
+
+    Standardised, as the fitted tokens are.
+    """
     ours = {name: _drawn_in(fitted.columns[name], other.columns[name]) for name in fitted.columns}
     found = []
     for n, tokens in enumerate((fitted, other)):
         mine = [ours[name][n] for name in OF_TOKENS if name in ours]
         kinds = _kinds(tokens)
         pairs = [a * b for a, b in itertools.combinations_with_replacement(mine, 2)]
-        found.append(
-            np.column_stack(
-                [*(both[n] for both in ours.values()), *kinds, *pairs, *(k * a for k in kinds for a in mine)]
-            )
-        )
-    return found[0], found[1]
+        by_kind = [kind * one for kind in kinds for one in mine]
+        found.append(np.column_stack([*(both[n] for both in ours.values()), *kinds, *pairs, *by_kind]))
+    mean, spread = found[0].mean(axis=0), found[0].std(axis=0)
+    x, new = ((one - mean) / np.where(spread > 0, spread, 1.0) for one in found)
+    return x, new
 
 
 def _drawn_in(fitted: Floats, other: Floats) -> tuple[Floats, Floats]:
@@ -214,20 +258,14 @@ def _drawn_in(fitted: Floats, other: Floats) -> tuple[Floats, Floats]:
     return (mine - mine.mean()) / spread, (new - mine.mean()) / spread
 
 
-def _both(x: Floats, new: Floats) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
-    return (x, x), (x, new)
-
-
-def _centred(by: Floats, x: Floats) -> Floats:
-    spread = by.std(axis=0)
-    return (x - by.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
-
-
 def normal_scores(numbers: Floats) -> Floats:
     """(N,): what a normal distribution has at the rank of each."""
     ranks = np.argsort(np.argsort(numbers, kind="stable"), kind="stable")
     return np.array([NormalDist().inv_cdf((rank + 0.5) / len(numbers)) for rank in ranks.tolist()])
 
+
+MEANS = {"class": "kind", "token": "token"}
+"""Columns that are no number: alone, they rank by the mean of scores that fitted tokens have."""
 
 MODELS: dict[str, Fit] = {"ridge": ridge, "trees": trees}
 
@@ -243,7 +281,8 @@ def predictions(fitted: Tokens, other: Tokens) -> dict[str, Floats]:
     scores = normal_scores(fitted.value)
     found = {name: fit(fitted, fitted.value, other) for name, fit in MODELS.items()}
     found |= {f"{name} of ranks": fit(fitted, scores, other) for name, fit in MODELS.items()}
-    return found | {name: signed(name, fitted, other) for name in fitted.columns}
+    found |= {name: signed(name, fitted, other) for name in fitted.columns}
+    return found | {name: known(getattr(fitted, of), scores, getattr(other, of)) for name, of in MEANS.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -347,7 +386,7 @@ def one(data: str, place: Place, config: dict[str, Any]) -> dict[str, Any]:
         for name, fit in MODELS.items():
             errors[name].append(error(fit, fitted, other, told[name]))
     return {
-        **compared(found, list(ours.columns)),
+        **compared(found, [*ours.columns, *MEANS]),
         "error": {name: _means(each) for name, each in errors.items()},
         "ceiling": ceiling(where, place),
         "fitted rows": float(np.mean(used)),
@@ -358,7 +397,7 @@ def config_of(fit: str, predicted: str, rows: int, data: Path) -> dict[str, Any]
     """What a line says."""
     about = {name: about_of(setting(name, data)) for name in sorted({fit, predicted})}
     columns = {name: {"score": dict(settings), "by": by} for name, (settings, by) in SCORED.items()}
-    how = {"held": HELD, "draws": DRAWS, "trees": TREES, "penalties": list(PENALTIES)}
+    how = {"targets": TARGETS, "held": HELD, "draws": DRAWS, "trees": TREES, "penalties": list(PENALTIES)}
     return {"fit": fit, "setting": predicted, "rows": rows, "about": about, "columns": columns, **how, "course": COURSE}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def made(few: Any, seed: int = 0, **more: Any) -> Any:
     value = 1e-4 * (one * other + 0.05 * draws.normal(size=ROWS * EACH))
     columns = {"nll": one, "entropy": other, **{name: column(value) for name, column in more.items()}}
     kind = draws.choice(["digits", "words", "special"], ROWS * EACH)
-    return few.Tokens(value=value, columns=columns, kind=kind, row=np.repeat(np.arange(ROWS), EACH))
+    token = np.arange(ROWS * EACH) % 5
+    return few.Tokens(value=value, columns=columns, token=token, kind=kind, row=np.repeat(np.arange(ROWS), EACH))
 
 
 def test_rows_are_held_out_whole_and_each_once_in_a_draw(few: Any) -> None:
@@ -81,7 +83,7 @@ def test_a_ridge_finds_a_product_that_no_column_shows_and_sees_no_held_value(few
     found = few.ridge(fitted, fitted.value, held)
     assert few.spearman(found, held.value) > 0.8
     assert all(abs(few.spearman(held.columns[name], held.value)) < 0.3 for name in held.columns)
-    unknown = few.Tokens(value=held.value * np.nan, columns=held.columns, kind=held.kind, row=held.row)
+    unknown = replace(held, value=held.value * np.nan)
     np.testing.assert_array_equal(few.ridge(fitted, fitted.value, unknown), found)
 
 
@@ -108,11 +110,45 @@ def test_the_margin_is_over_the_column_that_turned_out_best(few: Any) -> None:
     assert told["margin"] == {"ridge": {"mean": 0.25, "least": 0.2}}
 
 
+def test_what_is_known_of_a_label_by_hand(few: Any) -> None:
+    labels, wanted = np.array(["a", "a", "b"]), np.array([1.0, 2.0, 6.0])
+    found = few.known(labels, wanted, np.array(["b", "a", "c"]))
+    np.testing.assert_allclose(found, [3 / 6, -3 / 7, 0.0])
+
+
+def test_what_stands_beside_a_token_is_of_its_own_row(few: Any) -> None:
+    column, row = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([0, 0, 1, 1, 1])
+    assert few._beside(column, row, -1).tolist() == [0, 1, 0, 3, 4]
+    assert few._beside(column, row, 1).tolist() == [2, 0, 4, 5, 0]
+    assert few._beside(column, np.zeros(5, np.int64), 1).tolist() == [2, 3, 4, 5, 0]
+
+
+@pytest.mark.long
 def test_every_model_and_column_is_told_beside_another(few: Any) -> None:
     pytest.importorskip("sklearn")
     tokens = made(few, same=lambda value: value)
     fitted, held = tokens.of(range(12)), tokens.of(range(12, ROWS))
     found = few.predictions(fitted, held)
-    assert set(found) == {"ridge", "trees", "ridge of ranks", "trees of ranks", "nll", "entropy", "same"}
+    assert set(found) == {
+        "ridge",
+        "trees",
+        "ridge of ranks",
+        "trees of ranks",
+        "nll",
+        "entropy",
+        "same",
+        "class",
+        "token",
+    }
     for name in ("ridge", "trees", "ridge of ranks", "trees of ranks"):
         assert few.spearman(found[name], held.value) > 0.9
+
+
+@pytest.mark.long
+def test_lines_are_of_what_is_asked_as_it_is(few: Any, smollm2_tokenizer: Any) -> None:
+    data = Path(__file__).parents[4] / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip(f"needs real rows in {data}")
+    for line in few.lines.read("few_to_many"):
+        told = line["config"]
+        assert told == few.config_of(told["fit"], told["setting"], told["rows"], data)
