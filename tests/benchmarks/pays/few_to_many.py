@@ -8,7 +8,7 @@ settings, of which both that a model is fitted on and that it predicts must be n
 
 Of the 64 rows of a setting 16 are held out whole, in turn, and models are fitted on some of the others: by the tool's
 own columns (loss, entropy, surprise, influence along the EK-FAC direction of 64 target rows), these of the tokens
-before and after and on the mean of the row, where a token stands, its class, and what the same token is worth elsewhere.
+before and after and on the mean of the row, where a token stands, its class, what the same token is worth elsewhere.
 `ridge` adds squares and products; `trees` are boosted; `of ranks` fits normal scores of values, whose tails are heavy.
 Beside them stands each column alone, its sign chosen on the fitted rows; of `class` and `token` the mean that they have
 there. The eight groups of target rows bound what can be reached: how well half of them tells the other half.
@@ -17,6 +17,7 @@ there. The eight groups of target rows bound what can be reached: how well half 
     within rows   mean of that of each row
     row sums      that of sums over rows
     lowest 5%     share of the lowest values that the lowest predictions are, and the same of 10%
+    loss in 5%    what these values sum to, over what the lowest do: to first order, what leaving them out would gain
 
 N tokens of R rows; every measure is a mean over held sets.
 """
@@ -140,7 +141,7 @@ def _beside(column: Floats, row: Whole, by: int) -> Floats:
 
 
 def _on_the_mean(column: Floats, row: Whole) -> Floats:
-    return np.concatenate([np.full(len(mine), mean) for mine, mean in ((m, m.mean()) for m in by_row(column, row))])
+    return np.concatenate([np.full(len(mine), middle) for mine, middle in ((m, m.mean()) for m in by_row(column, row))])
 
 
 # --------------------------------------------------------------------------------------------------------------- folds
@@ -184,10 +185,10 @@ def ridge(fitted: Tokens, wanted: Floats, other: Tokens) -> Floats:
 
 def _ridges(x: Floats, wanted: Floats, new: Floats) -> list[Floats]:
     """Predictions by each penalty."""
-    centre, mean = x.mean(axis=0), float(wanted.mean())
-    product, right = (x - centre).T @ (x - centre), (x - centre).T @ (wanted - mean)
+    centre, middle = x.mean(axis=0), float(wanted.mean())
+    product, right = (x - centre).T @ (x - centre), (x - centre).T @ (wanted - middle)
     ours = [np.linalg.solve(product + p * len(x) * np.eye(x.shape[1]), right) for p in PENALTIES]
-    return [mean + (new - centre) @ one for one in ours]
+    return [middle + (new - centre) @ one for one in ours]
 
 
 def trees(fitted: Tokens, wanted: Floats, other: Tokens) -> Floats:
@@ -200,6 +201,11 @@ def trees(fitted: Tokens, wanted: Floats, other: Tokens) -> Floats:
     model.fit(_plain(fitted), wanted / scale)
     found: Floats = model.predict(_plain(other)) * scale
     return found
+
+
+def mean(_fitted: Tokens, wanted: Floats, other: Tokens) -> Floats:
+    """The same (N,) for all tokens: what errors of predictions stand beside."""
+    return np.full(len(other.value), wanted.mean())
 
 
 def _plain(tokens: Tokens) -> Floats:
@@ -245,8 +251,8 @@ def _designs(fitted: Tokens, other: Tokens) -> tuple[Floats, Floats]:
         pairs = [a * b for a, b in itertools.combinations_with_replacement(mine, 2)]
         by_kind = [kind * one for kind in kinds for one in mine]
         found.append(np.column_stack([*(both[n] for both in ours.values()), *kinds, *pairs, *by_kind]))
-    mean, spread = found[0].mean(axis=0), found[0].std(axis=0)
-    x, new = ((one - mean) / np.where(spread > 0, spread, 1.0) for one in found)
+    centre, spread = found[0].mean(axis=0), found[0].std(axis=0)
+    x, new = ((one - centre) / np.where(spread > 0, spread, 1.0) for one in found)
     return x, new
 
 
@@ -298,14 +304,23 @@ def measures(predicted: Floats, value: Floats, row: Whole) -> dict[str, float]:
         "within rows": float(np.mean(within)),
         "row sums": spearman(sums[:, 0], sums[:, 1]) or 0.0,
     }
-    return found | {f"lowest {share:.0%}": overlap(predicted, value, share) for share in SHARES}
+    found |= {f"lowest {share:.0%}": overlap(predicted, value, share) for share in SHARES}
+    return found | {f"loss in {share:.0%}": caught(predicted, value, share) for share in SHARES}
 
 
 def overlap(predicted: Floats, value: Floats, share: float) -> float:
     """Share of the lowest values that is among as many lowest predictions."""
-    count = round(share * len(value))
-    lowest = [np.argsort(numbers, kind="stable")[:count] for numbers in (predicted, value)]
-    return len(np.intersect1d(*lowest)) / count
+    mine, true = _lowest(predicted, share), _lowest(value, share)
+    return len(np.intersect1d(mine, true)) / len(true)
+
+
+def caught(predicted: Floats, value: Floats, share: float) -> float:
+    """Sum of the values that have the lowest predictions over the lowest sum that as many can have."""
+    return float(value[_lowest(predicted, share)].sum() / value[_lowest(value, share)].sum())
+
+
+def _lowest(numbers: Floats, share: float) -> Whole:
+    return np.argsort(numbers, kind="stable")[: round(share * len(numbers))]
 
 
 def error(fit: Fit, fitted: Tokens, other: Tokens, predicted: Floats) -> dict[str, float]:
@@ -383,7 +398,8 @@ def one(data: str, place: Place, config: dict[str, Any]) -> dict[str, Any]:
         told = predictions(fitted, other)
         for name, predicted in told.items():
             found[name].append(measures(predicted, other.value, other.row))
-        for name, fit in MODELS.items():
+        told["mean"] = mean(fitted, fitted.value, other)
+        for name, fit in {**MODELS, "mean": mean}.items():
             errors[name].append(error(fit, fitted, other, told[name]))
     return {
         **compared(found, [*ours.columns, *MEANS]),

@@ -203,6 +203,11 @@ def _less(ends: dict[str, Any], name: str) -> str:
 # --------------------------------------------------------------------------------------------------------- few to many
 
 
+MEASURES = ("tokens", "within rows", "row sums", "lowest 5%", "lowest 10%", "loss in 5%", "loss in 10%")
+WORTH_A_LINE = {"tokens": 0.05, "lowest 10%": 0.2}
+"""A column by which no measure of these is that high is left out."""
+
+
 def few_to_many() -> str:
     """Of every setting how predictions rank held rows, what they are off by, and what one setting tells of another."""
     found = lines.read("few_to_many")
@@ -220,14 +225,14 @@ def _ranked(own: dict[int, dict[str, Any]]) -> str:
     """Every measure by most fitted rows, and that of tokens by fewer; what predicts best comes first."""
     most, fewer = max(own), sorted(own)[:-1]
     measured = own[most]["measures"]
-    names = list(next(iter(measured.values())))
-    rows = []
-    for name in sorted(measured, key=lambda name: -measured[name]["tokens"]):
+    rows, names = [], MEASURES
+    shown = [name for name, told in measured.items() if any(told[one] >= n for one, n in WORTH_A_LINE.items())]
+    for name in sorted(shown, key=lambda name: -measured[name]["tokens"]):
         early = [f"{own[n]['measures'][name]['tokens']:.2f}" for n in fewer]
         rows.append([name, *early, *(f"{measured[name][one]:.2f}" for one in names)])
     halves = own[most]["ceiling"]
     rows.append(["half of the target groups", *("" for _ in fewer), *(f"{halves[name]:.2f}" for name in names)])
-    whole = ["" if name.startswith("lowest") else f"{_ceiling(halves[name]):.2f}" for name in names]
+    whole = [f"{_ceiling(halves[name]):.2f}" if name in MEASURES[:3] else "" for name in names]
     rows.append(["most that can be reached", *("" for _ in fewer), *whole])
     return markdown(["by", *(f"tokens, {n} rows" for n in fewer), f"tokens, {most} rows", *names[1:]], rows)
 
@@ -242,7 +247,7 @@ def _off(own: dict[int, dict[str, Any]]) -> str:
     rows = [
         [f"{name}, {n} rows", *(f"{told[one]:.2f}" for one in ("residual", "width", "covered"))]
         for n in sorted(own)
-        for name, told in own[n]["error"].items()
+        for name, told in sorted(own[n]["error"].items())
     ]
     return markdown(["by", "residual", "half width of the interval", "values in it"], rows)
 

@@ -59,7 +59,7 @@ def test_a_column_that_is_the_value_scores_one_whatever_its_sign(few: Any) -> No
     fitted, held = tokens.of(range(8)), tokens.of(range(8, ROWS))
     found = few.measures(few.signed("same", fitted, held), held.value, held.row)
     assert found == pytest.approx(dict.fromkeys(found, 1.0))
-    assert set(found) == {"tokens", "within rows", "row sums", "lowest 5%", "lowest 10%"}
+    assert tuple(found) == importlib.import_module("tables").MEASURES
 
 
 def test_the_sign_of_a_column_is_chosen_on_fitted_rows_alone(few: Any) -> None:
@@ -75,6 +75,8 @@ def test_overlap_of_the_lowest_by_hand(few: Any) -> None:
     assert few.overlap(value, value, 0.1) == 1.0
     assert few.overlap(np.where(value == 1, 30.0, value), value, 0.1) == 0.5
     assert few.overlap(-value, value, 0.1) == 0.0
+    assert few.caught(value, value - 4, 0.1) == 1.0
+    assert few.caught(np.where(value == 1, 30.0, value), value - 4, 0.1) == pytest.approx((-4 - 2) / (-4 - 3))
 
 
 def test_a_ridge_finds_a_product_that_no_column_shows_and_sees_no_held_value(few: Any) -> None:
@@ -114,6 +116,13 @@ def test_what_is_known_of_a_label_by_hand(few: Any) -> None:
     labels, wanted = np.array(["a", "a", "b"]), np.array([1.0, 2.0, 6.0])
     found = few.known(labels, wanted, np.array(["b", "a", "c"]))
     np.testing.assert_allclose(found, [3 / 6, -3 / 7, 0.0])
+
+
+def test_what_a_token_is_worth_is_never_told_by_its_own_row(few: Any) -> None:
+    tokens = made(few)
+    tokens = replace(tokens, token=tokens.row)
+    for both in few._taught(tokens.of(range(8)), tokens.of(range(8)).value, tokens.of(range(8, ROWS))):
+        assert not both.columns["worth"].any()
 
 
 def test_what_stands_beside_a_token_is_of_its_own_row(few: Any) -> None:
