@@ -1,7 +1,7 @@
 """Tables and figures from the result lines; nothing is typed by hand.
 
 Prints every table there are lines for. `--readme` writes those that results/README.md marks by
-`<!-- pays: NAME SETTING -->`, and those of all settings of one, behind `<!-- NAME -->`; `--svg DIR` draws the outcomes:
+`<!-- pays: NAME SETTING -->`, and those of all settings of one behind `<!-- NAME -->`; `--svg DIR` draws the outcomes:
 
     python tests/benchmarks/pays/tables.py --readme
 """
@@ -240,6 +240,70 @@ def _adapters(found: Sequence[dict[str, Any]]) -> str:
     return markdown([*head, "retention loss"], rows) if rows else ""
 
 
+# --------------------------------------------------------------------------------------------------------- few to many
+
+
+MEASURES = ("tokens", "within rows", "row sums", "lowest 5%", "lowest 10%", "loss in 5%", "loss in 10%")
+WORTH_A_LINE = {"tokens": 0.05, "lowest 10%": 0.2}
+"""A column by which no measure of these is that high is left out."""
+
+
+def few_to_many() -> str:
+    """Of every setting how predictions rank held rows, what they are off by, and what one setting tells of another."""
+    found = lines.read("few_to_many")
+    parts = []
+    for setting in dict.fromkeys(line["config"]["setting"] for line in found):
+        mine = [line for line in found if line["config"]["setting"] == setting]
+        own = {line["config"]["rows"]: line["found"] for line in mine if line["config"]["fit"] == setting}
+        others = {line["config"]["fit"]: line["found"] for line in mine if line["config"]["fit"] != setting}
+        tables = [_ranked(own) if own else "", _off(own) if own else "", _across(own, others) if others else ""]
+        parts.append("\n\n".join([f"### Of {setting}", *filter(None, tables)]))
+    return "\n\n".join(parts)
+
+
+def _ranked(own: dict[int, dict[str, Any]]) -> str:
+    """Every measure by most fitted rows, and that of tokens by fewer; what predicts best comes first."""
+    most, fewer = max(own), sorted(own)[:-1]
+    measured = own[most]["measures"]
+    rows, names = [], MEASURES
+    shown = [name for name, told in measured.items() if any(told[one] >= n for one, n in WORTH_A_LINE.items())]
+    for name in sorted(shown, key=lambda name: -measured[name]["tokens"]):
+        early = [f"{own[n]['measures'][name]['tokens']:.2f}" for n in fewer]
+        rows.append([name, *early, *(f"{measured[name][one]:.2f}" for one in names)])
+    halves = own[most]["ceiling"]
+    rows.append(["half of the target groups", *("" for _ in fewer), *(f"{halves[name]:.2f}" for name in names)])
+    whole = [f"{_ceiling(halves[name]):.2f}" if name in MEASURES[:3] else "" for name in names]
+    rows.append(["most that can be reached", *("" for _ in fewer), *whole])
+    return markdown(["by", *(f"tokens, {n} rows" for n in fewer), f"tokens, {most} rows", *names[1:]], rows)
+
+
+def _ceiling(halves: float) -> float:
+    """Correlation of what is measured with what it measures, from that of its halves (Spearman and Brown)."""
+    return math.sqrt(2 * halves / (1 + halves))
+
+
+def _off(own: dict[int, dict[str, Any]]) -> str:
+    """Residuals and half widths of intervals in standard deviations of the values, what these hold, and margins."""
+    rows = [
+        [f"{name}, {n} rows", *(f"{told[one]:.2f}" for one in ("residual", "width", "covered"))]
+        for n in sorted(own)
+        for name, told in sorted(own[n]["error"].items())
+    ]
+    return markdown(["by", "residual", "half width of the interval", "values in it"], rows)
+
+
+def _across(own: dict[int, dict[str, Any]], others: dict[str, dict[str, Any]]) -> str:
+    """Tokens of held rows, by models of other settings and the best column there."""
+    named = {**({"itself": own[max(own)]} if own else {}), **others}
+    rows = []
+    for fit, found in named.items():
+        measured, best = found["measures"], found["best column"]
+        cells = [f"{measured[name]['tokens']:.2f}" for name in found["margin"]]
+        rows.append([fit, f"{found['fitted rows']:.0f}", *cells, f"{measured[best]['tokens']:.2f} ({best})"])
+    head = ["fitted on", "rows", *next(iter(named.values()))["margin"], "best column"]
+    return markdown(head, rows)
+
+
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -279,17 +343,22 @@ TABLES: dict[str, Callable[[str], str]] = {
     "outcome": outcome,
 }
 PAGE = lines.RESULTS / "README.md"
-WHOLE: dict[str, Callable[[], str]] = {"rehearsal": rehearsal, "adapters": adapters}
-"""Tables of all settings."""
-
-BETWEEN = re.compile(rf"(<!-- ({'|'.join(WHOLE)}) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+WHOLE: dict[str, Callable[[], str]] = {"rehearsal": rehearsal, "adapters": adapters, "few to many": few_to_many}
+"""Of all settings together."""
 MARKED = re.compile(r"(<!-- pays: (\w+) (\w+) -->\n).*?(<!-- end of pays -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """A text with its marked tables as the lines have them now."""
-    text = BETWEEN.sub(lambda found: f"{found[1]}\n{WHOLE[found[2]]()}\n\n{found[3]}", text)
+    for name, tables in WHOLE.items():
+        text = _between(text, name, tables())
     return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", text)
+
+
+def _between(text: str, name: str, tables: str) -> str:
+    """A text with tables between the marks of a name."""
+    marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    return marked.sub(lambda found: "\n".join([found[1], *filter(None, [tables, ""]), found[2]]), text)
 
 
 def main() -> None:
@@ -303,8 +372,8 @@ def main() -> None:
     for name, table in TABLES.items():
         for setting in dict.fromkeys(line["config"]["setting"] for line in lines.read(name)):
             print(f"\n## {name}: {setting}\n\n{table(setting)}")
-    for name, whole in WHOLE.items():
-        print(f"\n## {name}\n\n{whole()}")
+    for name, tables in WHOLE.items():
+        print(f"\n## {name}\n\n{tables()}")
     if args.svg:
         folder = Path(args.svg)
         folder.mkdir(parents=True, exist_ok=True)
