@@ -281,9 +281,9 @@ class ScoreConfig(MaskConfig):
     rehearse_eps: float = _option(
         1e-8, "Added to the root of second moments (adamw).", _REHEARSAL, kind="positive", bounds=(1e-20, 1e3)
     )
-    rehearse_root: float = _option(
-        1e-12,
-        "Added under that root, to smooth first steps (adamw).",
+    rehearse_root: float | None = _option(
+        None,
+        "Added under that root (adamw): smooths first steps. Default: 1e-12; of a LoRA 1e-14.",
         _REHEARSAL,
         kind="float",
         bounds=(0, 1e3),
@@ -293,10 +293,7 @@ class ScoreConfig(MaskConfig):
     )
     rehearse_momentum: float = _option(0.0, "Momentum (sgd).", _REHEARSAL, kind="float", bounds=(0, 0.99999))
     rehearse_schedule: str = _option(
-        "constant",
-        "The rate after the warm-up.",
-        _REHEARSAL,
-        choices=("constant", "linear", "cosine"),
+        "constant", "The rate after the warm-up.", _REHEARSAL, choices=("constant", "linear", "cosine")
     )
     rehearse_warmup: int = _option(0, "Steps in which the rate rises from 0.", _REHEARSAL, kind="int")
     rehearse_clip: float | None = _option(
@@ -324,10 +321,7 @@ class ScoreConfig(MaskConfig):
         0.1, "Strength of the preference loss (beta of Eq. 14).", _COMPUTED, kind="positive", bounds=(1e-6, 1e3)
     )
     batch_tokens: int | Literal["auto"] = _option(
-        "auto",
-        "Padded tokens per batch; `auto` by a short trial.",
-        _RUNNING,
-        kind="auto_count",
+        "auto", "Padded tokens per batch; `auto` by a short trial.", _RUNNING, kind="auto_count"
     )
     threads: int | None = _option(
         None,
@@ -359,6 +353,13 @@ class ScoreConfig(MaskConfig):
     def rehearses_lora(self) -> bool:
         """Whether that training is of a LoRA, beside a model none of whose weights trains."""
         return self.rehearses and self.rehearse_lora is not None
+
+    @property
+    def root(self) -> float:
+        """What is added under the root of second moments: first gradients of a LoRA are smaller, by its B of 0."""
+        if self.rehearse_root is not None:
+            return self.rehearse_root
+        return 1e-14 if self.rehearses_lora else 1e-12
 
     @property
     def in_full(self) -> bool:

@@ -124,6 +124,9 @@ def test_the_defaults() -> None:
     )
     assert (made.target_rows, made.fisher, made.fisher_rows, made.bad_rows) == (32, "sampled", 256, "refuse")
     assert made.trust_remote_code is False and made.allow_empty_rows is False
+    assert score_config(**REHEARSAL).root == 1e-12
+    assert score_config(**REHEARSAL, rehearse_lora=8).root == 1e-14
+    assert score_config(**REHEARSAL, rehearse_lora=8, rehearse_root=0.0).root == 0
     assert MaskConfig() == MaskConfig(**{item.name: item.default for item in fields(MaskConfig)})
 
 

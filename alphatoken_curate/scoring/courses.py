@@ -34,7 +34,7 @@ def optimiser_of(config: ScoreConfig, steps: int) -> Optimiser:
         kind=config.rehearse_optimizer,  # type: ignore[arg-type]
         betas=(b1, b2),
         eps=config.rehearse_eps,
-        root=config.rehearse_root,
+        root=config.root,
         weight_decay=config.rehearse_weight_decay,
         momentum=config.rehearse_momentum,
         schedule=config.rehearse_schedule,  # type: ignore[arg-type]

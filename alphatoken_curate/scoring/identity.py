@@ -102,8 +102,8 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
 def _rehearsal_fields(config: ScoreConfig) -> dict[str, Json]:
     unread = {one for kind, names in OF_OPTIMISER.items() if kind != config.rehearse_optimizer for one in names}
     unread |= {"rehearse_lora_alpha"} if config.rehearse_lora is None else set()
-    told = {name: None if name in unread else getattr(config, name) for name in OF_REHEARSAL}
-    return {"direction": config.direction, **told}
+    taken = {name: getattr(config, name) for name in OF_REHEARSAL} | {"rehearse_root": config.root}
+    return {"direction": config.direction, **{name: None if name in unread else taken[name] for name in taken}}
 
 
 def dated(config: ScoreConfig, stored: Mapping[str, Json] | None) -> ScoreConfig:

@@ -154,7 +154,7 @@ class RehearsalScorer(ShardScorer):
         if narrow_kind(self.spec.dtype) is not None and config.rehearse_optimizer == "adamw":
             progress.warn(
                 f"--dtype {self.spec.dtype}: AdamW steps along the sign of a gradient near 0, which is rounding here."
-                f" Values are off by much at --rehearse-root {config.rehearse_root:g}: give --dtype float32."
+                f" Values are off by much at --rehearse-root {config.root:g}: give --dtype float32."
             )
         own = replace(self.spec.store, fields={**self.spec.store.fields, "batch_tokens": batch_tokens})
         found = self._losses(own, progress, batch_tokens)
@@ -325,6 +325,6 @@ def _tell_of_root(orders: Sequence[Values], config: ScoreConfig, progress: Progr
     share = max(order.root_share for order in orders)
     if share > MUCH_OF_A_STEP:
         progress.warn(
-            f"--rehearse-root {config.rehearse_root:g} changes the steps by {share:.0%} of their length: another"
+            f"--rehearse-root {config.root:g} changes the steps by {share:.0%} of their length: another"
             " training than the one to come. Give a smaller one."
         )

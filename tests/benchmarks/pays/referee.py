@@ -67,8 +67,8 @@ ROW_SHARE = 0.7
 
 ARMS: Mapping[str, Arm] = {
     "all tokens": Arm(selection=Selection(who="all")),
-    "rehearsed, lowest 10%": _rehearsed("lowest 10%"),
-    "rehearsed, tilt 0.5": _rehearsed("tilt 0.5"),
+    "rehearsed, lowest 5%": _rehearsed("lowest 5%"),
+    "rehearsed, tilt 0.25": _rehearsed("tilt 0.25"),
     "random 0.9": Arm(selection=Selection(mask={"by": "random", "keep": 0.9})),
     "token oracle": Arm(selection=Selection(who="oracle"), wants_bad=True),
     "row oracle": Arm(selection=Selection(who="row oracle"), wants_bad=True),
