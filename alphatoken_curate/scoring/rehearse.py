@@ -123,7 +123,8 @@ class RehearsalScorer(ShardScorer):
     def _nll(self, own: Store, material: Material, progress: Progress, batch_tokens: int) -> NDArray[np.float32]:
         """That of all response tokens, (N,): as whoever leads keeps it, but for where memory ran out since."""
         if (kept := own.load(REHEARSAL, part=LOSSES)) is not None:
-            return np.asarray(kept["nll"].numpy())
+            nll: NDArray[np.float32] = kept["nll"].numpy()
+            return nll
         places, found = self.losses(material, 0, 1, progress, batch_tokens)
         return found[0][np.argsort(places)]
 
