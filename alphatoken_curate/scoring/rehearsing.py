@@ -271,7 +271,8 @@ def _tensors(values: Values) -> dict[str, torch.Tensor]:
     """What came of a portion, as it is kept."""
     parts = {field.name: getattr(values, field.name) for field in fields(values)}
     share = torch.tensor([parts.pop("root_share")], dtype=torch.float64)
-    return {name: torch.from_numpy(array) for name, array in parts.items() if array is not None} | {"root_share": share}
+    found = {name: torch.tensor(array) for name, array in parts.items() if array is not None}  # Ray's cannot be written
+    return found | {"root_share": share}
 
 
 def _joined(kept: Sequence[Mapping[str, torch.Tensor]]) -> Values:

@@ -161,7 +161,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "whole": {},
     "sum": {"rehearse_denominator": "sum", "rehearse_epochs": 2, "rehearse_clip": 0.5},
     "influence": {"estimator": "influence", "parameters": "all", "layers": 2},
-    "exact": {"estimator": "exact"},
+    "exact": {"estimator": "exact", "layers": "all"},
     "windows": {"rehearse_window": 2, "rehearse_epochs": 2},
     "lora": {"rehearse_lora": 2, "retention": None},
     "lora windows": {"rehearse_lora": 2, "rehearse_window": 1, "drift": None},
