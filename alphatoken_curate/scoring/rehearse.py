@@ -124,9 +124,10 @@ class RehearsalScorer(ShardScorer):
         """That of all response tokens, (N,): as whoever leads keeps it, but for where memory ran out since."""
         if (kept := own.load(REHEARSAL, part=LOSSES)) is not None:
             nll: NDArray[np.float32] = kept["nll"].numpy()
-            return nll
-        places, found = self.losses(material, 0, 1, progress, batch_tokens)
-        return found[0][np.argsort(places)]
+        else:
+            places, found = self.losses(material, 0, 1, progress, batch_tokens)
+            nll = found[0][np.argsort(places)]
+        return nll
 
     def _losses_by(self, progress: Progress) -> Callable[[Batch], Losses]:
         """What gives the losses of a batch where the training begins."""
