@@ -87,7 +87,8 @@ def _tell(found: Estimate, workers: int | None) -> None:
     if workers is not None:
         seconds, share = found.by(workers)
         who = f"by {workers} workers"
-        click.echo(f"  {who:<24}{seconds:>9,.1f}   each like one alone; {share:.0%} of that at work")
+        work = f"each like one alone; {share:.0%} of that at work{found.kept_by(workers)}"
+        click.echo(f"  {who:<24}{seconds:>9,.1f}   {work}")
 
 
 def _size(count: int) -> str:

@@ -32,8 +32,8 @@ ORDER = """
     signals: paths influence composite preference stored rehearsed student
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources spawned tokenising shelf reader prepare idle outcome spec
-        reference scorer solving trial job lora courses rehearse steps worker engines pool processes cluster stages
-        beside changes loop part refresh watch memory probes estimate check finished score
+        reference scorer solving trial job lora courses material portions rehearse steps worker engines pool processes
+        cluster stages rehearsing beside changes loop part refresh watch memory probes estimate check finished score
     reading: words published scan rules verify publish row search histogram sums counting errors stats compare trainset
     views: heat row_text stats_text stats_picture compare_text
     page: markup numbers chart tokens overview relations rows report
@@ -272,6 +272,8 @@ def test_every_source_module_has_its_tests() -> None:
         "scoring.stages": "scoring/test_score",
         "scoring.probes": "scoring/test_estimate",
         "scoring.courses": "scoring/test_rehearse",
+        "scoring.material": "scoring/test_rehearsing",
+        "scoring.portions": "scoring/test_rehearsing",
         "scoring.watch": "scoring/test_refresh",
         "masks.formulas": "masks/test_choose",
         "masks.mask": "masks/test_remask",

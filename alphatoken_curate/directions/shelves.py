@@ -71,10 +71,13 @@ class Artefacts:
 
 
 class Scratch:
-    """A shelf of temp files, which the next writer sweeps where this one is killed (`runs.atomic.sweep`)."""
+    """A shelf of temp files, which the next writer sweeps where this one is killed (`runs.atomic.sweep`).
 
-    def __init__(self, folder: Path, device: torch.device | str) -> None:
-        self.folder, self.device = folder, device
+    `name`: with it theirs begin.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str, *, name: str = REHEARSAL) -> None:
+        self.folder, self.device, self.name = folder, device, name
         self._files: dict[str, Path] = {}
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -83,7 +86,7 @@ class Scratch:
 
         self.drop(name)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._files[name] = self.folder / f".{REHEARSAL}.{secrets.token_hex(8)}.tmp"
+        self._files[name] = self.folder / f".{self.name}.{secrets.token_hex(8)}.tmp"
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, self._files[name])
 
     def get(self, name: str) -> dict[str, Tensor] | None:

@@ -201,6 +201,19 @@ def one_writer(run: Path, warn: Callable[[str], object] = _unheard, *, shared: b
 
 
 @contextlib.contextmanager
+def in_place(run: Path) -> Iterator[None]:
+    """Hold on to a run folder that another process holds: nothing in this block is written to one in its place."""
+    if run in _held:
+        yield
+        return
+    _held[run] = _identity(run)
+    try:
+        yield
+    finally:
+        del _held[run]
+
+
+@contextlib.contextmanager
 def _locked(run: Path, warn: Callable[[str], object], *, shared: bool) -> Iterator[None]:
     """A lock on the folder itself, and one on a file in it that is opened for writing, both in the same mode.
 

@@ -59,6 +59,14 @@ class Ray(Pool[_Actor]):
             raise UsageError(f"--device {name}: the Ray cluster has no card. Use --device cpu.")
         return "cuda" if cards and name in ("auto", "cuda") else "cpu"
 
+    def sharing(self) -> int:
+        """As `Engine`: each has a card of its own, or as many are on a machine as its cores have room for."""
+        assert self._beginning is not None, "begin() comes first"
+        if _on_cards(self._beginning):
+            return 1
+        machines = [one["Resources"].get("CPU", 0) for one in self._cluster().nodes() if one["Alive"]]
+        return max(1, min(self.workers, int(max(machines, default=0) // _each(self._beginning))))
+
     def close(self) -> None:
         """As `Engine`."""
         super().close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 import torch
@@ -26,7 +26,14 @@ class Engine(Protocol):
     def begin(self, spec: ScorerSpec, threads: int | None) -> None:
         """Be ready for the stages of a generation; `threads` of each process on a CPU, None leaves them to torch."""
 
-    def run(self, stage: Stage, progress: Progress) -> Iterator[tuple[int, Done]]:
+    @property
+    def workers(self) -> int:
+        """How many do tasks beside this process, once it has begun; 0 where this one does."""
+
+    def sharing(self) -> int:
+        """How many of them have the memory that one of them finds free."""
+
+    def run(self, stage: Stage, progress: Progress) -> Generator[tuple[int, Done]]:
         """Have all tasks of a stage done; gives the number of each, from 0, and what came of it, as they are done.
 
         Raises what a task raises, and CurateError that names the tasks whose workers always ended, once all others
@@ -61,7 +68,16 @@ class Here:
             torch.set_num_threads(threads)
         self._worker = Worker(spec, self._scorer)
 
-    def run(self, stage: Stage, progress: Progress) -> Iterator[tuple[int, Done]]:
+    @property
+    def workers(self) -> int:
+        """As `Engine`."""
+        return 0
+
+    def sharing(self) -> int:
+        """As `Engine`."""
+        return 1
+
+    def run(self, stage: Stage, progress: Progress) -> Generator[tuple[int, Done]]:
         """As `Engine`."""
         assert self._worker is not None, "begin() comes first"
         self._worker.ready(stage.of, progress)

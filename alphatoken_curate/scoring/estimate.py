@@ -45,7 +45,7 @@ from alphatoken_curate.scoring.rehearse import trainee_of
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
-from alphatoken_curate.scoring.steps import tried_steps
+from alphatoken_curate.scoring.steps import Tried, tried_steps
 from alphatoken_curate.scoring.trial import REHEARSAL_TOKENS, blank, sample_of, tokens_of, tried, untried
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
@@ -77,6 +77,17 @@ class StageEstimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RehearsalEstimate(StageEstimate):
+    """The stage of a rehearsal, whose portions are each a training of their own: `steps` say what they take."""
+
+    steps: Tried
+
+    def by(self, workers: int) -> float:
+        """As `StageEstimate`."""
+        return self.steps.seconds(workers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What a scoring would take from end to end, writing apart."""
 
@@ -98,6 +109,11 @@ class Estimate:
         """Seconds by so many workers, and the share of their time in which they are at work."""
         seconds = sum(stage.by(workers) for stage in self.stages)
         return seconds, self.seconds / (workers * seconds)
+
+    def kept_by(self, workers: int) -> str:
+        """In words: what lies on disk of a rehearsal by so many workers; empty without one."""
+        kept = sum(stage.steps.kept_bytes(workers) for stage in self.stages if isinstance(stage, RehearsalEstimate))
+        return f"; {kept / 2**20:,.1f} MiB of states on disk at most" if kept else ""
 
 
 def estimate(
@@ -151,7 +167,8 @@ class _Trials:
         placement = self._placement(scoring)
         self._find_budget(scorer)
         if self.config.rehearses:
-            self._try("losses before the rehearsal", self.shards, lambda batches: plain_losses(scoring, [], batches()))
+            name = "losses before the rehearsal"
+            self._try(name, self.shards, lambda batches: plain_losses(scoring, [], batches()), pieces=0)
             model = scoring.model
             scoring.release_model()
             trainee = partial(trainee_of, self.config, model, self.spec.dtype)
@@ -175,7 +192,7 @@ class _Trials:
             for batch in batches():
                 trainee.losses(batch)
 
-        self._try("losses before the rehearsal", self.shards, losses)
+        self._try("losses before the rehearsal", self.shards, losses, pieces=0)
         return self._found((*placement, self._rehearsal(trainee)))
 
     def _found(self, placement: tuple[str, ...]) -> Estimate:
@@ -276,8 +293,9 @@ class _Trials:
         course = course_of(self.config, [*self.prepared.rows], 0, self.budget)
         beside = [*self.prepared.target_rows, *self.prepared.retention.rows]
         tried = tried_steps(course, trainee, beside, self.spec, self.meter, self.progress)
-        self.stages.append(StageEstimate(name=f"rehearsal: {there_and_back(course)}", seconds=tried.seconds))
-        return f"states of the rehearsal on disk, {tried.kept_bytes / 2**20:,.1f} MiB at most at a time"
+        name = f"rehearsal: {there_and_back(course)}"
+        self.stages.append(RehearsalEstimate(name=name, seconds=tried.seconds(), steps=tried))
+        return f"states of the rehearsal on disk, {tried.kept_bytes() / 2**20:,.1f} MiB at most at a time"
 
     def _find_budget(self, of: ReferencePass | ShardScorer) -> None:
         """Find the budget as the run would."""
@@ -321,7 +339,10 @@ class _Trials:
         budget: int = 0,
         times: int = 1,
     ) -> None:
-        """Run a stage on a few of its batches, and tell what all of them would take, so many times."""
+        """Run a stage on a few of its batches, and tell what all of them would take, so many times.
+
+        Of 0 `pieces` workers share its batches.
+        """
         plan, sizes = list[tuple[int, tuple[int, ...]]](), list[Size]()
         for number, rows in enumerate(shards):
             batches = plan_batches(rows, budget or self.budget)
@@ -335,7 +356,7 @@ class _Trials:
         work(tried.batches)
         beside = self.meter.now() - began - sum(tried.seconds)
         found = predict(sizes, dict(zip(probes, tried.seconds[len(first) :], strict=True)))
-        self.stages.append(StageEstimate(name=name, seconds=times * (beside + found), pieces=pieces))
+        self.stages.append(StageEstimate(name=name, seconds=times * (beside + found), pieces=pieces or len(plan)))
 
 
 class _Tried:

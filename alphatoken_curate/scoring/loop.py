@@ -30,7 +30,7 @@ from alphatoken_curate.scoring.job import Job, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
 from alphatoken_curate.scoring.outcome import check_scored, told_of
 from alphatoken_curate.scoring.prepare import Prepared, prepare
-from alphatoken_curate.scoring.rehearse import RehearsalScorer
+from alphatoken_curate.scoring.rehearsing import ColumnScorer, rehearse
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.solving import residuals_of
@@ -144,20 +144,19 @@ def settle(stages: Stages, missing: Sequence[int]) -> None:
 def directed(stages: Stages, *, made: bool = False) -> Iterator[Stages]:
     """The stages that shards are scored in, once all is `made` that they are scored by.
 
-    A rehearsal goes step by step, in this process.
+    Of a rehearsal nothing is computed then: this process writes them.
     """
     if not stages.spec.config.rehearses:
         if not made:
             stages.directions()
         yield stages
         return
-    stages.engine.close()
-    with closing(Here(RehearsalScorer(stages.spec, stages.job))) as here:
+    if not made:
+        rehearse(stages)
+    stages.engine.begin(stages.spec, stages.budget.threads_to_take)  # models are dropped
+    with closing(Here(ColumnScorer(stages.spec, stages.job))) as here:
         here.begin(stages.spec, stages.budget.threads_to_take)
-        rehearsed = replace(stages, engine=here)
-        if not made:
-            rehearsed.rehearsal()
-        yield rehearsed
+        yield replace(stages, engine=here)
 
 
 def missing_shards(run: Path, job: Job, spec: ScorerSpec, budget: Budget) -> list[int]:

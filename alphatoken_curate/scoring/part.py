@@ -21,7 +21,7 @@ from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.engines import Engine
 from alphatoken_curate.scoring.job import job_of
 from alphatoken_curate.scoring.loop import directed, kept_in, missing_shards, read_all, score_shards, settle, tell
-from alphatoken_curate.scoring.rehearse import COLUMNS
+from alphatoken_curate.scoring.rehearsing import COLUMNS
 from alphatoken_curate.scoring.stages import Stages
 
 PREPARE = "prepare"

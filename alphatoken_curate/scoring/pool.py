@@ -1,7 +1,7 @@
 """Tasks dealt out to workers, wherever they are.
 
 A worker that dies costs what it was doing: that is given to another, and named once `TRIES` have died of it. Nothing is
-written by workers.
+written by workers but what a portion of a rehearsal goes on from.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -78,6 +78,10 @@ class Pool(ABC, Generic[H]):
         """As `Engine`."""
 
     @abstractmethod
+    def sharing(self) -> int:
+        """As `Engine`."""
+
+    @abstractmethod
     def _most(self, beginning: Beginning) -> int:
         """Workers that `auto` is."""
 
@@ -101,6 +105,11 @@ class Pool(ABC, Generic[H]):
         """As `Engine`: as many as workers, on the cores of this machine; `auto` is one for each."""
         return cores() if self._asked == "auto" else min(cores(), self._asked)
 
+    @property
+    def workers(self) -> int:
+        """As `Engine`."""
+        return self._workers
+
     def begin(self, spec: ScorerSpec, threads: int | None) -> None:
         """As `Engine`. Workers that are there stay, and drop their models."""
         self._beginning = Beginning(
@@ -115,7 +124,7 @@ class Pool(ABC, Generic[H]):
             member.ready = False
             self._hand(member, self._beginning)
 
-    def run(self, stage: Stage, progress: Progress) -> Iterator[tuple[int, Done]]:
+    def run(self, stage: Stage, progress: Progress) -> Generator[tuple[int, Done]]:
         """As `Engine`."""
         todo, clock = _Todo(enumerate(stage.tasks), AHEAD * self._workers if stage.in_order else None), _Clock()
         if stage.tokens:

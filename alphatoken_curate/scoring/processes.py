@@ -5,6 +5,7 @@ They are spawned, and end with this process, however it ends.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -51,6 +52,11 @@ class Local(Pool[_Process]):
         """As `Engine`."""
         check_shared(name)
         return names_of(devices_of(name))
+
+    def sharing(self) -> int:
+        """As `Engine`: those on one card, or all of this machine."""
+        assert self._beginning is not None, "begin() comes first"
+        return math.ceil(self.workers / max(1, len(cards_of(self._beginning.spec.device))))
 
     def _most(self, beginning: Beginning) -> int:
         return len(cards_of(beginning.spec.device)) or max(1, cores() // beginning.threads)

@@ -25,7 +25,6 @@ from alphatoken_curate.scoring.engines import Engine
 from alphatoken_curate.scoring.job import Job
 from alphatoken_curate.scoring.prepare import FISHER_DRAW, LOOKAHEAD_DRAW, PRECONDITION_DRAW, drawn
 from alphatoken_curate.scoring.reference import ReferencePass
-from alphatoken_curate.scoring.rehearse import RehearsalScorer
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
 from alphatoken_curate.scoring.worker import Stage, Task, Which
@@ -163,11 +162,6 @@ class Stages:
                 if not self.spec.store.is_made(artifacts.SOLVED):
                     self._iterations(rows)
                 self._tidy(artifacts.SOLVED, but=solving.RESIDUALS)
-
-    def rehearsal(self) -> None:
-        """Rehearse all rows; the scorer keeps what comes of it by itself, and its states on the way."""
-        task = self._task("the rehearsal", RehearsalScorer.rehearse)
-        list(self._each(Stage(name="rehearsal", tokens=0, of="model", tasks=[task])))
 
     def _gradient(self, kind: str, rows: Sequence[AnyRow]) -> None:
         """A mean loss gradient; of pairs, weighed as training weighs them. The target's are plain rows."""

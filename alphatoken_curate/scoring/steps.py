@@ -1,10 +1,13 @@
-"""What a rehearsal would take, by two of its steps."""
+"""What a rehearsal would take, of one process or of several workers, by two of its steps."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from alphatoken_curate.directions.rehearsal import Course, mean_loss
@@ -14,7 +17,8 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import Store
 from alphatoken_curate.scoring.courses import first_steps, kept_bytes, kept_room, pair_loss
 from alphatoken_curate.scoring.meter import Meter
-from alphatoken_curate.scoring.rehearse import at_once, rehearsal_in
+from alphatoken_curate.scoring.portions import deal
+from alphatoken_curate.scoring.rehearse import fitting, rehearsal_in, together
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
 from alphatoken_curate.tokens.plan import plan_batches
 from alphatoken_curate.tokens.tokenise import PairRow, TokenRow
@@ -22,10 +26,43 @@ from alphatoken_curate.tokens.tokenise import PairRow, TokenRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """Of all orders `seconds`; `kept_bytes` are the most that lies on disk at a time."""
+    """What portions of it take, of so many `orders` and `outcomes`."""
 
-    seconds: float
-    kept_bytes: int
+    orders: int
+    outcomes: int
+    there: float
+    """Seconds of a training and what is replayed of it; `again` for each further part of the outcomes."""
+    again: float
+    back: float
+    """Seconds of an outcome, there and back."""
+    fits: float
+    """Outcomes that free memory has room for."""
+    sharing: bool
+    """Whether workers have one memory together."""
+    states: Callable[[int], int]
+    """Bytes on disk while so many outcomes go back together, but for what came of any."""
+    values: int
+    """Bytes on disk of what comes of an outcome."""
+
+    def seconds(self, workers: int = 1) -> float:
+        """Of so many workers, each as fast as one alone: until the last of them is done."""
+        busy = [0.0] * workers
+        for outcomes, at_once in self._dealt(workers):
+            parts = math.ceil(outcomes / at_once)
+            busy[busy.index(min(busy))] += self.there + (parts - 1) * self.again + outcomes * self.back
+        return max(busy)
+
+    def kept_bytes(self, workers: int = 1) -> int:
+        """Most that lies on disk at a time, of all workers."""
+        states = sum(self.states(at_once) for _, at_once in self._dealt(workers)[:workers])
+        return states + self.orders * self.outcomes * self.values
+
+    def _dealt(self, workers: int) -> list[tuple[int, int]]:
+        """Of each portion its outcomes, and how many go back together."""
+        every = [*itertools.product(range(self.orders), range(self.outcomes))]
+        found = [len(portion) for portion in deal(every, self.outcomes, self.orders, workers)]
+        fits = self.fits / (min(workers, len(found)) if self.sharing else 1)
+        return [(outcomes, together(outcomes, int(fits))) for outcomes in found]
 
 
 def tried_steps(
@@ -39,7 +76,8 @@ def tried_steps(
     if isinstance(two.rows[0], PairRow):
         # The model itself will do for the reference.
         two = replace(two, loss=pair_loss(config, two.rows, trainee.nll_of(two.rows, two.batch_tokens)))
-    together = at_once(trainee, spec.outcomes, config)
+    fits = fitting(trainee, config)
+    tried_at_once = together(spec.outcomes, int(fits))
     few, asked = [beside[i] for i in plan_batches(beside, course.batch_tokens)[0]], list[float]()
 
     def outcome(trainee: Trainee) -> Weights:
@@ -53,19 +91,27 @@ def tried_steps(
     with tempfile.TemporaryDirectory() as kept:
         rehearsal = rehearsal_in(Store(folder=Path(kept), fields={}), "0", trainee, two, config)
         done = [meter.now()]
-        rehearsal.run([outcome] * together, lambda _: done.append(meter.now()))
+        rehearsal.run([outcome] * tried_at_once, lambda _: done.append(meter.now()))
         tried = meter.now() - done[0] - sum(asked)
     progress.advance(2 * padded[1])
     # Two steps are one segment, which nothing is replayed of.
     every = borders_of(len(course.steps), course.window)
     keeps_all = course.keeps_all(rehearsal.state, kept_room(config))
     replayed = 0 if keeps_all else sum(borders[-2] - borders[0] for borders in every)
-    replay = (done[len(two.steps)] - done[0]) * replayed / len(course.steps)
-    parts, tokens = -(-spec.outcomes // together), count_tokens(beside)
-    ends = len(every) * sum(asked) / together * tokens / count_tokens(few)
+    first = done[len(two.steps)] - done[0]
+    replay, scale = first * replayed / len(course.steps), padded[0] / padded[1]
+    tokens = count_tokens(beside)
+    ends = len(every) * sum(asked) / tried_at_once * tokens / count_tokens(few)  # of all outcomes
+    of_all = partial(kept_bytes, rehearsal.state, course, config=config, below=(trainee.below_bytes, tokens))
+    each = of_all(1, 1) - of_all(1, 0)
     return Tried(
-        seconds=((tried * parts + replay) * padded[0] / padded[1] + ends) * config.rehearse_seeds,
-        kept_bytes=kept_bytes(
-            rehearsal.state, course, together, spec.outcomes, config, below=(trainee.below_bytes, tokens)
-        ),
+        orders=config.rehearse_seeds,
+        outcomes=spec.outcomes,
+        there=(first + replay) * scale,
+        again=first * scale,
+        back=(tried - first) / tried_at_once * scale + ends / spec.outcomes,
+        fits=fits,
+        sharing=trainee.device.type != "cuda",
+        states=lambda at_once: of_all(at_once, 0),
+        values=each // config.rehearse_seeds,
     )

@@ -1,7 +1,7 @@
 """What is done where the models are: a task of a stage, again in smaller batches where memory runs out.
 
-Nothing is written here. A stage's tasks go to one worker or to several, in this process or in others; what they give
-back is the same.
+Nothing is written here, but for what a portion of a rehearsal goes on from. A stage's tasks go to one worker or to
+several, in this process or in others; what they give back is the same.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.scoring.budget import LEAST, halved, out_of_memory
 from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.rehearse import RehearsalScorer
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec
 
@@ -64,7 +65,8 @@ class Worker:
     """The models of a generation, of which one is in memory at a time."""
 
     def __init__(self, spec: ScorerSpec, scorer: ShardScorer | None = None) -> None:
-        self._reference, self._scorer = ReferencePass(spec), scorer or ShardScorer(spec)
+        self._reference = ReferencePass(spec)
+        self._scorer = scorer or (RehearsalScorer if spec.config.rehearses else ShardScorer)(spec)
 
     def ready(self, which: Which, progress: Progress) -> None:
         """Load what a stage needs, unless it is there; that it is being loaded is said."""

@@ -80,9 +80,20 @@ second, smaller pass through the trunk that it takes. Measured on two CPU cores,
 
 
 class PathScorer:
-    """Scores batches along fixed directions."""
+    """Scores batches along fixed directions.
 
-    def __init__(self, scoring: ScoringModel, directions: list[Direction], estimator: Estimator, window: int) -> None:
+    `apart`: each by products of its own, with the bits that it has alone, whichever are beside it.
+    """
+
+    def __init__(
+        self,
+        scoring: ScoringModel,
+        directions: list[Direction],
+        estimator: Estimator,
+        window: int,
+        *,
+        apart: bool = False,
+    ) -> None:
         self.scoring, self.estimator, self.window = scoring, estimator, window
         self.count = len(directions)
         passes = 2 if estimator == "exact" else 1
@@ -91,7 +102,10 @@ class PathScorer:
         if estimator == "published":
             self.values = _value_maps(scoring)
         self.stacks = [
-            _stack([d[i] for d in directions], estimator == "exact" or i in self.values)
+            [
+                _stack([d[i] for d in group], estimator == "exact" or i in self.values)
+                for group in ([[d] for d in directions] if apart else [directions])
+            ]
             for i in range(len(scoring.maps))
         ]
 
@@ -99,8 +113,8 @@ class PathScorer:
         """Compute as the model does from here on (`ScoringModel.settle`)."""
         self.scoring.settle()
         self.stacks = [
-            replace(stack, matrix=stack.matrix.to(m.bare.dtype))
-            for m, stack in zip(self.scoring.maps, self.stacks, strict=True)
+            [replace(stack, matrix=stack.matrix.to(m.bare.dtype)) for stack in stacks]
+            for m, stacks in zip(self.scoring.maps, self.stacks, strict=True)
         ]
 
     def score(self, batch: Batch) -> Signals:
@@ -123,17 +137,22 @@ class PathScorer:
                 total -= causal
         return Signals(losses.nll, losses.entropy, total, causal)
 
+    def _contract(self, index: int, h: Tensor, deltas: list[Tensor]) -> Tensor:
+        """As `_Stack.contract`, along all directions."""
+        found = [stack.contract(h, deltas) for stack in self.stacks[index]]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
     def _published(self, hidden: Tensor, grad: Tensor, chosen: Selection, total: Tensor, causal: Tensor) -> None:
         def contract(index: int, h: Tensor, delta: Tensor, where: Tensor | None) -> None:
             if index not in self.values:
                 places, (own, error) = chosen.rows(where, h, delta)
-                _add(total, places, self.stacks[index].contract(own, [error])[0])
+                _add(total, places, self._contract(index, own, [error])[0])
             else:
                 block, rows = self.values[index]
                 received = torch.zeros_like(delta)
                 received[:, rows] = self._propagate(block, delta[:, rows].unflatten(0, hidden.shape[:2])).flatten(0, 1)
                 _, (own, error, passed) = chosen.rows(where, h, delta, received)
-                both = self.stacks[index].contract(own, [error, passed])
+                both = self._contract(index, own, [error, passed])
                 _add(total, None, both[0])
                 _add(causal, None, both[1])
             self.scoring.release(index)
@@ -155,7 +174,7 @@ class PathScorer:
 
         def contract(index: int, h: Tensor, delta: Tensor, where: Tensor | None) -> None:
             places, (own, crossed) = chosen.rows(where, h, delta)
-            both = self.stacks[index].contract(own, [totals.pop(index), crossed])
+            both = self._contract(index, own, [totals.pop(index), crossed])
             _add(total, places, both[0])
             _add(causal, places, both[1])
             self.scoring.release(index)
@@ -174,7 +193,7 @@ class PathScorer:
             # Above the last attention nothing crosses positions: these maps have a total alone.
             h, where = scoring.input(index)
             places, (own,) = chosen.rows(where, h)
-            _add(total, places, self.stacks[index].contract(own, [delta])[0])
+            _add(total, places, self._contract(index, own, [delta])[0])
 
 
 def _add(sums: Tensor, places: Tensor | None, parts: Tensor) -> None:

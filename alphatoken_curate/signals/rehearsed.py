@@ -29,13 +29,14 @@ BESIDE = ("denominator", "omega")
 def exact_paths(trainee: Trainee, loss: StepLoss = TOKENS) -> Paths:
     """What gives direct and causal (`exact`) along the linear maps that train.
 
-    A step moves the weights, so the model is captured anew for each, and given back.
+    A step moves the weights, so the model is captured anew for each, and given back. Along each direction the bits are
+    those that it gives alone, whichever outcomes go back with it.
     """
 
     def paths(batches: Sequence[Batch], along: Sequence[Weights]) -> list[Tensor]:
         with trainee.captured() as scoring:
             directions = [trainee.as_direction(a)[: len(scoring.maps)] for a in along]
-            scorer = PathScorer(scoring, directions, "exact", window=0)
+            scorer = PathScorer(scoring, directions, "exact", window=0, apart=True)
             found = []
             for batch in batches:
                 signals = scorer.score(batch)

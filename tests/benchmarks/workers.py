@@ -1,10 +1,13 @@
 """What workers save: the same rows scored by one process and by several, and by parts at the same time, in one run.
 
     python tests/benchmarks/workers.py --data ../shared/data/gsm8k_sft.jsonl --rows 192
+    python tests/benchmarks/workers.py --data ../shared/data/gsm8k_sft.jsonl --rehearsal --rows 16 --workers 2
 
 Each worker has one thread. Seconds are of the whole call and of its stage of scoring alone, which starts and models
 once loaded are no part of where it is long; all files of a run are compared with those of the first. `ray` is left out
-where Ray is not installed. Ratios are of tokens a second in the stage of scoring.
+where Ray is not installed. Ratios are of tokens a second in the stage of scoring. With `--rehearsal` values are
+rehearsed, of 8 outcomes, and the stage and the ratios are those of the rehearsal, once its model is loaded in one
+process, and models included with workers; there are no parts then, which do not share it, and no Ray.
 """
 
 from __future__ import annotations
@@ -26,22 +29,28 @@ from alphatoken_curate.scoring.engines import Here
 
 
 class Clock(Silent):
-    """When the stage of scoring began, and the tokens it is of."""
+    """Seconds and tokens of a stage, by how its name begins."""
 
-    def __init__(self) -> None:
-        self.began, self.tokens = time.monotonic(), 0
+    def __init__(self, of: str) -> None:
+        self.of, self.began, self.seconds, self.tokens = of, 0.0, 0.0, 0
 
     def stage(self, name: str, tokens: int) -> None:
-        if name == "scoring":
-            self.began, self.tokens = time.monotonic(), tokens
+        self.end()
+        if name.startswith(self.of):
+            self.began, self.tokens = time.monotonic(), self.tokens + tokens
+
+    def end(self) -> None:
+        """Whatever is done now."""
+        self.seconds += time.monotonic() - self.began if self.began else 0.0
+        self.began = 0.0
 
 
 def timed(config: ScoreConfig, run: Path, engine: Any) -> tuple[float, float, int]:
-    """Seconds of a scoring, of its last stage, and the tokens of that."""
-    clock, began = Clock(), time.monotonic()
+    """Seconds of a scoring, of the stage that most of it is, and the tokens of that."""
+    clock, began = Clock("rehearsal" if config.rehearses else "scoring"), time.monotonic()
     score(config, run, clock, engine)
-    ended = time.monotonic()
-    return ended - began, ended - clock.began, clock.tokens
+    clock.end()
+    return time.monotonic() - began, clock.seconds, clock.tokens
 
 
 def by_parts(config: ScoreConfig, run: Path, parts: int) -> float:
@@ -78,7 +87,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--rows-per-shard", type=int, default=8)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--rehearsal", action="store_true")
+    parser.add_argument("--layers", default="3")
+    parser.add_argument("--rows-per-step", type=int, default=4)
     args = parser.parse_args()
+    rehearsed = {"direction": "rehearsal", "rehearse_lr": 1e-5, "rehearse_rows_per_step": args.rows_per_step}
     config = ScoreConfig(
         data=(args.data,),
         target=args.target,
@@ -87,19 +100,27 @@ def main() -> None:
         rows_per_shard=args.rows_per_shard,
         batch_tokens=1024,
         threads=1,
+        layers="all" if args.layers == "all" else int(args.layers),
+        **(rehearsed | {"target_groups": 8, "parameters": "linear"} if args.rehearsal else {}),
     )
     engines: dict[str, Callable[[], Any]] = {"1 process": Here}
     engines |= {f"{n} workers": lambda n=n: Local(n) for n in args.workers}  # type: ignore[misc]
-    if importlib.util.find_spec("ray"):
+    if importlib.util.find_spec("ray") and not args.rehearsal:
         engines["Ray, 2 workers"] = lambda: Ray(workers=2)
-    print("| who | seconds in all | scoring | tokens/s | ratio | same bytes |\n|---|---:|---:|---:|---:|---|")
+    stage = "rehearsal" if args.rehearsal else "scoring"
+    print(f"| who | seconds in all | {stage} | tokens/s | ratio | same bytes |\n|---|---:|---:|---:|---:|---|")
     with tempfile.TemporaryDirectory() as folder:
-        first, rate = Path(folder) / "1 process", 0.0
+        first, rate, one = Path(folder) / "1 process", 0.0, 0
         for name, engine in engines.items():
             whole, last, tokens = timed(config, run := Path(folder) / name, engine())
+            # Of a rehearsal those there and back, once: what workers train more than one does is their own matter.
+            one = one or tokens
+            tokens = one if args.rehearsal else tokens
             rate = rate or tokens / last
             told = f"{whole:.1f} | {last:.1f} | {tokens / last:.0f} | {tokens / last / rate:.2f}"
             print(f"| {name} | {told} | {'yes' if same(first, run) else 'NO'} |", flush=True)
+        if args.rehearsal:
+            return
         seconds = by_parts(config, run := Path(folder) / "parts", 2)
         print(f"| 2 parts at once | {seconds:.1f} |  |  |  | {'yes' if same(first, run) else 'NO'} |")
 

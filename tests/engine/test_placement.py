@@ -228,7 +228,7 @@ def test_no_step_of_the_paths_meets_tensors_of_two_devices(monkeypatch: pytest.M
         assert on_devices_of(scoring, moment_sums(scoring, [batch], bases=scoring.near(stored))[0])
         for scorer in (exact, published):
             each = enumerate(zip(*directions, strict=True))
-            scorer.stacks = [_stack(list(ms), scorer is exact or i in scorer.values) for i, ms in each]
+            scorer.stacks = [[_stack(list(ms), scorer is exact or i in scorer.values)] for i, ms in each]
             homes = {i: scoring.maps[i].weight.device for i in scorer.values}
             scorer.values = {i: (n, x.to(homes[i])) for i, (n, x) in scorer.values.items()}
             scorer.settle()

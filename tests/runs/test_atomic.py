@@ -17,7 +17,7 @@ from tiny_files import Notes
 
 from alphatoken_curate import mask, verify
 from alphatoken_curate.errors import BusyError, CurateError, UsageError
-from alphatoken_curate.runs.atomic import LOCK, atomic_file, one_writer
+from alphatoken_curate.runs.atomic import LOCK, atomic_file, in_place, one_writer
 from alphatoken_curate.scoring.folder import check_ours
 
 
@@ -42,6 +42,24 @@ def test_a_file_is_not_written_beside_a_run_that_was_moved(tmp_path: Path) -> No
         moved.rename(tmp_path / "third")
     with atomic_file(moved / "c") as sink:  # nobody holds it any more
         sink.write(b"c")
+
+
+def test_nor_beside_one_that_another_process_holds(tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    run.mkdir()
+    with in_place(run):
+        with atomic_file(run / "a") as sink:
+            sink.write(b"a")
+        run.rename(moved)
+        with pytest.raises(CurateError, match="was moved, removed or replaced"), atomic_file(run / "b") as sink:
+            sink.write(b"b")
+    assert not run.exists()
+    with one_writer(moved):
+        with in_place(moved):
+            pass
+        moved.rename(run)
+        with pytest.raises(CurateError, match="moved, removed"), atomic_file(moved / "c") as sink:
+            sink.write(b"c")
 
 
 FLOCK = fcntl.flock
@@ -188,7 +206,7 @@ def test_a_release_that_locks_the_folder_alone_and_this_one_keep_out_of_each_oth
 _HOLD = """
 import sys, time
 from pathlib import Path
-from alphatoken_curate.runs.atomic import one_writer
+from alphatoken_curate.runs.atomic import in_place, one_writer
 with one_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -18,6 +18,7 @@ from tiny_files import Notes, contents, token_records, write_jsonl
 from alphatoken_curate import CurateError, Ray, ScoreConfig, UsageError, score
 from alphatoken_curate.cli import workers
 from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.rehearse import RehearsalScorer
 from alphatoken_curate.scoring.scorer import ShardScorer
 
 
@@ -64,6 +65,22 @@ def test_actors_that_die_change_no_byte(
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert not [said for said in notes.warnings if "no room for a worker" not in said]  # slow machines say that
     assert not ray.is_initialized()
+
+
+@pytest.mark.long
+def test_a_rehearsal_on_machines_that_go_changes_no_byte(
+    ray: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings |= {"direction": "rehearsal", "rehearse_lr": 1e-3, "rehearse_seeds": 2, "target_groups": 2, "layers": 1}
+    settings["data"] = write_jsonl(tmp_path / "few.jsonl", token_records(20, longest=18))
+    score(ScoreConfig(**settings), tmp_path / "one")
+    notes = Notes()
+    with monkeypatch.context() as patch:
+        patch.setattr(RehearsalScorer, "rehearse", pooled.rehearse)
+        score(ScoreConfig(**settings), tmp_path / "two", notes, Ray(workers=2))
+    assert {path.name for path in (tmp_path / "marks").iterdir()} == {"rehearse 0", "rehearse 1"}
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert 0 < notes.done["rehearsal"] <= dict(notes.stages)["rehearsal"]  # what the dead did is not told
 
 
 def test_a_shard_that_always_kills_is_named(

@@ -14,10 +14,11 @@ from alphatoken_curate.directions.rehearsal import mean_loss
 from alphatoken_curate.models.load import find_model
 from alphatoken_curate.scoring.check import check
 from alphatoken_curate.scoring.engines import Here
-from alphatoken_curate.scoring.estimate import Estimate, StageEstimate, _Trials, estimate
+from alphatoken_curate.scoring.estimate import Estimate, RehearsalEstimate, StageEstimate, _Trials, estimate
 from alphatoken_curate.scoring.meter import Meter, peak_of_process
 from alphatoken_curate.scoring.probes import Size, choose, predict
 from alphatoken_curate.scoring.spec import ScorerSpec
+from alphatoken_curate.scoring.steps import Tried
 from alphatoken_curate.signals.paths import PathScorer
 
 MIB = 1 << 20
@@ -104,6 +105,29 @@ def test_workers_share_the_pieces_of_a_stage() -> None:
     assert found.by(1) == (80.0, 1.0) and found.by(2) == (47.0, 80 / 94) and found.by(9) == (17.0, 80 / 153)
 
 
+def test_workers_share_the_outcomes_of_a_rehearsal_and_train_each_for_themselves() -> None:
+    def states(at_once: int) -> int:
+        return MIB * (10 + at_once)
+
+    tried = Tried(
+        orders=2, outcomes=6, there=10.0, again=2.0, back=3.0, fits=6.0, sharing=True, states=states, values=MIB
+    )
+    # One: 6 and 6. Two: as much. Three: 4, 4, 2 + 2 outcomes. All: one each, and those that are more have nothing.
+    assert [tried.seconds(n) for n in (1, 2, 12, 40)] == [56.0, 10.0 + 1 * 2 + 18.0, 13.0, 13.0]
+    assert tried.seconds(3) == 2 * (10.0 + 3 * 2)
+    # Two have room for three outcomes each at a time, three for two, twelve for one and none for half of one.
+    assert [tried.kept_bytes(n) // MIB for n in (1, 2, 3, 12, 40)] == [28, 38, 48, 144, 144]
+    cards = replace(tried, sharing=False)
+    assert cards.seconds(2) == 28.0 and cards.kept_bytes(2) == (16 + 16 + 12) * MIB
+    small = replace(tried, fits=2.0, orders=1)
+    assert small.seconds(1) == 10.0 + 2 * 2 + 6 * 3
+    stage = RehearsalEstimate(name="rehearsal", seconds=56.0, steps=tried)
+    found = Estimate(stages=(StageEstimate(name="loading", seconds=4.0), stage), peak_bytes=1, batch_tokens=1)
+    assert found.by(1) == (60.0, 1.0) and found.by(2)[0] == 34.0
+    assert found.kept_by(2) == "; 38.0 MiB of states on disk at most"
+    assert replace(found, stages=found.stages[:1]).kept_by(2) == ""
+
+
 def test_pieces_are_those_the_scoring_is_cut_into(
     settings: dict[str, Any], models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -183,6 +207,11 @@ def test_a_rehearsal_is_tried_on_two_of_its_steps(settings: dict[str, Any]) -> N
     told = r"states of the rehearsal on disk, ([0-9.]+) MiB at most at a time"
     disk = [re.fullmatch(told, one.placement[-1]) for one in (found, seeds)]
     assert all(one is not None and float(one[1]) > 0 for one in disk)
+    assert seeds.by(1)[0] == pytest.approx(seeds.seconds)
+    rest = sum(stage.by(2) for stage in seeds.stages[:-1])
+    assert seeds.by(2)[0] - rest == pytest.approx(
+        seeds.stages[-1].seconds / 2, rel=0.1
+    )  # each takes half of the orders
 
 
 def test_every_window_takes_the_gradient_of_its_outcomes(

@@ -176,6 +176,9 @@ class LastFirst(Pool[int]):
     def device(self, name: str) -> str:
         return name
 
+    def sharing(self) -> int:
+        return 1
+
     def _most(self, _: Any) -> int:
         return 1
 

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 
 from alphatoken_curate.engine.capture import ScoringModel
+from alphatoken_curate.runs.atomic import KILL_AT
+from alphatoken_curate.scoring.portions import Portion
 from alphatoken_curate.scoring.reference import ReferencePass
+from alphatoken_curate.scoring.rehearse import RehearsalScorer
 from alphatoken_curate.scoring.scorer import ShardScorer
 
 MARKS = "TEST_MARKS"
@@ -27,6 +30,8 @@ _PLAIN = {
     "gradient": ShardScorer.gradient,
     "moments": ShardScorer.moments,
     "score": ShardScorer.score,
+    "rehearsal_losses": RehearsalScorer.losses,
+    "rehearse": RehearsalScorer.rehearse,
 }
 
 
@@ -111,3 +116,29 @@ def scored_never(self: ShardScorer, *_: Any) -> Any:
     """Never done."""
     first_time(str(os.getpid()))
     time.sleep(600)
+
+
+def rehearsal_losses(*arguments: Any) -> Any:
+    """Whoever is the first to make losses before a rehearsal dies."""
+    return _die_once("rehearsal_losses", *arguments)
+
+
+def rehearse(self: RehearsalScorer, portion: Portion, *arguments: Any) -> Any:
+    """Whoever is the first at an order dies when all but one step are gone back through."""
+    if first_time(f"rehearse {portion.order}"):
+        os.environ[KILL_AT] = f"after-rename@rehearsal-00000-{portion.name}-adjoint-0-1.safetensors"
+    return _PLAIN["rehearse"](self, portion, *arguments)  # type: ignore[operator]
+
+
+def rehearsed_but_one(self: RehearsalScorer, portion: Portion, *arguments: Any) -> Any:
+    """The second order kills whoever rehearses it."""
+    if portion.order:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _PLAIN["rehearse"](self, portion, *arguments)  # type: ignore[operator]
+
+
+def rehearsed_short_of_memory(self: RehearsalScorer, portion: Portion, *arguments: Any) -> Any:
+    """The first outcome has no memory for more than 100 tokens in a batch."""
+    if not portion.first and arguments[-1] > 100:
+        raise MemoryError
+    return _PLAIN["rehearse"](self, portion, *arguments)  # type: ignore[operator]
