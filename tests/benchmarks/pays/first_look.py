@@ -57,6 +57,9 @@ FORMS: dict[str, Mapping[str, Any]] = {
 }
 """Masks by rehearsed values."""
 
+WITHOUT_ERROR = ("lowest 10%", "tilt 0.5", "lowest 5%", "tilt 0.25", "lowest fifth of rows")
+"""Those that need no errors: of pairs values are of all target rows in one group, a sixth of the time."""
+
 SECOND = {
     f"{form}, second round": use(FORMS[form], first=FORMS["below 0 beyond error"])
     for form in ("below 0 beyond error", "tilt 0.5")
@@ -86,6 +89,7 @@ TOOL = {
 
 USES: dict[str, Selection] = {
     **{f"{form}, {n} target rows": use(mask, n) for form, mask in FORMS.items() for n in NAMED_ROWS},
+    **{f"{name}, one group": use(FORMS[name], one_group=True) for name in WITHOUT_ERROR},
     **SECOND,
     **COUNTED,
     **TOOL,
@@ -151,11 +155,7 @@ PARTS: dict[str, Part] = {
     "tool": Part(settings=(DIGITS,), selections=[*TOOL]),
     "pairs": Part(
         settings=PAIRS,
-        selections=[
-            *("all tokens", "random 0.9"),
-            VALUES,
-            *named("lowest 10%", "tilt 0.5", "lowest fifth of rows"),
-        ],
+        selections=[*("all tokens", "random 0.9"), *(f"{name}, one group" for name in WITHOUT_ERROR)],
     ),
 }
 """What decides most comes first."""
