@@ -42,7 +42,7 @@ REHEARSED: Mapping[str, Any] = {
     "rehearse_lora_alpha": float(ALPHA),
     "rehearse_root": 1e-14,
     "rehearse_clip": CLIP,
-    "target_groups": 8,
+    "target_groups": 1,
     "dtype": "float32",
     "batch_tokens": 1024,
 }
