@@ -57,16 +57,16 @@ FORMS: dict[str, Mapping[str, Any]] = {
 }
 """Masks by rehearsed values."""
 
-WITHOUT_ERROR = ("lowest 10%", "tilt 0.5", "lowest 5%", "tilt 0.25", "lowest fifth of rows")
-"""Those that need no errors: of pairs values are of all target rows in one group, a sixth of the time."""
+MILD = ("lowest 5%", "tilt 0.25")
+"""Those that gained in every setting: what else is asked is asked of them."""
 
-SECOND = {
-    f"{form}, second round": use(FORMS[form], first=FORMS["below 0 beyond error"])
-    for form in ("below 0 beyond error", "tilt 0.5")
-}
-"""Rehearsed again without what was negative beyond its error; then the same cut again, or a tilt of what is left."""
+ONE_GROUP = ("lowest 10%", "tilt 0.5", *MILD, "lowest fifth of rows")
+"""Those that need no errors, by all target rows in one group: a sixth of the time."""
 
-COUNTED = {f"{form}, by count": use(FORMS[form], denominator="count") for form in ("lowest 10%", "tilt 0.5")}
+SECOND = {f"{form}, second round": use(FORMS[form], first=FORMS["lowest 5%"], one_group=True) for form in MILD}
+"""Rehearsed again without the lowest 5%; then as much of what is left is cut again, or it is tilted."""
+
+COUNTED = {f"{form}, by count": use(FORMS[form], denominator="count", one_group=True) for form in MILD}
 
 TOOL = {
     f"tool, {name}": Selection(
@@ -74,22 +74,19 @@ TOOL = {
             "direction": "rehearsal",
             "rehearse_lr": 3e-5,
             "rehearse_denominator": "sum",
-            "target_groups": 8,
+            "target_groups": 1,
             "dtype": "float32",
             "batch_tokens": COURSE["batch_tokens"],
         },
-        mask={"by": "adapt_influence", **mask},
+        mask={"keep": 1.0, **FORMS[name], "by": "adapt_influence"},
     )
-    for name, mask in {
-        "tilt 0.5": {"keep": 1.0, "weights": "tilt:0.5"},
-        "below 0 beyond error": {"by": "adapt_influence + 1.895 * adapt_error", "keep": "positive"},
-    }.items()
+    for name in MILD
 }
-"""By `score --direction rehearsal` and `mask` themselves, in the tool's own order of rows and its own groups."""
+"""By `score --direction rehearsal` and `mask` themselves, in the tool's own order of rows."""
 
 USES: dict[str, Selection] = {
     **{f"{form}, {n} target rows": use(mask, n) for form, mask in FORMS.items() for n in NAMED_ROWS},
-    **{f"{name}, one group": use(FORMS[name], one_group=True) for name in WITHOUT_ERROR},
+    **{f"{name}, one group": use(FORMS[name], one_group=True) for name in ONE_GROUP},
     **SECOND,
     **COUNTED,
     **TOOL,
@@ -122,7 +119,7 @@ TRAININGS = {
 """`128 rows`: values of two rehearsals of 64 rows each, each from the start, used in one training on all."""
 
 PLAIN = ["all tokens", "oracle", "random 0.9"]
-TRANSFERRED = ["all tokens", "oracle", *named("lowest 10%", "tilt 0.5")]
+TRANSFERRED = ["all tokens", "oracle", *(f"{form}, one group" for form in MILD)]
 DRAWS = ["random 0.9, draw 1", "random 0.9, draw 2"]
 BESIDE = ["surprise under 7", "influence ekfac 0.9", "influence astra 0.9", "excess loss over target rows 0.9"]
 
@@ -141,9 +138,7 @@ VALUES = "values"
 
 PARTS: dict[str, Part] = {
     "forms": Part(selections=[*PLAIN, VALUES, *named(*FORMS)]),
-    "targets": Part(
-        selections=[name for n in NAMED_ROWS[1:] for name in named("lowest 10%", "tilt 0.5", target_rows=n)]
-    ),
+    "targets": Part(selections=[name for n in NAMED_ROWS[1:] for name in named(*MILD, target_rows=n)]),
     "rows": Part(settings=(SWAPPED, WRONG), selections=named("lowest fifth of rows", target_rows=64)),
     "beside": Part(selections=[*BESIDE, *DRAWS]),
     "orders": Part(selections=TRANSFERRED, trainings=["order 1"]),
@@ -155,7 +150,7 @@ PARTS: dict[str, Part] = {
     "tool": Part(settings=(DIGITS,), selections=[*TOOL]),
     "pairs": Part(
         settings=PAIRS,
-        selections=[*("all tokens", "random 0.9"), *(f"{name}, one group" for name in WITHOUT_ERROR)],
+        selections=[*("all tokens", "random 0.9"), *(f"{name}, one group" for name in ONE_GROUP)],
     ),
 }
 """What decides most comes first."""

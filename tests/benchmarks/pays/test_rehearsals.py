@@ -175,6 +175,27 @@ def test_a_second_round_is_of_what_the_first_left(
     assert not list((tmp_path / "work").glob("*.states"))
 
 
+def test_all_groups_are_as_good_as_one(
+    rehearsals: Any, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+
+    def load() -> Any:
+        loads.append(1)
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(models["base"], dtype=torch.float32)
+
+    monkeypatch.setattr(rehearsals, "load", load)
+    where, place = tiny_setting(), rehearsals.Place(work=tmp_path / "work", values=tmp_path / "values")
+    one = rehearsals.values_of(where, place, groups=1)
+    rehearsals.values_of(where, place)
+    found = rehearsals.values_of(where, place, groups=1)
+    assert len(loads) == 2 and found.tokens == one.tokens
+    for name in ("own", "denominator"):
+        wanted = getattr(one, name)
+        np.testing.assert_allclose(getattr(found, name), wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_weights_by_hand(rehearsals: Any) -> None:
     lengths = np.array([2, 0, 3])
     values = numbers(rehearsals, [3.0, -1.0, -4.0, 1.0, 1.0], [1.0, -3.0, 2.0, 1.0, 1.0])
