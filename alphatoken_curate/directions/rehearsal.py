@@ -302,7 +302,7 @@ class Rehearsal:
         if not all(bool(t.isfinite().all()) for adjoint in adjoints for t in adjoint.tensors):
             raise InputError(
                 f"The derivative through step {k + 1} of the rehearsal is not finite. Adam's step has none where a"
-                " second moment is 0: give a larger --rehearse-root."
+                " second moment is 0: give a larger --rehearse-root, and another folder with -o."
             )
 
     def _cotangents(self, k: int, adjoints: list[State]) -> list[Weights]:
@@ -375,5 +375,5 @@ class Rehearsal:
         self.kept.keep_values(self._part, self.kept.sums(self._part, self._window.borders[0]), share)
 
 
-_GENTLER = "Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1."
+_GENTLER = "Give a smaller --rehearse-lr, more --rehearse-warmup, or --rehearse-clip 1, and another folder with -o."
 _PARTS = ("own", "denominator", "direct", "causal")  # of pairs omega's in place of the denominator's

@@ -41,6 +41,8 @@ _DECIDE_TOKENS = {
     **{name: {"direction"} for name in OF_REHEARSAL},
     **{name: {"direction", "rehearse_optimizer"} for names in OF_OPTIMISER.values() for name in names},
     "rehearse_lora_alpha": {"direction", "rehearse_lora"},
+    "rehearse_root": {"direction", "rehearse_optimizer", "rehearse_lora"},
+    "parameters": {"rehearse_lora"},
     "kind": {"data", "limit", "map", "subset", "split"},
     "data": {"limit", "subset", "split"},
     "beta": {"data"},

@@ -103,6 +103,8 @@ def _rehearsal_fields(config: ScoreConfig) -> dict[str, Json]:
     unread = {one for kind, names in OF_OPTIMISER.items() if kind != config.rehearse_optimizer for one in names}
     unread |= {"rehearse_lora_alpha"} if config.rehearse_lora is None else set()
     taken = {name: getattr(config, name) for name in OF_REHEARSAL} | {"rehearse_root": config.root}
+    if config.rehearse_lora is not None and config.rehearse_lora_alpha == 2 * config.rehearse_lora:
+        taken["rehearse_lora_alpha"] = None  # as by default: an adapter's own is held against what is given
     return {"direction": config.direction, **{name: None if name in unread else taken[name] for name in taken}}
 
 

@@ -36,7 +36,7 @@ from alphatoken_curate.signals import composite
 from alphatoken_curate.signals.preference import pair_terms
 from alphatoken_curate.signals.rehearsed import columns
 from alphatoken_curate.signals.stored import RowResult, spread
-from alphatoken_curate.tokens.plan import response_tokens, token_starts
+from alphatoken_curate.tokens.plan import plan_batches, response_tokens, token_starts
 from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, branches
 from alphatoken_curate.wording import count
 
@@ -98,7 +98,7 @@ class _Led:
         if (kept := own.load(REHEARSAL, part=LOSSES)) is None:
             name, rows = "losses before the rehearsal", self.material.rows
             found = np.empty((2, int(token_starts(rows)[-1])), np.float32)
-            shares = max(1, self.engine.workers)
+            shares = max(1, min(self.engine.workers, len(plan_batches(rows, plan.batch_tokens))))
             tasks = [
                 self._task(f"{name}, share {n}", plan, RehearsalScorer.losses, self.given, n, shares)
                 for n in range(shares)
@@ -193,6 +193,11 @@ class _Led:
 
     def _warn(self) -> None:
         progress, config = self.stages.progress, self.config
+        if self.engine.workers > (pieces := self.outcomes * config.rehearse_seeds):
+            progress.note(
+                f"The rehearsal has {count(pieces, 'piece')}, one for each outcome of each order: so many workers have"
+                " something to do in it, and the others wait."
+            )
         if len(self.material.target) < FEW_ROWS:
             progress.warn(
                 f"{count(len(self.material.target), 'target row')}: a cut by rehearsed values learns so few by heart."

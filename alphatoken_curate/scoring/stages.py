@@ -32,6 +32,7 @@ from alphatoken_curate.signals.preference import Pairs, reference_sums
 from alphatoken_curate.tokens.dealt import Shards, tokens_in
 from alphatoken_curate.tokens.plan import response_tokens, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
+from alphatoken_curate.wording import count
 
 _GROUPED = {artifacts.TARGET: artifacts.TARGET_GROUPS, artifacts.RETENTION: artifacts.RETENTION_GROUPS}
 
@@ -97,11 +98,15 @@ class Stages:
         tasks = [self._task(f"the {name}, part {n}", ReferencePass.fisher, part) for n, part in _parts(rows)]
         tokens = self.spec.passes * count_tokens(rows)
         found = self._total(Stage(name=name, tokens=tokens, of="reference", tasks=tasks))
-        if not _finite(found):
+        if not found.counts["rows"] or not _finite(found):
             raise InputError(
-                "The Fisher of the reference is not finite, so stability cannot be scored: some row's loss under"
-                " --reference is not, or its squared gradient overflows. Check its weights, or give a --fisher FILE."
+                "The Fisher of the reference is not finite, so stability cannot be scored: no row's loss under it is,"
+                " or a squared gradient overflows. Check its weights, or give a --fisher FILE."
             )
+        if left_out := len(rows) - found.counts["rows"]:
+            named = f"{count(left_out, 'row')} of the {len(rows):,} of the Fisher"
+            has, is_ = ("has", "is") if left_out == 1 else ("have", "are")
+            self.progress.warn(f"{named} {has} no finite loss under the reference, and {is_} left out of it.")
         self.spec.store.save(artifacts.FISHER, found.mean("rows"))
 
     def _answers(self, prompts: Sequence[TokenRow]) -> list[TokenRow]:

@@ -204,14 +204,19 @@ def test_paths_are_stored_along_each_step(files: dict[str, str], tmp_path: Path)
         assert np.abs(parted[f"{one}_causal"]).max() > 1e-3 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("stability", ["retention", "drift"])
 def test_a_row_without_a_finite_loss_is_left_out_of_the_training(
-    files: dict[str, str], models: dict[str, str], tmp_path: Path
+    stability: str, files: dict[str, str], models: dict[str, str], tmp_path: Path
 ) -> None:
     odd = {"input_ids": [5, NAN_TOKEN, 7, 8], "labels": [-100, NAN_TOKEN, 7, 8]}
     with_it = write_jsonl(tmp_path / "data.jsonl", [*ROWS[:4], odd, *ROWS[4:]])
     given = {"model": models["broken"], "layers": 1, "parameters": "linear", "fisher": "sampled", "dtype": "float32"}
-    done = score(config(files, data=(with_it,), retention=files["retention"], **given), tmp_path / "run")
+    given |= {"retention": files["retention"]} if stability == "retention" else {}
+    notes = Notes()
+    done = score(config(files, data=(with_it,), **given), tmp_path / "run", notes)
     assert (done.manifest.counts.scored, done.manifest.counts.failed) == (len(ROWS), 1)
+    left_out = [text for text in notes.warnings if "of the Fisher has no finite loss" in text]
+    assert len(left_out) == (stability == "drift")
     frame = pl.read_parquet(tmp_path / "run/values/generation=0/*.parquet")
     assert frame["status"][4] == "failed" and np.isfinite(stored(tmp_path / "run", "value")["value"]).all()
 

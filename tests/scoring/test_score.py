@@ -349,13 +349,29 @@ def test_a_target_or_fisher_that_is_not_finite_is_refused(
     settings: dict[str, Any], target: str, models: dict[str, str], tmp_path: Path
 ) -> None:
     records = token_records(3)
-    records[1]["input_ids"][0] = NAN_TOKEN
+    for record in records:
+        record["input_ids"][0] = NAN_TOKEN
     bad = write_jsonl(tmp_path / "nan.jsonl", records)
     with pytest.raises(InputError, match="target"):
         score(ScoreConfig(**settings | {"model": models["broken"], "target": bad}), tmp_path / "run")
-    with pytest.raises(InputError, match="Fisher"):
+    with pytest.raises(InputError, match="Fisher of the reference is not finite"):
         config = settings | {"reference": models["broken"], "data": bad, "target": target, "fisher": "empirical"}
         score(ScoreConfig(**config), tmp_path / "other")
+
+
+def test_a_fisher_is_of_the_rows_that_have_a_finite_loss(
+    settings: dict[str, Any], target: str, models: dict[str, str], tmp_path: Path
+) -> None:
+    records, found = token_records(ROWS), []
+    odd = {"input_ids": [NAN_TOKEN, 5, 6], "labels": [-100, 5, 6]}
+    for name, rows in {"whole": records, "run": [*records, odd]}.items():
+        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        config = settings | {"data": data, "target": target, "reference": models["broken"], "fisher": "sampled"}
+        made = score(ScoreConfig(**config), tmp_path / name)
+        assert made.manifest.counts.scored == ROWS
+        found.append(load_file(tmp_path / name / "artifacts/fisher.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_polars_and_datasets_read_the_folder(

@@ -238,9 +238,7 @@ FIELDS: dict[str, Change] = {
     "rehearse_clip": Change(base=given(**REHEARSAL), to=becomes(rehearse_clip=1.0)),
     "rehearse_denominator": Change(base=given(**REHEARSAL), to=becomes(rehearse_denominator="sum")),
     "rehearse_seeds": Change(base=given(**REHEARSAL), to=becomes(rehearse_seeds=2)),
-    "rehearse_lora": Change(
-        base=given(**REHEARSAL, parameters="linear"), to=becomes(rehearse_lora=4), also=("rehearse_root",)
-    ),
+    "rehearse_lora": Change(base=given(**REHEARSAL, parameters="linear"), to=becomes(rehearse_lora=4)),
     "rehearse_lora_alpha": Change(base=given(**REHEARSAL, rehearse_lora=4), to=becomes(rehearse_lora_alpha=4.0)),
     "rehearse_window": Change(base=given(**REHEARSAL), to=becomes(rehearse_window=2)),
 }
