@@ -157,7 +157,7 @@ def _same_base(folder: Path, record: AdapterRecord, base: ModelSource) -> ModelS
     if not same:
         raise ModelError(
             f"{folder}: it is an adapter of {record.base}, not of {base.name} ({base.folder})."
-            " Use the model it was trained from; if that is this one under another name, write"
+            " Use the model it was trained from (--base); if that is this one under another name, write"
             f" {base.folder} into base_model_name_or_path of its {ADAPTER_CONFIG}."
         )
     return base

@@ -51,7 +51,7 @@ class Beyond:
         if self.below <= self.by_chance:
             yield "that is no more than chance: a mask that leaves them out is likely to leave out nothing that harms:"
         else:
-            yield "leaving out many at once has done harm: a value is of one small change"
+            yield "what leaves them out, which has done harm (milder: --weights tilt:0.25):"
         run, *options = self.command[2:]
         yield legible(f"  alphatoken-curate mask {shlex.quote(run)} \\")
         yield f"    {' '.join(map(_quoted, options))}"

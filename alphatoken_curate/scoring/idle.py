@@ -44,7 +44,7 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
     **{
         name: ("with --direction rehearsal", lambda config, _: config.rehearses)
         for name in OF_REHEARSAL
-        if name != "rehearse_lr"  # which goes with no other direction
+        if name not in ("rehearse_lr", "rehearse_lora", "rehearse_window")  # which go with no other direction
     },
     **{
         name: (f"with --direction rehearsal and --rehearse-optimizer {kind}", partial(_steps_by, kind))

@@ -68,7 +68,7 @@ def test_what_is_told_says_chance_and_whether_there_is_much_to_cut(tmp_path: Pat
     found = beyond(run)
     assert found is not None and found.below > found.by_chance
     assert list(found.lines())[1:] == [
-        "leaving out many at once has done harm: a value is of one small change",
+        "what leaves them out, which has done harm (milder: --weights tilt:0.25):",
         f"  alphatoken-curate mask {shlex.quote(str(run))} \\",
         '    --by "value + 1.895 * value_error" --keep positive',
     ]

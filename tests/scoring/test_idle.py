@@ -25,8 +25,6 @@ REHEARSED: tuple[dict[str, Any], ...] = (
     {"rehearse_clip": 1.0},
     {"rehearse_denominator": "sum"},
     {"rehearse_seeds": 2},
-    {"rehearse_lora": 4},
-    {"rehearse_window": 2},
 )
 ADAMW: tuple[dict[str, Any], ...] = ({"rehearse_betas": "0.8,0.9"}, {"rehearse_eps": 1e-6}, {"rehearse_root": 1e-9})
 _BY = "read only with --direction rehearsal and --rehearse-optimizer"
