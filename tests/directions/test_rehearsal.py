@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from daily import daily
 from tiny import CORE, FAMILIES, ROUNDING, make_row, tiny_model, tiny_rows
 from unrolled import mean_over, values_by_autograd, values_by_retraining
 
@@ -144,7 +145,7 @@ DROPS = [0, 7, 17, 26]
 """Tokens whose weight is moved in trainings of their own."""
 
 
-@pytest.mark.parametrize("denominator", ["count", "sum"])
+@pytest.mark.parametrize("denominator", daily(["count", "sum"], ["sum"]))
 @pytest.mark.parametrize(
     "name",
     [
@@ -274,7 +275,7 @@ class Stopped(Exception):
     """As if the process were killed there."""
 
 
-@pytest.mark.parametrize("denominator", ["count", "sum"])
+@pytest.mark.parametrize("denominator", daily(["count", "sum"], ["sum"]))
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(denominator: Any) -> None:
     course = Course(
         rows=ROWS, steps=SEVEN, optimiser=OPTIMISERS["adamw, clipped, decay, cosine"], denominator=denominator
