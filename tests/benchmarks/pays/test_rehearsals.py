@@ -144,17 +144,23 @@ def test_selections_by_the_tool_go_through_score_and_mask(
         assert len(set(flat.tolist())) > (2 if "tilt" in name else 1), name
 
 
-def test_a_second_round_is_of_what_the_first_left(
-    rehearsals: Any, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads = []
+@pytest.fixture
+def loads(rehearsals: Any, models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What is rehearsed is a tiny model; how often it was loaded."""
+    found = []
 
     def load() -> Any:
-        loads.append(1)
+        found.append(1)
         with quiet():
             return AutoModelForCausalLM.from_pretrained(models["base"], dtype=torch.float32)
 
     monkeypatch.setattr(rehearsals, "load", load)
+    return found
+
+
+def test_a_second_round_is_of_what_the_first_left(
+    rehearsals: Any, loads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rehearsals, "COURSE_ROWS", 6)
     where, place = tiny_setting(), rehearsals.Place(work=tmp_path / "work", values=tmp_path / "values")
     first, second = {"by": "value", "keep": 0.7}, {"by": "value", "keep": 0.8}
@@ -175,17 +181,7 @@ def test_a_second_round_is_of_what_the_first_left(
     assert not list((tmp_path / "work").glob("*.states"))
 
 
-def test_all_groups_are_as_good_as_one(
-    rehearsals: Any, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads = []
-
-    def load() -> Any:
-        loads.append(1)
-        with quiet():
-            return AutoModelForCausalLM.from_pretrained(models["base"], dtype=torch.float32)
-
-    monkeypatch.setattr(rehearsals, "load", load)
+def test_all_groups_are_as_good_as_one(rehearsals: Any, loads: list[int], tmp_path: Path) -> None:
     where, place = tiny_setting(), rehearsals.Place(work=tmp_path / "work", values=tmp_path / "values")
     one = rehearsals.values_of(where, place, groups=1)
     rehearsals.values_of(where, place)
