@@ -102,7 +102,10 @@ def test_what_trains_is_narrowed(layers: Any, parameters: Any) -> None:
     check("gpt2", layers, parameters, SEVEN, ADAM, "count")
 
 
-@pytest.mark.parametrize("family", [family for family in CORE if family not in ("gpt2", "gpt_oss")])
+@pytest.mark.parametrize(
+    "family",
+    daily([family for family in CORE if family not in ("gpt2", "gpt_oss")], ["gemma3_text", "phi3", "gpt_neox"]),
+)
 def test_other_families(family: str) -> None:
     check(family, "all", "all", SEVEN, ADAM, "count")
 

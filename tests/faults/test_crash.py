@@ -89,7 +89,8 @@ def test_score_killed_at_every_point_ends_the_same(
 @pytest.mark.parametrize(
     "point",
     [
-        *(f"{point}:{n}" for k, point in enumerate(POINTS) for n in (1 + k % 4, 5 + k % 2)),
+        *(f"{point}:{1 + k % 4}" for k, point in enumerate(POINTS)),
+        *(pytest.param(f"{point}:{5 + k % 2}", marks=pytest.mark.long) for k, point in enumerate(POINTS)),
         "before-manifest",
         "after-manifest",
     ],
