@@ -37,7 +37,7 @@ from alphatoken_curate.directions.waypoints import Waypoints
 from alphatoken_curate.directions.windows import Window, windows
 from alphatoken_curate.errors import CurateError, InputError
 from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
-from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, token_starts
+from alphatoken_curate.tokens.plan import Batch, batches_of, collate, plan_batches, token_starts
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
 REHEARSAL_DRAW = -5
@@ -134,8 +134,7 @@ def mean_loss(rows: Sequence[AnyRow], batch_tokens: int, loss: StepLoss = TOKENS
     """J: the mean loss over all response tokens of some rows, or of what else the loss is a mean over."""
 
     def gradient(trainee: Trainee) -> Weights:
-        batches = (collate(rows, indices) for indices in plan_batches(rows, batch_tokens))
-        return trainee.gradient(batches, whole=True, loss=loss)[0]
+        return trainee.gradient(batches_of(rows, batch_tokens), whole=True, loss=loss)[0]
 
     return gradient
 

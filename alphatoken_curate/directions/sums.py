@@ -42,6 +42,11 @@ class Sums:
             tensor.div_(self.counts[over])
         return found
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number is."""
+        return all(bool(np.isfinite(array).all()) for array in self.arrays.values())
+
     def tensors(self) -> dict[str, Tensor]:
         """By name, as they are."""
         return tensors_of(self.arrays)

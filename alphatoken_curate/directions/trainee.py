@@ -29,7 +29,7 @@ from alphatoken_curate.engine.padding_rows import PaddingRows
 from alphatoken_curate.engine.precision import narrow, wide
 from alphatoken_curate.engine.twice import Twice, token_nll
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, token_places, token_starts
+from alphatoken_curate.tokens.plan import Batch, batches_of, token_places, token_starts
 from alphatoken_curate.tokens.tokenise import AnyRow
 from alphatoken_curate.wording import count
 
@@ -141,7 +141,7 @@ class Trainee:
         starts = token_starts(rows)
         found = np.empty(starts[-1], np.float32)
         with torch.no_grad():
-            for batch in (collate(rows, indices) for indices in plan_batches(rows, batch_tokens)):
+            for batch in batches_of(rows, batch_tokens):
                 found[token_places(batch, starts)] = self.nll(batch).cpu().numpy()
         return found
 

@@ -25,7 +25,7 @@ from alphatoken_curate.scoring.job import record
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.preference import Pairs, reference_sums
 from alphatoken_curate.signals.stored import plain_losses, row_signals
-from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, sequences
+from alphatoken_curate.tokens.plan import Batch, batches_of, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, chosen, tokenise
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ def score_tokens(
             anchor = _anchor(scoring, wanted, batch_tokens, sampled=fisher == "sampled", seed=seed)
     losses = anchor.losses if anchor is not None else None
     with _evaluating(model), captured(model, layers, parameters) as scoring:
-        learnt = _batches([chosen(row) for row in task], batch_tokens)
+        learnt = [*batches_of([chosen(row) for row in task], batch_tokens)]
         directions = _directions(scoring, learnt, anchor, all_positions=estimator != "published")
         found = row_signals(
             make_scorer(scoring, directions, estimator, window),
             wanted,
-            _batches(wanted, batch_tokens),
+            batches_of(wanted, batch_tokens),
             components=components(estimator),
             objectives=("adapt", "stab")[: len(directions)],
             stability_weight=stability_weight,
@@ -94,7 +94,7 @@ class _Anchor:
 
 def _anchor(scoring: ScoringModel, rows: Sequence[AnyRow], batch_tokens: int, *, sampled: bool, seed: int) -> _Anchor:
     learnt = [chosen(row) for row in rows]
-    fisher = fisher_diagonal(scoring, learnt, _batches(learnt, batch_tokens), sampled=sampled, seed=seed)
+    fisher = fisher_diagonal(scoring, learnt, batches_of(learnt, batch_tokens), sampled=sampled, seed=seed)
     if scoring.rest:
         fisher += rest_fisher(scoring, learnt, sampled=sampled, seed=seed)
     weights = [w.detach().clone() for w in scoring.weights]
@@ -102,7 +102,7 @@ def _anchor(scoring: ScoringModel, rows: Sequence[AnyRow], batch_tokens: int, *,
     return _Anchor(
         fisher=fisher,
         weights=weights,
-        losses=plain_losses(scoring, sequences(rows), _batches(rows, batch_tokens)),
+        losses=plain_losses(scoring, sequences(rows), batches_of(rows, batch_tokens)),
     )
 
 
@@ -116,10 +116,6 @@ def _directions(
     if anchor is None:
         return [task]
     return [task, drift_direction(scoring, anchor.fisher, checked_weights(scoring, anchor.weights))]
-
-
-def _batches(rows: Sequence[AnyRow], batch_tokens: int) -> list[Batch]:
-    return [collate(rows, indices) for indices in plan_batches(rows, batch_tokens)]
 
 
 @contextmanager

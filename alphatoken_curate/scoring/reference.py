@@ -5,7 +5,7 @@ It is built from a config and from files, and loads its model when first asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,7 @@ from alphatoken_curate.models.devices import free_memory
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.scoring.spec import ScorerSpec, counted
 from alphatoken_curate.signals.stored import plain_losses
-from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, sequences
+from alphatoken_curate.tokens.plan import Batch, batches_of, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ class ReferencePass:
         """The squares whose mean over `rows` is F, of some of them; those whose loss is not finite are left out."""
         batches = counted(rows, batch_tokens, progress)
         found = self._fisher(rows, batches, progress.advance)
-        if all(np.isfinite(array).all() for array in found.arrays.values()):
+        if found.is_finite:
             return found
-        losses = plain_losses(self.scoring, rows, _batches(rows, batch_tokens))
+        losses = plain_losses(self.scoring, rows, batches_of(rows, batch_tokens))
         finite = [row for row, nll in zip(rows, losses, strict=True) if np.isfinite(nll).all()]
-        return self._fisher(finite, _batches(finite, batch_tokens)) if len(finite) < len(rows) else found
+        return self._fisher(finite, batches_of(finite, batch_tokens)) if len(finite) < len(rows) else found
 
     def _fisher(
         self, rows: Sequence[TokenRow], batches: Iterable[Batch], done: Callable[[int], None] = lambda _: None
@@ -114,7 +114,3 @@ class ReferencePass:
         if self._model is not None:
             self._model = self._scoring = None
             free_memory()
-
-
-def _batches(rows: Sequence[TokenRow], batch_tokens: int) -> Iterator[Batch]:
-    return (collate(rows, indices) for indices in plan_batches(rows, batch_tokens))

@@ -67,12 +67,8 @@ class RehearsalScorer(ShardScorer):
 
         With where they are among those of all rows, (n,).
         """
-        rows = self._given(given).rows
-        plan, starts, losses = (
-            plan_batches(rows, batch_tokens)[share::of],
-            token_starts(rows),
-            self._losses_by(progress),
-        )
+        rows, losses = self._given(given).rows, self._losses_by(progress)
+        plan, starts = plan_batches(rows, batch_tokens)[share::of], token_starts(rows)
         progress.stage("losses before the rehearsal", count_tokens([rows[i] for batch in plan for i in batch]))
         places, found = [np.empty(0, np.int64)], [np.empty((2, 0), np.float32)]
         for indices in plan:

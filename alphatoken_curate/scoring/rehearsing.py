@@ -83,7 +83,7 @@ class _Led:
 
     def columns(self) -> dict[str, NDArray[np.float32]]:
         """(N,) of each column; NaN, but for the loss, in rows whose loss is not finite, and which do not train."""
-        self._warn()
+        self._tell()
         while True:
             plan = self.stages.budget.plan(NAME)
             if (losses := self._losses(plan)) is None:
@@ -191,7 +191,7 @@ class _Led:
 
     # --------------------------------------------------------------------------------------------------- told of it
 
-    def _warn(self) -> None:
+    def _tell(self) -> None:
         progress, config = self.stages.progress, self.config
         if self.engine.workers > (pieces := self.outcomes * config.rehearse_seeds):
             progress.note(

@@ -98,7 +98,7 @@ class Stages:
         tasks = [self._task(f"the {name}, part {n}", ReferencePass.fisher, part) for n, part in _parts(rows)]
         tokens = self.spec.passes * count_tokens(rows)
         found = self._total(Stage(name=name, tokens=tokens, of="reference", tasks=tasks))
-        if not found.counts["rows"] or not _finite(found):
+        if not found.counts["rows"] or not found.is_finite:
             raise InputError(
                 "The Fisher of the reference is not finite, so stability cannot be scored: no row's loss under it is,"
                 " or a squared gradient overflows. Check its weights, or give a --fisher FILE."
@@ -332,7 +332,3 @@ def _direction(kind: str, found: Sums) -> dict[str, torch.Tensor]:
     if not all(torch.isfinite(g).all() for g in mean.values()):
         raise InputError(f"The loss of the {kind} rows has no finite gradient, so it gives no direction to score by.")
     return mean
-
-
-def _finite(found: Sums) -> bool:
-    return all(bool(np.isfinite(array).all()) for array in found.arrays.values())

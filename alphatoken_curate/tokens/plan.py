@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -140,6 +140,11 @@ def plan_batches(rows: Sequence[AnyRow], batch_tokens: int) -> list[tuple[int, .
     if batch:
         batches.append(tuple(batch))
     return batches
+
+
+def batches_of(rows: Sequence[AnyRow], batch_tokens: int) -> Iterator[Batch]:
+    """The planned batches of rows."""
+    return (collate(rows, indices) for indices in plan_batches(rows, batch_tokens))
 
 
 def collate(rows: Sequence[AnyRow], indices: Sequence[int]) -> Batch:

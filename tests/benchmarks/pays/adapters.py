@@ -20,9 +20,11 @@ import lines
 import numpy as np
 import torch
 from datasets import Dataset
+from few_to_many import overlap
 from fidelity import area
+from first_look import FORMS, VALUES
 from numpy.typing import NDArray
-from rehearsals import Place, values_of
+from rehearsals import GroupedNumbers, Place, values_of
 from selections import Selection, counts, scored, weights_of
 from settings import MODEL, Setting, about, record, setting
 from training import Weights, load, measure
@@ -47,17 +49,14 @@ REHEARSED: Mapping[str, Any] = {
     "batch_tokens": 1024,
 }
 
+USES = ("lowest 10%", "highest 10%", "lowest 5%", "tilt 0.25", "tilt 0.5")
+
 SELECTIONS: dict[str, Selection] = {
     "all tokens": Selection(who="all"),
-    "lowest 10%": Selection(score=REHEARSED, mask={"by": "value", "keep": 0.9}),
-    "highest 10%": Selection(score=REHEARSED, mask={"by": "-value", "keep": 0.9}),
-    "lowest 5%": Selection(score=REHEARSED, mask={"by": "value", "keep": 0.95}),
-    "tilt 0.25": Selection(score=REHEARSED, mask={"by": "value", "keep": 1.0, "weights": "tilt:0.25"}),
-    "tilt 0.5": Selection(score=REHEARSED, mask={"by": "value", "keep": 1.0, "weights": "tilt:0.5"}),
+    **{name: Selection(score=REHEARSED, mask={"keep": 1.0, **FORMS[name]}) for name in USES},
     "random 0.9": Selection(score=REHEARSED, mask={"by": "random", "keep": 0.9}),
     "oracle": Selection(who="oracle"),
 }
-VALUES = "values"
 
 
 def one(data: str, work: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -126,20 +125,16 @@ def described(where: Setting, work: Path) -> dict[str, Any]:
     place = Place(work=work, values=lines.RESULTS / "values")
     full = values_of(where, place).of(244, "count")
     lengths = np.array([int(row.response.sum()) for row in where.train])
-    starts = np.cumsum(lengths) - lengths
+    of_rows = GroupedNumbers(mine[None], np.ones(1, np.int64)).by_row(lengths).mean
     told["spearman"] = spearman(mine, full.mean)
-    told["spearman_rows"] = spearman(np.add.reduceat(mine, starts), full.by_row(lengths).mean)
-    for share in (0.05, 0.1):
-        n = round(share * len(mine))
-        lowest = [set(np.argsort(one, kind="stable")[:n].tolist()) for one in (mine, full.mean)]
-        told[f"lowest_{share:g}_in_both"] = len(lowest[0] & lowest[1]) / n
-    return told
+    told["spearman_rows"] = spearman(of_rows, full.by_row(lengths).mean)
+    return told | {f"lowest_{share:g}_in_both": overlap(mine, full.mean, share) for share in (0.05, 0.1)}
 
 
 def adapt_of(run: Path) -> NDArray[np.float64]:
-    """The value of each response token, row by row, (N,)."""
-    found = atc.scan_tokens(run).select("row_id", "position", "value").sort("row_id", "position").collect()
-    return found["value"].to_numpy().astype(np.float64)
+    """The adaptation of each response token, row by row, (N,)."""
+    found = atc.scan_tokens(run).select("row_id", "position", "adapt_influence").sort("row_id", "position").collect()
+    return found["adapt_influence"].to_numpy().astype(np.float64)
 
 
 def config_of(name: str, selection: str, seed: int, data: Path) -> dict[str, Any]:
