@@ -222,7 +222,7 @@ def _write(
         over_share=sum(one.over_share for one in decided) if stays else None,
     ).as_json()
     metadata = Footer(fields=about, facts=facts)
-    units = units_of(config.by, config.stability_scale)
+    units = units_of(config.by, config.stability_scale, layout.unit)
     layout = replace(layout, train=with_units(layout.train, units))
     folder = shards.train_folder(run, number)
     sweep(folder)

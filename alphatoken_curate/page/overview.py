@@ -36,8 +36,6 @@ from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.runs.schema import STATUSES, lacks
 from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share, sequences_are
 
-NATS = "nats per unit step"
-
 NAMES = {
     "adapt_direct": "direct adaptation",
     "adapt_causal": "causal adaptation",
@@ -285,7 +283,7 @@ def _distribution(tokens: RunTokens, name: str, values: Floats) -> Html:
         f" {number(high, signed=True)}; {share(above)} are above 0."
     )
     masked = tokens.weight is not None
-    drawing = chart.histogram(slug, counts, f"{called}, {NATS}", masked=masked)
+    drawing = chart.histogram(slug, counts, f"{called}, {tokens.layout.unit}", masked=masked)
     rows = [
         (
             chart.bin_name(counts.edges, i),
@@ -295,7 +293,7 @@ def _distribution(tokens: RunTokens, name: str, values: Floats) -> Html:
         for i in range(len(counts.kept))
         if counts.kept[i] + counts.other[i]
     ]
-    head = (f"{called}, {NATS}", "tokens", *(["kept"] if masked else []))
+    head = (f"{called}, {tokens.layout.unit}", "tokens", *(["kept"] if masked else []))
     return figure(slug, question, told, drawing, table(f"Tokens by {called}", head, rows))
 
 

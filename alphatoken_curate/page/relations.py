@@ -39,7 +39,7 @@ from alphatoken_curate.page.numbers import (
     signed_log,
     unusual,
 )
-from alphatoken_curate.page.overview import NATS, bar, known_objectives
+from alphatoken_curate.page.overview import bar, known_objectives
 from alphatoken_curate.page.tokens import NO_CLASS, RunTokens, masked, values_at
 from alphatoken_curate.reading.stats import Stats
 from alphatoken_curate.reading.words import CLASSES, PART
@@ -60,18 +60,20 @@ def what_agrees(tokens: RunTokens, found: Stats) -> Html:
         return note("No token was scored.")
     parts = known_objectives(tokens)
     sums = {name: tokens.objective(signals) for name, signals in parts.items()}
-    figures = [_agreement("objectives", "adaptation", "stability", sums["adaptation"], sums["stability"])]
+    figures = [_agreement(tokens, "objectives", "adaptation", "stability", sums["adaptation"], sums["stability"])]
     for name, signals in parts.items():
         if len(signals) == 2:
             direct, causal = (tokens.signals[one] for one in signals)
-            figures.append(_agreement(f"paths-{name}", f"direct {name}", f"causal {name}", direct, causal))
+            figures.append(_agreement(tokens, f"paths-{name}", f"direct {name}", f"causal {name}", direct, causal))
     if "drift" in sums:
-        figures.append(_agreement("drift", "stability by retention rows", "by drift", sums["stability"], sums["drift"]))
+        figures.append(
+            _agreement(tokens, "drift", "stability by retention rows", "by drift", sums["stability"], sums["drift"])
+        )
     figures.append(_decisions(found))
     return tag("div", *figures, class_="charts")
 
 
-def _agreement(slug: str, x_name: str, y_name: str, x: Floats, y: Floats) -> Html:
+def _agreement(tokens: RunTokens, slug: str, x_name: str, y_name: str, x: Floats, y: Floats) -> Html:
     question = f"Does {x_name} agree with {y_name}?"
     constant = [name for name, values in ((x_name, x), (y_name, y)) if not np.any(values)]
     if constant:
@@ -80,7 +82,7 @@ def _agreement(slug: str, x_name: str, y_name: str, x: Floats, y: Floats) -> Htm
     told = f"The same sign at {share(sign)} of tokens."
     if ranked is not None:
         told = f"Rank correlation {agreement(ranked)} (Spearman; Pearson {agreement(plain)}). {told}"
-    across, up = _bent_axis(x_name, x), _bent_axis(y_name, y)
+    across, up = (_bent_axis(f"{name}, {tokens.layout.unit}", one) for name, one in ((x_name, x), (y_name, y)))
     drawing = chart.density(slug, density(x, y, _bent_edges(across), _bent_edges(up)), across, up)
     key = tag(
         "ul",
@@ -102,7 +104,7 @@ def _bent_axis(name: str, values: Floats) -> Axis:
     sizes = np.abs(values[values != 0])
     unit = max(float(np.median(sizes)), far * 1e-4)
     low = -far if np.any(values < 0) else 0.0
-    return Axis(low=low, high=far, name=f"{name}, {NATS}", unit=unit)
+    return Axis(low=low, high=far, name=name, unit=unit)
 
 
 def _bent_edges(axis: Axis) -> Numbers:
@@ -151,7 +153,9 @@ def _by_loss(tokens: RunTokens) -> Html:
     )
     labels = [chart.tick_text(float(f"{edge:.2g}")) for edge in found.edges]
     question = "Do tokens that the model finds hard have higher values?"
-    return _banded("loss", question, told, found, labels, "loss (nll) of the token, nats; a tenth of all in each box")
+    return _banded(
+        tokens, "loss", question, told, found, labels, "loss (nll) of the token, nats; a tenth of all in each box"
+    )
 
 
 def _by_place(tokens: RunTokens) -> Html:
@@ -161,9 +165,8 @@ def _by_place(tokens: RunTokens) -> Html:
     labels = [str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in pairwise(edges)]
     ranked = rank_correlation(place, tokens.signals["value"])
     told = f"Rank correlation of value and place {agreement(ranked)}.{_ends(found, 'first', 'last')}"
-    return _banded(
-        "place", "Does the value depend on the place in the response?", told, found, labels, "token of the response"
-    )
+    question = "Does the value depend on the place in the response?"
+    return _banded(tokens, "place", question, told, found, labels, "token of the response")
 
 
 def _ends(found: Bands, first: str, last: str) -> str:
@@ -174,9 +177,11 @@ def _ends(found: Bands, first: str, last: str) -> str:
     return f" Of the {first} {share(float(kept[0]))} are kept, of the {last} {share(float(kept[-1]))}."
 
 
-def _banded(slug: str, question: str, told: str, found: Bands, labels: Sequence[str], x_name: str) -> Html:
+def _banded(
+    tokens: RunTokens, slug: str, question: str, told: str, found: Bands, labels: Sequence[str], x_name: str
+) -> Html:
     has_mask = not np.isnan(found.kept).all()
-    drawing = chart.bands(slug, found, labels, x_name, f"value, {NATS}", masked=has_mask)
+    drawing = chart.bands(slug, found, labels, x_name, f"value, {tokens.layout.unit}", masked=has_mask)
     filled = np.flatnonzero(found.count).tolist()
     power, quartiles = column([float(part[i]) for i in filled for part in (found.low, found.middle, found.high)])
     rows = []
@@ -297,7 +302,7 @@ def _spreads(found: Stats, labels: Sequence[str]) -> Html:
     lines = [Line(name=name, values=[one.rms.get(name) for one in found.generations]) for name in names]
     sizes = [x for line in lines for x in line.values if x]
     far = max(sizes, default=1.0)
-    axis = Axis(low=0, high=far * 1.1, name=f"RMS, {NATS}", unit=max(min(sizes, default=1.0), far * 1e-4))
+    axis = Axis(low=0, high=far * 1.1, name=f"RMS, {found.unit}", unit=max(min(sizes, default=1.0), far * 1e-4))
     told = "; ".join(f"{line.name} from {number(line.values[0])} to {number(line.values[-1])}" for line in lines)
     drawing = chart.lines("drift-rms", lines, labels, "generation", axis)
     question = "Do the objectives grow or shrink?"

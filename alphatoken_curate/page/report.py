@@ -130,12 +130,16 @@ def dark_palette() -> tuple[heat.Colour, ...]:
 # ------------------------------------------------------------------------------------------------------- the page
 
 
+_GOOD = ("a training step on", "a larger weight on")
+"""What helps where a value is above 0: of a gradient, and of a rehearsed training."""
+
+
 def _top(run: Path, tokens: RunTokens, found: Stats) -> Html:
     name = run.resolve().name
     button = tag("button", "Dark", type="button", id="theme", aria_pressed="false", hidden="")
     sub = (
         "What each response token is worth for training, which of them the newest mask keeps, and why."
-        " Values are in nats per unit step: above 0, a training step on the token helps."
+        f" Values are in {tokens.layout.unit}: above 0, {_GOOD[found.rehearsed is not None]} the token helps."
     )
     tiles = tag("dl", *(tag("div", tag("dt", what), tag("dd", told)) for told, what in _tiles(found)), class_="tiles")
     warning = None
@@ -203,7 +207,7 @@ def _viewer(tokens: RunTokens, found: Stats, rows: PackedRows) -> Html:
     ]
     listing = tag("div", id="list", tabindex="-1", role="group", aria_label="Rows")
     nav = tag("nav", *pages, id="pages", aria_label="Pages of rows", hidden="")
-    view = tag("div", tag("div", listing, nav), tag("div", _inspector()), class_="view")
+    view = tag("div", tag("div", listing, nav), tag("div", _inspector(tokens)), class_="view")
     without = tag("noscript", tag("p", "The rows need JavaScript; all above does not.", class_="warn"))
     return joined(
         [without, note(_how_many(rows)), _tools(tokens, found, rows), _scale(), tag("p", id="doc"), said, view]
@@ -278,11 +282,11 @@ def _scale() -> Html:
     return tag("div", ramp, unit, mark, class_="scale", role="group", aria_label="Scale of colours")
 
 
-def _inspector() -> Html:
+def _inspector(tokens: RunTokens) -> Html:
     close = tag("button", "×", type="button", id="close", aria_label="Close the numbers of this token")
     head = tag("div", tag("span", id="piece"), close, class_="headline")
     numbers = tag("table", tag("caption", "Numbers of the token"), tag("tbody", id="numbers"))
-    units = tag("p", "Value and components in nats per unit step, losses and entropy in nats.", class_="hint")
+    units = tag("p", f"Value and components in {tokens.layout.unit}, losses and entropy in nats.", class_="hint")
     told = tag("div", head, tag("p", id="about"), numbers, units, id="told", hidden="")
     help_ = (
         "Point at a token for its numbers; click to hold them. By keyboard: Tab to a row's text, then the arrow keys,"

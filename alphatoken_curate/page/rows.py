@@ -93,7 +93,10 @@ def pack_rows(run: Path, tokens: RunTokens) -> PackedRows:
     about = {
         "rows": _row_facts(tokens, chosen, sequences),
         "blocks": [a for a, _ in blocks],
-        "columns": [*(_column(name, values, coded.get(name)) for name, values in columns.items()), *_constant(tokens)],
+        "columns": [
+            *(_column(tokens, name, values, coded.get(name)) for name, values in columns.items()),
+            *_constant(tokens),
+        ],
         "weight": _one_weight(tokens),
         "classes": CLASSES,
         "branches": [prefix.rstrip("_") for prefix in tokens.layout.branches],
@@ -238,13 +241,15 @@ def _constant(tokens: RunTokens) -> list[dict[str, Any]]:
     """The column of weights where kept tokens all have one: it follows from what is kept."""
     weight = _one_weight(tokens)
     return (
-        [] if weight is None else [{**_column("loss_weight", np.array([weight], np.float32), None), "constant": True}]
+        []
+        if weight is None
+        else [{**_column(tokens, "loss_weight", np.array([weight], np.float32), None), "constant": True}]
     )
 
 
-def _column(name: str, values: Floats, code: tuple[float, float] | None) -> dict[str, Any]:
+def _column(tokens: RunTokens, name: str, values: Floats, code: tuple[float, float] | None) -> dict[str, Any]:
     scale = heat.scale_of(values)
-    unit = heat.unit_of(name, scale)
+    unit = heat.unit_of(name, scale, tokens.layout.unit)
     field = (SFT.train if name == "loss_weight" else SFT.values).field(name)
     return {
         "name": name,

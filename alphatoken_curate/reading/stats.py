@@ -23,7 +23,7 @@ from alphatoken_curate.reading.sums import PairStats, Sums
 from alphatoken_curate.runs import direction, manifest
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.manifest import Generation, Manifest, Mask
-from alphatoken_curate.runs.schema import STATUSES, Layout
+from alphatoken_curate.runs.schema import PER_STEP, STATUSES, Layout
 
 SCALES = ("none", "rms")
 """Choices of `--stability-scale`."""
@@ -79,8 +79,8 @@ class Stats:
     `histograms`: of each signal computed, over the scored tokens; those of `branches`, `sources` and `generations` are
     of the value and have its edges. `rms`: root mean square over the scored tokens of each signal
     that `estimator` gives along a direction, of `adaptation` and `stability` (the sums of their components) and of
-    `value`; of the drift's signals and `drift`, their sum, where it was computed; in nats per unit step, 0 where there
-    is no token. `mean`: of nll, entropy and reference_nll in nats, None where there is none.
+    `value`; of the drift's signals and `drift`, their sum, where it was computed; in `unit`, as values are, 0 where
+    there is no token. `mean`: of nll, entropy and reference_nll in nats, None where there is none.
     `decisions_changed`: by --stability-scale, tokens that the newest mask's settings (the default settings where there
     is no mask) keep or drop only due to stability, of `decided_tokens` in `decided_generations`: those the mask was
     made from, or the one that was asked for. `decided_by_value`: whether these settings select by the value; where they
@@ -91,6 +91,7 @@ class Stats:
     estimator: str
     direction: str = "gradient"
     rehearsed: str | None = None
+    unit: str = PER_STEP
     beyond: Beyond | None = None
     generation: int
     rows: Mapping[str, int]
@@ -184,6 +185,7 @@ def _direction(run: Path, stored: Manifest, generation: int | None) -> dict[str,
     return {
         "direction": direction.direction(stored),
         "rehearsed": direction.rehearsed(stored),
+        "unit": manifest.layout(stored).unit,
         "beyond": beyond(run, generation),
     }
 

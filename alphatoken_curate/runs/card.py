@@ -103,7 +103,7 @@ def _train(manifest: Manifest, columns: Layout) -> pa.Schema:
     if not manifest.masks:
         return columns.train
     by, scale = (str(manifest.masks[-1].settings[name]) for name in ("by", "stability_scale"))
-    return with_units(columns.train, units_of(by, scale))
+    return with_units(columns.train, units_of(by, scale, columns.unit))
 
 
 _OMEGA = (

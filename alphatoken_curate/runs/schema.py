@@ -40,6 +40,12 @@ VOCABULARY = "artifacts/vocab.parquet"
 COMPONENTS = ("adapt_direct", "adapt_causal", "stab_direct", "stab_causal")
 """The four components of a token's value (paper Eq. 8-11) by the estimators that part direct and causal path."""
 
+PER_STEP = "nats per unit step"
+"""Of values along a gradient: what a step along a token's own gradient does, for its length."""
+
+PER_WEIGHT = "nats per unit weight"
+"""Of values of a rehearsed training: what its outcome loses, for each unit more of a token's loss weight."""
+
 _BY_PATH = "--estimator influence does not compute it; score with --estimator published, exact or exact+influence"
 _UPSTREAM = "score with --estimator exact+influence, which alone computes it"
 _INFLUENCE = "score with --estimator influence, which alone stores it; by exact+influence it is direct + upstream"
@@ -155,6 +161,14 @@ class Layout:
     `scored`."""
     train: pa.Schema
     """train/mask=MMMM/part-NNNNN.parquet: one row per scored row, or turn, read by trainers as it is."""
+    unit: str = PER_STEP
+    """Of values, their parts and errors."""
+
+    def along(self, direction: str) -> Layout:
+        """The same columns in the units of `--direction`."""
+        if direction != "rehearsal":
+            return self
+        return replace(self, values=_by_weight(self.values), train=_by_weight(self.train), unit=PER_WEIGHT)
 
 
 VOCABULARY_COLUMNS = pa.schema(
@@ -172,7 +186,7 @@ def _field(name: str, kind: pa.DataType, *, units: str, doc: str, nullable: bool
     return pa.field(name, kind, nullable=nullable, metadata={"units": units, "doc": doc})
 
 
-def _signal(name: str, doc: str, units: str = "nats per unit step") -> pa.Field:
+def _signal(name: str, doc: str, units: str = PER_STEP) -> pa.Field:
     return _field(name, _floats, units=units, doc=doc)
 
 
@@ -267,6 +281,19 @@ def _layout(kind: str, branches: tuple[str, ...], extra: list[pa.Field]) -> Layo
     )
 
 
+def _by_weight(columns: pa.Schema) -> pa.Schema:
+    """Columns whose values are per unit weight."""
+    told = {b"units": PER_WEIGHT.encode()}
+    return pa.schema(
+        [
+            column.with_metadata({**column.metadata, **told})
+            if column.metadata[b"units"] == PER_STEP.encode()
+            else column
+            for column in columns
+        ]
+    )
+
+
 def with_units(train: pa.Schema, units: str) -> pa.Schema:
     """The columns of a mask whose `value`, the number it was made from, has these units."""
     fields = []
@@ -323,8 +350,8 @@ spares what a reference trained on clean rows thinks less likely than the model 
 """
 
 
-def units_of(by: str, stability_scale: str) -> str:
-    """Units of the number that tokens are selected by, of `--by` and `--stability-scale`."""
+def units_of(by: str, stability_scale: str, unit: str = PER_STEP) -> str:
+    """Units of the number that tokens are selected by, of `--by` and `--stability-scale`; `unit`: of values."""
     if by in ("value", "value_error") and stability_scale == "rms":
         return "multiples of the RMS of an objective"
     if by == "random":
@@ -333,5 +360,6 @@ def units_of(by: str, stability_scale: str) -> str:
         return "ratio"
     schema = PREFERENCE.values if by in PAIR_COLUMNS else SFT.values
     if by in (*PAIR_COLUMNS, *SIGNALS):
-        return str(schema.field(by).metadata[b"units"].decode())
+        units = str(schema.field(by).metadata[b"units"].decode())
+        return unit if units == PER_STEP else units
     return by.removesuffix("_id") if by in INDEX_COLUMNS else "those of the --by expression"

@@ -44,7 +44,8 @@ class Job:
     @property
     def layout(self) -> Layout:
         """The columns of its shards."""
-        return LAYOUTS[str(self.facts.settings["kind"])]
+        settings = self.facts.settings
+        return LAYOUTS[str(settings["kind"])].along(str(settings.get("direction")))
 
     @property
     def shards(self) -> Shards:

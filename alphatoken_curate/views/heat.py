@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.criteria import is_expression
-from alphatoken_curate.runs.schema import ERRORS, units_of
+from alphatoken_curate.runs.schema import ERRORS, PER_STEP, units_of
 
 LEVELS = 17
 MIDDLE = 8
@@ -113,9 +113,9 @@ class Unit:
         return f"{value / 10.0**self.exponent:{'+' if self.signed else ''}.{self.decimals}f}" if value else "0"
 
 
-def unit_of(column: str, scale: float) -> Unit:
-    """The unit in which values of this magnitude have about three digits. Columns of one unit share one exponent."""
-    named = "" if is_expression(column) else units_of(column, "none")
+def unit_of(column: str, scale: float, of_values: str = PER_STEP) -> Unit:
+    """The unit in which numbers of this magnitude have about three digits. Columns of one unit share one exponent."""
+    named = "" if is_expression(column) else units_of(column, "none", of_values)
     name = _WEIGHT if column == "loss_weight" else named
     if column in _UNSIGNED:
         return Unit(name=name, signed=False)

@@ -167,7 +167,7 @@ def legend(view: RowView, column: str, width: int, *, palette: bool) -> Text:
     from rich.text import Text
 
     scale = scale_of_row(view, column)
-    unit, shown = heat.unit_of(column, scale), visible(column)
+    unit, shown = heat.unit_of(column, scale, view.layout.unit), visible(column)
     units = f" in {unit.label}" if unit.label else ""
     if not palette:
         units = units and f",{units}"
@@ -199,7 +199,7 @@ def plain_row(view: RowView, branch: BranchView, column: str, width: int) -> Tex
     from rich.text import Text
 
     values, scale = view.column(branch, column), scale_of_row(view, column)
-    unit = heat.unit_of(column, scale)
+    unit = heat.unit_of(column, scale, view.layout.unit)
     result = Text()
     for responds, first, last in _turns(branch):
         result.append("\n" * (first > 0) + f"[{'response' if responds else 'prompt'}]\n", "bold")
@@ -350,7 +350,7 @@ def token_table(
 def table_note(view: RowView, left_out: Sequence[str]) -> str:
     """What the columns of the tables mean, and which were left out as they did not fit."""
     note = (
-        "value and its parts in nats per unit step, nll and entropy in nats; 1e-3 in a heading: these numbers are"
+        f"value and its parts in {view.layout.unit}, nll and entropy in nats; 1e-3 in a heading: these numbers are"
         f" thousandths. {SYMBOLS}."
     )
     if not view.computed("reference_nll"):
@@ -375,7 +375,7 @@ def _columns(view: RowView, branch: BranchView, chosen: Sequence[str], at: NDArr
     # The weight stands where it always does.
     names = dict.fromkeys(name for name in chosen if name != "loss_weight")
     for name in names if chosen else filter(view.computed, _TABLE_ORDER):
-        unit, values = heat.unit_of(name, scale_of_row(view, name)), view.column(branch, name)
+        unit, values = heat.unit_of(name, scale_of_row(view, name), view.layout.unit), view.column(branch, name)
         power = f"\n1e{unit.exponent}" if unit.exponent else ""
         head = _HEADS.get(name) or shortened(visible(name))
         yield _Column(head + power, tuple(unit.write(float(values[i])) for i in at))

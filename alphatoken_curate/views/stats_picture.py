@@ -62,32 +62,30 @@ def panels(found: Stats) -> list[Panel]:
     mask = "" if found.kept_share is None else f", mask {found.masks[-1].mask} keeps {found.kept_share:.1%}"
     told = f"generation {found.generation}, {count(found.scored_tokens, 'token')}{mask}"
     return [
-        Panel(name="value", told=told, unit=_unit("value"), histogram=found.histograms["value"]),
+        Panel(name="value", told=told, unit=found.unit, histogram=found.histograms["value"]),
         *(_of_signal(found, name) for name in found.histograms if name != "value"),
-        *_of_groups("branch", list(found.branches.items())),
-        *_of_groups("source", list(found.sources.items())),
-        *_of_groups("generation", [(f"{one.generation}, {one.checkpoint}", one.values) for one in found.generations]),
+        *_of_groups(found.unit, "branch", list(found.branches.items())),
+        *_of_groups(found.unit, "source", list(found.sources.items())),
+        *_of_groups(
+            found.unit, "generation", [(f"{one.generation}, {one.checkpoint}", one.values) for one in found.generations]
+        ),
     ]
-
-
-def _unit(signal: str) -> str:
-    return "nats" if signal in MEANS else "nats per unit step"
 
 
 def _of_signal(found: Stats, name: str) -> Panel:
     mean = found.mean.get(name)
     told = f"mean {mean:.3g}" if mean is not None else f"RMS {found.rms.get(name, 0):.3g}"
-    return Panel(name=name, told=told, unit=_unit(name), histogram=found.histograms[name])
+    return Panel(name=name, told=told, unit="nats" if name in MEANS else found.unit, histogram=found.histograms[name])
 
 
-def _of_groups(word: str, groups: Sequence[tuple[str, GroupStats]]) -> Iterator[Panel]:
+def _of_groups(unit: str, word: str, groups: Sequence[tuple[str, GroupStats]]) -> Iterator[Panel]:
     if len(groups) < 2:
         return
     for name, one in sorted(groups, key=lambda item: -item[1].scored_tokens)[:_MOST_GROUPS]:
         kept = "" if one.kept_share is None else f", {one.kept_share:.1%} kept"
         told = f"{count(one.scored_tokens, 'token')}{kept}, mean {one.mean or 0:+.3g}"
         title = f"value, {word} {end_of(readable(name, alone=True, dots=False))}"
-        yield Panel(name=title, told=told, unit=_unit("value"), histogram=one.values)
+        yield Panel(name=title, told=told, unit=unit, histogram=one.values)
 
 
 def _bins(histogram: Histogram) -> Iterator[tuple[float, float, int, int, str]]:

@@ -29,16 +29,16 @@ def stats_lines(found: Stats, width: int) -> Iterator[Text | Table]:
     yield _counts(found)
     values = found.histograms["value"]
     marks = "  (█ kept, ░ dropped)" if values.kept else ""
-    yield Text(f"\nvalue{shown}, nats per unit step{marks}", "bold")
+    yield Text(f"\nvalue{shown}, {found.unit}{marks}", "bold")
     yield histogram_bars(values, width)
     for name, groups in _groups(found).items():
         yield Text(f"\nvalue by {name}, from {values.edges[0]:g} to {values.edges[-1]:g}", "bold")
         yield _group_table(groups, width)
     if found.scored_tokens:
         units = ", ".join(name for name in MEANS if name in found.histograms)
-        yield Text(f"\nsignals{shown}, nats per unit step; {units} in nats", "bold")
+        yield Text(f"\nsignals{shown}, {found.unit}; {units} in nats", "bold")
         yield _signal_table(found.histograms)
-    yield Text(f"\nspread{shown}: RMS over {count(found.scored_tokens, 'token')}, nats per unit step", "bold")
+    yield Text(f"\nspread{shown}: RMS over {count(found.scored_tokens, 'token')}, {found.unit}", "bold")
     yield _spread_table(found)
     notes = [*_pair_notes(found), *_notes(found)]
     yield Text("\n" + "\n".join(_filled(line, width) for line in notes))
@@ -51,7 +51,7 @@ def stats_lines(found: Stats, width: int) -> Iterator[Text | Table]:
     yield Text("\ngenerations and masks", "bold")
     yield _generation_table(found)
     if several:
-        yield Text("\nspread of each generation: RMS, nats per unit step", "bold")
+        yield Text(f"\nspread of each generation: RMS, {found.unit}", "bold")
         yield _growth_table(found, width)
         yield Text()
     yield _mask_table(found)

@@ -3,12 +3,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from small_run import run_with_errors, small_run
+from tiny_files import command
 
+from alphatoken_curate.reading.sums import MEANS
 from alphatoken_curate.runs import card, manifest
 from alphatoken_curate.runs.direction import direction, rehearsed
 from alphatoken_curate.runs.fingerprint import Json
+from alphatoken_curate.runs.schema import SIGNALS
 
 
 def told(run: Path, **more: Json) -> str | None:
@@ -70,4 +74,27 @@ def test_the_card_of_a_run_says_what_its_values_are_of(tmp_path: Path) -> None:
     text = (run_with_errors(tmp_path) / card.NAME).read_text()
     assert "at the end of a rehearsed training: 14 steps of AdamW at 3e-05, 4 rows each, 2 epochs." in text
     assert "how much a training step on it" not in text
-    assert "| `value_error` | list of float | nats per unit step | standard error of value" in text
+    assert "| `value_error` | list of float | nats per unit weight | standard error of value" in text
+
+
+def test_rehearsed_values_are_per_unit_weight_wherever_they_stand(tmp_path: Path) -> None:
+    run = run_with_errors(tmp_path / "run")
+    shards = sorted(run.rglob("part-*.parquet"))
+    units = {path.parent.parent.name: set() for path in shards}
+    for path in shards:
+        for column in pq.read_schema(path):
+            if column.name in (*SIGNALS, "value") and column.name not in MEANS:
+                units[path.parent.parent.name].add(column.metadata[b"units"])
+    assert units == {"values": {b"nats per unit weight"}, "train": {b"nats per unit weight"}}
+    command("report", run)
+    texts = [
+        command("stats", run).out,
+        command("stats", run, "--json").out,
+        command("show", run, "--row", 0).out,
+        command("show", run, "--row", 0, "--tokens").out,
+        (run / card.NAME).read_text(),
+        *(path.read_text() for path in run.rglob("*.html")),
+    ]
+    for text in texts:
+        assert "per unit weight" in " ".join(text.split()) and "unit step" not in " ".join(text.split())
+    assert len(texts) == 6

@@ -115,7 +115,8 @@ def test_numbers_are_written_in_a_unit_that_gives_three_digits() -> None:
     assert {value: unit_of("value", value).write(value) for value in cases} == cases
     assert unit_of("value", 0.0042).label == "1e-3 nats per unit step"
     assert unit_of("value", 4.2).label == "nats per unit step"
-    assert unit_of("nll", 0.0042) == Unit(name="nats", signed=False)
+    assert unit_of("value", 0.0042, "nats per unit weight").label == "1e-3 nats per unit weight"
+    assert unit_of("nll", 0.0042, "nats per unit weight") == Unit(name="nats", signed=False)
     assert unit_of("loss_weight", 1.0).label == "multiples of the mean"
 
 
