@@ -202,6 +202,23 @@ class Rehearsal:
         self.kept.drop_state(0, digest=True)
         return self._values([len(part) for part in parts])
 
+    def left(self, outcomes: int, *, at_once: int | None = None) -> Iterator[int]:
+        """The steps that `run` of so many outcomes is going to tell of: there once, and back for each part of them."""
+        for window in self._windows():
+            first, last, there = window.borders[0], window.borders[-1], False
+            for n in range(math.ceil(outcomes / (at_once or outcomes))):
+                if self.kept.has_values(part := f"{n}{window.name}"):
+                    continue
+                reached = next((k for k in window.borders if self.kept.has_adjoints(part, k)), None)
+                if reached is None and not there:
+                    yield from range(max(first, self._border_kept(window.borders)), last)
+                there = True
+                yield from range(first, last if reached is None else reached)
+
+    def _border_kept(self, borders: Sequence[int]) -> int:
+        """The last of them whose state was kept; 0 where none was."""
+        return next((k for k in reversed(borders) if self.kept.has_state(k)), 0)
+
     def _windows(self) -> Iterator[Window]:
         return windows(self.course.taken, self.course.lengths, self.course.window)
 
@@ -246,8 +263,7 @@ class Rehearsal:
         self, borders: Sequence[int], told: Callable[[int], None] = lambda _: None, *, keep: float = math.inf
     ) -> None:
         """Train from the last border that was kept. Steps from `keep` on can be gone back through at once."""
-        start = next((k for k in reversed(borders) if self.kept.has_state(k)), 0)
-        self._load(start)
+        self._load(start := self._border_kept(borders))
         for k in range(start, borders[-1]):
             self._step(k, keep=k >= keep)
             shift = self.course.optimiser.root_shift(self.state, k)

@@ -104,8 +104,10 @@ class RehearsalScorer(ShardScorer):
             # There once, and back for each part of the outcomes: told as once there and once back.
             turns = 1 + math.ceil(len(mine) / together)
             each = [2 * count_tokens([training.rows[i] for i in step]) for step in course.steps]
+            left = list(rehearsal.left(len(mine), at_once=together))
             told = f"rehearsal{portion.told(config.rehearse_seeds)}: {there_and_back(course)}"
-            progress.stage(told, sum(each))
+            told += ", gone on with" if len(left) < turns * len(course.steps) else ""
+            progress.stage(told, sum(each[k] // turns for k in left))
             found = rehearsal.run(mine, lambda k: progress.advance(each[k] // turns), at_once=together)
             trainee.forget_below()
         self._begun = begun

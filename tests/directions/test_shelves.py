@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,19 @@ def test_states_of_other_settings_or_orders_are_others(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ a rehearsal on disk
 
 
-def rehearse(folder: Path) -> Values:
+def rehearse(folder: Path, outcomes: int = 1, at_once: int = 1, window: int | None = None) -> Values:
+    """Of its steps it tells those of which it says before that they are left."""
     steps = [(0, 3), (4, 1), (5, 2), (1, 3), (5, 0)]
     course = Course(rows=tiny_rows(), steps=steps, optimiser=Optimiser(lr=0.01, steps=5, clip=0.5), batch_tokens=60)
+    course = replace(course, window=window)
     trainee = Trainee(tiny_model("gpt2", dtype=torch.float32), 1, "all")
     store = Store(folder=folder, fields=FIELDS)
     states, steps_ = Artefacts(store, "cpu", prefix="0"), Scratch(folder, "cpu")
-    return Rehearsal(trainee, course, states, steps=steps_).run([mean_loss(TARGET, 100)])
+    rehearsal, told = Rehearsal(trainee, course, states, steps=steps_), list[int]()
+    left = list(rehearsal.left(outcomes, at_once=at_once))
+    found = rehearsal.run([mean_loss(TARGET, 100)] * outcomes, told.append, at_once=at_once)
+    assert sorted(told) == sorted(left)
+    return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -110,6 +117,17 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(border: str, point: str, t
 def _in_a_process(folder: Path, kill_at: str) -> int:
     """The signal that ended a rehearsal in a process of its own."""
     return ended_by(kill_at, lambda: rehearse(folder))
+
+
+@pytest.mark.parametrize(
+    "border",
+    daily(["state-2", "adjoint-1-2", "values-1", "adjoint-1w1-3", "values-0w0"], ["adjoint-1-2", "values-0w0"]),
+)
+def test_what_is_left_is_told_of_parts_and_windows(border: str, tmp_path: Path) -> None:
+    window = 2 if "w" in border else None
+    at, how = f"after-rename@rehearsal-00000-0-{border}.safetensors", {"outcomes": 3, "at_once": 2, "window": window}
+    assert ended_by(at, lambda: rehearse(tmp_path, **how)) == 9  # type: ignore[arg-type]
+    rehearse(tmp_path, **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["state-0", "digest-2", "adjoint-0-2", "adjoint-0-2-0", "values-0"])
