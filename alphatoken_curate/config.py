@@ -288,9 +288,7 @@ class ScoreConfig(MaskConfig):
         kind="float",
         bounds=(0, 1e3),
     )
-    rehearse_weight_decay: float = _option(
-        0.0, "Weight decay, of matrices alone.", _REHEARSAL, kind="float", bounds=(0, 1e3)
-    )
+    rehearse_weight_decay: float = _option(0.0, "Weight decay of matrices.", _REHEARSAL, kind="float", bounds=(0, 1e3))
     rehearse_momentum: float = _option(0.0, "Momentum (sgd).", _REHEARSAL, kind="float", bounds=(0, 0.99999))
     rehearse_schedule: str = _option(
         "constant", "The rate after the warm-up.", _REHEARSAL, choices=("constant", "linear", "cosine")
@@ -304,6 +302,9 @@ class ScoreConfig(MaskConfig):
         "A step's loss over its tokens: by their count, or the sum of their weights.",
         _REHEARSAL,
         choices=("count", "sum"),
+    )
+    rehearse_simpo: float | None = _option(
+        None, "Train pairs by SimPO to this margin (gamma), not by DPO.", _REHEARSAL, kind="float", bounds=(0, 1e3)
     )
     rehearse_seeds: int = _option(
         1, "Orders of rows that values are means over.", _REHEARSAL, kind="count", bounds=(1, 1000)

@@ -38,9 +38,10 @@ def check_together(config: Any) -> None:
         )
     if config.rehearses:
         _check_rehearsal(config)
-    elif config.rehearse_lora is not None or config.rehearse_window is not None:
-        name = "lora" if config.rehearse_lora is not None else "window"  # values of another kind would come of it
-        raise UsageError(f"--rehearse-{name} goes with --direction rehearsal and --rehearse-lr X: give them too.")
+        return
+    for name in ("lora", "window", "simpo"):  # values of another kind would come of it
+        if getattr(config, f"rehearse_{name}") is not None:
+            raise UsageError(f"--rehearse-{name} goes with --direction rehearsal and --rehearse-lr X: give them too.")
 
 
 def _check_trunk(config: Any) -> None:

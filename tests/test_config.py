@@ -284,6 +284,8 @@ def test_what_is_valued_and_trains_follows_from_the_direction() -> None:
         ({"direction": "rehearsal"}, "--direction rehearsal and --rehearse-lr X go together"),
         ({"rehearse_lr": 0.1}, "--direction rehearsal and --rehearse-lr X go together"),
         ({"rehearse_lora": 4}, "--rehearse-lora goes with --direction rehearsal and --rehearse-lr X"),
+        ({"rehearse_simpo": 0.0}, "--rehearse-simpo goes with --direction rehearsal and --rehearse-lr X"),
+        ({**REHEARSAL, "rehearse_simpo": -0.1}, "it takes a number from 0 to 1000"),
         ({"rehearse_window": 4}, "--rehearse-window goes with --direction rehearsal and --rehearse-lr X"),
         ({**REHEARSAL, "estimator": "published"}, "--estimator published with --direction rehearsal: its gradient is"),
         ({**REHEARSAL, "estimator": "exact", "parameters": "all"}, "direct and causal paths are those of linear maps"),

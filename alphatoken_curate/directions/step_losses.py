@@ -7,8 +7,13 @@ they are preference pairs, D counts those, and with s_t = 1 for tokens of the ch
     v_t = s_t w_t omega,    omega = beta sigmoid(-margin):
 
 DPO with weights of tokens in the policy's and the reference's log-probability alike (`trainers.dpo`), whose mean over
-pairs no weight divides. So a weight enters the gradient of a pair in two ways: by its own token and, by the margin, in
-omega, which weighs all tokens of the pair; and omega moves with the model, so it is differentiated with it.
+pairs no weight divides; or SimPO (arXiv 2405.14734, Eq. 6), which has no reference, means over branches and a target:
+
+    margin = beta sum_t s_t w_t (-l_t) / n_t - gamma,    v_t = s_t w_t omega / n_t,
+
+n_t the tokens of t's branch, or the sum of their weights. So a weight enters the gradient of a pair in two ways: by its
+own token and, by the margin (and n), in omega, which weighs all tokens of the pair; and omega moves with the model, so
+it is differentiated with it.
 Shapes: N response tokens of a batch, P pairs.
 """
 
@@ -16,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -73,17 +78,21 @@ TOKENS = TokenLoss()
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PairLoss:
-    """DPO's loss, the mean over pairs. A batch holds pairs whole; margins are float64, whatever the nll is."""
+    """The mean over pairs. A batch holds pairs whole; margins are float64, whatever the nll is."""
 
     beta: float
-    reference: NDArray[np.floating]
-    """(N,) nll of the response tokens of all rows under the reference."""
+    reference: NDArray[np.floating] | None
+    """(N,) nll of the response tokens of all rows under the reference; None where none is in the loss, as in SimPO."""
     starts: NDArray[np.int64]
     """Where those of each sequence start (`token_starts`); a batch's `rows` are indices of these."""
+    gamma: float = 0.0
+    """What the margin is to exceed, nats."""
+    divided: Literal["not", "count", "sum"] = "not"
+    """By what sums over branches are divided: by how many tokens they have, or by the sum of their weights (SimPO)."""
 
     @property
     def ways(self) -> int:
-        """By the token's own loss with omega held, and by omega."""
+        """By the token's own loss with omega held, and by omega and what the branch's sum is divided by."""
         return 2
 
     def units(self, batch: Batch) -> int:
@@ -96,15 +105,28 @@ class PairLoss:
 
     def margin(self, batch: Batch, nll: Tensor, weights: Tensor) -> Tensor:
         """(P,) float64, of tokens of these weights."""
-        reference = torch.from_numpy(self.reference[token_places(batch, self.starts)]).to(nll.device, torch.float64)
-        gain = (weights * (reference - nll)).split(batch.counts.tolist())
-        ratios = torch.stack([part.sum() for part in gain])
-        return self.beta * (ratios[0::2] - ratios[1::2])
+        gain = (weights * (self._known(batch, nll) - nll.double())).split(batch.counts.tolist())
+        sums = torch.stack([part.sum() for part in gain]) / self._divisors(batch, weights)
+        return self.beta * (sums[0::2] - sums[1::2]) - self.gamma
 
     def weigh(self, batch: Batch, nll: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """The signed omega of each token's pair, by the second of the weights, times the first."""
         own, of_omega = weights
         omega = self.beta * torch.sigmoid(-self.margin(batch, nll, of_omega))
+        signed = torch.stack([omega, -omega], dim=1).flatten() / self._divisors(batch, of_omega)
         # Each laid out by itself: sums of the backward are in the same order on any device.
-        each = zip(torch.stack([omega, -omega], dim=1).flatten(), batch.counts.tolist(), strict=True)
-        return own * torch.cat([sign.expand(tokens) for sign, tokens in each]).to(nll.dtype)
+        each = zip(signed, batch.counts.tolist(), strict=True)
+        return own * torch.cat([one.expand(tokens) for one, tokens in each]).to(nll.dtype)
+
+    def _known(self, batch: Batch, nll: Tensor) -> Tensor:
+        """(N,) float64: what losses of tokens are taken from."""
+        if self.reference is None:
+            return torch.zeros_like(nll, dtype=torch.float64)
+        return torch.from_numpy(self.reference[token_places(batch, self.starts)]).to(nll.device, torch.float64)
+
+    def _divisors(self, batch: Batch, weights: Tensor) -> Tensor:
+        """(2 P,) float64, of each branch."""
+        counts = torch.as_tensor(batch.counts, dtype=torch.float64, device=weights.device)
+        if self.divided == "sum":
+            return torch.stack([part.sum() for part in weights.double().split(batch.counts.tolist())])
+        return counts if self.divided == "count" else torch.ones_like(counts)

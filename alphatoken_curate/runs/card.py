@@ -108,7 +108,7 @@ def _train(manifest: Manifest, columns: Layout) -> pa.Schema:
 
 _OMEGA = (
     "it is part of every value",
-    "both are of the model as the training begins, and values go through those of every step",
+    "both are of the model as the training begins, and values go through the weights of every step",
 )
 """What it has to do with values: of a gradient, and of a rehearsed training."""
 
@@ -125,7 +125,7 @@ def _about_lists(columns: Layout, *, trained: bool) -> Iterator[str]:
     yield ""
     yield (
         "`margin` is beta times how much more the scored model prefers the chosen answer than the reference does: above"
-        " 0 where it has moved the right way. `omega` = beta sigmoid(-margin) is the weight that the preference loss"
+        " 0 where it has moved the right way. `omega` = beta sigmoid(-margin) is the weight that the loss of DPO"
         f" gives to the pair's gradient; {_OMEGA[trained]}. A step on a chosen token makes it likelier, one on a"
         " rejected token less likely, and the values say what that does. Each branch has a mask, weights and a share of"
         " kept tokens of its own."

@@ -34,6 +34,7 @@ def _parts(stored: Manifest) -> Iterator[str]:
         yield f"a LoRA of rank {rank}" + (f" and alpha {alpha:g}" if alpha else "")
     unit = "pair" if settings.get("kind") == "preference" else "row"
     yield f"{count(of_step, unit)} each"
+    yield from _simpo(settings)
     if epochs > 1:
         yield f"{epochs:,} epochs"
     if (schedule := settings.get("rehearse_schedule", "constant")) != "constant":
@@ -50,6 +51,12 @@ def _parts(stored: Manifest) -> Iterator[str]:
         yield f"the mean over {orders} orders of the {unit}s"
     if 0 < window < steps:
         yield f"each step by the outcome at the end of its window of {count(window, 'step')}"
+
+
+def _simpo(settings: Mapping[str, Json]) -> Iterator[str]:
+    if settings.get("rehearse_simpo") is not None:
+        beta, gamma = (_number(settings, name, 0) for name in ("beta", "rehearse_simpo"))
+        yield f"by SimPO with beta {beta:g} and gamma {gamma:g}"
 
 
 def _number(settings: Mapping[str, Json], name: str, default: float) -> float:

@@ -46,6 +46,7 @@ _DECIDE_TOKENS = {
     "kind": {"data", "limit", "map", "subset", "split"},
     "data": {"limit", "subset", "split"},
     "beta": {"data"},
+    "rehearse_simpo": {"data", "direction"},
 }
 """Fields that follow from others; digests of tokens differ alone where releases of libraries make others."""
 

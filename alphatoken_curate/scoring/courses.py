@@ -45,7 +45,11 @@ def optimiser_of(config: ScoreConfig, steps: int) -> Optimiser:
 
 def pair_loss(config: ScoreConfig, rows: Sequence[AnyRow], reference: NDArray[np.float32]) -> PairLoss:
     """What a step on some pairs takes; `reference` (N,): nll of all their response tokens under the reference."""
-    return PairLoss(beta=config.beta, reference=reference, starts=token_starts(rows))
+    starts, gamma = token_starts(rows), config.rehearse_simpo
+    if gamma is None:
+        return PairLoss(beta=config.beta, reference=reference, starts=starts)
+    divided = config.rehearse_denominator
+    return PairLoss(beta=config.beta, reference=None, starts=starts, gamma=gamma, divided=divided)  # type: ignore[arg-type]
 
 
 def course_of(
@@ -59,7 +63,7 @@ def course_of(
         rows=rows,
         steps=steps,
         optimiser=optimiser_of(config, len(steps)),
-        denominator=config.rehearse_denominator,  # type: ignore[arg-type]
+        denominator=config.rehearse_denominator if loss.ways == 1 else "count",  # type: ignore[arg-type]
         batch_tokens=batch_tokens,
         loss=loss,
         window=config.rehearse_window,

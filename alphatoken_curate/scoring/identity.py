@@ -71,7 +71,7 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
         "assistant_specials": config.assistant_specials if config.assistant_specials != "template" else None,
         "target_groups": config.target_groups,
         "precondition_iterations": config.precondition_iterations if config.precondition == "astra" else None,
-        **(_rehearsal_fields(config) if config.rehearses else {}),
+        **(_rehearsal_fields(config, kind) if config.rehearses else {}),
     }
     return {
         "schema_version": SCHEMA_VERSION,
@@ -99,9 +99,10 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
     }
 
 
-def _rehearsal_fields(config: ScoreConfig) -> dict[str, Json]:
-    unread = {one for kind, names in OF_OPTIMISER.items() if kind != config.rehearse_optimizer for one in names}
+def _rehearsal_fields(config: ScoreConfig, kind: str) -> dict[str, Json]:
+    unread = {one for other, names in OF_OPTIMISER.items() if other != config.rehearse_optimizer for one in names}
     unread |= {"rehearse_lora_alpha"} if config.rehearse_lora is None else set()
+    unread |= {"rehearse_simpo"} if kind != "preference" else set()
     taken = {name: getattr(config, name) for name in OF_REHEARSAL} | {"rehearse_root": config.root}
     if config.rehearse_lora is not None and config.rehearse_lora_alpha == 2 * config.rehearse_lora:
         taken["rehearse_lora_alpha"] = None  # as by default: an adapter's own is held against what is given

@@ -44,7 +44,8 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
     **{
         name: ("with --direction rehearsal", lambda config, _: config.rehearses)
         for name in OF_REHEARSAL
-        if name not in ("rehearse_lr", "rehearse_lora", "rehearse_window")  # which go with no other direction
+        # These go with no other direction.
+        if name not in ("rehearse_lr", "rehearse_lora", "rehearse_window", "rehearse_simpo")
     },
     **{
         name: (f"with --direction rehearsal and --rehearse-optimizer {kind}", partial(_steps_by, kind))
@@ -55,6 +56,7 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
         "with --direction rehearsal and --rehearse-lora",
         lambda config, _: config.rehearses_lora,
     ),
+    "rehearse_simpo": ("for preference rows", lambda _, kind: kind == "preference"),
     "beta": ("for preference rows", lambda _, kind: kind == "preference"),
     "stability_scale": (
         "where --by depends on value",

@@ -99,10 +99,11 @@ def _prepared(config: ScoreConfig, source: ModelSource, place: Place | None, pro
     found, rows = read.found, read.kept.rows(read.found.read)
     _check_rows(config, reader, read, rows)
     kind = read.kind
-    if kind == "preference" and config.rehearses and config.rehearse_denominator == "sum":
+    by_dpo = kind == "preference" and config.rehearses and config.rehearse_simpo is None
+    if by_dpo and config.rehearse_denominator == "sum":
         raise UsageError(
-            f"--rehearse-denominator sum: {', '.join(config.data)} holds preference rows, whose training is the mean"
-            " over pairs, whatever their tokens weigh. Leave it out."
+            f"--rehearse-denominator sum: {', '.join(config.data)} holds preference rows, whose training by DPO is the"
+            " mean over pairs, whatever their tokens weigh. Leave it out; with --rehearse-simpo it divides branches."
         )
     held_out: list[AnyRow] = []
     if config.target is None:

@@ -124,7 +124,7 @@ def _pair_line(margin: float, omega: float) -> str:
     more = "more than" if margin > 0 else "less than" if margin < 0 else "exactly as much as"
     return (
         f"margin {margin:+.3g}: the model prefers chosen to rejected {more} the reference does\n"
-        f"omega {omega:.3g}: the weight of the pair in training; the smaller the margin, the larger"
+        f"omega {omega:.3g}: the weight of the pair in DPO; the smaller the margin, the larger"
     )
 
 

@@ -295,7 +295,7 @@ def _pair_notes(found: Stats) -> Iterator[str]:
         yield (
             f"{count(pairs.rows, 'pair')}: mean margin {pairs.margin:+.3g}, above 0 in {pairs.margin_above_zero:.1%}"
             " (the model prefers chosen to rejected more than the reference does);"
-            f" mean omega {pairs.omega:.3g} (the weight of a pair in training)"
+            f" mean omega {pairs.omega:.3g} (the weight of a pair in DPO)"
         )
 
 

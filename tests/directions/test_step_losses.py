@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from daily import daily
 from tiny import make_row, tiny_model, tiny_pairs, tiny_rows
 from tiny_files import perturbed
 from unrolled import mean_over
-from unrolled_pairs import Dpo, flat, own_losses
+from unrolled_pairs import Dpo, Simpo, flat, own_losses
 
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, mean_loss
@@ -125,6 +128,49 @@ def test_the_loss_of_pairs_is_dpos_and_weighs_by_its_derivative() -> None:
     assert (loss.weigh(batch, nll, [ones, ones]).sign() == torch.from_numpy(1 - 2 * (batch.row % 2))).all()
 
 
+def simpo_loss(divided: Any) -> PairLoss:
+    return PairLoss(beta=2.0, reference=None, starts=token_starts(PAIRS), gamma=0.7, divided=divided)
+
+
+@pytest.mark.parametrize("divided", ["count", "sum"])
+def test_the_loss_of_pairs_is_simpos_and_weighs_by_its_derivative(divided: str) -> None:
+    draw = torch.Generator().manual_seed(2)
+    loss, batch = simpo_loss(divided), collate(PAIRS, [3, 0])
+    lengths = batch.counts.tolist()
+    nll, weights = (torch.rand(sum(lengths), generator=draw, dtype=torch.float64).requires_grad_() for _ in range(2))
+    each = zip(nll.split(lengths), weights.split(lengths), strict=True)
+    means = [-(x * w).sum() / (len(x) if divided == "count" else w.sum()) for x, w in each]
+    margins = torch.stack([2 * (means[0] - means[1]), 2 * (means[2] - means[3])]) - 0.7
+    torch.testing.assert_close(loss.margin(batch, nll, weights), margins)
+    given = loss.weigh(batch, nll, [weights, weights])
+    by_nll = torch.autograd.grad(-torch.log(torch.sigmoid(margins)).sum(), nll, create_graph=True)[0]
+    torch.testing.assert_close(given, by_nll)
+    along = torch.rand(len(nll), generator=draw, dtype=torch.float64)
+    for mine, other in zip(
+        torch.autograd.grad((given * along).sum(), [nll, weights]),
+        torch.autograd.grad((by_nll * along).sum(), [nll, weights]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_simpos_loss_is_trls() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl.experimental.cpo import CPOTrainer
+
+    trained = types.SimpleNamespace(
+        **{"loss_type": "simpo", "simpo_gamma": 0.7, "beta": 2.0, "label_smoothing": 0.0, "alpha": 0.0},
+        accelerator=types.SimpleNamespace(device="cpu"),
+    )
+    batch = collate(PAIRS, [3, 0, 1])
+    nll = torch.rand(int(batch.counts.sum()), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    means = torch.stack([-part.mean() for part in nll.split(batch.counts.tolist())])
+    losses, *_ = CPOTrainer.cpo_loss(trained, means[0::2], means[1::2])
+    torch.testing.assert_close(simpo_loss("count").total(batch, nll), losses.sum())
+    torch.testing.assert_close(simpo_loss("sum").total(batch, nll), losses.sum())
+
+
 def test_margins_far_off_do_not_overflow() -> None:
     batch = collate(PAIRS, [0])
     for far in (1e6, -1e6):
@@ -147,6 +193,23 @@ def test_values_are_those_of_autograd_through_the_unrolled_training(name: str) -
     assert_exact(found, wanted)
     assert found.omega is not None and not found.denominator.any()
     assert np.abs(found.omega).max() > 1e-3 * np.abs(found.own).max()
+
+
+@pytest.mark.parametrize("divided", ["count", "sum"])
+@pytest.mark.parametrize("name", daily(OPTIMISERS, ["adamw, clipped, decay, cosine"]))
+def test_simpos_values_are_those_of_autograd_through_the_unrolled_training(name: str, divided: str) -> None:
+    def model() -> Any:
+        return perturbed(tiny_model("gpt2"), scale=0.1)
+
+    trainee, loss = Trainee(model(), "all", "all"), simpo_loss(divided)
+    made = Course(rows=PAIRS, steps=STEPS, optimiser=OPTIMISERS[name], batch_tokens=70, loss=loss)
+    found = Rehearsal(trainee, made, InMemory()).run([mean_loss(TARGET, 1000), mean_loss(RETENTION, 1000)])
+    simpo = Simpo(
+        **{"model": model, "names": trainee.names, "pairs": PAIRS, "steps": STEPS, "optimiser": OPTIMISERS[name]},
+        **{"reference": [], "beta": loss.beta, "gamma": loss.gamma, "by_weights": divided == "sum"},
+    )
+    assert_exact(found, simpo.values([mean_over(TARGET), mean_over(RETENTION)]).numpy())
+    assert found.omega is not None and np.abs(found.omega).max() > 1e-3 * np.abs(found.own).max()
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ def test_a_rehearsed_training_is_told_in_words(tmp_path: Path) -> None:
     assert told(run, rehearse_lora=8) == "14 steps of AdamW at 3e-05, a LoRA of rank 8, 4 rows each, 2 epochs"
     assert "a LoRA of rank 8 and alpha 12, 4 rows" in (told(run, rehearse_lora=8, rehearse_lora_alpha=12.0) or "")
     assert "4 pairs each" in (told(run, kind="preference") or "")
+    simpo: dict[str, Json] = {"kind": "preference", "rehearse_simpo": 0.0, "beta": 2.5}
+    assert "4 pairs each, by SimPO with beta 2.5 and gamma 0, 2 epochs" in (told(run, **simpo) or "")
     assert (told(run, **more, kind="preference") or "").endswith("the mean over 4 orders of the pairs")
     off = dict.fromkeys(("rehearse_clip", "rehearse_momentum", "rehearse_seeds", "rehearse_warmup", "rehearse_window"))
     assert told(run, **off) == told(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from daily import daily
 from killed import kill
 from safetensors.torch import save_file
 from tiny import make_row, tiny_model
 from tiny_files import NAN_TOKEN, command, contents, pair_records, perturbed, quiet, rows_of, token_records, write_jsonl
 from transformers import AutoModelForCausalLM
 from unrolled import J, mean_over
-from unrolled_pairs import Dpo, flat, own_losses
+from unrolled_pairs import Dpo, Simpo, flat, own_losses
 
 from alphatoken_curate import ScoreConfig, UsageError, refresh, score, verify
 from alphatoken_curate.directions.groups import deal
@@ -86,7 +88,9 @@ def by_hand(made: ScoreConfig, outcomes: list[J]) -> np.ndarray:
         steps = plan_steps(
             rows, epochs=made.rehearse_epochs, rows_per_step=made.rehearse_rows_per_step, seed=made.seed + order
         )
-        dpo = Dpo(
+        kind: Any = Dpo if made.rehearse_simpo is None else partial(Simpo, gamma=made.rehearse_simpo)
+        kind = partial(kind, by_weights=True) if made.rehearse_denominator == "sum" else kind
+        training = kind(
             model=lambda: load(made.model),
             names=Trainee(load(made.model), made.layers, made.parameters).names,  # type: ignore[arg-type]
             pairs=rows,
@@ -95,18 +99,20 @@ def by_hand(made: ScoreConfig, outcomes: list[J]) -> np.ndarray:
             reference=[x.float().double() for x in own_losses(load(made.reference or made.model), rows)],
             beta=made.beta,
         )
-        found.append(dpo.values(outcomes).numpy())
+        found.append(training.values(outcomes).numpy())
     return np.mean(found, axis=0)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "its own reference": {"reference": None, "rehearse_epochs": 2, "retention": "=retention"},
+    "simpo": {"rehearse_simpo": 0.5, "beta": 2.0},
+    "simpo by weights": {"rehearse_simpo": 0.0, "beta": 2.0, "rehearse_denominator": "sum", "reference": None},
     "orders": {"rehearse_seeds": 2, "rehearse_optimizer": "sgd", "rehearse_lr": 0.3, "rehearse_clip": 0.2},
 }
 
 
-@pytest.mark.parametrize("name", [x if x == "default" else pytest.param(x, marks=pytest.mark.long) for x in SETTINGS])
+@pytest.mark.parametrize("name", daily(SETTINGS, ["default", "simpo"]))
 def test_a_run_holds_what_autograd_finds_through_the_unrolled_training(
     name: str, files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -223,7 +229,7 @@ def test_a_checkpoint_is_rehearsed_from_where_it_is(
 
 
 def test_a_sum_of_weights_divides_no_training_of_pairs(files: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--rehearse-denominator sum: .*data\.jsonl holds preference rows, whose"):
+    with pytest.raises(UsageError, match=r"--rehearse-denominator sum: .*data\.jsonl holds preference rows"):
         score(config(files, rehearse_denominator="sum"), tmp_path / "run")
 
 
@@ -233,3 +239,45 @@ def test_beta_is_part_of_what_a_run_is(files: dict[str, str], tmp_path: Path) ->
     assert told["beta"] == 0.3 and told["kind"] == "preference" and told["direction"] == "rehearsal"
     ended = command("score", "--config", tmp_path / "run/config.yaml", "--beta", "0.5", "-o", tmp_path / "run")
     assert ended.code == 4 and "beta (0.3 in the run, 0.5 now)" in ended.err
+
+
+def test_simpo_is_part_of_what_a_run_is_and_told(files: dict[str, str], tmp_path: Path) -> None:
+    """A margin of 0 is one, and other than none."""
+    how: dict[str, Any] = {"layers": 1, "parameters": "linear", "beta": 2.0}
+    score(config(files, **how, rehearse_simpo=0.0), tmp_path / "run")
+    assert manifest.read(tmp_path / "run").settings["rehearse_simpo"] == 0.0
+    assert "by SimPO with beta 2 and gamma 0" in (tmp_path / "run" / card.NAME).read_text()
+    score(config(files, **how), tmp_path / "dpo")
+    simpo, dpo = (stored(tmp_path / name, "adapt_influence", "nll") for name in ("run", "dpo"))
+    assert not np.allclose(simpo["adapt_influence"], dpo["adapt_influence"], rtol=0.1)
+    np.testing.assert_array_equal(simpo["nll"], dpo["nll"])
+    ended = command("score", "--config", tmp_path / "dpo/config.yaml", "--rehearse-simpo", "0", "-o", tmp_path / "dpo")
+    assert ended.code == 4 and "rehearse_simpo (not set in the run, 0.0 now)" in ended.err
+
+
+def test_paths_of_simpo_add_up_with_omega_held(files: dict[str, str], tmp_path: Path) -> None:
+    """One pair in one step of SGD: direct and upstream are the influence less what a weight does to omega."""
+    how: dict[str, Any] = {
+        "rehearse_optimizer": "sgd",
+        "rehearse_rows_per_step": 9,
+        "parameters": "linear",
+        "layers": 2,
+    }
+    how |= {"rehearse_simpo": 0.5, "beta": 2.0, "target_groups": 1}
+    score(config(files, **how), tmp_path / "whole")
+    score(config(files, **how, estimator="exact+influence"), tmp_path / "parted")
+    whole = stored(tmp_path / "whole", "adapt_influence", "nll")
+    parted = stored(tmp_path / "parted", "adapt_direct", "adapt_upstream")
+    held = parted["adapt_direct"] + parted["adapt_upstream"]
+    lengths = np.array([int(row.response.sum()) for row in flat(pairs_of(ROWS))])
+    starts = np.cumsum([0, *lengths[:-1]])
+    means = -np.add.reduceat(whole["nll"].astype(float), starts) / lengths
+    omega = 2.0 / (1 + np.exp(2.0 * (means[0::2] - means[1::2]) - 0.5))
+    # held_t = -omega s_t q_t / (P n): by omega s_t (-l_t) omega (beta - omega) / n times the sum of s q / (P n).
+    sums = np.add.reduceat(held, starts)
+    slope = -(2.0 - omega) * (sums[0::2] + sums[1::2])
+    each = np.repeat(slope, 2) * np.tile([1.0, -1.0], len(omega)) / lengths
+    moved = np.repeat(each, lengths) * -whole["nll"]
+    assert np.abs(moved).max() > 0.01 * np.abs(whole["adapt_influence"]).max()
+    atol = 1e-5 * np.abs(whole["adapt_influence"]).max()
+    np.testing.assert_allclose(whole["adapt_influence"] - held, moved, atol=atol)

@@ -1,4 +1,4 @@
-"""A training on preference pairs as one formula that autograd goes through: DPO, with a weight for every token."""
+"""A training on preference pairs as one formula that autograd goes through: DPO or SimPO, a weight for every token."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ class Dpo:
     optimiser: Optimiser
     reference: Sequence[Tensor]
     beta: float
+    gamma: float = 0.0
+
+    def reward(self, i: int, weights: Tensor, losses: Tensor) -> Tensor:
+        """Of a branch, by the weights and losses of its tokens, less beta."""
+        return (weights * (self.reference[i] - losses)).sum()
 
     @property
     def count(self) -> int:
@@ -49,10 +54,10 @@ class Dpo:
         each = weights.split([int(row.response.sum()) for row in rows])
 
         def loss_of(held: dict[str, Tensor], step: Sequence[int]) -> Tensor:
-            def ratio(i: int) -> Tensor:
-                return (each[i] * (self.reference[i] - token_losses(model, held, rows[i]))).sum()
+            def reward(i: int) -> Tensor:
+                return self.reward(i, each[i], token_losses(model, held, rows[i]))
 
-            margins = [self.beta * (ratio(2 * n) - ratio(2 * n + 1)) for n in step]
+            margins = [self.beta * (reward(2 * n) - reward(2 * n + 1)) - self.gamma for n in step]
             return torch.stack([torch.log1p(torch.exp(-m)) for m in margins]).mean()
 
         how = {"summed": False, "graph": False, **how}
@@ -86,3 +91,14 @@ class Dpo:
             return (after(token, moved) - after(token, -moved)) / (2 * moved)
 
         return -torch.tensor([(4 * slope(t, by / 2) - slope(t, by)) / 3 for t in tokens], dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simpo(Dpo):
+    """The same by SimPO: without a reference, by the mean over a branch's tokens, or over those by their weights."""
+
+    by_weights: bool = False
+
+    def reward(self, i: int, weights: Tensor, losses: Tensor) -> Tensor:
+        """A mean log-probability."""
+        return -(weights * losses).sum() / (weights.sum() if self.by_weights else len(losses))

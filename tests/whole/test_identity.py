@@ -240,6 +240,7 @@ FIELDS: dict[str, Change] = {
     "rehearse_seeds": Change(base=given(**REHEARSAL), to=becomes(rehearse_seeds=2)),
     "rehearse_lora": Change(base=given(**REHEARSAL, parameters="linear"), to=becomes(rehearse_lora=4)),
     "rehearse_lora_alpha": Change(base=given(**REHEARSAL, rehearse_lora=4), to=becomes(rehearse_lora_alpha=4.0)),
+    "rehearse_simpo": Change(base=given(data="=pairs", **REHEARSAL), to=becomes(rehearse_simpo=0.0)),
     "rehearse_window": Change(base=given(**REHEARSAL), to=becomes(rehearse_window=2)),
 }
 """By the field that is named. `kind` is not here: rows of the other kind are other data."""
