@@ -31,7 +31,7 @@ from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.engine.placement import told
 from alphatoken_curate.errors import CurateError
-from alphatoken_curate.models.devices import devices_of, names_of, taking_threads
+from alphatoken_curate.models.devices import devices_of, kind_of, names_of, taking_threads
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.scoring import solving
 from alphatoken_curate.scoring.budget import out_of_memory
@@ -46,7 +46,7 @@ from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.scoring.spec import ScorerSpec, spec_of
 from alphatoken_curate.scoring.steps import Tried, tried_steps
-from alphatoken_curate.scoring.trial import REHEARSAL_TOKENS, blank, sample_of, tokens_of, tried, untried
+from alphatoken_curate.scoring.trial import blank, rehearsal_budget, sample_of, tokens_of, tried, untried
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.stored import plain_losses
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches
@@ -181,7 +181,7 @@ class _Trials:
     def _lora(self) -> Estimate:
         """The model is not captured for it."""
         spec = base_of(self.spec)
-        self.budget = self.budget or REHEARSAL_TOKENS
+        self.budget = self.budget or rehearsal_budget(kind_of(self.spec.device))
         model = self._timed("loading the model", partial(load_base, spec))
         trainee = self._timed(
             "preparing the rehearsal", lambda: lora_trainee(self.config, model, self.spec.model, spec.dtype)

@@ -52,15 +52,22 @@ ROOM = 0.9
 
 _SAMPLED_SHARDS = 4
 
+_REHEARSAL = {"cpu": 1024, "cuda": 4096}
+"""The budget of a rehearsal, which tries none: a step takes as many batches as it needs, and sums them in order.
 
-REHEARSAL_TOKENS = 4096
-"""The budget of a rehearsal without a trial: a step takes as many batches as it needs, and sums them in order."""
+On a CPU a small one: where memory runs out there the system ends the process, which gets no chance to halve it.
+"""
 
 
 def usual_budget(shards: Shards, device_type: str) -> int:
     """The budget without a trial, a power of two: the usual one, or less where that holds all rows of a shard."""
     usual, smallest = (sizes.get(device_type, sizes["cpu"]) for sizes in (_USUAL, _SMALLEST))
     return min(usual, max(smallest, _power(_largest_batch(shards))))
+
+
+def rehearsal_budget(device_type: str) -> int:
+    """The budget of a rehearsal."""
+    return _REHEARSAL.get(device_type, _REHEARSAL["cpu"])
 
 
 def pays(shards: Shards, device_type: str) -> bool:
@@ -108,9 +115,9 @@ def sample_of(shards: Shards) -> Sample:
 
 def untried(spec: ScorerSpec, shards: Shards) -> int | None:
     """The budget of these rows without a trial; None where one pays."""
-    if spec.config.rehearses:
-        return REHEARSAL_TOKENS
     kind = kind_of(spec.device)
+    if spec.config.rehearses:
+        return rehearsal_budget(kind)
     return None if pays(shards, kind) else usual_budget(shards, kind)
 
 
