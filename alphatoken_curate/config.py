@@ -299,7 +299,7 @@ class ScoreConfig(MaskConfig):
     )
     rehearse_denominator: str = _option(
         "count",
-        "A step's loss over its tokens: by their count, or the sum of their weights.",
+        "A loss over tokens (SimPO: of a branch): by their count, or the sum of weights.",
         _REHEARSAL,
         choices=("count", "sum"),
     )

@@ -28,7 +28,7 @@ ORDER = """
     tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
         speller tokenise plan packed dealt draws
     directions: losses selection target fisher generate precondition gauss_newton astra drift parameters
-        optimisers step_losses trainee shelves waypoints windows rehearsal lora groups sums
+        optimisers step_losses trainee shelves waypoints windows course rehearsal lora groups sums
     signals: paths influence composite preference stored rehearsed student
     masks: language expression criteria formulas choose always responses ranked remask mask
     scoring: budget meter folder named identity sources spawned tokenising shelf reader prepare idle outcome spec

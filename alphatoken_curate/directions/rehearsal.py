@@ -1,7 +1,7 @@
 """The training to come, rehearsed, and what its outcome owes to the loss weight of every token.
 
 theta_k = step(theta_{k-1}, g_k), g_k the gradient of sum_t w_t l_t / D over the rows of step k, D the number of their
-response tokens (`count`) or the sum of their weights (`sum`); or of DPO's loss of its pairs (`step_losses`). For an
+response tokens (`count`) or the sum of their weights (`sum`); or of the loss of its pairs (`step_losses`). For an
 outcome J of theta_N, value_t = -dJ / dw_t at w = 1, summed over the visits of t (metagradient, arXiv 2503.13751; MAGIC,
 arXiv 2504.16430).
 
@@ -22,26 +22,22 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphatoken_curate.directions.optimisers import Optimiser, State
+from alphatoken_curate.directions.course import Course
+from alphatoken_curate.directions.optimisers import State
 from alphatoken_curate.directions.shelves import InMemory, Shelf
 from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
 from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.directions.waypoints import Waypoints
 from alphatoken_curate.directions.windows import Window, windows
 from alphatoken_curate.errors import CurateError, InputError
-from alphatoken_curate.tokens.draws import keyed_uniform, of_turn
-from alphatoken_curate.tokens.plan import Batch, batches_of, collate, plan_batches, token_starts
-from alphatoken_curate.tokens.tokenise import AnyRow, branches
-
-REHEARSAL_DRAW = -5
-"""Less the epoch, the position under which a row's place in it is drawn; no token has a negative one."""
+from alphatoken_curate.tokens.plan import Batch, batches_of, token_starts
+from alphatoken_curate.tokens.tokenise import AnyRow
 
 Outcome = Callable[[Trainee], Weights]
 """Gives the gradient of J in the weights, at those the rehearsal ended with."""
@@ -49,48 +45,6 @@ Outcome = Callable[[Trainee], Weights]
 Paths = Callable[[Sequence[Batch], Sequence[Weights]], Sequence[Tensor]]
 """Given the batches of a step and a direction of the weights for each outcome: direct and causal of the response tokens
 of each batch, (2, n, N of the batch), at the weights as they are."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
-    """The steps of a training: which rows each takes, and how it moves."""
-
-    rows: Sequence[AnyRow]
-    steps: Sequence[Sequence[int]]
-    """Indices of the rows of each step."""
-    optimiser: Optimiser
-    denominator: Literal["count", "sum"] = "count"
-    batch_tokens: int = 4096
-    """Padded tokens that run together; a step takes as many batches as it needs, which hold pairs whole."""
-    loss: StepLoss = TOKENS
-    """What is made of the losses of a step's tokens."""
-    window: int | None = None
-    """Steps after which the way back begins anew; None is all of them."""
-
-    def batches(self, k: int, *, twice: bool = False) -> list[Batch]:
-        """The batches of step k; their `rows` are indices among all sequences.
-
-        `twice`: of half the tokens, since a graph of second derivatives holds more than twice as much.
-        """
-        chosen = [self.rows[i] for i in self.steps[k]]
-        planned = plan_batches(chosen, self.batch_tokens // 2 if twice else self.batch_tokens)
-        return [collate(self.rows, [self.steps[k][i] for i in indices]) for indices in planned]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Response tokens of each sequence."""
-        return np.diff(token_starts(self.rows))
-
-    def keeps_all(self, state: State, room: int) -> bool:
-        """Whether all steps of a window, each a state like this one and a gradient, take no more than `room` bytes."""
-        each = sum(x.nbytes for x in (*state.tensors, *state.weights))
-        return each * min(len(self.steps), self.window or len(self.steps)) <= room
-
-    @property
-    def taken(self) -> list[list[int]]:
-        """Indices of the sequences of each step: of a pair both branches."""
-        each = len(branches(self.rows[0]))
-        return [[each * i + branch for i in step for branch in range(each)] for step in self.steps]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,7 +59,7 @@ class Values:
     """The paths of `own` and beside it, along the same directions, where they were asked for."""
     causal: NDArray[np.float64] | None = None
     omega: NDArray[np.float64] | None = None
-    """Of pairs: through omega, which weighs all tokens of a pair; `own` is with omega held."""
+    """Of pairs: through omega, which weighs all tokens of a pair, and what divides a branch; `own` holds both."""
 
     root_share: float = 0.0
     """By what share of their length the root term changes the steps of the training: little, or it is another one."""
@@ -114,20 +68,6 @@ class Values:
     def value(self) -> NDArray[np.float64]:
         """Through all of these, (n, N)."""
         return self.own + self.denominator + (0.0 if self.omega is None else self.omega)
-
-
-def plan_steps(rows: Sequence[AnyRow], *, epochs: int, rows_per_step: int, seed: int) -> list[tuple[int, ...]]:
-    """Indices of the rows of each step: every epoch takes all rows once, in an order drawn by (seed, row, epoch).
-
-    The last step of an epoch takes what is left.
-    """
-    found = []
-    for epoch in range(epochs):
-        turns = [-row.turn for row in rows]  # downwards, as the positions of these draws go
-        draws = keyed_uniform(seed, [row.row_id for row in rows], of_turn(REHEARSAL_DRAW - epoch, turns))
-        order = np.argsort(draws, kind="stable").tolist()
-        found += [tuple(order[first : first + rows_per_step]) for first in range(0, len(order), rows_per_step)]
-    return found
 
 
 def mean_loss(rows: Sequence[AnyRow], batch_tokens: int, loss: StepLoss = TOKENS) -> Outcome:
@@ -285,7 +225,8 @@ class Rehearsal:
     def _check_training(self, k: int, grads: Weights, loss: float) -> None:
         if k == 0:
             self._first_loss = loss
-        worst = 2 * max(self._first_loss, math.log(self.trainee.vocabulary))
+        # A loss of pairs has no scale of its own: beta, which it is by, and their margins are any.
+        worst = 2 * max(self._first_loss, math.log(self.trainee.vocabulary), self.course.loss_before(k))
         finite = all(bool(g.isfinite().all()) for g in grads)
         if not (loss <= worst and finite):
             raise InputError(

@@ -86,7 +86,7 @@ class PairLoss:
     starts: NDArray[np.int64]
     """Where those of each sequence start (`token_starts`); a batch's `rows` are indices of these."""
     gamma: float = 0.0
-    """What the margin is to exceed, nats."""
+    """What beta times the difference of branches is to exceed, nats: the margin is what it does by."""
     divided: Literal["not", "count", "sum"] = "not"
     """By what sums over branches are divided: by how many tokens they have, or by the sum of their weights (SimPO)."""
 

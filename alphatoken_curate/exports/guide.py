@@ -18,7 +18,7 @@ RECORD, README, DROPPED = EXPORT, "README.md", "dropped.jsonl"
 
 def readme(form: Form, told: Told, tally: Tally, opened: TrainSet, settings: Mapping[str, Json]) -> str:
     """README.md of an export."""
-    lines = [*_head(form), *_use(form, told), *_what(form, told, tally), *_rows(tally, settings)]
+    lines = [*_head(form), *_use(form, told), *_what(form, told, tally), *_simpo(opened), *_rows(tally, settings)]
     return "\n".join([*lines, *_origin(opened), ""])
 
 
@@ -60,6 +60,16 @@ _PAIRS = (
     "DPO divides by nothing: it sums the log-probabilities of an answer, in the policy and in the reference, and a"
     " masked token must leave both. Masks shorten the sums, so the same beta means a smaller margin."
 )
+
+
+def _simpo(opened: TrainSet) -> Iterator[str]:
+    if opened.stored.settings.get("rehearse_simpo") is not None:
+        yield ""
+        yield (
+            "The values are of a training by SimPO. This one is by DPO unless you write SimPO's loss yourself: leave a"
+            " token of weight 0 out of the mean over its answer, as labels of -100 do in TRL's `CPOTrainer`"
+            ' (`loss_type="simpo", cpo_alpha=0.0`).'
+        )
 
 
 def _rows(tally: Tally, settings: Mapping[str, Json]) -> Iterator[str]:

@@ -70,7 +70,7 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changed:
-    """A token whose place among all changed: `values` in nats per unit step, `ranks` in (0, 1), `kept` in each.
+    """A token whose place among all changed: `values` in the unit of its run, `ranks` in (0, 1), `kept` in each.
 
     A rank is the share of tokens that are below it by value. `text` is what it adds to its sequence, `before` and
     `after` what its neighbours do; none of it is safe to show as it is.

@@ -126,7 +126,7 @@ def _about_lists(columns: Layout, *, trained: bool) -> Iterator[str]:
     yield (
         "`margin` is beta times how much more the scored model prefers the chosen answer than the reference does: above"
         " 0 where it has moved the right way. `omega` = beta sigmoid(-margin) is the weight that the loss of DPO"
-        f" gives to the pair's gradient; {_OMEGA[trained]}. A step on a chosen token makes it likelier, one on a"
+        f" gives to the pair's gradient; {_OMEGA[trained]}. Training on a chosen token makes it likelier, on a"
         " rejected token less likely, and the values say what that does. Each branch has a mask, weights and a share of"
         " kept tokens of its own."
     )

@@ -242,7 +242,7 @@ _PAIR = [
         "omega",
         pa.float32(),
         units="ratio",
-        doc="beta sigmoid(-margin): the weight of the pair (Eq. 14)",
+        doc="beta sigmoid(-margin): the weight of the pair in DPO (Eq. 14)",
         nullable=True,
     ),
     _field(

@@ -127,13 +127,14 @@ def _tried(
 def _budget(config: ScoreConfig, shards: Shards, found: Estimate | None) -> int:
     """Tokens of a batch."""
     from alphatoken_curate.models.devices import resolve_device
-    from alphatoken_curate.scoring.trial import usual_budget
+    from alphatoken_curate.scoring.trial import rehearsal_budget, usual_budget
 
     if found is not None:
         return found.batch_tokens
-    if config.batch_tokens == "auto":
-        return usual_budget(shards, resolve_device(config.device).type)
-    return config.batch_tokens
+    if config.batch_tokens != "auto":
+        return config.batch_tokens
+    kind = resolve_device(config.device).type
+    return rehearsal_budget(kind) if config.rehearses else usual_budget(shards, kind)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.course import Course, plan_steps
 from alphatoken_curate.directions.optimisers import Optimiser, State
-from alphatoken_curate.directions.rehearsal import Course, plan_steps
 from alphatoken_curate.directions.step_losses import TOKENS, PairLoss, StepLoss
 from alphatoken_curate.directions.windows import borders_of, windows
 from alphatoken_curate.engine.below import ROOM as BELOW_ROOM
 from alphatoken_curate.scoring.spec import count_tokens
 from alphatoken_curate.tokens.plan import token_starts
-from alphatoken_curate.tokens.tokenise import AnyRow
+from alphatoken_curate.tokens.tokenise import AnyRow, PairRow
 from alphatoken_curate.wording import count
 
 KEPT_BYTES = 8 << 30
@@ -53,9 +53,17 @@ def pair_loss(config: ScoreConfig, rows: Sequence[AnyRow], reference: NDArray[np
 
 
 def course_of(
-    config: ScoreConfig, rows: Sequence[AnyRow], order: int, batch_tokens: int, loss: StepLoss = TOKENS
+    config: ScoreConfig,
+    rows: Sequence[AnyRow],
+    order: int,
+    batch_tokens: int,
+    loss: StepLoss = TOKENS,
+    begins: NDArray[np.float32] | None = None,
 ) -> Course:
-    """The steps of a config in one of its orders, from 0: that of the seed and so many more."""
+    """The steps of a config in one of its orders, from 0: that of the seed and so many more.
+
+    `begins` (N,): nll of all response tokens where it begins.
+    """
     steps = plan_steps(
         rows, epochs=config.rehearse_epochs, rows_per_step=config.rehearse_rows_per_step, seed=config.seed + order
     )
@@ -63,10 +71,11 @@ def course_of(
         rows=rows,
         steps=steps,
         optimiser=optimiser_of(config, len(steps)),
-        denominator=config.rehearse_denominator if loss.ways == 1 else "count",  # type: ignore[arg-type]
+        denominator="count" if isinstance(rows[0], PairRow) else config.rehearse_denominator,  # type: ignore[arg-type]
         batch_tokens=batch_tokens,
         loss=loss,
         window=config.rehearse_window,
+        begins=begins,
     )
 
 

@@ -21,7 +21,7 @@ from alphatoken_curate.scoring.job import Job
 from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.tokens.packed import pack, unpack
 from alphatoken_curate.tokens.plan import token_starts
-from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches, chosen
+from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, branches, chosen
 
 _ROWS, _REFERENCE = "rows", "reference"
 
@@ -33,6 +33,8 @@ class Training:
     rows: Sequence[AnyRow]
     places: NDArray[np.int64]
     """(N,) where their response tokens are among those of all rows."""
+    begins: NDArray[np.float32]
+    """(N,) their nll where the training begins."""
     loss: StepLoss
 
 
@@ -47,6 +49,11 @@ class Material:
     target: Sequence[TokenRow]
     retention: Sequence[TokenRow]
     reference: NDArray[np.float32] | None
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are preference pairs."""
+        return bool(self.rows) and isinstance(self.rows[0], PairRow)
 
     def put_away(self, store: Store) -> None:
         """Among the artefacts, where whoever has the store finds it (`put_away_in`)."""
@@ -68,7 +75,8 @@ class Material:
         places = [np.arange(*both) for both in pairwise(token_starts(self.rows)[::each].tolist())]
         mine = [i for i, of_row in enumerate(places) if known[of_row].all()]
         rows, taken = [self.rows[i] for i in mine], np.concatenate([np.empty(0, np.int64), *(places[i] for i in mine)])
-        return Training(rows=rows, places=taken, loss=pair_loss(config, rows, reference[taken]) if each > 1 else TOKENS)
+        loss = pair_loss(config, rows, reference[taken]) if each > 1 else TOKENS
+        return Training(rows=rows, places=taken, begins=nll[taken], loss=loss)
 
 
 def material_of(job: Job, spec: ScorerSpec) -> Material:

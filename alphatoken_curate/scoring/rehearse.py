@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.lora import LoraTrainee
 from alphatoken_curate.directions.losses import Losses
-from alphatoken_curate.directions.rehearsal import Course, Outcome, Rehearsal, Values, drift_loss, mean_loss
+from alphatoken_curate.directions.rehearsal import Outcome, Rehearsal, Values, drift_loss, mean_loss
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.capture import Direction, ScoringModel
@@ -98,7 +99,9 @@ class RehearsalScorer(ShardScorer):
             _sweep(own, portion)
             trainee.shelve_below(scratch_in(own, portion.name, trainee))
             together = self._at_once(trainee, own, portion, sharing)
-            course = course_of(config, training.rows, portion.order, batch_tokens, training.loss)
+            course = course_of(
+                config, training.rows, portion.order, batch_tokens, training.loss, begins=training.begins
+            )
             trainee.restart(config.seed + portion.order)
             rehearsal = rehearsal_in(own, portion.name, trainee, course, config)
             # There once, and back for each part of the outcomes: told as once there and once back.

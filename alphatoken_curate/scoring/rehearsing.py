@@ -46,6 +46,9 @@ COLUMNS = "columns"
 NAME = "the rehearsal"
 """By which its plan is kept: all portions have one token budget."""
 
+SMALL_BETA = 1.0
+"""A --beta below this is rather one of DPO than of SimPO."""
+
 FEW_ROWS = 100
 """Target rows of which fewer are warned of: a cut by their values learns them by heart."""
 
@@ -202,6 +205,11 @@ class _Led:
             progress.warn(
                 f"{count(len(self.material.target), 'target row')}: a cut by rehearsed values learns so few by heart."
                 " Hundreds of --target rows serve, or a mild use: --weights tilt:0.25."
+            )
+        if config.rehearse_simpo is not None and config.beta < SMALL_BETA and self.material.pairs:
+            progress.warn(
+                f"--rehearse-simpo by --beta {config.beta:g}: SimPO's margins are of means, and its beta is mostly 2 or"
+                " more; 0.1 is one of DPO, whose margins are of sums."
             )
         if narrow_kind(self.spec.dtype) is not None and config.rehearse_optimizer == "adamw":
             progress.warn(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from alphatoken_curate.directions.rehearsal import Course, mean_loss
+from alphatoken_curate.directions.course import Course
+from alphatoken_curate.directions.rehearsal import mean_loss
 from alphatoken_curate.directions.trainee import Trainee, Weights
 from alphatoken_curate.directions.windows import borders_of
 from alphatoken_curate.progress import Progress

@@ -35,8 +35,8 @@ def value(
 ) -> Floats:
     """Eq. 12: adaptation / scale + stability_weight * stability / scale, each objective the sum of its components.
 
-    `signals`: at least the components, float32 arrays of one shape, in nats per unit step -> float32 of that shape, in
-    nats per unit step (without a unit where scaled). Computed in float64 and rounded once. NaN wherever a component is
+    `signals`: at least the components, float32 arrays of one shape, of one unit -> float32 of that shape, in that unit
+    (without one where scaled). Computed in float64 and rounded once. NaN wherever a component is
     NaN.
     """
     adaptation = objective(signals, components.adaptation) / scales.adaptation

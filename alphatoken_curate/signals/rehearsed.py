@@ -2,7 +2,7 @@
 
 The value of token t in step k is its influence along M_k = -a_k / D at the weights before the step
 (`directions.rehearsal`), so its paths are those of the engine along M_k: one direction a step in place of one a run.
-Those of tokens of pairs count by omega of that step, with the sign of their branch.
+Those of tokens of pairs count by omega of that step (of SimPO over the tokens of their branch), with its sign.
 """
 
 from __future__ import annotations

@@ -56,8 +56,9 @@ from speed import in_a_process
 from torch import Tensor, nn
 
 from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.course import Course, plan_steps
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Rehearsal, mean_loss, plan_steps
+from alphatoken_curate.directions.rehearsal import Rehearsal, mean_loss
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.models.load import find_model, load_model

@@ -30,10 +30,11 @@ import torch
 from numpy.typing import NDArray
 
 from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.course import Course, plan_steps
 from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.lora import LoraTrainee
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, mean_loss, plan_steps
+from alphatoken_curate.directions.rehearsal import Rehearsal, Values, mean_loss
 from alphatoken_curate.directions.shelves import Artefacts, InMemory, Scratch
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.models.load import find_model, load_model

@@ -23,9 +23,10 @@ import torch
 from rehearse import Floats, by_rows, layers_of, lowest_shared, peak_gib
 
 from alphatoken_curate.config import ScoreConfig
+from alphatoken_curate.directions.course import Course, plan_steps
 from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Rehearsal, mean_loss, plan_steps
+from alphatoken_curate.directions.rehearsal import Rehearsal, mean_loss
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.directions.windows import borders_of

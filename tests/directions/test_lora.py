@@ -18,9 +18,10 @@ from torch import Tensor
 from unrolled import cotangents_by_autograd, mean_over, token_losses, values_by_autograd, values_by_retraining
 from unrolled_pairs import Dpo, own_losses
 
+from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.lora import LoraTrainee
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Outcome, Rehearsal, Values, mean_loss
+from alphatoken_curate.directions.rehearsal import Outcome, Rehearsal, Values, mean_loss
 from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.step_losses import PairLoss
 from alphatoken_curate.directions.trainee import Trainee

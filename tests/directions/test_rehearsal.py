@@ -11,15 +11,9 @@ from daily import daily
 from tiny import CORE, FAMILIES, ROUNDING, make_row, tiny_model, tiny_rows
 from unrolled import mean_over, values_by_autograd, values_by_retraining
 
+from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import (
-    Course,
-    Rehearsal,
-    Values,
-    drift_loss,
-    mean_loss,
-    plan_steps,
-)
+from alphatoken_curate.directions.rehearsal import Rehearsal, Values, drift_loss, mean_loss
 from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.directions.windows import borders_of
@@ -260,12 +254,6 @@ def test_batches_change_nothing_but_rounding() -> None:
     assert 0 < np.abs(alone - together).max() < 1e-10 * np.abs(alone).max()
 
 
-def test_the_way_back_takes_smaller_batches() -> None:
-    course = Course(rows=ROWS, steps=[(0, 1, 2, 3)], optimiser=ADAM, batch_tokens=60)
-    assert [sorted(batch.rows) for batch in course.batches(0)] == [[0, 2, 3], [1]]
-    assert sorted(len(batch.rows) for batch in course.batches(0, twice=True)) == [1, 1, 2]
-
-
 def test_a_token_that_no_step_takes_has_no_value() -> None:
     found = rehearse(Trainee(tiny_model("gpt2"), 1, "all"), [(0, 1)], ADAM).value
     assert found[:, : _places(2)[0]].all() and not found[:, _places(2)[0] :].any()
@@ -408,32 +396,3 @@ def test_without_a_root_term_a_derivative_that_is_not_finite_is_refused() -> Non
     course = Course(rows=ROWS, steps=TWO, optimiser=dataclasses.replace(ADAM, root=0.0, eps=1e-8))
     with pytest.raises(InputError, match=r"through step 2 of the rehearsal is not finite.* larger --rehearse-root"):
         Rehearsal(Trainee(tiny_model("gpt2"), "all", "all"), course, InMemory()).run([mean_loss(TARGET, 1000)])
-
-
-# ------------------------------------------------------------------------------------------------------------- order
-
-
-def test_every_epoch_takes_all_rows_once_in_an_order_of_its_own() -> None:
-    steps = plan_steps(ROWS, epochs=3, rows_per_step=4, seed=0)
-    assert [len(step) for step in steps] == [4, 2] * 3
-    orders = [sum(steps[i : i + 2], ()) for i in (0, 2, 4)]
-    assert all(sorted(order) == list(range(6)) for order in orders) and len(set(orders)) == 3
-    assert plan_steps(ROWS, epochs=2, rows_per_step=4, seed=0) == steps[:4]
-    assert plan_steps(ROWS, epochs=3, rows_per_step=4, seed=1) != steps
-
-
-def test_the_order_is_of_rows_and_not_of_where_they_stand() -> None:
-    turned = ROWS[::-1]
-    one, other = (plan_steps(rows, epochs=1, rows_per_step=2, seed=3) for rows in (ROWS, turned))
-    assert [[ROWS[i].row_id for i in step] for step in one] == [[turned[i].row_id for i in step] for step in other]
-
-
-def test_turns_of_a_row_have_places_of_their_own() -> None:
-    turns = [dataclasses.replace(ROWS[0], turn=n) for n in range(12)]
-    (order,) = plan_steps(turns, epochs=1, rows_per_step=12, seed=0)
-    assert sorted(order) == list(range(12)) and list(order) != list(range(12))
-
-
-@pytest.mark.parametrize(("steps", "borders"), [(1, [0, 1]), (2, [0, 2]), (7, [0, 1, 4, 7]), (9, [0, 3, 6, 9])])
-def test_segments_are_about_as_long_as_they_are_many(steps: int, borders: list[int]) -> None:
-    assert borders_of(steps, None) == [borders]

@@ -12,8 +12,9 @@ from killed import ended_by
 from tiny import make_row, tiny_model, tiny_rows
 
 from alphatoken_curate import StoredDataError
+from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, mean_loss
+from alphatoken_curate.directions.rehearsal import Rehearsal, Values, mean_loss
 from alphatoken_curate.directions.shelves import Artefacts, InMemory, Scratch, Shelf
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.runs.artifacts import Store

@@ -17,8 +17,9 @@ from tiny_files import perturbed
 from unrolled import mean_over
 from unrolled_pairs import Dpo, Simpo, flat, own_losses
 
+from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, mean_loss
+from alphatoken_curate.directions.rehearsal import Rehearsal, Values, mean_loss
 from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.step_losses import TOKENS, PairLoss
 from alphatoken_curate.directions.trainee import Trainee

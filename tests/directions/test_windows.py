@@ -15,8 +15,9 @@ from tiny import make_row, tiny_model, tiny_rows
 from unrolled import mean_over, token_losses, values_by_windows
 
 from alphatoken_curate import CurateError, InputError, StoredDataError
+from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, drift_loss, mean_loss
+from alphatoken_curate.directions.rehearsal import Rehearsal, Values, drift_loss, mean_loss
 from alphatoken_curate.directions.shelves import Artefacts, InMemory, Scratch
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.directions.windows import borders_of, windows
@@ -420,3 +421,8 @@ def test_what_lies_below_runs_once_for_each_batch_that_trains() -> None:
     same(computed, kept)
     same(shelved, kept)
     assert len(shelf._held) <= len(OUTCOMES), "what windows put there is gone"
+
+
+@pytest.mark.parametrize(("steps", "borders"), [(1, [0, 1]), (2, [0, 2]), (7, [0, 1, 4, 7]), (9, [0, 3, 6, 9])])
+def test_segments_are_about_as_long_as_they_are_many(steps: int, borders: list[int]) -> None:
+    assert borders_of(steps, None) == [borders]

@@ -308,6 +308,8 @@ def test_without_it_no_model_is_loaded(settings: dict[str, Any], monkeypatch: py
     monkeypatch.setattr(ScorerSpec, "load", None)
     summary = check(ScoreConfig(**settings | {"batch_tokens": "auto"}))
     assert summary.estimate is None and summary.batch_tokens == 512 and summary.shards == 3
+    rehearsal = {"batch_tokens": "auto", "direction": "rehearsal", "rehearse_lr": 1e-3}
+    assert check(ScoreConfig(**settings | rehearsal)).batch_tokens == 1024
     assert find_model(settings["model"])
     ended = command("check", settings["data"], "--model", settings["model"])
     assert ended.code == 0 and "estimate" not in ended.out

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from unrolled import J, mean_over, values_by_autograd
 
 from alphatoken_curate import ModelError, ScoreConfig, refresh, score, verify
+from alphatoken_curate.directions.course import plan_steps
 from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.lora import LoraTrainee
-from alphatoken_curate.directions.rehearsal import plan_steps
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.models.load import find_model
 from alphatoken_curate.models.unmerged import Lora

@@ -29,9 +29,10 @@ from transformers import AutoModelForCausalLM
 from unrolled import J, mean_over, values_by_windows
 
 from alphatoken_curate import InputError, ScoreConfig, refresh, score, verify
+from alphatoken_curate.directions.course import Course, plan_steps
 from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Rehearsal, mean_loss, plan_steps
+from alphatoken_curate.directions.rehearsal import Rehearsal, mean_loss
 from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.runs import manifest

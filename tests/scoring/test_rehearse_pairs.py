@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from unrolled import J, mean_over
 from unrolled_pairs import Dpo, Simpo, flat, own_losses
 
-from alphatoken_curate import ScoreConfig, UsageError, refresh, score, verify
+from alphatoken_curate import InputError, ScoreConfig, UsageError, refresh, score, verify
+from alphatoken_curate.directions.course import plan_steps
 from alphatoken_curate.directions.groups import deal
-from alphatoken_curate.directions.rehearsal import plan_steps
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.runs import card, manifest
 from alphatoken_curate.scoring.courses import optimiser_of
@@ -157,7 +157,7 @@ def test_omega_and_margin_are_of_the_model_as_it_starts(files: dict[str, str], t
 
 
 def test_paths_are_with_omega_held(files: dict[str, str], tmp_path: Path) -> None:
-    """Influence is more than its parts: by what a weight does to omega. One pair by SGD in one step says how much."""
+    """Influence is more than its parts: by what a weight does to omega. One step of SGD says how much."""
     how = {"rehearse_optimizer": "sgd", "rehearse_rows_per_step": 9, "parameters": "linear", "layers": 2}
     score(config(files, **how), tmp_path / "whole")
     score(config(files, **how, estimator="exact+influence"), tmp_path / "parted")
@@ -256,7 +256,7 @@ def test_simpo_is_part_of_what_a_run_is_and_told(files: dict[str, str], tmp_path
 
 
 def test_paths_of_simpo_add_up_with_omega_held(files: dict[str, str], tmp_path: Path) -> None:
-    """One pair in one step of SGD: direct and upstream are the influence less what a weight does to omega."""
+    """In one step of SGD: direct and upstream are the influence less what a weight does to omega."""
     how: dict[str, Any] = {
         "rehearse_optimizer": "sgd",
         "rehearse_rows_per_step": 9,
@@ -281,3 +281,23 @@ def test_paths_of_simpo_add_up_with_omega_held(files: dict[str, str], tmp_path: 
     assert np.abs(moved).max() > 0.01 * np.abs(whole["adapt_influence"]).max()
     atol = 1e-5 * np.abs(whole["adapt_influence"]).max()
     np.testing.assert_allclose(whole["adapt_influence"] - held, moved, atol=atol)
+
+
+def test_a_loss_of_pairs_is_too_large_by_where_it_began(files: dict[str, str], tmp_path: Path) -> None:
+    """One of SimPO has no scale: by a large beta and gamma a pair costs tens of nats from the first step on."""
+    how: dict[str, Any] = {"layers": 1, "parameters": "linear", "rehearse_rows_per_step": 1, "rehearse_simpo": 5.0}
+    done = score(config(files, **how, beta=30.0, rehearse_lr=1e-9), tmp_path / "run")
+    assert done.manifest.counts.scored == len(ROWS)
+    with pytest.raises(InputError, match=r"The rehearsal diverges: in step \d of 9 the mean loss is"):
+        score(config(files, **how, beta=30.0, rehearse_lr=3.0), tmp_path / "far")
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_a_beta_of_dpo_is_warned_of_with_simpo(beta: float, files: dict[str, str], tmp_path: Path) -> None:
+    given = {"layers": 1, "parameters": "linear", "limit": 2, "rehearse_simpo": 0.5, "dtype": "float32"}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    flags += ["--direction=rehearsal", "--rehearse-lr=0.01", f"--target={files['target']}", f"--model={files['tuned']}"]
+    ended = command("score", files["data"], *flags, f"--beta={beta}", "-o", tmp_path / "run")
+    assert ended.code == 0 and ("--rehearse-simpo by --beta 0.1: SimPO's margins" in ended.err) == (beta < 1)
+    ended = command("export", tmp_path / "run", "--for", "trl", "-o", tmp_path / "export")
+    assert ended.code == 0 and "of a training by SimPO" in (tmp_path / "export/README.md").read_text()

@@ -13,9 +13,10 @@ from torch import Tensor
 from unrolled import cotangents_by_autograd, mean_over
 from unrolled_pairs import Dpo, flat, own_losses
 
+from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.groups import mean_and_error
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Rehearsal, Values, mean_loss
+from alphatoken_curate.directions.rehearsal import Rehearsal, Values, mean_loss
 from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.step_losses import PairLoss
 from alphatoken_curate.directions.trainee import Trainee

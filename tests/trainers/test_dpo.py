@@ -16,8 +16,8 @@ from torch.utils.data import SequentialSampler
 from trainer_runs import NO_CHECKPOINTING, ROWS, assert_close, settings, step, tiny, tokenizer, train_run
 from trl import DPOConfig, DPOTrainer
 
+from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course
 from alphatoken_curate.directions.step_losses import PairLoss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.errors import UsageError

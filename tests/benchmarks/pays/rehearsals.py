@@ -28,9 +28,10 @@ from selections import Selection, alone, digest
 from settings import MODEL_NAME, TARGETED, Setting, pair_rows, rows_sha256, token_rows
 from training import BETA, Weights, batches, load
 
+from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.groups import mean_and_error
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import Course, Rehearsal, mean_loss
+from alphatoken_curate.directions.rehearsal import Rehearsal, mean_loss
 from alphatoken_curate.directions.shelves import Artefacts, Scratch
 from alphatoken_curate.directions.step_losses import TOKENS, PairLoss
 from alphatoken_curate.directions.trainee import Trainee

@@ -13,9 +13,9 @@ from tiny_files import pair_records, quiet, rows_of, token_records, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import alphatoken_curate as atc
+from alphatoken_curate.directions.course import plan_steps
 from alphatoken_curate.directions.groups import deal
 from alphatoken_curate.directions.optimisers import Optimiser
-from alphatoken_curate.directions.rehearsal import plan_steps
 from alphatoken_curate.runs.artifacts import Store
 
 ROWS, TARGET = token_records(9, seed=2), token_records(10, seed=9)
