@@ -24,7 +24,7 @@ from alphatoken_curate.directions.shelves import InMemory
 from alphatoken_curate.directions.step_losses import TOKENS, PairLoss
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.signals.rehearsed import exact_paths
-from alphatoken_curate.tokens.plan import collate, token_starts
+from alphatoken_curate.tokens.plan import Batch, collate, token_starts
 
 pytestmark = pytest.mark.usefixtures("all_float64")
 
@@ -84,6 +84,22 @@ def assert_exact(found: Values, wanted: np.ndarray, tolerance: float = 1e-8) -> 
     assert np.abs(wanted).max() > 0 and (error < tolerance).all(), error
 
 
+def assert_weighs_by_derivative(
+    loss: PairLoss, batch: Batch, nll: torch.Tensor, weights: torch.Tensor, wanted: torch.Tensor
+) -> None:
+    """`wanted`: the loss by hand. Of v its derivative too, along something, by nll and by both ways of the weights."""
+    given = loss.weigh(batch, nll, [weights, weights])
+    by_nll = torch.autograd.grad(wanted, nll, create_graph=True)[0]
+    torch.testing.assert_close(given, by_nll)
+    along = torch.rand(len(nll), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for mine, other in zip(
+        torch.autograd.grad((given * along).sum(), [nll, weights]),
+        torch.autograd.grad((by_nll * along).sum(), [nll, weights]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
 # -------------------------------------------------------------------------------------------------- the loss of a step
 
 
@@ -111,17 +127,7 @@ def test_the_loss_of_pairs_is_dpos_and_weighs_by_its_derivative() -> None:
     wanted = -torch.log(torch.sigmoid(margins)).sum()
     torch.testing.assert_close(loss.margin(batch, nll, weights), margins)
     assert loss.units(batch) == 2 and loss.ways == 2
-    given = loss.weigh(batch, nll, [weights, weights])
-    by_nll = torch.autograd.grad(wanted, nll, create_graph=True)[0]
-    torch.testing.assert_close(given, by_nll)
-    # The derivative of v, along something, by nll and by weights: by both ways in which these enter.
-    along = torch.rand(len(nll), generator=draw, dtype=torch.float64)
-    for mine, other in zip(
-        torch.autograd.grad((given * along).sum(), [nll, weights]),
-        torch.autograd.grad((by_nll * along).sum(), [nll, weights]),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, other)
+    assert_weighs_by_derivative(loss, batch, nll, weights, wanted)
     ones = torch.ones_like(nll)
     plain = torch.stack([(reference[i] - x).sum() for i, x in zip((6, 7, 0, 1), held, strict=True)])
     wanted = torch.nn.functional.softplus(-BETA * (plain[0::2] - plain[1::2])).sum()
@@ -143,16 +149,7 @@ def test_the_loss_of_pairs_is_simpos_and_weighs_by_its_derivative(divided: str) 
     means = [-(x * w).sum() / (len(x) if divided == "count" else w.sum()) for x, w in each]
     margins = torch.stack([2 * (means[0] - means[1]), 2 * (means[2] - means[3])]) - 0.7
     torch.testing.assert_close(loss.margin(batch, nll, weights), margins)
-    given = loss.weigh(batch, nll, [weights, weights])
-    by_nll = torch.autograd.grad(-torch.log(torch.sigmoid(margins)).sum(), nll, create_graph=True)[0]
-    torch.testing.assert_close(given, by_nll)
-    along = torch.rand(len(nll), generator=draw, dtype=torch.float64)
-    for mine, other in zip(
-        torch.autograd.grad((given * along).sum(), [nll, weights]),
-        torch.autograd.grad((by_nll * along).sum(), [nll, weights]),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, other)
+    assert_weighs_by_derivative(loss, batch, nll, weights, -torch.log(torch.sigmoid(margins)).sum())
 
 
 def test_simpos_loss_is_trls() -> None:
