@@ -136,8 +136,16 @@ def rehearsal() -> str:
         values = next((line["found"] for line in mine if line["config"]["selection"] == VALUES), None)
         trained = [line for line in mine if line["config"]["selection"] != VALUES]
         tables = [_values(values) if values else "", _as_rehearsed(trained), _transfer(trained)]
-        parts.append("\n\n".join([f"### {setting}", *(table for table in tables if table)]))
+        parts.append("\n\n".join([f"### {setting}", *(_said_once(table, parts) for table in tables if table)]))
     return "\n\n".join(parts)
+
+
+def _said_once(table: str, before: Sequence[str]) -> str:
+    """A table whose rows name what an earlier one has, of the same training for another outcome, as such."""
+    said = {row for part in before for row in part.splitlines() if not set(row) <= set("|-: ")}
+    rows = table.splitlines()
+    same = [row.replace(" |", ", as above |", 1) if row in said else row for row in rows[2:]]
+    return "\n".join([*rows[:2], *same])
 
 
 def _values(found: dict[str, Any]) -> str:
