@@ -9,6 +9,9 @@ from typing import Any
 
 from alphatoken_curate.errors import UsageError
 
+REHEARSED_ONLY = ("rehearse_lora", "rehearse_window", "rehearse_simpo")
+"""Settings that are refused with another direction: values of another kind than was asked for would come of it."""
+
 
 def defaults_beside(config: Any) -> dict[str, Any]:
     """What estimator, layers and parameters are where they were not given."""
@@ -39,9 +42,10 @@ def check_together(config: Any) -> None:
     if config.rehearses:
         _check_rehearsal(config)
         return
-    for name in ("lora", "window", "simpo"):  # values of another kind would come of it
-        if getattr(config, f"rehearse_{name}") is not None:
-            raise UsageError(f"--rehearse-{name} goes with --direction rehearsal and --rehearse-lr X: give them too.")
+    for name in REHEARSED_ONLY:
+        if getattr(config, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} goes with --direction rehearsal and --rehearse-lr X: give them too.")
 
 
 def _check_trunk(config: Any) -> None:

@@ -149,11 +149,15 @@ class Rehearsal:
             for n in range(math.ceil(outcomes / (at_once or outcomes))):
                 if self.kept.has_values(part := f"{n}{window.name}"):
                     continue
-                reached = next((k for k in window.borders if self.kept.has_adjoints(part, k)), None)
+                reached = self._reached(part, window.borders)
                 if reached is None and not there:
                     yield from range(max(first, self._border_kept(window.borders)), last)
                 there = True
                 yield from range(first, last if reached is None else reached)
+
+    def _reached(self, part: str, borders: Sequence[int]) -> int | None:
+        """How far back a part has come; None where it has not set out."""
+        return next((k for k in borders if self.kept.has_adjoints(part, k)), None)
 
     def _border_kept(self, borders: Sequence[int]) -> int:
         """The last of them whose state was kept; 0 where none was."""
@@ -184,7 +188,7 @@ class Rehearsal:
             if not self._moved and not self.kept.has_state(0):
                 self._keep_state(0)
             self._moved = True
-            reached = next((k for k in borders if self.kept.has_adjoints(self._part, k)), None)
+            reached = self._reached(self._part, borders)
             if reached is None:
                 self._forward(borders, told, keep=borders[0] if self._keeps_all else borders[-2])
                 self._begin_adjoints([outcome(self.trainee) for outcome in outcomes])
@@ -225,10 +229,11 @@ class Rehearsal:
     def _check_training(self, k: int, grads: Weights, loss: float) -> None:
         if k == 0:
             self._first_loss = loss
+        worst = 2 * max(self._first_loss, math.log(self.trainee.vocabulary))
         # A loss of pairs has no scale of its own: beta, which it is by, and their margins are any.
-        worst = 2 * max(self._first_loss, math.log(self.trainee.vocabulary), self.course.loss_before(k))
+        small = loss <= worst or loss <= 2 * self.course.loss_before(k)
         finite = all(bool(g.isfinite().all()) for g in grads)
-        if not (loss <= worst and finite):
+        if not (small and finite):
             raise InputError(
                 f"The rehearsal diverges: in step {k + 1} of {len(self.course.steps)} the mean loss is {loss:.4g} nats"
                 f" and its gradient is {'finite' if finite else 'not finite'}. {_GENTLER}"

@@ -221,7 +221,7 @@ def decoded(data: bytes, where: Path | str) -> Manifest:
 
 def layout(stored: Manifest) -> Layout:
     """The columns of the run: those of its kind of rows. Raises `StoredDataError` where it is none that is known."""
-    return _of_setting(stored, "kind", LAYOUTS).along(str(stored.settings.get("direction")))
+    return _of_setting(stored, "kind", LAYOUTS).along(stored.settings.get("direction"))
 
 
 def components(stored: Manifest) -> Components:

@@ -164,7 +164,7 @@ class Layout:
     unit: str = PER_STEP
     """Of values, their parts and errors."""
 
-    def along(self, direction: str) -> Layout:
+    def along(self, direction: object) -> Layout:
         """The same columns in the units of `--direction`."""
         if direction != "rehearsal":
             return self
@@ -281,26 +281,21 @@ def _layout(kind: str, branches: tuple[str, ...], extra: list[pa.Field]) -> Layo
     )
 
 
+def _in_units(column: pa.Field, units: str) -> pa.Field:
+    return column.with_metadata({**column.metadata, b"units": units.encode()})
+
+
 def _by_weight(columns: pa.Schema) -> pa.Schema:
     """Columns whose values are per unit weight."""
-    told = {b"units": PER_WEIGHT.encode()}
-    return pa.schema(
-        [
-            column.with_metadata({**column.metadata, **told})
-            if column.metadata[b"units"] == PER_STEP.encode()
-            else column
-            for column in columns
-        ]
-    )
+    per_step = PER_STEP.encode()
+    return pa.schema([_in_units(one, PER_WEIGHT) if one.metadata[b"units"] == per_step else one for one in columns])
 
 
 def with_units(train: pa.Schema, units: str) -> pa.Schema:
     """The columns of a mask whose `value`, the number it was made from, has these units."""
-    fields = []
-    for column in train:
-        signal = column.name.endswith("value") and column.type == _floats
-        fields.append(column.with_metadata({**column.metadata, b"units": units.encode()}) if signal else column)
-    return pa.schema(fields)
+    return pa.schema(
+        [_in_units(one, units) if one.name.endswith("value") and one.type == _floats else one for one in train]
+    )
 
 
 SFT = _layout("sft", ("",), [])

@@ -9,6 +9,7 @@ from functools import partial
 from alphatoken_curate.config import FISHER_MODES, OF_OPTIMISER, OF_REHEARSAL, ScoreConfig
 from alphatoken_curate.masks import always
 from alphatoken_curate.masks.criteria import depends_on_value
+from alphatoken_curate.together import REHEARSED_ONLY
 
 
 def _has_drift(config: ScoreConfig) -> bool:
@@ -44,8 +45,7 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
     **{
         name: ("with --direction rehearsal", lambda config, _: config.rehearses)
         for name in OF_REHEARSAL
-        # These go with no other direction.
-        if name not in ("rehearse_lr", "rehearse_lora", "rehearse_window", "rehearse_simpo")
+        if name not in ("rehearse_lr", *REHEARSED_ONLY)
     },
     **{
         name: (f"with --direction rehearsal and --rehearse-optimizer {kind}", partial(_steps_by, kind))
@@ -56,8 +56,7 @@ _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
         "with --direction rehearsal and --rehearse-lora",
         lambda config, _: config.rehearses_lora,
     ),
-    "rehearse_simpo": ("for preference rows", lambda _, kind: kind == "preference"),
-    "beta": ("for preference rows", lambda _, kind: kind == "preference"),
+    **dict.fromkeys(("beta", "rehearse_simpo"), ("for preference rows", lambda _, kind: kind == "preference")),
     "stability_scale": (
         "where --by depends on value",
         lambda config, _: depends_on_value(config.by) or always.depends_on_value(config.always_keep),

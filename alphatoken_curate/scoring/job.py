@@ -45,7 +45,7 @@ class Job:
     def layout(self) -> Layout:
         """The columns of its shards."""
         settings = self.facts.settings
-        return LAYOUTS[str(settings["kind"])].along(str(settings.get("direction")))
+        return LAYOUTS[str(settings["kind"])].along(settings.get("direction"))
 
     @property
     def shards(self) -> Shards:

@@ -21,7 +21,7 @@ from alphatoken_curate.scoring.job import Job
 from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.tokens.packed import pack, unpack
 from alphatoken_curate.tokens.plan import token_starts
-from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, branches, chosen
+from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, branches, chosen
 
 _ROWS, _REFERENCE = "rows", "reference"
 
@@ -49,11 +49,6 @@ class Material:
     target: Sequence[TokenRow]
     retention: Sequence[TokenRow]
     reference: NDArray[np.float32] | None
-
-    @property
-    def pairs(self) -> bool:
-        """Whether rows are preference pairs."""
-        return bool(self.rows) and isinstance(self.rows[0], PairRow)
 
     def put_away(self, store: Store) -> None:
         """Among the artefacts, where whoever has the store finds it (`put_away_in`)."""

@@ -206,7 +206,8 @@ class _Led:
                 f"{count(len(self.material.target), 'target row')}: a cut by rehearsed values learns so few by heart."
                 " Hundreds of --target rows serve, or a mild use: --weights tilt:0.25."
             )
-        if config.rehearse_simpo is not None and config.beta < SMALL_BETA and self.material.pairs:
+        pairs = self.stages.job.layout.kind == "preference"
+        if pairs and config.rehearse_simpo is not None and config.beta < SMALL_BETA:
             progress.warn(
                 f"--rehearse-simpo by --beta {config.beta:g}: SimPO's margins are of means, and its beta is mostly 2 or"
                 " more; 0.1 is one of DPO, whose margins are of sums."

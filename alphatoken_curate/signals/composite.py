@@ -36,8 +36,7 @@ def value(
     """Eq. 12: adaptation / scale + stability_weight * stability / scale, each objective the sum of its components.
 
     `signals`: at least the components, float32 arrays of one shape, of one unit -> float32 of that shape, in that unit
-    (without one where scaled). Computed in float64 and rounded once. NaN wherever a component is
-    NaN.
+    (without one where scaled). Computed in float64 and rounded once. NaN wherever a component is NaN.
     """
     adaptation = objective(signals, components.adaptation) / scales.adaptation
     stability = objective(signals, components.stability) / scales.stability

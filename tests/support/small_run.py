@@ -167,7 +167,7 @@ def write_generation(
     kind = kind_of(rows)
     told = facts(read or len(rows), kind, f"checkpoint-{number}" if number else "base", estimator_of(rows), more)
     metadata = Footer(fields={**FIELDS, "kind": kind, "generation": number}, facts=told.as_json())
-    layout = LAYOUTS[kind].along(str((more or {}).get("direction")))
+    layout = LAYOUTS[kind].along((more or {}).get("direction"))
     for index, start in enumerate(range(0, len(rows), per_shard)):
         path = values_folder(run, number) / shard_name(index)
         write_values(path, rows[start : start + per_shard], metadata, layout)
