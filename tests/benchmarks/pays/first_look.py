@@ -106,12 +106,15 @@ class Training:
     change: Mapping[str, Any] = field(default_factory=dict)
     size: str = ""
     seed: int = 0
+    rehearsed: bool = False
+    """Whether it is rehearsed as it is, in place of the other."""
 
 
 TRAININGS = {
     "as rehearsed": Training(),
     "order 1": Training(seed=1),
     "two epochs": Training(change={"epochs": 2}),
+    "two epochs, rehearsed": Training(change={"epochs": 2}, rehearsed=True),
     "rate 1e-4": Training(change={"learning_rate": 1e-4}),
     "rate 1e-5": Training(change={"learning_rate": 1e-5}),
     "128 rows": Training(size=" 128"),
@@ -119,9 +122,10 @@ TRAININGS = {
 """`128 rows`: values of two rehearsals of 64 rows each, each from the start, used in one training on all."""
 
 PLAIN = ["all tokens", "oracle", "random 0.9"]
-TRANSFERRED = ["all tokens", "oracle", *(f"{form}, one group" for form in MILD)]
+MILD_ONE_GROUP = [f"{form}, one group" for form in MILD]
+TRANSFERRED = ["all tokens", "oracle", *MILD_ONE_GROUP]
 DRAWS = ["random 0.9, draw 1", "random 0.9, draw 2"]
-BESIDE = ["surprise under 7", "influence ekfac 0.9", "influence astra 0.9", "excess loss over target rows 0.9"]
+BESIDE = ["surprise under 7", "influence ekfac 0.9", "excess loss over target rows 0.9"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +145,12 @@ PARTS: dict[str, Part] = {
     "targets": Part(selections=[name for n in NAMED_ROWS[1:] for name in named(*MILD, target_rows=n)]),
     "rows": Part(settings=(SWAPPED, WRONG), selections=named("lowest fifth of rows", target_rows=64)),
     "beside": Part(selections=[*BESIDE, *DRAWS]),
+    "astra": Part(settings=(DIGITS,), selections=["influence astra 0.9"]),
     "orders": Part(selections=TRANSFERRED, trainings=["order 1"]),
     "longer": Part(selections=TRANSFERRED, trainings=["two epochs"]),
+    "longer, rehearsed": Part(
+        settings=(CLEAN, DIGITS), selections=MILD_ONE_GROUP, trainings=["two epochs, rehearsed"]
+    ),
     "rates": Part(settings=(DIGITS, CLEAN), selections=TRANSFERRED, trainings=["rate 1e-4", "rate 1e-5"]),
     "second": Part(settings=(DIGITS, CLEAN), selections=[*SECOND]),
     "more rows": Part(settings=(DIGITS,), selections=TRANSFERRED, trainings=["128 rows"]),
@@ -191,7 +199,8 @@ def one(data: str, place: Place, config: dict[str, Any]) -> dict[str, Any]:
     where = trained(config["setting"], config["training"], Path(data))
     chosen = {**SELECTIONS, **USES}[config["selection"]]
     if chosen.who == "rehearsal":
-        weights = rehearsed_weights(chosen, base, place)
+        rehearsed = where if TRAININGS[config["training"]].rehearsed else base
+        weights = rehearsed_weights(chosen, rehearsed, place)
     else:
         weights = weights_of(chosen, base, place.work, config["seed"])
     curve = train(load(), where, weights, seed=config["seed"], measure_every=10**9, measure_start=chosen.who == "all")
