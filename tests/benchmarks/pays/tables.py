@@ -13,30 +13,15 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import lines
-
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-"""Student's t at 95% for so many seeds."""
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, numbers to the right."""
-    out = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*out, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def with_interval(values: Sequence[float], digits: int = 3) -> str:
-    """Mean, and where there are seeds enough the half width of its 95% interval."""
-    text = f"{mean(values):.{digits}f}"
-    if len(values) not in T95:
-        return text
-    return f"{text} ± {T95[len(values)] * stdev(values) / math.sqrt(len(values)):.{digits}f}"
+from verdict import report
+from writing import markdown, with_interval
 
 
 def fidelity(setting: str) -> str:
@@ -207,6 +192,25 @@ def _less(ends: dict[str, Any], name: str) -> str:
     return f"{ends['all tokens']['target_loss'] - ends[name]['target_loss']:+.3f}" if "all tokens" in ends else ""
 
 
+# ------------------------------------------------------------------------------------------------------------ detection
+
+
+def detection() -> str:
+    """Areas under the curve of each number, by token, and by row where rows are bad; over one column a noise."""
+    found = {line["config"]["setting"]: line["found"] for line in lines.read("detection")}
+    columns = [
+        (setting, measure)
+        for setting, numbers in found.items()
+        for measure in ("area", "row_area")
+        if all(measure in told for told in numbers.values())
+    ]
+    names = dict.fromkeys(name for numbers in found.values() for name in numbers)
+    rows = [[name, *(f"{found[setting][name][measure]:.2f}" for setting, measure in columns)] for name in names]
+    told = {"area": "tokens", "row_area": "rows"}
+    heads = [f"{setting.removeprefix('A ')}, {told[measure]}" for setting, measure in columns]
+    return markdown(["number", *heads], rows) if rows else ""
+
+
 # ------------------------------------------------------------------------------------------------------------- adapters
 
 
@@ -351,7 +355,13 @@ TABLES: dict[str, Callable[[str], str]] = {
     "outcome": outcome,
 }
 PAGE = lines.RESULTS / "README.md"
-WHOLE: dict[str, Callable[[], str]] = {"rehearsal": rehearsal, "adapters": adapters, "few to many": few_to_many}
+WHOLE: dict[str, Callable[[], str]] = {
+    "rehearsal": rehearsal,
+    "detection": detection,
+    "referee": report,
+    "adapters": adapters,
+    "few to many": few_to_many,
+}
 """Of all settings together."""
 MARKED = re.compile(r"(<!-- pays: (\w+) (\w+) -->\n).*?(<!-- end of pays -->)", re.DOTALL)
 

@@ -98,9 +98,57 @@ def test_every_run_of_the_test_is_of_rows_that_chose_nothing(pays: Any) -> None:
     runs = referee.runs()
     assert len({(r.stage, r.noise, r.seed, r.arm, r.rate) for r in runs}) == len(runs)
     assert {run.setting[0] for run in runs if run.stage == referee.CHOOSE} == {"A"}
-    tested = [run for run in runs if run.stage == referee.TEST]
-    assert {run.setting[0] for run in tested} == set("BCD") and {run.noise for run in tested} == set(
-        pays("settings").NOISES
-    )
+    others = [run for run in runs if run.stage != referee.CHOOSE]
+    assert {run.setting[0] for run in others} == set("BCD")
+    assert not any(referee.ARMS[run.arm].wants_bad for run in others if run.noise == "clean")
+    tested = [run for run in others if run.stage == referee.TEST]
+    assert {run.noise for run in tested} == set(pays("settings").NOISES)
     assert all(run.rate == referee.CHOSEN[run.arm] for run in tested)
-    assert not any(referee.ARMS[run.arm].wants_bad for run in tested if run.noise == "clean")
+
+
+def test_every_stage_is_told_beside_all_tokens(pays: Any) -> None:
+    referee = pays("referee")
+    tested = {(run.noise, run.seed, run.arm) for run in referee.runs() if run.stage == referee.TEST}
+    for stage in referee.STAGES.values():
+        assert referee.PLAIN in {*stage.arms, *stage.beside} and not {*stage.arms} & {*stage.beside}
+        assert {(noise, n, arm) for noise in stage.noises for n in stage.seeds for arm in stage.beside} <= tested
+
+
+def test_a_long_training_goes_by_values_of_one_epoch(pays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    referee, settings = pays("referee"), pays("settings")
+    rows = made(pays, 4)
+    parts = {"train": rows, "target": rows, "held": [], "retention": [], "remember": [], "beside": []}
+    where = settings.Setting(name="tiny", **parts, learning_rate=1e-2, epochs=8, batch=2)
+    rehearsed: list[int] = []
+    monkeypatch.setattr(referee, "rehearsed_weights", lambda chosen, setting, place: rehearsed.append(setting.epochs))
+    referee.arm_weights(referee.ARMS["rehearsed, lowest 5%"], where, None, 0)
+    assert rehearsed == [1]
+
+
+def test_selectors_of_the_literature_are_those_of_the_page(pays: Any) -> None:
+    page = (Path(__file__).parents[3] / "sample_data/README.md").read_text(encoding="utf-8")
+    for name, arm in pays("referee").OF_LITERATURE.items():
+        known = {"GCE": "generalised cross-entropy"}.get(name, name)
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {known} |"))
+        mask = dict(arm.selection.mask)
+        assert f'--by "{mask["by"]}"' in line and (f"--weights {mask.get('weights')}" in line) == ("weights" in mask)
+
+
+def test_a_table_of_a_stage_holds_what_it_is_told_beside(pays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = pays("verdict")
+
+    def line(stage: str, arm: str, loss: float) -> dict[str, Any]:
+        held = {"tokens": [2, 3], "nll": [2 * loss, 3 * loss], "tempered": [loss, loss], "digits": [1, 1]}
+        found = {"held": {**held, "digits_right": [0, 1]}, "curve": [{"retention_loss": 3.0}]}
+        counted = {"kept_tokens": 5, "response_tokens": 5, "kept_bad": 1, "bad_tokens": 1}
+        config = {"model": "tiny", "stage": stage, "noise": "digits", "seed": 1, "arm": arm}
+        return {"config": config, "found": {**found, **counted}}
+
+    found = [line("rescored", "published 0.5 every 2", 1.5), line("test", "all tokens", 1.0)]
+    found += [line("test", "published 0.5", 2.0), line("test", "random 0.9", 1.25)]
+    monkeypatch.setattr(verdict.lines, "read", lambda name: found)
+    test, rescored = verdict.report().split("### ")[1:]
+    assert test.startswith("tiny: digits\n") and "random 0.9 | 1 | 100% | 100% | 1.250 | -0.250" in test
+    assert rescored.startswith("tiny: digits, rescored\n") and "random" not in rescored
+    for told in ("all tokens | 1 |", "published 0.5 every 2 | 1 | 100% | 100% | 1.500 | -0.500", "| -1.000 |"):
+        assert told in rescored

@@ -22,14 +22,13 @@ from typing import Any
 import lines
 import numpy as np
 from numpy.typing import NDArray
-from referee import CHOOSE, RATES
-from tables import T95, markdown
+from referee import CHOOSE, PLAIN, RATES, STAGES, TEST
+from writing import T95, markdown
 
 Floats = NDArray[np.float64]
 
 DRAWS = 4000
 SURE = 0.95
-PLAIN = "all tokens"
 
 MEASURES = {
     "nll": ("nll", "tokens"),
@@ -143,12 +142,22 @@ def report() -> str:
     """All tables there are lines for."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for line in lines.read("referee"):
-        found[line["config"]["stage"], line["config"]["model"], line["config"]["noise"]].append(line)
+        found[line["config"]["model"], line["config"]["stage"], line["config"]["noise"]].append(line)
     parts = []
-    for (stage, model, noise), some in sorted(found.items()):
-        head = f"### {model}: {noise}" + (", chosen on split A" if stage == CHOOSE else "")
-        parts.append(f"{head}\n\n{chosen(some) if stage == CHOOSE else of_noise(some)}")
+    for (model, stage, noise), some in sorted(found.items(), key=_in_order):
+        if stage == CHOOSE:
+            parts.append(f"### {model}: {noise}, chosen on split A\n\n{chosen(some)}")
+            continue
+        beside = [one for one in found[model, TEST, noise] if one["config"]["arm"] in STAGES[stage].beside]
+        named = "" if stage == TEST else f", {stage}"
+        parts.append(f"### {model}: {noise}{named}\n\n{of_noise([*some, *beside])}")
     return "\n\n".join(parts)
+
+
+def _in_order(found: tuple[tuple[str, str, str], Any]) -> tuple[str, int]:
+    """Of a model and its stages in their order."""
+    (model, stage, _), _ = found
+    return model, [CHOOSE, *STAGES].index(stage)
 
 
 if __name__ == "__main__":
