@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ _WEIGHTS = (
 
 
 def _load(told: Told) -> str:
-    return f'rows = load_dataset("parquet", data_files={json.dumps(told.file(NAME))}, split="train")'
+    # datasets reads *, ? and [ as patterns.
+    return f'rows = load_dataset("parquet", data_files={json.dumps(escape(told.file(NAME)))}, split="train")'
 
 
 def _sft(told: Told, module: str, prefix: str) -> Iterator[str]:

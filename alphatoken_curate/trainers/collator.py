@@ -33,7 +33,10 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(feature: Feature, prefix: str = "") -> Tokens:
-    """The tokens of a row, or of a branch of it. Raises `UsageError` where its lists do not fit each other."""
+    """The tokens of a row, or of a branch of it. Raises `UsageError` where its lists do not fit each other.
+
+    Without weights of its own the first token has none: nothing predicts it, whatever its label.
+    """
     name = f"row {feature['row_id']}" if "row_id" in feature else "a row"
     if prefix + "input_ids" not in feature:
         raise UsageError(
@@ -45,7 +48,9 @@ def tokens_of(feature: Feature, prefix: str = "") -> Tokens:
     if told is None and weighs is None:
         raise UsageError(f"{name} has neither {prefix}labels nor {prefix}{WEIGHT}; {_HINT}")
     if weighs is None:
-        weighs = torch.as_tensor(told) != IGNORE_INDEX
+        told = torch.as_tensor(told, dtype=torch.int64).clone()
+        told[:1] = IGNORE_INDEX
+        weighs = told != IGNORE_INDEX
     weight = torch.as_tensor(weighs, dtype=torch.float32)
     if told is None:
         told = ids.where(weight > 0, torch.tensor(IGNORE_INDEX))
@@ -96,7 +101,9 @@ class PreferenceCollator:
     """Pairs as a batch of 2B sequences, the chosen ones first, as TRL's DPO takes them, padded right.
 
     input_ids, attention_mask and completion_mask int64 and loss_weight float32, (2B, T); completion_mask is 1 where the
-    weight is above 0. `ref_chosen_logps` and `ref_rejected_logps` (B,) float32 where the rows have them.
+    weight is above 0. `ref_chosen_logps` and `ref_rejected_logps` (B,) float32 where the rows have them. A pair trains
+    nothing where one of its branches has nothing to train, or where both were cut to the same: no answer is moved
+    against nothing.
     """
 
     pad_token_id: int = 0
@@ -104,13 +111,26 @@ class PreferenceCollator:
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Tensor]:
         """Raises `UsageError` where labels and weights of a row do not fit each other."""
-        rows = [tokens_of(feature, prefix) for prefix in PREFERENCE.branches for feature in features]
+        pairs = [_whole(*(tokens_of(feature, prefix) for prefix in PREFERENCE.branches)) for feature in features]
+        rows = [pair[n] for n in range(len(PREFERENCE.branches)) for pair in pairs]
         batch = _padded(rows, self.pad_token_id, self.pad_to_multiple_of)
         batch["completion_mask"] = (batch.pop("labels") != IGNORE_INDEX).long()
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in features[0]:
                 batch[name] = torch.tensor([feature[name] for feature in features])
         return batch
+
+
+def _whole(one: Tokens, other: Tokens) -> tuple[Tokens, Tokens]:
+    """Both branches of a pair, as they are or without anything to train."""
+    trains = bool(one.weight.any()) and bool(other.weight.any())
+    if trains and not (torch.equal(one.ids, other.ids) and torch.equal(one.labels, other.labels)):
+        return one, other
+    return _blank(one), _blank(other)
+
+
+def _blank(tokens: Tokens) -> Tokens:
+    return Tokens(tokens.ids, torch.full_like(tokens.labels, IGNORE_INDEX), torch.zeros_like(tokens.weight))
 
 
 def _bare(feature: Feature) -> dict[str, Any]:

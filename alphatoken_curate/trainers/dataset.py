@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +34,19 @@ def as_dataset(
     Columns: row_id, in runs by --turns each turn, and of each branch (`chosen_` and `rejected_` before the names in
     preference runs) input_ids, labels and loss_weight. The bytes of all shards are checked; datasets keeps a copy of
     them in its cache. Longer sequences are cut to `max_length` tokens at the end, ids, labels and weights alike; no row
-    is left out, those that have nothing left to train give nothing. `tokenizer`: that of the model to train, for a loop
-    of your own (our trainers look at theirs); it must give the tokens that the rows are made of. Raises `UsageError`
-    where it does not, where there is no such mask or it has no row, `StoredDataError` for shards that are damaged.
+    is left out, those that have nothing left to train give nothing (of pairs, as `PreferenceCollator` says).
+    `tokenizer`: that of the model to train, for a loop of your own (our trainers look at theirs); it must give the
+    tokens that the rows are made of. Raises `UsageError` where it does not, where there is no such mask or it has no
+    row, and for a path that datasets cannot take; `StoredDataError` for shards that are damaged.
     """
     from datasets import Dataset
 
+    check_length(max_length)
     opened = open_train(run, mask)
     if tokenizer is not None:
         check_tokenizer(opened, tokenizer)
     names = [prefix + name for prefix in opened.layout.branches for name in LISTS]
-    paths = [str(path) for path in opened.files()]
+    paths = [_literally(path) for path in opened.files()]
     if not any(shard.rows for shard in opened.mask.shards):
         raise UsageError(f"{run}: mask {opened.mask.mask} has no row to train on")
     rows = marked(Dataset.from_parquet(paths, columns=[*key_columns(opened), *names]), opened.run)
@@ -53,6 +56,23 @@ def as_dataset(
 def key_columns(opened: TrainSet) -> tuple[str, ...]:
     """What says which sequence an item is."""
     return ("row_id", "turn") if opened.stored.settings.get("turns") == "each" else ("row_id",)
+
+
+def check_length(max_length: int | None) -> None:
+    """Raise `UsageError` for a length that no sequence can be cut to."""
+    if max_length is not None and max_length < 2:
+        raise UsageError(
+            f"max_length {max_length}: give at least 2, as one token alone is predicted by nothing; None cuts nothing"
+        )
+
+
+def _literally(path: Path) -> str:
+    """A path as datasets takes it, which else reads *, ? and [ as patterns and finds other files."""
+    if "::" in str(path):
+        raise UsageError(
+            f"{path}: datasets takes :: for a chain of file systems. Rename the folder, or read it by TrainDataset."
+        )
+    return escape(str(path))
 
 
 def _cut(row: Mapping[str, Any], names: list[str], max_length: int) -> dict[str, Any]:
@@ -103,6 +123,7 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
                 f"TrainDataset: rank {rank} of world {world}, {shards_at_once} shards at once, batches of {batch_size};"
                 " ranks count from 0, the others from 1"
             )
+        check_length(max_length)
         self.run, self.rank = Path(run), rank
         self.seed, self.shuffle, self.world, self.shards_at_once = seed, shuffle, world, shards_at_once
         self.batch_size, self.max_length = batch_size, max_length
@@ -111,11 +132,14 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
         if tokenizer is not None:
             check_tokenizer(self._opened, tokenizer)
         self._next: TrainSet | None = None
+        # Of this epoch the rank has trained on `_start` rows, and behind them on `_done` of those that are the share of
+        # one of `_workers` (None: on all).
         self._start, self._done = 0, 0
+        self._workers: int | None = None
 
     @property
     def mask(self) -> int:
-        """Number of the mask that the rows of this epoch are of."""
+        """Number of the mask of the rows that are given out; another one counts from the first row of an epoch on."""
         return self._opened.mask.mask
 
     def __len__(self) -> int:
@@ -123,7 +147,10 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
         return sum(shard.rows for shard in self._opened.mask.shards) // self.world
 
     def use_mask(self, mask: int | None = None) -> None:
-        """Go on with another mask, by default the newest one, when the next epoch begins. Raises as `open_train`."""
+        """Go on with another mask, by default the newest one, from the next first row of an epoch on.
+
+        Raises as `open_train`.
+        """
         self._next = open_train(self.run, mask)
 
     def set_epoch(self, epoch: int) -> None:
@@ -135,9 +162,10 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
         """What `load_state_dict` needs to go on behind the last row that was given out; the same for all ranks.
 
         `rows`: how many rows of this epoch this rank has trained on. Needed with DataLoader workers, which read ahead
-        in copies of this object; a loader that asks its workers for their states, as torchdata's does, needs no number.
+        in copies of this object; a loader that asks its workers for their states, as torchdata's does, needs no number,
+        and its states go on with as many workers alone.
         """
-        start, done = (self._start, self._done) if rows is None else (rows, 0)
+        start, done = self._passed() if rows is None else (rows, 0)
         following = self._next.mask.mask if self._next is not None else None
         return {
             **{name: getattr(self, name) for name in SAME},
@@ -147,6 +175,7 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
             "epoch": self.epoch,
             "start": start,
             "done": done,
+            "workers": self._workers if done else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -164,11 +193,29 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
         self._opened = opened
         self._next = open_train(self.run, state["next_mask"]) if state["next_mask"] is not None else None
         self.epoch, self._start, self._done = state["epoch"], state["start"], state["done"]
+        self._workers = state.get("workers")
+
+    def _passed(self) -> tuple[int, int]:
+        """`_start` and `_done`, where no share is counted all of it as the first."""
+        return (self._start + self._done, 0) if self._workers is None else (self._start, self._done)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows of this epoch that are left; behind the last one the next epoch begins by itself."""
+        """The rows of this epoch that are left; behind the last one the next epoch begins by itself.
+
+        Raises `UsageError` with another number of workers than a state was made with by some.
+        """
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        self._start, self._done = self._passed()
+        workers = None if worker is None else count
+        if self._done and workers != self._workers:
+            raise UsageError(
+                f"TrainDataset: the state is one of {self._workers} workers, each behind its own row, and there are"
+                f" {workers or 'none'} here. Give the loader num_workers={self._workers}, or state_dict(rows=N)."
+            )
+        self._workers = workers
+        if not self._start and not self._done:
+            self._take()
         passed = 0
         for group, places in self._groups(number, count):
             skipped = min(len(places), max(0, self._done - passed))
@@ -184,7 +231,11 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
             self._begin(self.epoch + 1)
 
     def _begin(self, epoch: int) -> None:
-        self.epoch, self._start, self._done = epoch, 0, 0
+        self.epoch, self._start, self._done, self._workers = epoch, 0, 0, None
+        self._take()
+
+    def _take(self) -> None:
+        """Bring the mask that was asked for into force."""
         if self._next is not None:
             self._opened, self._next = self._next, None
 

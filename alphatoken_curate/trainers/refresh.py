@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
+import secrets
+from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 from tqdm.auto import tqdm  # what the Trainer draws its own bars with
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -50,7 +53,8 @@ class RefreshCallback(TrainerCallback, ExportableState):
     A line says when rows are scored, and which mask comes into force.
 
     It never goes on by an old mask: what fails in a refresh fails the training, with the same error. Resumed from a
-    checkpoint, training goes by the mask that was in force there, and the checkpoint's own refresh is finished first.
+    checkpoint, which must lie in `output_dir`, training goes by the mask that was in force there, and the checkpoint's
+    own refresh is finished first.
     With several processes the first one scores and tells the others, which wait (`ddp_timeout`).
     """
 
@@ -67,6 +71,8 @@ class RefreshCallback(TrainerCallback, ExportableState):
         self.run, self.mask, self.new_process = str(run), mask, new_process
         self.models: dict[str, str | None] = {"base": base, "reference": reference, "device": device}
         self.masks: list[tuple[int, int]] = []
+        self.starts: list[str] = []
+        """A draw for each time that this training was begun or resumed: what tells its checkpoints from others."""
         self._current = CurrentMask(run)
         self._due = False
         self._resumed = False
@@ -76,7 +82,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """For trainer_state.json of a checkpoint."""
         arguments = {"run": self.run, "mask": self.mask, "new_process": self.new_process, **self.models}
-        return {"args": arguments, "attributes": {"masks": list(self.masks)}}
+        return {"args": arguments, "attributes": {"masks": list(self.masks), "starts": list(self.starts)}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,9 +93,12 @@ class RefreshCallback(TrainerCallback, ExportableState):
         self._due, self._resumed = False, bool(state.global_step)
         # A training that is resumed may have had no such callback; transformers wants an entry when it saves.
         states: Any = state.stateful_callbacks
-        told = states.setdefault(type(self).__name__, self.state())["attributes"]["masks"]
-        self.masks = [(epoch, mask) for epoch, mask in told] if state.global_step else []
+        told = states.setdefault(type(self).__name__, self.state())["attributes"]
+        told = told if state.global_step else {}
+        self.masks = [(epoch, mask) for epoch, mask in told.get("masks", [])]
+        self.starts = [*told.get("starts", []), secrets.token_hex(8)]
         if self.masks:
+            self._check_resumed(args, state, told)
             self._current.use(self.masks[-1][1])
             self._begin_refresh(args, state)
         else:
@@ -141,11 +150,26 @@ class RefreshCallback(TrainerCallback, ExportableState):
         self.masks.append((epoch, mask))
         _tell(state, f"mask {mask} of {self.run} is in force from epoch {epoch} on")
 
+    def _check_resumed(self, args: TrainingArguments, state: TrainerState, told: Mapping[str, Any]) -> None:
+        """Raise `UsageError` where the checkpoint of `output_dir` is not the one that the training goes on from."""
+        path = _checkpoint(args, state) / "trainer_state.json"
+        if not state.is_world_process_zero:
+            return
+        if path.is_file():
+            kept = orjson.loads(path.read_bytes())["stateful_callbacks"].get(type(self).__name__, {})
+            if kept.get("attributes", {}).get("starts") == told.get("starts"):
+                return
+        raise UsageError(
+            f"RefreshCallback: training is resumed at step {state.global_step}, but {path.parent} is not the checkpoint"
+            f" that it is resumed from, and {self.run} is to be scored at that one. Make output_dir the folder that it"
+            " lies in, or copy it there."
+        )
+
     def _begin_refresh(self, args: TrainingArguments, state: TrainerState) -> None:
         self._due = True
         if not state.is_world_process_zero:
             return
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        folder = _checkpoint(args, state)
         self._finish()
         _tell(state, f"{self.run} is scored at {folder.name}{' in a process of its own' if self.new_process else ''}")
         if not self.new_process:
@@ -181,6 +205,10 @@ class RefreshCallback(TrainerCallback, ExportableState):
             torch.distributed.broadcast(told, 0)
             made = int(told)
         return made
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
 def _tell(state: TrainerState, text: str) -> None:

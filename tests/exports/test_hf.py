@@ -91,8 +91,8 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Up to the trainer itself."""
     monkeypatch.chdir(tmp_path)
     run = small_run(tmp_path / "run")
-    done = export(run, trainer="hf", output='a "quoted" name')
-    text = Path('a "quoted" name/README.md').read_text()
+    done = export(run, trainer="hf", output='a "quoted" [n]ame')
+    text = Path('a "quoted" [n]ame/README.md').read_text()
     code = text.split("```python\n")[1].split("```")[0]
     (load,) = [line for line in code.splitlines() if line.startswith("rows = ")]
     known: dict[str, object] = {}

@@ -108,6 +108,30 @@ def test_rows_that_disagree_are_refused(kind: str, tmp_path: Path) -> None:
         collator([{name: one for name, one in row.items() if name not in (f"{prefix}labels", f"{prefix}loss_weight")}])
 
 
+def test_the_first_token_of_a_row_without_weights_trains_nothing() -> None:
+    found = WeightedCollator()([{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}, {"input_ids": [], "labels": []}])
+    assert found["loss_weight"].tolist() == [[0, 1, 1], [0, 0, 0]]
+    assert found["labels"].tolist() == [[-100, 4, 5], [-100, -100, -100]]
+
+
+@pytest.mark.parametrize("empty", ["chosen_", "rejected_", "the same"])
+def test_no_answer_of_a_pair_is_moved_against_nothing(empty: str) -> None:
+    row: dict[str, Any] = {f"chosen_{name}": value for name, value in ROWS[0].items() if name != "row_id"}
+    row |= {f"rejected_{name}": value for name, value in ROWS[1].items() if name != "row_id"}
+    whole = PreferenceCollator()([row])
+    assert whole["loss_weight"].sum(1).tolist() == [0.5, 4.5]
+    lost: dict[str, Any] = dict(row)
+    if empty == "the same":
+        lost |= {f"rejected_{name}": value for name, value in ROWS[0].items() if name != "row_id"}
+    else:
+        length = len(row[f"{empty}input_ids"])
+        lost |= {f"{empty}labels": [-100] * length, f"{empty}loss_weight": [0.0] * length}
+    batch = PreferenceCollator()([lost, row])
+    assert batch["loss_weight"].sum(1).tolist() == [0, 0.5, 0, 4.5]
+    assert batch["completion_mask"].sum(1).tolist() == [0, 1, 0, 3]
+    assert batch["input_ids"][:, :3].tolist()[1::2] == whole["input_ids"][:, :3].tolist()
+
+
 def test_pairs_come_chosen_first(tmp_path: Path) -> None:
     rows = stored(train_run(tmp_path / "run", kind="preference", weights="rank"), 0)[:3]
     found = PreferenceCollator(pad_token_id=7, pad_to_multiple_of=16)(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +37,14 @@ def made(folder: Path, kind: str = "sft", count: int = COUNT) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("run") / "run")
+
+
+@contextmanager
+def in_worker(number: int | None, count: int) -> Iterator[None]:
+    """As in one of the workers of a loader; None: outside of them."""
+    info = None if number is None else mock.Mock(id=number, num_workers=count)
+    with mock.patch("alphatoken_curate.trainers.dataset.get_worker_info", return_value=info):
+        yield
 
 
 def seen(data: Any) -> list[int]:
@@ -156,7 +167,6 @@ def test_a_state_at_the_end_is_the_beginning_of_the_next_epoch(run: Path) -> Non
 
 def test_workers_states_go_on_too(run: Path) -> None:
     """As torchdata's loader does: each worker's own copy gives its state, and takes it."""
-    from unittest import mock
 
     def copies(states: list[dict[str, Any]] | None, take: int) -> tuple[list[list[int]], list[dict[str, Any]]]:
         found, kept = [], []
@@ -164,8 +174,7 @@ def test_workers_states_go_on_too(run: Path) -> None:
             data = TrainDataset(run, batch_size=3)
             if states:
                 data.load_state_dict(states[number])
-            info = mock.Mock(id=number, num_workers=2)
-            with mock.patch("alphatoken_curate.trainers.dataset.get_worker_info", return_value=info):
+            with in_worker(number, 2):
                 rows = iter(data)
                 got = [item["row_id"] for _, item in zip(range(take), rows, strict=False)]
             found.append(got)
@@ -201,9 +210,81 @@ def test_another_mask_comes_with_the_next_epoch(tmp_path: Path) -> None:
     assert later.mask == 1
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mask_made_behind_an_epoch_trains_the_next_one(tmp_path: Path, workers: int) -> None:
+    """The loop of sample_data/README.md. Without workers the next epoch has begun by then, and given nothing out."""
+    run = made(tmp_path / "run")
+    data = TrainDataset(run, 0, batch_size=2)
+    mask(run, published(keep=0.9))
+    data.use_mask()  # before the first one, too
+    loader = DataLoader(data, batch_size=2, collate_fn=lambda items: items, num_workers=workers)
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        in_force = {row["row_id"]: row["loss_weight"] for row in stored(run, epoch + 1)}
+        given = {item["row_id"]: item["loss_weight"].tolist() for batch in loader for item in batch}
+        assert given == in_force
+        mask(run, published(keep=(0.6, 0.3, 0.1)[epoch]))
+        data.use_mask()
+        if epoch < 2:  # a state that is saved here goes on by it too
+            later = TrainDataset(run, 0, batch_size=2)
+            later.load_state_dict(data.state_dict(rows=COUNT if workers else None))
+            later.set_epoch(epoch + 1)
+            newest = {row["row_id"]: row["loss_weight"] for row in stored(run, epoch + 2)}
+            assert newest != in_force and {item["row_id"]: item["loss_weight"].tolist() for item in later} == newest
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_a_state_made_without_workers_goes_on_with_any_number(run: Path, workers: int) -> None:
+    data = TrainDataset(run, batch_size=2)
+    whole = seen(TrainDataset(run, batch_size=2))
+    rows = iter(data)
+    assert [next(rows)["row_id"] for _ in range(8)] == whole[:8]
+    for later in (data, TrainDataset(run, batch_size=2)):
+        if later is not data:
+            later.load_state_dict(data.state_dict())
+        loader = DataLoader(later, batch_size=2, collate_fn=lambda items: items, num_workers=workers)
+        assert [item["row_id"] for batch in loader for item in batch] == whole[8:]
+        data = TrainDataset(run, batch_size=2)
+        rows = iter(data)
+        for _ in range(8):
+            next(rows)
+
+
+def test_a_state_of_workers_goes_on_with_as_many_alone(run: Path) -> None:
+    with in_worker(0, 2):
+        data = TrainDataset(run, batch_size=3)
+        rows = iter(data)
+        first = [next(rows)["row_id"] for _ in range(4)]
+        state = data.state_dict()
+    for number, count in ((0, 1), (0, 3), (None, 0)):
+        later = TrainDataset(run, batch_size=3)
+        later.load_state_dict(state)
+        with in_worker(number, count), pytest.raises(UsageError, match=r"one of 2 workers.*num_workers=2"):
+            next(iter(later))
+    later = TrainDataset(run, batch_size=3)
+    later.load_state_dict(state)
+    with in_worker(0, 2):
+        assert not set(seen(later)) & set(first)
+
+
+@pytest.mark.parametrize("name", ["v[1]", "a*b", "q?x", "lr=[1e-4]", "[!a]", "x{1,2}"])
+def test_a_folder_whose_name_is_a_pattern_is_read_itself(tmp_path: Path, name: str) -> None:
+    for other in ("v1", "ab", "aab", "qax", "lr=1", "b", "x1"):
+        made(tmp_path / other, count=9)
+    run = made(tmp_path / name, count=5)
+    assert as_dataset(run)[:]["input_ids"] == [row["input_ids"] for row in stored(run, 0)]
+    assert len(as_dataset(run)) == 5
+
+
 def test_what_does_not_go_together_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="rank 2 of world 2"):
         TrainDataset(run, rank=2, world=2)
+    for wrong in (-1, 0, 1):
+        for kind in (as_dataset, TrainDataset):
+            with pytest.raises(UsageError, match=f"max_length {wrong}: give at least 2"):
+                kind(run, max_length=wrong)
+    with pytest.raises(UsageError, match="takes :: for a chain"):
+        as_dataset(made(tmp_path / "a::b"))
     with pytest.raises(UsageError, match="has no mask 4"):
         TrainDataset(run, 4)
     with pytest.raises(UsageError, match="has no mask 4"):

@@ -10,12 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 from hand import dpo_loss, gradients, stored
+from small_run import published
 from tiny import make_row
 from tiny_files import perturbed
 from torch.utils.data import SequentialSampler
 from trainer_runs import NO_CHECKPOINTING, ROWS, assert_close, settings, step, tiny, tokenizer, train_run
 from trl import DPOConfig, DPOTrainer
 
+from alphatoken_curate import mask
 from alphatoken_curate.directions.course import Course
 from alphatoken_curate.directions.optimisers import Optimiser
 from alphatoken_curate.directions.step_losses import PairLoss
@@ -128,6 +130,26 @@ def test_losses_that_divide_count_kept_tokens(tmp_path: Path) -> None:
             kept = sum(one > 0 for one in row[f"{branch}_loss_weight"])
             row[f"{branch}_loss_weight"] = [one / kept for one in row[f"{branch}_loss_weight"]]
     assert abs(found.loss - dpo_loss(policy(), tiny(), rows, BETA).item()) < 1e-6
+
+
+def test_a_pair_that_lost_a_branch_moves_nothing(tmp_path: Path) -> None:
+    """By a mask that may empty rows, and by a cut."""
+    run = train_run(tmp_path / "run", kind="preference")
+    mask(run, published(keep=0.1, allow_empty_rows=True, always_keep="none"))
+    for length in (None, 6):
+        rows = stored(run, 1 if length is None else 0)
+        for row in rows:
+            for name in [name for name in row if isinstance(row[name], list)]:
+                row[name] = row[name][:length]
+        lost = [row for row in rows if not all(any(row[f"{branch}_loss_weight"]) for branch in _BRANCHES)]
+        assert any(any(row[f"{branch}_loss_weight"]) for row in lost for branch in _BRANCHES) and len(lost) < len(rows)
+        for row in lost:
+            for branch in _BRANCHES:
+                row[f"{branch}_loss_weight"] = [0.0] * len(row[f"{branch}_loss_weight"])
+        found = step(trainer(tmp_path, as_dataset(run, 1 if length is None else 0, max_length=length)))
+        model = policy()
+        loss = dpo_loss(model, tiny(), rows, BETA)
+        assert_close(found, loss, gradients(model, loss))
 
 
 def test_the_loss_of_evaluation_is_that_computed_by_hand(run: Path, tmp_path: Path) -> None:

@@ -246,6 +246,30 @@ def test_a_training_resumed_from_an_earlier_checkpoint_takes_that_ones_mask(
 
 
 @pytest.mark.long
+def test_a_checkpoint_of_another_folder_is_not_taken_for_the_one_resumed_from(
+    run: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    trainer(run, models, tmp_path / "out", [RefreshCallback(run)], epochs=1).train()
+    fork = shutil.copytree(tmp_path / "out", tmp_path / "fork")
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    trainer(other, models, tmp_path / "another", [RefreshCallback(other)], epochs=1).train()
+    scored = len(manifest.read(run).generations)
+    for name in ("another", "none"):
+        made = trainer(run, models, tmp_path / name, [RefreshCallback(run)])
+        with pytest.raises(UsageError, match=rf"at step 2, but .*{name}/checkpoint-2 is not the checkpoint"):
+            made.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        assert len(manifest.read(run).generations) == scored
+    # A copy is as good as it, until it is trained on in another way.
+    callback = RefreshCallback(run)
+    trainer(run, models, fork, [callback]).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert callback.masks == [(0, 0), (1, 1)] and len(callback.starts) == 2
+    trainer(other, models, tmp_path / "out", [RefreshCallback(other)]).train(resume_from_checkpoint=True)
+    made = trainer(run, models, fork, [RefreshCallback(run)], epochs=3)
+    with pytest.raises(UsageError, match=r"at step 4, but .*fork/checkpoint-4 is not the checkpoint"):
+        made.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+
+
+@pytest.mark.long
 def test_callback_states_may_be_restored_by_the_trainer(run: Path, models: dict[str, str], tmp_path: Path) -> None:
     trainer(run, models, tmp_path / "out", [RefreshCallback(run)], epochs=2).train()
     made = trainer(

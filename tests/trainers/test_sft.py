@@ -106,9 +106,11 @@ def test_metrics_of_trl_are_as_without_weights(run: Path, tmp_path: Path) -> Non
         assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-6)
 
 
-def test_evaluation_goes_by_weights_and_text_goes_trls_way(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evaluation_goes_by_weights_and_text_goes_trls_way(run: Path, tmp_path: Path, layout: str) -> None:
     rows = as_dataset(run)
-    made = trainer(tmp_path, rows, max_length=None, per_device_eval_batch_size=ROWS, denominator="sum")
+    how = {"max_length": None, **LAYOUTS[layout], "eval_packing": False}
+    made = trainer(tmp_path, rows, **how, per_device_eval_batch_size=ROWS, denominator="sum")
     by_hand = sft_loss(tiny(), stored(run, 0), "sum").item()
     assert abs(made.evaluate(rows)["eval_loss"] - by_hand) < 1e-6
     text = made.evaluate(Dataset.from_list([{"text": "<3> <4> <5> <6>"}]))["eval_loss"]
