@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from alphatoken_curate.directions.losses import Losses, at, positions, token_losses
 from alphatoken_curate.directions.rehearsal import Outcome
 from alphatoken_curate.directions.trainee import Trainee, Weights
-from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits
+from alphatoken_curate.engine.blocks import LinearMap, decoder_blocks, head_logits, shapes_of_maps, trunk
 from alphatoken_curate.engine.capture import Direction, ScoringModel, captured, probe_ids
 from alphatoken_curate.engine.lowrank import Adapter, LowRank
 from alphatoken_curate.engine.precision import narrow, wide
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.unmerged import Lora
+from alphatoken_curate.models.whole import blocks_that_score
 from alphatoken_curate.tokens.draws import keyed_uniform
 from alphatoken_curate.tokens.plan import Batch
 
@@ -186,6 +187,13 @@ def _widen(model: Any) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor not in fixed and tensor.is_floating_point():
             tensor.data = wide(tensor.data)
+
+
+def check_beside(model: Any, layers: int | Literal["all"], lora: Lora) -> None:
+    """Raise ModelError where a LoRA cannot train beside a model, of which no weight need be there."""
+    blocks = decoder_blocks(model, trunk(model))
+    scoring = blocks[len(blocks) - blocks_that_score(layers, len(blocks)) :]
+    _adapted(model, [m for block in scoring for m in shapes_of_maps(model, block)], lora)
 
 
 def _adapted(model: Any, maps: Sequence[LinearMap], lora: Lora) -> list[LinearMap]:

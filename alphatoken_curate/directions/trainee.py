@@ -29,9 +29,9 @@ from alphatoken_curate.engine.padding_rows import PaddingRows
 from alphatoken_curate.engine.precision import narrow, wide
 from alphatoken_curate.engine.twice import Twice, token_nll
 from alphatoken_curate.errors import ModelError
+from alphatoken_curate.models.whole import blocks_that_score
 from alphatoken_curate.tokens.plan import Batch, batches_of, token_places, token_starts
 from alphatoken_curate.tokens.tokenise import AnyRow
-from alphatoken_curate.wording import count
 
 Weights = list[Tensor]
 """A tensor for each parameter that trains, in the order of `Trainee.names`."""
@@ -59,12 +59,7 @@ class Trainee:
         self.model: Any = unwrapped(model).eval()
         self.base: Any = trunk(self.model)
         blocks = decoder_blocks(self.model, self.base)
-        layers = len(blocks) if layers == "all" else layers
-        if not 1 <= layers <= len(blocks):
-            raise ModelError(
-                f"--layers {layers}: the model has {count(len(blocks), 'decoder block')}."
-                f" Give 1 to {len(blocks)}, or all."
-            )
+        layers = blocks_that_score(layers, len(blocks))
         self.maps = [m for block in blocks[-layers:] for m in linear_maps(self.model, block)]
         self.layers = layers
         _plain(self.model)

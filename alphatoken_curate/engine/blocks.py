@@ -163,6 +163,12 @@ def linear_maps(model: nn.Module, block: nn.Module) -> list[LinearMap]:
     names = {module: name for name, module in model.named_modules()}
     for slot, parameter in block.named_parameters():
         refuse_odd(type(model).__name__, f"{names[block]}.{slot}", parameter)
+    return shapes_of_maps(model, block)
+
+
+def shapes_of_maps(model: nn.Module, block: nn.Module) -> list[LinearMap]:
+    """The same, though its weights may be of any kind, and nowhere."""
+    names = {module: name for name, module in model.named_modules()}
     return [m for module in block.modules() for m in _maps_of(model, names[module], module)]
 
 

@@ -30,7 +30,7 @@ from alphatoken_curate.engine.blocks import (
 from alphatoken_curate.engine.caches import cache_of, forward_with_cache
 from alphatoken_curate.engine.precision import narrow, widen
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.wording import count
+from alphatoken_curate.models.whole import blocks_that_score
 
 Direction = list[Tensor]
 """One matrix (d_out, d_in) for each linear map of S, in the order of `ScoringModel.maps`."""
@@ -55,12 +55,7 @@ class ScoringModel:
         self.model: Any = model
         self.base: Any = trunk(model)
         blocks = decoder_blocks(model, self.base)
-        self.layers = len(blocks) if layers == "all" else layers
-        if not 1 <= self.layers <= len(blocks):
-            raise ModelError(
-                f"--layers {layers}: the model has {count(len(blocks), 'decoder block')}."
-                f" Give 1 to {len(blocks)}, or all."
-            )
+        self.layers = blocks_that_score(layers, len(blocks))
         in_memory(type(model).__name__, "the weight of its embeddings", embeddings(model))
         self.depth = len(blocks)
         self._all_blocks = blocks

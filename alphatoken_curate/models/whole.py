@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.tensors import quantised, shapes
@@ -91,6 +91,23 @@ def reason(error: BaseException) -> str:
         return "the shapes of its weights are not those that its configuration says"
     line = " ".join(told.split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+
+
+def depth_of(config: dict[str, Any]) -> int | None:
+    """How many decoder blocks a config.json says; None where it does not."""
+    told = [part for part in (config.get("text_config"), config) if isinstance(part, dict)]
+    found = (part[key] for part in told for key in _BLOCKS if type(part.get(key)) is int)
+    return next(found, None)
+
+
+def blocks_that_score(layers: int | Literal["all"], depth: int) -> int:
+    """How many of so many blocks --layers asks for. Raises ModelError where there are less."""
+    wanted = depth if layers == "all" else layers
+    if not 1 <= wanted <= depth:
+        raise ModelError(
+            f"--layers {layers}: the model has {count(depth, 'decoder block')}. Give 1 to {depth}, or all."
+        )
+    return wanted
 
 
 def refuse_depth(name: str, config: dict[str, Any], files: list[Path]) -> None:

@@ -59,6 +59,9 @@ class DataFile:
         return not self.is_hub and not names_url(self.path)
 
 
+_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+
+
 def visible(text: str, limit: int = EXCERPT_CHARS) -> str:
     r"""`text` cut to `limit` characters, with control, direction and surrogate characters written as \u escapes."""
     shown = _UNSEEN.sub(lambda m: f"\\u{ord(m[0]):04x}", text[:limit])
@@ -124,6 +127,16 @@ def _find(item: str, subset: str | None, split: str | None) -> list[DataFile]:
     )
 
 
+def _unread(name: str) -> str:
+    """Why no rows are read from what has such a name, and what to do."""
+    if name.lower().endswith(_TABLES):
+        return (
+            "tables of text are not read: their columns have no types. Make it Parquet, in Python"
+            ' `polars.read_csv("rows.csv").write_parquet("rows.parquet")`, and name columns by --map.'
+        )
+    return f"the name of a file of rows ends in one of {', '.join((*SUFFIXES, ARROW))}. Rename it."
+
+
 def _in_store(url: str) -> list[DataFile]:
     """The objects that a URL names; below a prefix, or by a glob, those of `SUFFIXES` that are not hidden."""
     found = stores.found(url)
@@ -131,8 +144,7 @@ def _in_store(url: str) -> list[DataFile]:
         raise InputError(f"{visible(url)}: a run, an export or a part of one, not rows. Name the rows it is of.")
     if len(found) == 1 and found[0].partition("://")[2] == url.partition("://")[2]:
         if not url.endswith((*SUFFIXES, ARROW)):
-            ends = ", ".join((*SUFFIXES, ARROW))
-            raise InputError(f"{visible(url)}: the name of an object of rows ends in one of {ends}. Rename it.")
+            raise InputError(f"{visible(url)}: {_unread(url)}")
         return [DataFile(path=found[0], source=found[0])]
     shown = [one for one in found if "/." not in one or "/." in url]
     named = [DataFile(path=one, source=one) for one in shown if one.endswith(SUFFIXES)]
@@ -241,8 +253,7 @@ def _file(path: str, source: str) -> DataFile:
         kind = "a folder with the name of a file" if stat.S_ISDIR(mode) else "a pipe, socket or device"
         raise InputError(f"{visible(path)} is {kind}, not a regular file. Write its rows to a file first.")
     if not path.endswith((*SUFFIXES, ARROW)):
-        ends = ", ".join((*SUFFIXES, ARROW))
-        raise InputError(f"{visible(path)}: the name of a data file ends in one of {ends}. Rename it.")
+        raise InputError(f"{visible(path)}: {_unread(path)}")
     _check_not_ours(path)
     # a name may hold bytes that are no text; they are stored as \xNN
     name = os.fsencode(source).decode(errors="backslashreplace").replace(os.sep, "/")

@@ -123,6 +123,8 @@ class Budget:
             self._record = own
         if threads not in (None, self.threads, self._record.taken):
             self._refuse_threads(threads, run, progress)
+        if not plans and batch_tokens not in ("auto", self._record.first):
+            self._refuse_tokens(batch_tokens, run, progress)
         if self._record != stored:
             self._write()
 
@@ -197,6 +199,15 @@ class Budget:
         if not self._writes:
             raise UsageError(f"--threads {threads}: {run} was prepared {begun}. Leave it out: parts take the run's.")
         progress.warn(f"--threads {threads} is without effect: the run was begun {begun}.")
+
+    def _refuse_tokens(self, batch_tokens: int | str, run: Path, progress: Progress) -> None:
+        told, begun = f"--batch-tokens {batch_tokens}", f"{self._record.first}"
+        if not self._writes:
+            raise UsageError(f"{told}: {run} was prepared with {begun}. Leave it out: parts take the run's.")
+        progress.warn(
+            f"{told} is without effect: {run} was begun with {begun}, and sums round otherwise in other batches. For"
+            f" others give another folder with -o, and --reuse {run}."
+        )
 
     def _write(self) -> None:
         if not self._writes:

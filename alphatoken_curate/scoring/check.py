@@ -13,6 +13,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.rows.read import BadRow
 from alphatoken_curate.runs.schema import components
+from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.named import check_named, told_of_models
 from alphatoken_curate.scoring.prepare import Prepared, prepare
 from alphatoken_curate.scoring.shelf import Place
@@ -66,8 +67,11 @@ def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | 
 
     `estimated`: load the models as well, try each stage on a few batches, and tell what the scoring would take.
     """
+    listener = progress or Silent()
     with closing(Place()) as place:
-        prepared, found = _tried(config, progress or Silent(), place, estimated=estimated)
+        prepared, found = _tried(config, listener, place, estimated=estimated)
+        if (unread := idle(prepared.config, prepared.kind)) is not None:
+            listener.warn(unread)
         rows = prepared.rows
         budget = _budget(config, rows.shards, found)
         sizes = _sizes(rows.shards, budget)

@@ -10,17 +10,8 @@ from alphatoken_curate.directions.lora import LoraTrainee
 from alphatoken_curate.engine.precision import narrow, narrow_kind
 from alphatoken_curate.models.load import ModelSource
 from alphatoken_curate.models.tensors import kinds
-from alphatoken_curate.models.unmerged import Lora, read_unmerged
+from alphatoken_curate.scoring.named import lora_of
 from alphatoken_curate.scoring.spec import ScorerSpec
-
-
-def lora_of(config: ScoreConfig, model: ModelSource) -> Lora:
-    """The LoRA that trains: a new one, or the adapter that the model is."""
-    rank, alpha = config.rehearse_lora, config.rehearse_lora_alpha
-    assert rank is not None
-    if model.adapter is not None:
-        return read_unmerged(model.adapter, rank, alpha)
-    return Lora(rank=rank, scale=(2 * rank if alpha is None else alpha) / rank)
 
 
 def base_of(spec: ScorerSpec) -> ScorerSpec:

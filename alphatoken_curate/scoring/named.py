@@ -10,8 +10,9 @@ from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import check_settings
 from alphatoken_curate.models.devices import kind_of, resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
-from alphatoken_curate.models.load import DEMO_MODEL, ModelSource, find_model
-from alphatoken_curate.models.unmerged import check_unmerged
+from alphatoken_curate.models.load import DEMO_MODEL, ModelSource, find_model, model_config, skeleton
+from alphatoken_curate.models.unmerged import Lora, check_unmerged, read_unmerged
+from alphatoken_curate.models.whole import blocks_that_score, depth_of
 from alphatoken_curate.rows.columns import named_columns
 from alphatoken_curate.rows.fields import TEMPLATE_RESERVED
 from alphatoken_curate.rows.files import find_files
@@ -71,7 +72,28 @@ def told_of_models(config: ScoreConfig, device: str) -> str:
     return f"model {config.model}{default}{reference}, {device}{trunk}, {dtype}"
 
 
-def check_lora(config: ScoreConfig, model: ModelSource) -> None:
-    """Raise ModelError where a model is an adapter that a rehearsed LoRA of these settings cannot go on from."""
-    if config.rehearses_lora and config.rehearse_lora is not None and model.adapter is not None:
+def check_blocks(config: ScoreConfig, model: ModelSource) -> None:
+    """Raise ModelError for blocks that a model has not, and where no LoRA of these settings can train beside it.
+
+    No weight is read but an adapter's. Of a GGUF file it is seen once the model is loaded.
+    """
+    if model.gguf is None and (depth := depth_of(model_config(model))) is not None:
+        blocks_that_score(config.layers, depth)
+    if not config.rehearses_lora or config.rehearse_lora is None:
+        return
+    if model.adapter is not None:
         check_unmerged(model.adapter, config.rehearse_lora, config.rehearse_lora_alpha)
+    if model.gguf is None:
+        from alphatoken_curate.directions.lora import check_beside
+
+        beside = skeleton(model, trust_remote_code=config.trust_remote_code)
+        check_beside(beside, config.layers, lora_of(config, model))
+
+
+def lora_of(config: ScoreConfig, model: ModelSource) -> Lora:
+    """The LoRA that trains: a new one, or the adapter that the model is."""
+    rank, alpha = config.rehearse_lora, config.rehearse_lora_alpha
+    assert rank is not None
+    if model.adapter is not None:
+        return read_unmerged(model.adapter, rank, alpha)
+    return Lora(rank=rank, scale=(2 * rank if alpha is None else alpha) / rank)

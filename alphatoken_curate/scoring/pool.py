@@ -155,7 +155,7 @@ class Pool(ABC, Generic[H]):
         if todo.lost:
             raise CurateError(
                 f"{'; '.join(todo.lost)}. All else is kept. Where memory ran out (the system kills then), use fewer"
-                " --workers or a smaller --batch-tokens, and run the same command again."
+                " --workers and run the same command again, or a smaller --batch-tokens and another folder with -o."
             )
 
     def close(self) -> None:

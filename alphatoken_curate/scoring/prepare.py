@@ -18,7 +18,7 @@ from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.read import BadRow, InputFile, refuse
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.scoring.identity import Named, fields_of
-from alphatoken_curate.scoring.named import check_lora, check_named
+from alphatoken_curate.scoring.named import check_blocks, check_named
 from alphatoken_curate.scoring.reader import Read, Reader, SideRows
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.tokens.chat import Tokenizer
@@ -84,7 +84,7 @@ def prepare(config: ScoreConfig, place: Place | None = None, processes: int = 1)
     """
     check_named(config)
     source = find_model(config.model)
-    check_lora(config, source)
+    check_blocks(config, source)
     if place is None:
         return _prepared(config, source, None, processes)
     with place.begun():

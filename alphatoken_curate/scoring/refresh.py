@@ -38,7 +38,7 @@ from alphatoken_curate.scoring.engines import Engine, Here
 from alphatoken_curate.scoring.identity import has_stability, versions
 from alphatoken_curate.scoring.job import Job
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
-from alphatoken_curate.scoring.named import check_lora
+from alphatoken_curate.scoring.named import check_blocks
 from alphatoken_curate.scoring.sources import digests_of, of_fisher, of_model
 from alphatoken_curate.scoring.spec import ScorerSpec
 from alphatoken_curate.settings import load_settings
@@ -162,7 +162,7 @@ class Rescored:
         stored = manifest.read(self.folder)
         reference = self._checked_reference()
         check_alike(checkpoint.source, reference)
-        check_lora(self.config, checkpoint.source)
+        check_blocks(self.config, checkpoint.source)
         watched.include(self._kept)
         spec = ScorerSpec(
             config=self.config,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,6 @@ from alphatoken_curate.scoring.portions import Portion
 from alphatoken_curate.scoring.scorer import ShardScorer
 from alphatoken_curate.scoring.spec import ScorerSpec, count_tokens
 from alphatoken_curate.signals.rehearsed import exact_paths
-from alphatoken_curate.signals.stored import losses_of
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, token_places, token_starts
 
 ROOM = 0.4
@@ -68,7 +66,7 @@ class RehearsalScorer(ShardScorer):
 
         With where they are among those of all rows, (n,).
         """
-        rows, losses = self._given(given).rows, self._losses_by(progress)
+        rows, losses = self._given(given).rows, self.losses_by(progress)
         plan, starts = plan_batches(rows, batch_tokens)[share::of], token_starts(rows)
         progress.stage("losses before the rehearsal", count_tokens([rows[i] for batch in plan for i in batch]))
         places, found = [np.empty(0, np.int64)], [np.empty((2, 0), np.float32)]
@@ -130,7 +128,7 @@ class RehearsalScorer(ShardScorer):
             nll = found[0][np.argsort(places)]
         return nll
 
-    def _losses_by(self, progress: Progress) -> Callable[[Batch], Losses]:
+    def losses_by(self, progress: Progress) -> Callable[[Batch], Losses]:
         """What gives the losses of a batch where the training begins."""
         if self.spec.config.rehearses_lora:
             trainee, _ = self._begin(progress)
@@ -138,7 +136,7 @@ class RehearsalScorer(ShardScorer):
             assert isinstance(trainee, LoraTrainee)
             return trainee.losses
         self._begun = None
-        return partial(losses_of, self.ready(progress))
+        return super().losses_by(progress)
 
     def _begin(self, progress: Progress) -> tuple[Trainee, Outcome | None]:
         """What trains, and the drift."""

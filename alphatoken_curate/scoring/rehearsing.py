@@ -7,6 +7,7 @@ fewer or none, does only the rest; the columns are kept until the run is deleted
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.directions.rehearsal import Values
 from alphatoken_curate.engine.precision import narrow_kind
+from alphatoken_curate.errors import InputError
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import REHEARSAL, Store
 from alphatoken_curate.runs.atomic import sweep
@@ -92,7 +94,8 @@ class _Led:
             if (losses := self._losses(plan)) is None:
                 continue
             training = self.material.training(self.config, losses["nll"])
-            if not training.rows or self._rehearsed(plan, training):
+            self._tell_of_warmup(training)
+            if not training.rows or self._named(plan, training):
                 return losses | (self._values(plan, training) if training.rows else {})
 
     def _losses(self, plan: Plan) -> dict[str, NDArray[np.float32]] | None:
@@ -115,6 +118,15 @@ class _Led:
             kept = {"nll": torch.from_numpy(found[0]), "entropy": torch.from_numpy(found[1])}
             own.save(REHEARSAL, kept, LOSSES)
         return {name: tensor.numpy() for name, tensor in kept.items()}
+
+    def _named(self, plan: Plan, training: Training) -> bool:
+        """As `_rehearsed`; where that fails for a row that an outcome is of, it is named."""
+        try:
+            return self._rehearsed(plan, training)
+        except InputError as error:
+            failed = error.with_traceback(None)  # which holds what was trained
+        self.stages.check_finite("target or retention", [*self.material.target, *self.material.retention])
+        raise failed
 
     def _rehearsed(self, plan: Plan, training: Training) -> bool:
         """See that what comes of all portions is there; whether it is, by this plan."""
@@ -216,6 +228,14 @@ class _Led:
             progress.warn(
                 f"--dtype {self.spec.dtype}: AdamW steps along the sign of a gradient near 0, which is rounding here."
                 f" Values are off by much at --rehearse-root {config.root:g}: give --dtype float32."
+            )
+
+    def _tell_of_warmup(self, training: Training) -> None:
+        each = math.ceil(len(training.rows) / self.config.rehearse_rows_per_step)
+        if 0 < (steps := each * self.config.rehearse_epochs) <= self.config.rehearse_warmup:
+            self.stages.progress.warn(
+                f"--rehearse-warmup {self.config.rehearse_warmup}: the training has {count(steps, 'step')}, so its rate"
+                f" ends at {(steps - 1) / self.config.rehearse_warmup:.0%} of --rehearse-lr."
             )
 
     def _tell_of_root(self, orders: Sequence[Values]) -> None:

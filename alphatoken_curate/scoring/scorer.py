@@ -6,7 +6,8 @@ an outside engine can run the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alphatoken_curate.directions.drift import checked_weights, drift_direction, read_direction, read_weights
-from alphatoken_curate.directions.losses import Weigh, row_means
+from alphatoken_curate.directions.losses import Losses, Weigh, row_means
 from alphatoken_curate.directions.parameters import rest_sums
 from alphatoken_curate.directions.precondition import (
     Factors,
@@ -37,7 +38,8 @@ from alphatoken_curate.scoring.outcome import largest
 from alphatoken_curate.scoring.spec import ScorerSpec, counted, loading
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.preference import Pairs, reference_sums
-from alphatoken_curate.signals.stored import BatchScorer, RowResult, row_signals
+from alphatoken_curate.signals.stored import BatchScorer, RowResult, losses_of, row_signals
+from alphatoken_curate.tokens.plan import Batch
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
 
 _INPUTS, _OUTPUTS = "inputs", "outputs"
@@ -88,6 +90,18 @@ class ShardScorer:
         if scoring.rest:
             found += rest_sums(scoring, counted(rows, batch_tokens, progress), weigh)[0]
         return sums_of(scoring.names, found, {"tokens": tokens})
+
+    def infinite(self, rows: Sequence[AnyRow], progress: Progress, batch_tokens: int) -> list[int]:
+        """Which of some rows have a loss that is not finite, upwards."""
+        losses, each, found = self.losses_by(progress), len(branches(rows[0])), set[int]()
+        for batch in counted(rows, batch_tokens, progress):
+            parts: tuple[Tensor, ...] = losses(batch).nll.split(batch.counts.tolist())
+            found |= {n // each for n, nll in zip(batch.rows, parts, strict=True) if not nll.isfinite().all()}
+        return sorted(found)
+
+    def losses_by(self, progress: Progress) -> Callable[[Batch], Losses]:
+        """What gives the losses of a batch."""
+        return partial(losses_of, self.ready(progress))
 
     def factors(self, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int) -> Sums:
         """What the bases of --precondition kfac, ekfac and astra are made of, of some of its rows."""

@@ -34,6 +34,9 @@ from alphatoken_curate.tokens.plan import response_tokens, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen
 from alphatoken_curate.wording import count
 
+_MOST_NAMED = 5
+"""Rows that an error names one by one."""
+
 _GROUPED = {artifacts.TARGET: artifacts.TARGET_GROUPS, artifacts.RETENTION: artifacts.RETENTION_GROUPS}
 
 
@@ -178,7 +181,7 @@ class Stages:
         ]
         tokens = count_tokens(rows) * self.spec.passes
         found = self._total(Stage(name=f"{kind} gradient", tokens=tokens, of="model", tasks=tasks))
-        self.spec.store.save(kind, _direction(kind, found))
+        self.spec.store.save(kind, self._mean(kind, rows, found))
 
     def _group_gradients(self, kind: str, rows: Sequence[TokenRow]) -> None:
         """The same of each group of target or retention rows."""
@@ -201,8 +204,34 @@ class Stages:
                 sums[n] = found
         kept = {"tokens": torch.tensor([response_tokens(group) for group in dealt])}
         for n, of_group in sums.items():
-            kept |= {f"{n} {key}": tensor for key, tensor in _direction(kind, of_group).items()}
+            mean = self._mean(kind, dealt[n], of_group)
+            kept |= {f"{n} {key}": tensor for key, tensor in mean.items()}
         self.spec.store.save(_GROUPED[kind], kept)
+
+    def _mean(self, kind: str, rows: Sequence[AnyRow], sums: Sums) -> dict[str, torch.Tensor]:
+        """The mean over the tokens of some rows. Raises InputError where it is not finite."""
+        mean = sums.mean("tokens")
+        if not all(torch.isfinite(g).all() for g in mean.values()):
+            self.check_finite(kind, rows)
+            raise InputError(
+                f"The loss of the {kind} rows has no finite gradient, so it gives no direction to score by."
+            )
+        return mean
+
+    def check_finite(self, kind: str, rows: Sequence[AnyRow]) -> None:
+        """Raise InputError that names those of some rows whose loss is not finite where scoring begins, if any is."""
+        name = f"losses of the {kind} rows"
+        parts = [*in_parts(rows)]
+        tasks = [self._task(f"the {name}, part {n}", ShardScorer.infinite, part) for n, part in enumerate(parts)]
+        found = self._in_order(Stage(name=name, tokens=count_tokens(rows), of="model", tasks=tasks))
+        bad = [chosen(parts[n][i]) for n, places in found for i in places]
+        if bad:
+            named = ", ".join(f"{row.source}:{row.line}" for row in bad[:_MOST_NAMED])
+            more = f" and {len(bad) - _MOST_NAMED:,} more" if len(bad) > _MOST_NAMED else ""
+            raise InputError(
+                f"{named}{more}: {count(len(bad), f'{kind} row')} to which the model gives no finite loss, so that"
+                " nothing is there to value tokens by. Leave such rows out, or look for what is not finite in it."
+            )
 
     def _curvature(self, rows: Sequence[AnyRow]) -> None:
         """The training curvature of --precondition: the bases first, where it has some; then moments along them."""
@@ -324,11 +353,3 @@ class Stages:
 def _parts(rows: Sequence[TokenRow]) -> Iterator[tuple[int, Sequence[TokenRow]]]:
     """The parts of rows that sums are made of, numbered."""
     return enumerate(in_parts(rows))
-
-
-def _direction(kind: str, found: Sums) -> dict[str, torch.Tensor]:
-    """The mean over tokens. Raises InputError where it is not finite."""
-    mean = found.mean("tokens")
-    if not all(torch.isfinite(g).all() for g in mean.values()):
-        raise InputError(f"The loss of the {kind} rows has no finite gradient, so it gives no direction to score by.")
-    return mean

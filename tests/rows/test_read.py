@@ -349,12 +349,14 @@ def test_a_folder_is_read_in_the_order_of_its_relative_paths(tmp_path: Path) -> 
 def test_what_is_no_data_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "rows.csv").write_text("prompt,response\n")
     (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "empty").mkdir()
     for item, said in {
         "folder.jsonl": "a folder with the name of a file",
         "notes.txt": "ends in one of",
+        "rows.csv": "tables of text are not read",
         "dangling.jsonl": "No such file",
         "pipe.jsonl": "a pipe, socket or device",
         "empty": "no file below this folder",

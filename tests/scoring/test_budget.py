@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_files import Notes
 
-from alphatoken_curate import FingerprintError, StoredDataError
+from alphatoken_curate import FingerprintError, StoredDataError, UsageError
 from alphatoken_curate.progress import Silent
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.runs.shards import shard_name, values_folder
@@ -51,8 +51,15 @@ def test_auto_is_settled_once_and_written_down(tmp_path: Path) -> None:
     assert again.first == 4096
     # A number binds from the first thing that was computed; until then another may be named.
     assert budget(tmp_path, 100).first == 100
+    notes = Notes()
     computed(tmp_path)
-    assert budget(tmp_path, 300).first == budget(tmp_path, "auto").first == 100
+    assert budget(tmp_path, 100, notes=notes).first == budget(tmp_path, "auto", notes=notes).first == 100
+    assert not notes.warnings
+    assert budget(tmp_path, 300, notes=notes).first == 100
+    assert len(notes.warnings) == 1
+    assert notes.warnings[0].startswith(f"--batch-tokens 300 is without effect: {tmp_path} was begun with 100, and")
+    with pytest.raises(UsageError, match=r"--batch-tokens 300: .* was prepared with 100\. Leave it out"):
+        Budget(tmp_path, FIELDS, 300, Silent(), writes=False)
 
 
 def test_a_shard_that_was_written_binds_too(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ from alphatoken_curate.directions.lora import LoraTrainee
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.models.load import find_model
 from alphatoken_curate.models.unmerged import Lora
+from alphatoken_curate.scoring.check import check
 from alphatoken_curate.scoring.courses import optimiser_of
 from alphatoken_curate.scoring.estimate import estimate
-from alphatoken_curate.scoring.lora import lora_of
+from alphatoken_curate.scoring.named import lora_of
 from alphatoken_curate.scoring.spec import ScorerSpec
 
 pytest.importorskip("peft")
@@ -302,6 +303,28 @@ def test_what_was_rehearsed_is_told(files: dict[str, str], tmp_path: Path) -> No
         ended = command(*told, files["data"], *how, "--model", files["other"])
         assert ended.code == 2 and "its rank is 4, and that of --rehearse-lora is 2" in ended.err
     assert not (tmp_path / "other").exists() or not contents(tmp_path / "other")
+
+
+def test_what_it_cannot_stand_beside_is_told_before_a_row_is_read(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with quiet():
+        tiny_model("mixtral", dtype=torch.float32).save_pretrained(tmp_path / "experts")
+    monkeypatch.setattr("alphatoken_curate.scoring.prepare.Reader", None)
+    for made, told in (
+        (config(files, model=str(tmp_path / "experts")), r"mlp\.gate is no linear layer of its own"),
+        (
+            config(files, model=files["adapter"], layers=1),
+            r"the adapter stands beside transformer\.h\.0\..* no linear map",
+        ),
+        (config(files, layers=9), r"--layers 9: the model has 4 decoder blocks\. Give 1 to 4, or all"),
+        (ScoreConfig(data=(files["data"],), model=files["base"], layers=9), r"--layers 9: the model has 4 decoder"),
+    ):
+        with pytest.raises(ModelError, match=told):
+            check(made)
+        with pytest.raises(ModelError, match=told):
+            score(made, tmp_path / "run")
+    assert not (tmp_path / "run" / "artifacts").exists()
 
 
 def test_by_default_alpha_is_twice_the_rank(files: dict[str, str]) -> None:

@@ -223,6 +223,27 @@ def test_a_row_without_a_finite_loss_is_left_out_of_the_training(
     assert frame["status"][4] == "failed" and np.isfinite(stored(tmp_path / "run", "value")["value"]).all()
 
 
+def test_a_warmup_that_never_ends_is_told(files: dict[str, str], tmp_path: Path) -> None:
+    for warmup, told in ((40, ["40: the training has 3 steps, so its rate ends at 5% of --rehearse-lr."]), (2, [])):
+        notes = Notes()
+        score(config(files, rehearse_warmup=warmup, retention=files["retention"]), tmp_path / str(warmup), notes)
+        assert [text.partition("--rehearse-warmup ")[2] for text in notes.warnings if "warmup" in text] == told
+
+
+@pytest.mark.parametrize("kind", ["target", "retention"])
+def test_a_row_that_makes_an_outcome_infinite_is_named(
+    kind: str, files: dict[str, str], models: dict[str, str], tmp_path: Path
+) -> None:
+    odd = {"input_ids": [5, NAN_TOKEN, 7, 8], "labels": [-100, NAN_TOKEN, 7, 8]}
+    with_it = write_jsonl(tmp_path / "odd.jsonl", [*ROWS[:4], odd])
+    given = {"model": models["broken"], "layers": 1, "parameters": "linear", "dtype": "float32", kind: with_it}
+    given |= {"fisher": "sampled", "fisher_rows": 4}
+    with pytest.raises(InputError, match=r"odd.jsonl:5: 1 target or retention row to which the model gives no finite"):
+        score(config(files, **given), tmp_path / "run")
+    with pytest.raises(InputError, match="smaller --rehearse-lr"):  # which is no fault of a row
+        score(config(files, rehearse_lr=1000.0, dtype="float32"), tmp_path / "other")
+
+
 def test_in_bfloat16_products_alone_are_rounded(files: dict[str, str], tmp_path: Path) -> None:
     """Weights, losses before the first step and sums are as in float32; Adam would turn small roundings to steps."""
     found = {}

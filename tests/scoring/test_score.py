@@ -359,6 +359,27 @@ def test_a_target_or_fisher_that_is_not_finite_is_refused(
         score(ScoreConfig(**config), tmp_path / "other")
 
 
+@pytest.mark.parametrize("named", ["target", "groups", "retention", "lookahead"])
+def test_rows_that_make_a_direction_infinite_are_named(
+    settings: dict[str, Any], target: str, models: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    records = token_records(9)
+    for i in (2, 7):
+        records[i]["input_ids"][0] = NAN_TOKEN
+        records[i]["labels"][0] = -100
+    bad = write_jsonl(tmp_path / "nan.jsonl", records)
+    given: dict[str, Any] = settings | {"model": models["broken"], "reference": None, "target": target}
+    given |= {
+        "target": {"target": bad},
+        "groups": {"target": bad, "target_groups": 3, "retention": target},
+        "retention": {"retention": bad},
+        "lookahead": {"data": bad, "drift": "lookahead", "lookahead_rows": 9, "lookahead_lr": 1e-3},
+    }[named]
+    kind = "target" if named == "groups" else named
+    with pytest.raises(InputError, match=rf"nan.jsonl:3, .*nan.jsonl:8: 2 {kind} rows to which the model gives no fin"):
+        score(ScoreConfig(**given), tmp_path / "run")
+
+
 def test_a_fisher_is_of_the_rows_that_have_a_finite_loss(
     settings: dict[str, Any], target: str, models: dict[str, str], tmp_path: Path
 ) -> None:
