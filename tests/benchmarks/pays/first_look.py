@@ -148,7 +148,7 @@ PARTS: dict[str, Part] = {
     "curvature": Part(settings=(DIGITS,), selections=["influence ekfac 0.9", "influence astra 0.9"]),
     "orders": Part(selections=TRANSFERRED, trainings=["order 1"]),
     "longer": Part(selections=TRANSFERRED, trainings=["two epochs"]),
-    "longer, rehearsed": Part(settings=(CLEAN,), selections=MILD_ONE_GROUP, trainings=["two epochs, rehearsed"]),
+    "longer, rehearsed": Part(settings=(CLEAN, WRONG), selections=MILD_ONE_GROUP, trainings=["two epochs, rehearsed"]),
     "rates": Part(settings=(DIGITS, CLEAN), selections=TRANSFERRED, trainings=["rate 1e-4", "rate 1e-5"]),
     "second": Part(settings=(DIGITS, CLEAN), selections=[*SECOND]),
     "more rows": Part(settings=(DIGITS,), selections=TRANSFERRED, trainings=["128 rows"]),

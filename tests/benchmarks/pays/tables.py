@@ -109,6 +109,7 @@ def _at_kept(curve: Sequence[dict[str, float]], kept: float) -> float:
 # ------------------------------------------------------------------------------------------------------ the first look
 
 AS_REHEARSED, VALUES = "as rehearsed", "values"
+PLAIN = "all tokens"
 
 
 def rehearsal() -> str:
@@ -172,6 +173,9 @@ def _transfer(found: Sequence[dict[str, Any]]) -> str:
     by_training: dict[str, dict[str, Any]] = defaultdict(dict)
     for line in found:
         by_training[_training(line)][line["config"]["selection"]] = line["found"]["curve"][-1]
+    for name, ends in by_training.items():  # all tokens train alike, whatever was rehearsed
+        if plain := by_training.get(name.removesuffix(", rehearsed"), {}).get(PLAIN):
+            ends[PLAIN] = plain
     others = [name for name in by_training if name != AS_REHEARSED]
     if not others:
         return ""
