@@ -12,7 +12,9 @@ from typing import Any
 
 import pooled
 import pytest
+import torch
 from page_lines import check_lines, lines_of
+from safetensors.torch import save_file
 from tiny_files import Notes, contents, token_records, write_jsonl
 
 from alphatoken_curate import CurateError, Ray, ScoreConfig, UsageError, score
@@ -134,8 +136,10 @@ def test_the_lines_for_ray_make_the_same_run(ray: Any, settings: dict[str, Any],
 
 
 def test_what_a_worker_refuses_is_refused_here(ray: Any, settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--layers 9"):
-        score(ScoreConfig(**settings | {"layers": 9}), tmp_path / "run", engine=Ray(workers=1))
+    save_file({"another": torch.zeros(2, 2)}, tmp_path / "fisher.safetensors")
+    settings |= {"fisher": str(tmp_path / "fisher.safetensors")}
+    with pytest.raises(UsageError, match="it has no tensor"):
+        score(ScoreConfig(**settings), tmp_path / "run", engine=Ray(workers=1))
 
 
 def test_what_a_worker_cannot_hand_over_is_an_error_that_names_it(

@@ -20,6 +20,7 @@ from typing import Any, cast
 import pooled
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_files import Notes, contents, pair_records, token_records, write_jsonl
 
 from alphatoken_curate import CurateError, InputError, ScoreConfig, UsageError, refresh, score
@@ -118,11 +119,10 @@ def test_a_shard_that_always_kills_is_named_and_the_others_are_kept(
     assert contents(run) == contents(tmp_path / "whole")
 
 
-def test_what_a_worker_refuses_is_refused_here(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings |= {"layers": 9}
-    with pytest.raises(UsageError, match="--layers 9") as caught:
+def test_what_a_worker_refuses_is_refused_here(settings: dict[str, Any], tmp_path: Path) -> None:
+    save_file({"another": torch.zeros(2, 2)}, tmp_path / "fisher.safetensors")
+    settings |= {"fisher": str(tmp_path / "fisher.safetensors")}
+    with pytest.raises(UsageError, match="it has no tensor") as caught:
         score(ScoreConfig(**settings), tmp_path / "run", engine=Local(2))
     assert caught.value.__notes__ and "In a worker" in caught.value.__notes__[0]
 

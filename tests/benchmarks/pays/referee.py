@@ -112,7 +112,11 @@ ARMS: Mapping[str, Arm] = {
     RESCORED: Arm(selection=Selection(mask={"keep": 0.5}, refresh=2)),
 }
 
-CHOSEN: Mapping[str, float] = dict.fromkeys(MAIN, 3e-5)
+CHOSEN: Mapping[str, float] = {
+    **dict.fromkeys(MAIN, 3e-5),
+    **dict.fromkeys((PLAIN, "random 0.9", "published 0.5"), 1e-5),
+    **dict.fromkeys(("target rows alone", "target rows too"), 1e-4),
+}
 """The rate of each arm, as chosen on A: frozen by PROTOCOL.md. Others train at that of all tokens."""
 
 

@@ -106,6 +106,16 @@ def test_every_run_of_the_test_is_of_rows_that_chose_nothing(pays: Any) -> None:
     assert all(run.rate == referee.CHOSEN[run.arm] for run in tested)
 
 
+def test_each_arm_has_the_rate_of_least_loss_where_rates_were_chosen(pays: Any) -> None:
+    referee, losses = pays("referee"), dict[str, dict[float, float]]()
+    for line in pays("lines").read("referee"):
+        if line["config"]["stage"] == referee.CHOOSE and line["config"]["model"] == "smollm2-135m":
+            held, rate = line["found"]["held"], line["config"]["about"]["learning_rate"]
+            losses.setdefault(line["config"]["arm"], {})[rate] = sum(held["nll"]) / sum(held["tokens"])
+    assert {arm: len(by_rate) for arm, by_rate in losses.items()} == dict.fromkeys(referee.MAIN, len(referee.RATES))
+    assert {arm: min(by_rate, key=by_rate.__getitem__) for arm, by_rate in losses.items()} == referee.CHOSEN
+
+
 def test_every_stage_is_told_beside_all_tokens(pays: Any) -> None:
     referee = pays("referee")
     tested = {(run.noise, run.seed, run.arm) for run in referee.runs() if run.stage == referee.TEST}
