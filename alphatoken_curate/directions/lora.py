@@ -192,7 +192,7 @@ def _widen(model: Any) -> None:
 def check_beside(model: Any, layers: int | Literal["all"], lora: Lora) -> None:
     """Raise ModelError where a LoRA cannot train beside a model, of which no weight need be there."""
     blocks = decoder_blocks(model, trunk(model))
-    scoring = blocks[len(blocks) - blocks_that_score(layers, len(blocks)) :]
+    scoring = blocks[-blocks_that_score(layers, len(blocks)) :]
     _adapted(model, [m for block in scoring for m in shapes_of_maps(model, block)], lora)
 
 

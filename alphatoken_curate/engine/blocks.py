@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,12 +163,12 @@ def linear_maps(model: nn.Module, block: nn.Module) -> list[LinearMap]:
     names = {module: name for name, module in model.named_modules()}
     for slot, parameter in block.named_parameters():
         refuse_odd(type(model).__name__, f"{names[block]}.{slot}", parameter)
-    return shapes_of_maps(model, block)
+    return shapes_of_maps(model, block, names)
 
 
-def shapes_of_maps(model: nn.Module, block: nn.Module) -> list[LinearMap]:
-    """The same, though its weights may be of any kind, and nowhere."""
-    names = {module: name for name, module in model.named_modules()}
+def shapes_of_maps(model: nn.Module, block: nn.Module, names: Mapping[nn.Module, str] | None = None) -> list[LinearMap]:
+    """The same, though its weights may be of any kind, and nowhere. `names`: of the model's modules, if known."""
+    names = names or {module: name for name, module in model.named_modules()}
     return [m for module in block.modules() for m in _maps_of(model, names[module], module)]
 
 

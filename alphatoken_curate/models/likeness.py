@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.models.load import ModelSource, model_config
+from alphatoken_curate.models.load import ModelSource, text_config
 
 _SHAPE = {
     "model_type": "is a {} model",
@@ -28,7 +26,7 @@ def check_alike(model: ModelSource, reference: ModelSource) -> None:
     """
     if model.gguf or reference.gguf or model.folder == reference.folder:
         return
-    mine, theirs = _text_config(model), _text_config(reference)
+    mine, theirs = text_config(model), text_config(reference)
     for key, says in _SHAPE.items():
         if key in mine and key in theirs and mine[key] != theirs[key]:
             raise _unlike(model, reference, _said(says, mine[key]), _said(says, theirs[key]))
@@ -41,12 +39,6 @@ def _said(says: str, number: object) -> str:
     """`has 1 key-value head`, `has 2 key-value heads`."""
     said = says.format(number)
     return said.removesuffix("s") if number == 1 else said
-
-
-def _text_config(source: ModelSource) -> dict[str, Any]:
-    config = model_config(source)
-    inner = config.get("text_config")
-    return config | inner if isinstance(inner, dict) else config
 
 
 def _unlike(model: ModelSource, reference: ModelSource, mine: str, theirs: str) -> ModelError:

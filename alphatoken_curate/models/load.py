@@ -186,6 +186,13 @@ def model_config(source: ModelSource) -> dict[str, Any]:
     return json_object(source.folder / "config.json")
 
 
+def text_config(source: ModelSource) -> dict[str, Any]:
+    """The same, with what it says of the language model inside over the rest."""
+    config = model_config(source)
+    inner = config.get("text_config")
+    return config | inner if isinstance(inner, dict) else config
+
+
 def vocabulary_size(source: ModelSource) -> int | None:
     """Number of tokens a model knows by its config.json; None of a GGUF, or where it does not say."""
     if source.gguf:

@@ -94,10 +94,8 @@ def reason(error: BaseException) -> str:
 
 
 def depth_of(config: dict[str, Any]) -> int | None:
-    """How many decoder blocks a config.json says; None where it does not."""
-    told = [part for part in (config.get("text_config"), config) if isinstance(part, dict)]
-    found = (part[key] for part in told for key in _BLOCKS if type(part.get(key)) is int)
-    return next(found, None)
+    """How many decoder blocks the config of a language model says; None where it does not."""
+    return next((config[key] for key in _BLOCKS if type(config.get(key)) is int), None)
 
 
 def blocks_that_score(layers: int | Literal["all"], depth: int) -> int:

@@ -121,10 +121,7 @@ class Budget:
             self._record = stored if begun else begins
         else:
             self._record = own
-        if threads not in (None, self.threads, self._record.taken):
-            self._refuse_threads(threads, run, progress)
-        if not plans and batch_tokens not in ("auto", self._record.first):
-            self._refuse_tokens(batch_tokens, run, progress)
+        self._tell_of_others(threads, None if plans else batch_tokens, run, progress)
         if self._record != stored:
             self._write()
 
@@ -194,20 +191,25 @@ class Budget:
             self._noted.clear()
             self._write()
 
-    def _refuse_threads(self, threads: int | None, run: Path, progress: Progress) -> None:
-        begun = _with(self.threads, self._record.taken)
-        if not self._writes:
-            raise UsageError(f"--threads {threads}: {run} was prepared {begun}. Leave it out: parts take the run's.")
-        progress.warn(f"--threads {threads} is without effect: the run was begun {begun}.")
+    def _tell_of_others(
+        self, threads: int | None, batch_tokens: int | Literal["auto"] | None, run: Path, progress: Progress
+    ) -> None:
+        """Say that settings are without effect which are others than those that the run was begun with."""
+        if threads not in (None, self.threads, self._record.taken):
+            begun = _with(self.threads, self._record.taken)
+            self._refuse(f"--threads {threads}", begun, f"the run was begun {begun}.", run, progress)
+        if batch_tokens not in (None, "auto", self._record.first):
+            begun = f"with {self._record.first}"
+            why = (
+                f"{run} was begun {begun}, and sums round otherwise in other batches. For others give another folder"
+                f" with -o, and --reuse {run}."
+            )
+            self._refuse(f"--batch-tokens {batch_tokens}", begun, why, run, progress)
 
-    def _refuse_tokens(self, batch_tokens: int | str, run: Path, progress: Progress) -> None:
-        told, begun = f"--batch-tokens {batch_tokens}", f"{self._record.first}"
+    def _refuse(self, told: str, begun: str, why: str, run: Path, progress: Progress) -> None:
         if not self._writes:
-            raise UsageError(f"{told}: {run} was prepared with {begun}. Leave it out: parts take the run's.")
-        progress.warn(
-            f"{told} is without effect: {run} was begun with {begun}, and sums round otherwise in other batches. For"
-            f" others give another folder with -o, and --reuse {run}."
-        )
+            raise UsageError(f"{told}: {run} was prepared {begun}. Leave it out: parts take the run's.")
+        progress.warn(f"{told} is without effect: {why}")
 
     def _write(self) -> None:
         if not self._writes:

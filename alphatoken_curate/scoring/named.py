@@ -10,8 +10,8 @@ from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import check_settings
 from alphatoken_curate.models.devices import kind_of, resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
-from alphatoken_curate.models.load import DEMO_MODEL, ModelSource, find_model, model_config, skeleton
-from alphatoken_curate.models.unmerged import Lora, check_unmerged, read_unmerged
+from alphatoken_curate.models.load import DEMO_MODEL, ModelSource, find_model, skeleton, text_config
+from alphatoken_curate.models.unmerged import Lora, read_unmerged
 from alphatoken_curate.models.whole import blocks_that_score, depth_of
 from alphatoken_curate.rows.columns import named_columns
 from alphatoken_curate.rows.fields import TEMPLATE_RESERVED
@@ -77,17 +77,15 @@ def check_blocks(config: ScoreConfig, model: ModelSource) -> None:
 
     No weight is read but an adapter's. Of a GGUF file it is seen once the model is loaded.
     """
-    if model.gguf is None and (depth := depth_of(model_config(model))) is not None:
+    if model.gguf is None and (depth := depth_of(text_config(model))) is not None:
         blocks_that_score(config.layers, depth)
-    if not config.rehearses_lora or config.rehearse_lora is None:
+    if not config.rehearses_lora:
         return
-    if model.adapter is not None:
-        check_unmerged(model.adapter, config.rehearse_lora, config.rehearse_lora_alpha)
+    lora = lora_of(config, model)
     if model.gguf is None:
         from alphatoken_curate.directions.lora import check_beside
 
-        beside = skeleton(model, trust_remote_code=config.trust_remote_code)
-        check_beside(beside, config.layers, lora_of(config, model))
+        check_beside(skeleton(model, trust_remote_code=config.trust_remote_code), config.layers, lora)
 
 
 def lora_of(config: ScoreConfig, model: ModelSource) -> Lora:

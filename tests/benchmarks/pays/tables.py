@@ -20,6 +20,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import lines
+from referee import PLAIN
 from verdict import report
 from writing import markdown, with_interval
 
@@ -109,7 +110,6 @@ def _at_kept(curve: Sequence[dict[str, float]], kept: float) -> float:
 # ------------------------------------------------------------------------------------------------------ the first look
 
 AS_REHEARSED, VALUES = "as rehearsed", "values"
-PLAIN = "all tokens"
 
 
 def rehearsal() -> str:
@@ -193,7 +193,7 @@ def _training(line: dict[str, Any]) -> str:
 
 
 def _less(ends: dict[str, Any], name: str) -> str:
-    return f"{ends['all tokens']['target_loss'] - ends[name]['target_loss']:+.3f}" if "all tokens" in ends else ""
+    return f"{ends[PLAIN]['target_loss'] - ends[name]['target_loss']:+.3f}" if PLAIN in ends else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ detection
