@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from settings import Row, answer_digits
-from torch.nn.functional import cross_entropy
-from training import predictions
+from training import nll_of, predictions
 
 Floats = NDArray[np.float64]
 
@@ -55,7 +54,7 @@ def held_out(model: Any, rows: Sequence[Row]) -> HeldOut:
         mine = order[first : first + _AT_ONCE]
         with torch.no_grad():
             logits, targets, which = predictions(model, [rows[i] for i in mine])
-            nll = [cross_entropy(logits.float() / t, targets, reduction="none").numpy() for t in TEMPERATURES]
+            nll = [nll_of(logits, targets, t).numpy() for t in TEMPERATURES]
             likeliest = (logits.argmax(-1) == targets).numpy()
         at = np.array(mine)[which.numpy()]
         answers = np.concatenate([answer_digits(rows[i])[rows[i].response] for i in mine])
