@@ -10,6 +10,7 @@ import orjson
 import polars as pl
 import pytest
 import torch
+from daily import daily
 from killed import kill
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_rows
@@ -307,14 +308,10 @@ def test_where_a_killed_one_finds_less_memory_fewer_outcomes_go_back_together(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "at",
-    [
-        f"after-rename@rehearsal-00000-{name}.safetensors"
-        for name in ("1-values-0w0", "0-values-2w1", "0-state-3", "1-adjoint-2w1-1", "1-values-2w1", "columns")
-    ],
-)
-@pytest.mark.long
+BETWEEN = ("1-values-0w0", "0-values-2w1", "0-state-3", "1-adjoint-2w1-1", "1-values-2w1", "columns")
+
+
+@pytest.mark.parametrize("at", daily(BETWEEN, [], BETWEEN[::2]))
 def test_killed_between_windows_the_same_command_ends_with_the_same_bytes(
     at: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,7 +319,7 @@ def test_killed_between_windows_the_same_command_ends_with_the_same_bytes(
     made = config(files, rehearse_seeds=2, layers=1, rehearse_window=2)
     monkeypatch.setattr(rehearse, "at_once", lambda *_: 2)
     score(made, tmp_path / "whole")
-    kill(at, lambda: score(made, tmp_path / "run"))
+    kill(f"after-rename@rehearsal-00000-{at}.safetensors", lambda: score(made, tmp_path / "run"))
     monkeypatch.setattr(rehearse, "at_once", lambda *_: 1)
     score(made, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")

@@ -11,6 +11,7 @@ import numpy as np
 import pooled
 import pytest
 import torch
+from daily import daily
 from killed import kill
 from safetensors.torch import load_file
 from tiny import tiny_pairs, tiny_rows
@@ -171,7 +172,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", [x if x == "whole" else pytest.param(x, marks=pytest.mark.long) for x in KINDS])
+@pytest.mark.parametrize("name", daily(KINDS, ["whole"], ["exact", "lora", "narrow", "pairs of one", "windows"]))
 def test_the_portions_of_a_rehearsal_change_no_byte(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= KINDS[name]
     if settings.pop("kind", "sft") == "preference":
@@ -248,8 +249,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize(("at", "workers"), KILLS)
-@pytest.mark.long
+@pytest.mark.parametrize(("at", "workers"), daily(KILLS, [], KILLS[1::2]))
 def test_killed_anywhere_any_number_of_workers_goes_on(
     at: str, workers: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from daily import daily
 from forks import Forks
 from tiny_files import contents, pair_records, token_records, write_jsonl
 
@@ -359,8 +360,10 @@ POINTS = ("after-temp-open", "mid-write", "after-fsync", "after-rename")
 FILES = ("part-00001.arrow", "columns.arrow", "rows.json")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("point", [f"{point}@{FILES[n % 3]}" for n, point in enumerate(POINTS * 3)])
+KILLS = [f"{point}@{FILES[n % 3]}" for n, point in enumerate(POINTS * 3)]
+
+
+@pytest.mark.parametrize("point", daily(KILLS, [], KILLS[5:]))
 def test_killed_while_rows_are_written_it_ends_the_same(
     point: str, settings: dict[str, Any], forks: Forks, tmp_path: Path
 ) -> None:

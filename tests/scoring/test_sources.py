@@ -89,7 +89,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("change", daily([in_place, cut, replaced], [in_place]))
+@pytest.mark.parametrize("change", daily([in_place, cut, replaced], [in_place], [cut]))
 @pytest.mark.parametrize("name", FILES)
 def test_a_scoring_ends_where_a_file_is_written_again(
     name: str, change: Callable[[Path], object], settings: dict[str, Any], tmp_path: Path

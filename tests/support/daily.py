@@ -1,4 +1,4 @@
-"""Which of many cases are tested each time, and which with `pytest -m long`."""
+"""Which of many cases are tested each time, and which with `pytest -m long` or with `pytest -m stress`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 
-def daily(cases: Iterable[Any], often: Collection[Any] | Callable[[Any], bool]) -> list[Any]:
-    """The cases for `parametrize`, those that are not `often` marked `long`."""
+def daily(
+    cases: Iterable[Any], often: Collection[Any] | Callable[[Any], bool], seldom: Collection[Any] = ()
+) -> list[Any]:
+    """The cases for `parametrize`: `seldom` ones marked `stress`, others that are not `often` marked `long`."""
     is_often = often if callable(often) else lambda case: case in often
-    return [case if is_often(case) else pytest.param(case, marks=pytest.mark.long) for case in cases]
+
+    def marked(case: Any) -> Any:
+        values = case if isinstance(case, tuple) else (case,)
+        return pytest.param(*values, marks=pytest.mark.stress if case in seldom else pytest.mark.long)
+
+    return [case if is_often(case) else marked(case) for case in cases]
