@@ -114,15 +114,16 @@ ARMS: Mapping[str, Arm] = {
 
 CHOSEN: Mapping[str, float] = {
     **dict.fromkeys(MAIN, 3e-5),
-    **dict.fromkeys((PLAIN, "random 0.9", "published 0.5"), 1e-5),
+    **dict.fromkeys((PLAIN, "random 0.9", "published 0.5", RESCORED), 1e-5),
     **dict.fromkeys(("target rows alone", "target rows too"), 1e-4),
 }
-"""The rate of each arm, as chosen on A: frozen by PROTOCOL.md. Others train at that of all tokens."""
+"""The rate of each arm, as chosen on A: frozen by PROTOCOL.md. All tokens train at each of the three."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """Some of the runs: of each seed and noise each arm. `rate`: that of all arms; None where each has its own.
+
 
     `size` is what the name of a setting ends with; `beside`: arms of the test that its own are told beside.
     """
@@ -134,6 +135,14 @@ class Stage:
     epochs: int = 1
     size: str = ""
     beside: Sequence[str] = ()
+
+    def rates(self, arm: str) -> tuple[float, ...]:
+        """Those at which an arm trains. All tokens do at each: a rate chosen where much is wrong is low elsewhere."""
+        if self.rate is not None:
+            return (self.rate,)
+        if arm == PLAIN:
+            return RATES
+        return (CHOSEN[arm],) if arm in CHOSEN else ()  # once it is chosen
 
 
 KNOWN = (PLAIN, "token oracle", "rehearsed, lowest 5%", "rehearsed, tilt 0.25")
@@ -186,22 +195,21 @@ class Run:
 def runs() -> list[Run]:
     """All of them, what decides most first."""
     found = [
-        Run(stage=CHOOSE, noise="digits", seed=0, arm=arm, rate=rate) for rate in (3e-5, 1e-4, 1e-5) for arm in MAIN
+        Run(stage=CHOOSE, noise="digits", seed=0, arm=arm, rate=rate)
+        for arms in (MAIN, OF_LITERATURE)
+        for rate in (3e-5, 1e-4, 1e-5)
+        for arm in arms
     ]
     for name, stage in STAGES.items():
         for seed in stage.seeds:
             for noise in stage.noises:
                 found += [
-                    Run(stage=name, noise=noise, seed=seed, arm=arm, rate=stage.rate or rate_of(arm))
+                    Run(stage=name, noise=noise, seed=seed, arm=arm, rate=rate)
                     for arm in stage.arms
                     if noise != "clean" or not ARMS[arm].wants_bad
+                    for rate in stage.rates(arm)
                 ]
     return found
-
-
-def rate_of(arm: str) -> float:
-    """That which was chosen."""
-    return CHOSEN.get(arm, CHOSEN[PLAIN])
 
 
 def one(data: str, place: Place, config: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/pays/verdict.py
 
-A gain is the mean over seeds of what an arm's loss is less than that of all tokens, per held token. Its interval is of
+A gain is the mean over seeds of what an arm's loss is less than that of all tokens, per held token: of those at the
+rate of least loss on V for that noise, over the seeds that have each of the rates. Its interval is of
 a paired bootstrap: seeds and held rows are drawn anew, the same draws for every arm, and the 95% are of the largest
 deviation of any arm in its own standard error, so that they hold for all arms of a noise together. Few seeds spread
 less when drawn anew than they should, and their spread is known badly: their part is widened by sqrt(S / (S - 1)) and
@@ -66,27 +67,48 @@ def gains(arms: Floats, plain: Floats, sizes: Floats, seed: int = 0) -> Gains:
     return Gains(gain=gain, half=float(np.quantile(off.max(axis=0), SURE)) * error)
 
 
-def by_arm(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
-    """Results of each arm by seed."""
-    arms: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+BySeed = dict[int, Mapping[str, Any]]
+
+
+def by_arm(found: Sequence[Mapping[str, Any]]) -> dict[str, BySeed]:
+    """Results of each arm by seed, those of all tokens at each rate apart."""
+    arms: dict[str, BySeed] = defaultdict(dict)
     for line in found:
-        arms[line["config"]["arm"]][line["config"]["seed"]] = line["found"]
+        arm, rate = line["config"]["arm"], line["config"]["about"]["learning_rate"]
+        arms[plain_at(rate) if arm == PLAIN else arm][line["config"]["seed"]] = line["found"]
     return arms
 
 
-def of_noise(found: Sequence[Mapping[str, Any]]) -> str:
-    """The arms of a noise, those that gain most first; over the seeds for which all tokens are there too."""
+def plain_at(rate: float) -> str:
+    """What all tokens at a rate are called."""
+    return f"{PLAIN}, {rate:g}"
+
+
+def best_plain(arms: Mapping[str, BySeed], rates: Sequence[float]) -> tuple[str, BySeed]:
+    """All tokens at the rate of least loss on V, over the seeds that have every rate."""
+    each = {name: arms.get(name, {}) for name in map(plain_at, rates)}
+    seeds = set.intersection(*(set(by_seed) for by_seed in each.values()))
+    tuned = {n: sum(by_seed[s]["curve"][-1]["target_loss"] for s in seeds) for n, by_seed in each.items()}
+    best = min(tuned, key=tuned.__getitem__)
+    return best, {s: each[best][s] for s in seeds}
+
+
+def of_noise(found: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> str:
+    """The arms of a noise, those that gain most first, over seeds that have all tokens at each rate; "" for none."""
     arms = by_arm(found)
-    plain = arms.pop(PLAIN, {})
+    own_name, plain = best_plain(arms, rates)
+    if not plain:
+        return ""
+    del arms[own_name]
     # Arms are compared over the same seeds, so those that lack some are told of apart.
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for name, seeds in arms.items():
-        groups[tuple(sorted(plain.keys() & seeds.keys()))].append(name)
+    for name, by_seed in arms.items():
+        groups[tuple(sorted(plain.keys() & by_seed.keys()))].append(name)
     cells = [cell for seeds, names in groups.items() if seeds for cell in _cells(arms, names, plain, seeds)]
     rows = sorted(cells, key=lambda row: -row[0])
     head = ["arm", "seeds", "kept", "bad kept", "loss", *(f"gain: {name}" for name in MEASURES), "retention loss"]
-    own = _about(PLAIN, [plain[s] for s in sorted(plain)]) if plain else []
-    return markdown(head, [*([[*own[:5], "", "", "", own[5]]] if own else []), *(row[1] for row in rows)])
+    own = _about(own_name, list(plain.values()))
+    return markdown(head, [[*own[:5], "", "", "", own[5]], *(row[1] for row in rows)])
 
 
 def _cells(
@@ -150,7 +172,8 @@ def report() -> str:
             continue
         beside = [one for one in found[model, TEST, noise] if one["config"]["arm"] in STAGES[stage].beside]
         named = "" if stage == TEST else f", {stage}"
-        parts.append(f"### {model}: {noise}{named}\n\n{of_noise([*some, *beside])}")
+        if table := of_noise([*some, *beside], STAGES[stage].rates(PLAIN)):
+            parts.append(f"### {model}: {noise}{named}\n\n{table}")
     return "\n\n".join(parts)
 
 
