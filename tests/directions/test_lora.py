@@ -12,6 +12,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from daily import daily
 from peft_lora import as_ours, names_of, with_lora
 from tiny import make_row, tiny_model, tiny_pairs, tiny_rows
 from torch import Tensor
@@ -102,7 +103,7 @@ _OFTEN = ("adamw, nearly signs", "adamw, warmed up, clipped, decay, cosine")
 
 
 @pytest.mark.parametrize("denominator", ["count", "sum"])
-@pytest.mark.parametrize("name", [x if x in _OFTEN else pytest.param(x, marks=pytest.mark.long) for x in OPTIMISERS])
+@pytest.mark.parametrize("name", daily(OPTIMISERS, _OFTEN))
 def test_values_are_those_of_autograd_through_the_unrolled_training_of_pefts_layers(
     name: str, denominator: Any
 ) -> None:

@@ -185,7 +185,7 @@ def test_margins_far_off_do_not_overflow() -> None:
 _OFTEN = ("adamw, nearly signs", "adamw, clipped, decay, cosine", "sgd, momentum, clipped, linear, decay")
 
 
-@pytest.mark.parametrize("name", [x if x in _OFTEN else pytest.param(x, marks=pytest.mark.long) for x in OPTIMISERS])
+@pytest.mark.parametrize("name", daily(OPTIMISERS, _OFTEN))
 def test_values_are_those_of_autograd_through_the_unrolled_training(name: str) -> None:
     found, wanted = compared("gpt2", "all", "all", OPTIMISERS[name])
     assert_exact(found, wanted)

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from daily import daily
 from tiny_files import pair_records, token_records, write_jsonl
 
 from alphatoken_curate import ScoreConfig, score
@@ -58,9 +59,7 @@ _OFTEN = (("sft", "all"), ("preference", "ekfac"))
 _EACH = [(kind, name) for kind in ("sft", "preference") for name in CASES]
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [one if one in _OFTEN else pytest.param(*one, marks=pytest.mark.long) for one in _EACH]
-)
+@pytest.mark.parametrize(("kind", "name"), daily(_EACH, _OFTEN))
 def test_values_are_those_of_sums_over_all_rows_at_once(
     kind: str, name: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from daily import daily
 from tiny_files import command, pair_records, rows_of, token_records, write_jsonl
 
 from alphatoken_curate import ScoreConfig, score, verify
@@ -47,9 +48,7 @@ _EACH = [(kind, name) for kind in ("sft", "preference") for name in SETTINGS]
 _OFTEN = (("sft", "scaled"), ("sft", "published"), ("preference", "exact"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [one if one in _OFTEN else pytest.param(*one, marks=pytest.mark.long) for one in _EACH]
-)
+@pytest.mark.parametrize(("kind", "name"), daily(_EACH, _OFTEN))
 def test_errors_are_those_of_the_groups_values(name: str, kind: str, models: dict[str, str], tmp_path: Path) -> None:
     records = token_records(6, seed=2) if kind == "sft" else pair_records(4)
     data = write_jsonl(tmp_path / "rows.jsonl", records)

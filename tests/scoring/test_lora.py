@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from daily import daily
 from killed import kill
 from peft_lora import as_ours, names_of, with_lora
 from safetensors.torch import load_file, save_file
@@ -148,7 +149,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _OFTEN = ("kept, orders", "adapter, its base")
 
 
-@pytest.mark.parametrize("name", [x if x in _OFTEN else pytest.param(x, marks=pytest.mark.long) for x in SETTINGS])
+@pytest.mark.parametrize("name", daily(SETTINGS, _OFTEN))
 def test_a_run_holds_what_autograd_finds_through_the_training_of_pefts_layers(
     name: str, files: dict[str, str], tmp_path: Path
 ) -> None:

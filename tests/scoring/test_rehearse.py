@@ -136,7 +136,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _OFTEN = ("default", "kept", "orders")
 
 
-@pytest.mark.parametrize("name", [x if x in _OFTEN else pytest.param(x, marks=pytest.mark.long) for x in SETTINGS])
+@pytest.mark.parametrize("name", daily(SETTINGS, _OFTEN))
 def test_a_run_holds_what_autograd_finds_through_the_unrolled_training(
     name: str, files: dict[str, str], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from by_hand import BY_HAND
 from chats import answer, run_any
+from daily import daily
 from each import each_answer
 from kinds import CALLS, GROUPS, KINDS, record_of
 from matrix import (
@@ -57,7 +58,7 @@ OFTEN = (
 OLDER = Version(version("transformers")) < Version("5.23")
 """Whose mask lacks a token within an answer of many scripts (seen with 5.6)."""
 
-SOME = [name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in TRL]
+SOME = daily(TRL, OFTEN)
 TRAINING = [name for name in TRL if name.endswith("_training")]
 AXOLOTLS = list(axolotl_templates()) or [pytest.param("", marks=pytest.mark.skip(f"{AXOLOTL} names no wheel"))]
 
