@@ -119,6 +119,11 @@ CHOSEN: Mapping[str, float] = {
 }
 """The rate of each arm, as chosen on A: frozen by PROTOCOL.md. All tokens train at each of the three."""
 
+SECOND: Mapping[str, float] = {"swapped": 1e-4}
+"""Noises of which all tokens end lowest on V at another rate than that of `AT_SECOND`, which train at it as well."""
+
+AT_SECOND = ("rehearsed, lowest 5%", "rehearsed, tilt 0.25", "token oracle")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
@@ -136,13 +141,14 @@ class Stage:
     size: str = ""
     beside: Sequence[str] = ()
 
-    def rates(self, arm: str) -> tuple[float, ...]:
+    def rates(self, arm: str, noise: str) -> tuple[float, ...]:
         """Those at which an arm trains. All tokens do at each: a rate chosen where much is wrong is low elsewhere."""
         if self.rate is not None:
             return (self.rate,)
         if arm == PLAIN:
             return RATES
-        return (CHOSEN[arm],) if arm in CHOSEN else ()  # once it is chosen
+        own = (CHOSEN[arm],) if arm in CHOSEN else ()  # once it is chosen
+        return (*own, SECOND[noise]) if arm in AT_SECOND and noise in SECOND else own
 
 
 KNOWN = (PLAIN, "token oracle", "rehearsed, lowest 5%", "rehearsed, tilt 0.25")
@@ -207,7 +213,7 @@ def runs() -> list[Run]:
                     Run(stage=name, noise=noise, seed=seed, arm=arm, rate=rate)
                     for arm in stage.arms
                     if noise != "clean" or not ARMS[arm].wants_bad
-                    for rate in stage.rates(arm)
+                    for rate in stage.rates(arm, noise)
                 ]
     return found
 

@@ -67,39 +67,50 @@ def gains(arms: Floats, plain: Floats, sizes: Floats, seed: int = 0) -> Gains:
     return Gains(gain=gain, half=float(np.quantile(off.max(axis=0), SURE)) * error)
 
 
+At = tuple[str, float]
+"""An arm and its rate."""
+
 BySeed = dict[int, Mapping[str, Any]]
 
 
-def by_arm(found: Sequence[Mapping[str, Any]]) -> dict[str, BySeed]:
-    """Results of each arm by seed, those of all tokens at each rate apart."""
-    arms: dict[str, BySeed] = defaultdict(dict)
+def by_arm(found: Sequence[Mapping[str, Any]]) -> dict[At, BySeed]:
+    """Results of each arm at each rate by seed."""
+    arms: dict[At, BySeed] = defaultdict(dict)
     for line in found:
-        arm, rate = line["config"]["arm"], line["config"]["about"]["learning_rate"]
-        arms[plain_at(rate) if arm == PLAIN else arm][line["config"]["seed"]] = line["found"]
+        config = line["config"]
+        arms[config["arm"], config["about"]["learning_rate"]][config["seed"]] = line["found"]
     return arms
 
 
-def plain_at(rate: float) -> str:
-    """What all tokens at a rate are called."""
-    return f"{PLAIN}, {rate:g}"
-
-
-def best_plain(arms: Mapping[str, BySeed], rates: Sequence[float]) -> tuple[str, BySeed]:
-    """All tokens at the rate of least loss on V, over the seeds that have every rate."""
-    each = {name: arms.get(name, {}) for name in map(plain_at, rates)}
+def least_on_v(arms: Mapping[At, BySeed], arm: str, rates: Sequence[float]) -> tuple[float, set[int]]:
+    """The rate at which an arm ends lowest on V, and the seeds that have each of the rates: that it is told by."""
+    each = {rate: arms.get((arm, rate), {}) for rate in rates}
     seeds = set.intersection(*(set(by_seed) for by_seed in each.values()))
-    tuned = {n: sum(by_seed[s]["curve"][-1]["target_loss"] for s in seeds) for n, by_seed in each.items()}
-    best = min(tuned, key=tuned.__getitem__)
-    return best, {s: each[best][s] for s in seeds}
+    loss = {rate: sum(by_seed[s]["curve"][-1]["target_loss"] for s in seeds) for rate, by_seed in each.items()}
+    return min(loss, key=loss.__getitem__), seeds
+
+
+def named(arms: Mapping[At, BySeed]) -> dict[At, str]:
+    """What tables call them. Of an arm at several rates the one of least loss on V counts, once a seed has them all."""
+    names = {}
+    for arm, rate in arms:
+        rates = [other for name, other in arms if name == arm]
+        least, seeds = least_on_v(arms, arm, rates)
+        told = f"{arm}, {rate:g}" if len(rates) > 1 or arm == PLAIN else arm
+        names[arm, rate] = f"{told} (higher on V)" if seeds and rate != least else told
+    return names
 
 
 def of_noise(found: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> str:
     """The arms of a noise, those that gain most first, over seeds that have all tokens at each rate; "" for none."""
-    arms = by_arm(found)
-    own_name, plain = best_plain(arms, rates)
-    if not plain:
+    each = by_arm(found)
+    best, tuned = least_on_v(each, PLAIN, rates)
+    if not tuned:
         return ""
-    del arms[own_name]
+    names_of = named(each)
+    arms = {names_of[at]: by_seed for at, by_seed in each.items()}
+    own_name = names_of[PLAIN, best]
+    plain = {seed: found for seed, found in arms.pop(own_name).items() if seed in tuned}
     # Arms are compared over the same seeds, so those that lack some are told of apart.
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, by_seed in arms.items():
@@ -172,7 +183,7 @@ def report() -> str:
             continue
         beside = [one for one in found[model, TEST, noise] if one["config"]["arm"] in STAGES[stage].beside]
         named = "" if stage == TEST else f", {stage}"
-        if table := of_noise([*some, *beside], STAGES[stage].rates(PLAIN)):
+        if table := of_noise([*some, *beside], STAGES[stage].rates(PLAIN, noise)):
             parts.append(f"### {model}: {noise}{named}\n\n{table}")
     return "\n\n".join(parts)
 
