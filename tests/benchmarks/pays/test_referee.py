@@ -115,8 +115,8 @@ def test_each_arm_has_the_rate_of_least_loss_where_rates_were_chosen(pays: Any) 
     referee, losses = pays("referee"), dict[str, dict[float, float]]()
     for line in pays("lines").read("referee"):
         if line["config"]["stage"] == referee.CHOOSE and line["config"]["model"] == "smollm2-135m":
-            held, rate = line["found"]["held"], line["config"]["about"]["learning_rate"]
-            losses.setdefault(line["config"]["arm"], {})[rate] = sum(held["nll"]) / sum(held["tokens"])
+            rate = line["config"]["about"]["learning_rate"]
+            losses.setdefault(line["config"]["arm"], {})[rate] = pays("verdict").held_loss(line["found"])
     best = {arm: min(by_rate, key=by_rate.__getitem__) for arm, by_rate in losses.items() if len(by_rate) == 3}
     assert best.keys() >= referee.MAIN.keys()
     assert best | {referee.RESCORED: best["published 0.5"]} == referee.CHOSEN
@@ -183,7 +183,7 @@ def test_a_table_of_a_stage_holds_what_it_is_told_beside(pays: Any, monkeypatch:
     found += [line("test", "all tokens", 1.0, 3e-5)]
     test, rescored = verdict.report().split("### ")[1:]
     assert test.startswith("tiny: digits\n") and "random 0.9 | 1 | 100% | 100% | 1.250 | -0.250" in test
-    assert "all tokens, 3e-05 | 1 | 100% | 100% | 1.000 |  |" in test
+    assert "all tokens, 3e-05 | 1 | 100% | 100% | 1.000 |  |  |  | 9.000, 1.000 | 3.000 |" in test
     assert "all tokens, 1e-05 (higher on V) | 1 | 100% | 100% | 1.125 | -0.125 " in test
     assert rescored.startswith("tiny: digits, rescored\n") and "random" not in rescored
     found += [line("test", "random 0.9", 1.5, 1e-4, 0.5)]  # at two rates an arm is told of at each

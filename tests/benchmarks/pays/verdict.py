@@ -117,9 +117,10 @@ def of_noise(found: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> str:
         groups[tuple(sorted(plain.keys() & by_seed.keys()))].append(name)
     cells = [cell for seeds, names in groups.items() if seeds for cell in _cells(arms, names, plain, seeds)]
     rows = sorted(cells, key=lambda row: -row[0])
-    head = ["arm", "seeds", "kept", "bad kept", "loss", *(f"gain: {name}" for name in MEASURES), "retention loss"]
+    gained = [f"gain: {name}" for name in MEASURES]
+    head = ["arm", "seeds", "kept", "bad kept", "loss", *gained, "loss on V, on the way", "retention loss"]
     own = _about(own_name, list(plain.values()))
-    return markdown(head, [[*own[:5], "", "", "", own[5]], *(row[1] for row in rows)])
+    return markdown(head, [[*own[:5], *("" for _ in MEASURES), *own[5:]], *(row[1] for row in rows)])
 
 
 def _cells(
@@ -138,7 +139,7 @@ def _cells(
         columns.append(_with_half(found))
         first = found.gain if n == 0 else first
     told = [_about(name, [arms[name][s] for s in seeds]) for name in names]
-    return [(float(first[k]), [*one[:5], *(column[k] for column in columns), one[5]]) for k, one in enumerate(told)]
+    return [(float(first[k]), [*one[:5], *(column[k] for column in columns), *one[5:]]) for k, one in enumerate(told)]
 
 
 def _with_half(found: Gains) -> list[str]:
@@ -147,22 +148,25 @@ def _with_half(found: Gains) -> list[str]:
 
 
 def _about(name: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name, seeds, what is kept, what of the bad is, loss, and retention loss."""
+    """Name, seeds, what is kept, what of the bad is, loss, losses on V on the way, and retention loss."""
     kept = mean(one["kept_tokens"] / one["response_tokens"] for one in found)
     bad = [one["kept_bad"] / one["bad_tokens"] for one in found if one["bad_tokens"]]
-    loss = mean(sum(one["held"]["nll"]) / sum(one["held"]["tokens"]) for one in found)
-    forgotten = mean(one["curve"][-1]["retention_loss"] for one in found)
-    told = [name, str(len(found)), f"{kept:.0%}", f"{mean(bad):.0%}" if bad else ""]
-    return [*told, f"{loss:.3f}", f"{forgotten:.3f}"]
+    loss, forgotten = mean(map(held_loss, found)), mean(one["curve"][-1]["retention_loss"] for one in found)
+    on_v = [mean(each) for each in zip(*([at["target_loss"] for at in one["curve"]] for one in found), strict=True)]
+    told = [name, str(len(found)), f"{kept:.0%}", f"{mean(bad):.0%}" if bad else "", f"{loss:.3f}"]
+    return [*told, ", ".join(f"{one:.3f}" for one in on_v), f"{forgotten:.3f}"]
+
+
+def held_loss(found: Mapping[str, Any]) -> float:
+    """Of a run the loss per held token, in nats."""
+    return float(sum(found["held"]["nll"]) / sum(found["held"]["tokens"]))
 
 
 def chosen(found: Sequence[Mapping[str, Any]]) -> str:
     """Loss of each arm on the rows that tune, by rate; the least is chosen."""
     loss: dict[str, dict[float, float]] = defaultdict(dict)
     for line in found:
-        held = line["found"]["held"]
-        rate = line["config"]["about"]["learning_rate"]
-        loss[line["config"]["arm"]][rate] = sum(held["nll"]) / sum(held["tokens"])
+        loss[line["config"]["arm"]][line["config"]["about"]["learning_rate"]] = held_loss(line["found"])
     rows = []
     for arm, by_rate in loss.items():
         least = min(by_rate, key=lambda rate: by_rate[rate])
