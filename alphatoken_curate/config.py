@@ -65,14 +65,11 @@ class MaskConfig:
     weights: str = _option(
         "binary", "Loss weights of kept tokens; `tilt`: 1 + C v / sd of --by.", _MASK, kind="weights"
     )
-    stability_weight: float = _option(
-        1.5, "Weight of stability against adaptation in the value.", _MASK, kind="float", bounds=(-1e6, 1e6)
+    stability_weight: float | None = _option(
+        None, "Weight of stability in the value. Default: the run's.", _MASK, kind="float", bounds=(-1e6, 1e6)
     )
     stability_scale: str = _option(
-        "none",
-        "`rms` divides each objective by its RMS first.",
-        _MASK,
-        choices=("none", "rms"),
+        "none", "`rms` divides each objective by its RMS first.", _MASK, choices=("none", "rms")
     )
     allow_empty_rows: bool = _option(
         False, "Leave rows empty that lost every token; else each keeps its best.", _MASK, kind="bool"
@@ -106,6 +103,9 @@ class MaskConfig:
 class ScoreConfig(MaskConfig):
     """Everything `score` is told."""
 
+    stability_weight: float = _option(
+        1.5, "Weight of stability against adaptation in the value.", _MASK, kind="float", bounds=(-1e6, 1e6)
+    )
     data: tuple[str, ...] = _option(
         (),
         "Rows to score: files, folders, globs, URLs (s3, gs, hf) or a Hugging Face dataset name.",

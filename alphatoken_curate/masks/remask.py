@@ -23,7 +23,15 @@ from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.masks import always, choose, criteria
 from alphatoken_curate.masks.always import Always
 from alphatoken_curate.masks.ranked import Files, Ranked, RankedBranch, ranked, sizes
-from alphatoken_curate.masks.responses import Tokens, aligned, by_shard, chosen_generations, sequences_of, table_of
+from alphatoken_curate.masks.responses import (
+    Tokens,
+    aligned,
+    by_shard,
+    chosen_generations,
+    of_run,
+    sequences_of,
+    table_of,
+)
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import sweep
 from alphatoken_curate.runs.fingerprint import Json, fingerprint
@@ -100,6 +108,7 @@ def make_mask(run: Path, config: MaskConfig) -> MaskSummary:
     stored = manifest.read(run)
     layout, components = manifest.layout(stored), manifest.components(stored)
     check_settings(config, components, layout)
+    config = of_run(config, stored)
     generations = chosen_generations(run, stored, config)
     stays = always.always_kept(run, stored, config)
     config = config if stays else replace(config, always_keep="none")
@@ -123,10 +132,11 @@ def spreads(run: Path, config: MaskConfig) -> Spreads:
     `decisions_changed` compares the mask with the one that stability weight 0 gives. Raises as `make_mask`.
     """
     stored = manifest.read(run)
+    config = of_run(config, stored)
     layout, components = manifest.layout(stored), manifest.components(stored)
     files = aligned(run, chosen_generations(run, stored, config))
     found = sizes(run, files, layout, components)
-    weights = (config.stability_weight, 0.0)
+    weights = (_weight(config), 0.0)
     tokens = changed = 0
     stays = always.always_kept(run, stored, config)
     for branch in _ranked(run, files, layout, components, config, weights, stays, found).branches:
@@ -142,7 +152,7 @@ def keeps(
 ) -> list[NDArray[np.bool_]]:
     """Which tokens of each branch a mask of these settings would keep, (N,) bool each. Nothing is written.
 
-    `stays`: what it always keeps.
+    `config`: of the run (`of_run`); `stays`: what it always keeps.
     """
     scales = composite.PUBLISHED
     if _is_scaled(config):
@@ -151,7 +161,7 @@ def keeps(
     for number, tokens in enumerate(branches):
         how: dict[str, Any] = {
             "components": components,
-            "stability_weight": config.stability_weight,
+            "stability_weight": _weight(config),
             "scales": scales,
             "layout": layout,
         }
@@ -180,7 +190,7 @@ def _fields(config: MaskConfig, generations: Sequence[Generation], version: int)
     if len(generations) > 1:
         about["aggregate"] = config.aggregate
     if _is_by_value(config):
-        about |= {"stability_weight": float(config.stability_weight), "stability_scale": config.stability_scale}
+        about |= {"stability_weight": _weight(config), "stability_scale": config.stability_scale}
     if config.always_keep != "none":
         about["always_keep"] = config.always_keep
     return about | ({"seed": config.seed} if config.by == "random" else {})
@@ -213,7 +223,7 @@ def _write(
     """The mask, its shards written, and how many rows only some of the generations scored."""
     layout, components = manifest.layout(stored), manifest.components(stored)
     files = aligned(run, generations)
-    found = _ranked(run, files, layout, components, config, (config.stability_weight,), stays)
+    found = _ranked(run, files, layout, components, config, (_weight(config),), stays)
     decided = [_decided(branch, config) for branch in found.branches]
     facts = MaskFacts(
         generations=tuple(one.generation for one in generations),
@@ -278,6 +288,12 @@ def _ranked(
         scales = (known or sizes(run, files, layout, components)).scales
     weights = {"stability_weights": stability_weights, "scales": scales, "always": stays}
     return ranked(run, files, layout, components, config, **weights)  # type: ignore[arg-type]
+
+
+def _weight(config: MaskConfig) -> float:
+    """Of stability, once the settings are those of a run (`of_run`)."""
+    assert config.stability_weight is not None
+    return float(config.stability_weight)
 
 
 def _is_scaled(config: MaskConfig) -> bool:

@@ -7,7 +7,7 @@ generations: several are averaged shard by shard. `by_shard` holds one shard at 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,13 @@ class Scored:
     keys: tuple[NDArray[np.int64], ...]
     branches: tuple[Tokens, ...]
     left_out: int
+
+
+def of_run(config: MaskConfig, stored: Manifest) -> MaskConfig:
+    """The settings of a mask of a run: the stability weight is that of its values where none is named."""
+    if config.stability_weight is not None:
+        return config
+    return replace(config, stability_weight=float(str(stored.settings["stability_weight"])))
 
 
 def chosen_generations(run: Path, stored: Manifest, config: MaskConfig) -> tuple[Generation, ...]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.masks import responses
 from alphatoken_curate.reading.scan import choose_generation
@@ -97,11 +96,8 @@ def beyond(run: str | Path, generation: int | None = None) -> Beyond | None:
 
 
 def _command(run: Path, stored: Manifest, errors: float, generation: int | None) -> tuple[str, ...]:
-    """Of the mask of these very values: with the stability weight of the run, and the generation that was asked for."""
+    """Of the mask of these very values: of the generation that was asked for."""
     options = ["--by", f"value + {errors:g} * value_error", "--keep", "positive"]
-    weight = float(str(stored.settings["stability_weight"]))
-    if weight != MaskConfig().stability_weight:
-        options += ["--stability-weight", f"{weight!r}"]
     if generation is not None and generation != stored.generations[-1].generation:
         options += ["--generation", str(generation)]
     return ("alphatoken-curate", "mask", str(run), *options)

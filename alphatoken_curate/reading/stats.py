@@ -216,7 +216,7 @@ def _decisions(run: Path, stored: Manifest, generation: int | None) -> dict[str,
 
 def newest_settings(stored: Manifest) -> MaskConfig:
     """The settings of the newest mask; the defaults where there is none."""
-    return settings_of_mask(stored.masks[-1].settings) if stored.masks else MaskConfig()
+    return responses.of_run(settings_of_mask(stored.masks[-1].settings) if stored.masks else MaskConfig(), stored)
 
 
 def _share(part: int, whole: int) -> float | None:

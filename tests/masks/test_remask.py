@@ -539,6 +539,29 @@ def test_the_mask_of_an_influence_run_recombines_its_components(tmp_path: Path, 
     assert found.decisions_changed > 0
 
 
+def test_a_mask_weighs_stability_as_the_values_of_the_run_do(tmp_path: Path) -> None:
+    """`mask` weighed it by 1.5 whatever the run was scored with, so `--by value` was not the run's column."""
+    rows, settings = value_rows(), {"stability_weight": 0.25}
+    run = small_run(tmp_path, rows, settings=settings, config=published(keep=0.2, by="nll"))
+    made = make_mask(run, published(keep=0.3))
+    values = {
+        (row.row_id, int(at)): one["adapt_direct"][at]
+        + one["adapt_causal"][at]
+        + np.float32(0.25) * (one["stab_direct"][at] + one["stab_causal"][at])
+        for row in filter(is_scored, rows)
+        for one in [row.branches[0].signals]
+        for at in np.flatnonzero(row.branches[0].response)
+    }
+    assert stored_kept(run, made.mask, "") == plain_kept(values, 0.3)[0]
+    assert make_mask(run, published(keep=0.3, stability_weight=0.25)).mask == made.mask
+    other = make_mask(run, published(keep=0.3, stability_weight=1.5))
+    assert stored_kept(run, other.mask, "") != plain_kept(values, 0.3)[0]
+    told = {one.mask: one.settings["stability_weight"] for one in manifest.read(run).masks}
+    assert (told[made.mask], told[other.mask]) == (0.25, 1.5)
+    one, same, third = (spreads(run, published(**how)) for how in ({}, settings, {"stability_weight": 1.5}))
+    assert one == same != third
+
+
 def test_selecting_by_upstream_needs_a_run_that_has_it(tmp_path: Path) -> None:
     run = small_run(tmp_path / "both", estimator="exact+influence")
     made = make_mask(run, published(keep=0.3, by="adapt_direct + adapt_upstream"))

@@ -29,22 +29,17 @@ def test_values_beyond_their_error_are_what_a_loop_counts(tmp_path: Path, kind: 
     assert found.by_chance == pytest.approx(0.05 * len(wanted)) and 0 < found.below < found.tokens
 
 
-@pytest.mark.parametrize("weight", [1.5, 0.5])
-def test_the_command_that_is_told_makes_the_mask_without_them(tmp_path: Path, weight: float) -> None:
+def test_the_command_that_is_told_makes_the_mask_without_them(tmp_path: Path) -> None:
     run = run_with_errors(tmp_path / "a run", settings={"groups": 3})
-    if weight != 1.5:
-        run = run_with_errors(tmp_path / "other", settings={"stability_weight": weight})
     found = beyond(run)
     assert found is not None
     lines = list(found.lines())
     told = shlex.split(" ".join(lines[2:]).replace("\\ ", ""))
     assert told == list(found.command) and told[:3] == ["alphatoken-curate", "mask", str(run)]
-    assert ("--stability-weight" in told) == (weight != 1.5)
     command(*told[1:], "--always-keep", "none", "--allow-empty-rows")
     tokens = scan_tokens(run).collect()
-    if weight == 1.5:
-        below = np.array(by_hand(run, 2.92))
-        assert (tokens["kept"].to_numpy() == ~below).all() and below.sum() == found.below
+    below = np.array(by_hand(run, 2.92))
+    assert (tokens["kept"].to_numpy() == ~below).all() and below.sum() == found.below
     assert all(len(line) <= 100 for line in lines[3:])
 
 
