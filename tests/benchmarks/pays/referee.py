@@ -116,6 +116,8 @@ CHOSEN: Mapping[str, float] = {
     **dict.fromkeys(MAIN, 3e-5),
     **dict.fromkeys((PLAIN, "random 0.9", "published 0.5", RESCORED), 1e-5),
     **dict.fromkeys(("target rows alone", "target rows too"), 1e-4),
+    **dict.fromkeys(("low perplexity", "DFT", "FLOW"), 1e-5),
+    **{"EAFT": 3e-5, "GCE": 1e-4},
 }
 """The rate of each arm, as chosen on A: frozen by PROTOCOL.md. All tokens train at each of the three."""
 
