@@ -11,7 +11,7 @@ from alphatoken_curate.settings import read_setting
 from alphatoken_curate.together import check_together, defaults_beside
 from alphatoken_curate.wording import nearest
 
-T = TypeVar("T")
+T = TypeVar("T", bound="MaskConfig")
 
 ESTIMATORS = ("published", "exact", "influence", "exact+influence")
 """Ways to estimate what a token's own loss and the losses it takes part in do."""
@@ -391,7 +391,7 @@ def is_from_before(settings: Mapping[str, Any]) -> bool:
 
 def checked(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     """A config from settings by name. Raises UsageError for a name it does not know (`where` it stood) or a value."""
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(kind)}
     for name in settings:
         if name not in known:
             hint = nearest(name, known) or f" Known: {', '.join(known)}."

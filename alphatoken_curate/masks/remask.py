@@ -286,8 +286,9 @@ def _ranked(
     scales = composite.PUBLISHED
     if _is_scaled(config):
         scales = (known or sizes(run, files, layout, components)).scales
-    weights = {"stability_weights": stability_weights, "scales": scales, "always": stays}
-    return ranked(run, files, layout, components, config, **weights)  # type: ignore[arg-type]
+    return ranked(
+        run, files, layout, components, config, stability_weights=stability_weights, scales=scales, always=stays
+    )
 
 
 def _weight(config: MaskConfig) -> float:

@@ -59,7 +59,12 @@ def of_run(config: MaskConfig, stored: Manifest) -> MaskConfig:
     """The settings of a mask of a run: the stability weight is that of its values where none is named."""
     if config.stability_weight is not None:
         return config
-    return replace(config, stability_weight=float(str(stored.settings["stability_weight"])))
+    return replace(config, stability_weight=stability_weight(stored))
+
+
+def stability_weight(stored: Manifest) -> float:
+    """That of the run's values."""
+    return float(str(stored.settings["stability_weight"]))
 
 
 def chosen_generations(run: Path, stored: Manifest, config: MaskConfig) -> tuple[Generation, ...]:

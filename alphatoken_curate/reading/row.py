@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from alphatoken_curate.errors import StoredDataError, UsageError
-from alphatoken_curate.masks import criteria
+from alphatoken_curate.masks import criteria, responses
 from alphatoken_curate.reading.scan import choose_generation
 from alphatoken_curate.reading.words import read_vocabulary, spelled
 from alphatoken_curate.runs import manifest, shards
@@ -218,7 +218,7 @@ def _view(run: Path, stored: Manifest, scoring: Generation, index: int, record: 
         reason=_reason(run, stored, number) if record["status"] == "rejected" else None,
         layout=layout,
         components=manifest.components(stored),
-        stability_weight=float(str(stored.settings["stability_weight"])),
+        stability_weight=responses.stability_weight(stored),
     )
 
 

@@ -29,8 +29,9 @@ def test_values_beyond_their_error_are_what_a_loop_counts(tmp_path: Path, kind: 
     assert found.by_chance == pytest.approx(0.05 * len(wanted)) and 0 < found.below < found.tokens
 
 
-def test_the_command_that_is_told_makes_the_mask_without_them(tmp_path: Path) -> None:
-    run = run_with_errors(tmp_path / "a run", settings={"groups": 3})
+@pytest.mark.parametrize("weight", [1.5, 0.5])
+def test_the_command_that_is_told_makes_the_mask_without_them(tmp_path: Path, weight: float) -> None:
+    run = run_with_errors(tmp_path / "a run", settings={"groups": 3, "stability_weight": weight})
     found = beyond(run)
     assert found is not None
     lines = list(found.lines())

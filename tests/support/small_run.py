@@ -47,7 +47,13 @@ def tokens(row_id: int, length: int, number: int = 0) -> Branch:
 
 
 def scored(
-    row: ValueRow, *, reference: bool = True, seed: int = 0, estimator: str = "published", errors: bool = False
+    row: ValueRow,
+    *,
+    reference: bool = True,
+    seed: int = 0,
+    estimator: str = "published",
+    errors: bool = False,
+    stability_weight: float = 1.5,
 ) -> ValueRow:
     """The row with signals drawn by the seed, and `errors` of them: another seed stands for another checkpoint."""
     branches, found = [], components(estimator)
@@ -56,12 +62,12 @@ def scored(
         for name in ("nll", "entropy", *(["reference_nll"] if reference else []), *found.of_value, *found.upstream):
             drawn = draws.normal(size=len(branch.response))
             signals[name] = np.where(branch.response, drawn, np.nan).astype(np.float32)
-        signals["value"] = composite.value(signals, found, stability_weight=1.5)
+        signals["value"] = composite.value(signals, found, stability_weight=stability_weight)
         for name in ("adapt_error", "stab_error") if errors else ():
             drawn = np.abs(draws.normal(size=len(branch.response))) / 4
             signals[name] = np.where(branch.response, drawn, np.nan).astype(np.float32)
         if errors:
-            signals["value_error"] = composite.value_error(signals, 1.5)
+            signals["value_error"] = composite.value_error(signals, stability_weight)
         branches.append(replace(branch, signals=signals))
     row = replace(row, status="scored", branches=tuple(branches))
     return row if len(branches) == 1 else paired(row)
@@ -235,8 +241,9 @@ def small_run(
 
 def run_with_errors(run: Path, count: int = 30, kind: str = "sft", **how: Any) -> Path:
     """A run of rehearsed values, each with its error."""
-    rows = value_rows(count, kind=kind, estimator="influence" if kind == "sft" else "published", errors=True)
-    return small_run(run, rows, kind=kind, settings={**REHEARSAL, **how.pop("settings", {})}, **how)
+    settings, estimator = how.pop("settings", {}), "influence" if kind == "sft" else "published"
+    made = {"estimator": estimator, "errors": True, "stability_weight": settings.get("stability_weight", 1.5)}
+    return small_run(run, value_rows(count, kind=kind, **made), kind=kind, settings={**REHEARSAL, **settings}, **how)
 
 
 def changed(row: ValueRow, change: Callable[[str, np.ndarray], np.ndarray]) -> ValueRow:

@@ -110,7 +110,7 @@ def of_noise(found: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> str:
     names_of = named(each)
     arms = {names_of[at]: by_seed for at, by_seed in each.items()}
     own_name = names_of[PLAIN, best]
-    plain = {seed: found for seed, found in arms.pop(own_name).items() if seed in tuned}
+    plain = {seed: one for seed, one in arms.pop(own_name).items() if seed in tuned}
     # Arms are compared over the same seeds, so those that lack some are told of apart.
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, by_seed in arms.items():
