@@ -112,6 +112,9 @@ ARMS: Mapping[str, Arm] = {
     RESCORED: Arm(selection=Selection(mask={"keep": 0.5}, refresh=2)),
 }
 
+TUNED = "smollm2-135m"
+"""The model whose arms have chosen rates."""
+
 CHOSEN: Mapping[str, float] = {
     **dict.fromkeys(MAIN, 3e-5),
     **dict.fromkeys((PLAIN, "random 0.9", "published 0.5", RESCORED), 1e-5),
@@ -125,6 +128,9 @@ SECOND: Mapping[str, float] = {"swapped": 1e-4, "model-wrong": 1e-4}
 """Noises of which all tokens end lowest on V at another rate than that of `AT_SECOND`, which train at it as well."""
 
 AT_SECOND = ("rehearsed, lowest 5%", "rehearsed, tilt 0.25", "token oracle")
+
+OF_OTHERS: Mapping[str, Mapping[str, float]] = {}
+"""By another model and by noise: where its all tokens of the first seed end lowest on V, and all its arms train."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +155,9 @@ class Stage:
             return (self.rate,)
         if arm == PLAIN:
             return RATES
+        if MODEL_NAME != TUNED:
+            at_best = OF_OTHERS.get(MODEL_NAME, {})
+            return (at_best[noise],) if noise in at_best else ()
         own = (CHOSEN[arm],) if arm in CHOSEN else ()  # once it is chosen
         return (*own, SECOND[noise]) if arm in AT_SECOND and noise in SECOND else own
 

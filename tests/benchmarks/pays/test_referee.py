@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +123,39 @@ def test_each_arm_has_the_rate_of_least_loss_where_rates_were_chosen(pays: Any) 
     assert best | {referee.RESCORED: best["published 0.5"]} == referee.CHOSEN
 
 
-def test_a_noise_has_a_second_rate_where_all_tokens_end_lowest_at_it(pays: Any) -> None:
+def lowest_rates(pays: Any, model: str, seeds: Container[int]) -> dict[str, float]:
+    """Of a model the rate at which all tokens of some seeds end lowest on V, noise by noise."""
     referee, verdict, found = pays("referee"), pays("verdict"), dict[str, list[Any]]()
     for line in pays("lines").read("referee"):
-        if line["config"]["stage"] == referee.TEST and line["config"]["model"] == "smollm2-135m":
-            found.setdefault(line["config"]["noise"], []).append(line)
-    second = dict[str, float]()
-    for noise in found.keys() - {"digits"}:
-        best, seeds = verdict.least_on_v(verdict.by_arm(found[noise]), referee.PLAIN, referee.RATES)
-        own = {referee.CHOSEN[arm] for arm in referee.AT_SECOND}
-        second |= {noise: best} if seeds and own != {best} else {}
-    assert second == referee.SECOND
+        config = line["config"]
+        if (config["stage"], config["model"]) == (referee.TEST, model) and config["seed"] in seeds:
+            found.setdefault(config["noise"], []).append(line)
+    each = {
+        noise: verdict.least_on_v(verdict.by_arm(some), referee.PLAIN, referee.RATES) for noise, some in found.items()
+    }
+    return {noise: rate for noise, (rate, told) in each.items() if told}
+
+
+def test_a_noise_has_a_second_rate_where_all_tokens_end_lowest_at_it(pays: Any) -> None:
+    referee = pays("referee")
+    own = {referee.CHOSEN[arm] for arm in referee.AT_SECOND}
+    best = lowest_rates(pays, referee.TUNED, range(9))
+    assert {noise: rate for noise, rate in best.items() if noise != "digits" and own != {rate}} == referee.SECOND
+
+
+def test_another_model_trains_all_arms_where_its_all_tokens_end_lowest(
+    pays: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    referee = pays("referee")
+    models = {line["config"]["model"] for line in pays("lines").read("referee")} - {referee.TUNED}
+    best = {model: lowest_rates(pays, model, [1]) for model in models}
+    assert {model: rates for model, rates in best.items() if rates} == referee.OF_OTHERS
+    monkeypatch.setattr(referee, "MODEL_NAME", "other")
+    monkeypatch.setattr(referee, "OF_OTHERS", {"other": {"words": 1e-4}})
+    tested = [run for run in referee.runs() if run.stage == referee.TEST]
+    assert {run.noise for run in tested if run.arm != referee.PLAIN} == {"words"}
+    assert {run.rate for run in tested if run.arm != referee.PLAIN} == {1e-4}
+    assert {run.noise for run in tested if run.arm == referee.PLAIN} == {*pays("settings").NOISES}
 
 
 def test_every_stage_is_told_beside_all_tokens(pays: Any) -> None:
