@@ -25,8 +25,8 @@ ORDER = """
     engine: tangents tangent_rules precision probabilities attention tangent_attention twice padding_rows lowrank
         experts foreign below blocks caches placement capture moving value_rows
     rows: files containers arrays batches saved hub tables marks fields padding shapes pairs beside columns read
-    tokens: meter sandbox bounded dates refusals marks closings kept turns blocks each forms advice chat pieces likeness
-        speller tokenise plan packed dealt draws
+    tokens: meter sandbox bounded dates refusals marks specials closings kept turns blocks each forms advice chat pieces
+        likeness speller tokenise plan packed dealt draws
     directions: losses selection target fisher generate precondition gauss_newton astra drift parameters
         optimisers step_losses trainee shelves waypoints windows course rehearsal lora groups sums
     signals: paths influence composite preference stored rehearsed student

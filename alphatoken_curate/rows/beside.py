@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from alphatoken_curate.rows.containers import RowFault
+from alphatoken_curate.rows.fields import BRANCHES, REJECTED, chat_of
 from alphatoken_curate.rows.files import visible
-from alphatoken_curate.rows.pairs import BRANCHES, PREFERENCE
+from alphatoken_curate.rows.pairs import PREFERENCE
 from alphatoken_curate.rows.shapes import SFT, AnyRecord, Messages, Pair, Passage, Prompt, PromptCompletion, Tokens
 
 UNWANTED = ("label", "kto_tag")
 """Keys that are false, or 0, where an answer is not to be learnt from (KTO)."""
 
-BRANCHED = ("rejected_response", "rejected_messages", "rejected")
+BRANCHED = (REJECTED, "rejected_messages", "rejected")
 """Keys that hold another answer: beside one answer, a row is a pair or none."""
 
 ANSWERS = ("response", "output", "completion", "chosen")
@@ -32,10 +33,10 @@ MEDIA = ("images", "videos", "audios")
 MEDIUM = ("image", "video", "audio")
 """Keys that hold what is no text: lists, or one. One that is text may be a link that nothing refers to."""
 
-BESIDE_SHAPES = (*UNWANTED, *BRANCHED, *ANSWERS, *WEIGHTS, *SWITCHES, *MEDIA, *MEDIUM, "input", "history")
+BESIDE_SHAPES = (*UNWANTED, *BRANCHED, *ANSWERS, *WEIGHTS, *SWITCHES, *MEDIA, *MEDIUM, "input", "context", "history")
 """Every key that is looked at here."""
 
-_ASKED = (("instruction", "output"), ("prompt", "response"), ("prompt", "response", "rejected_response"))
+_ASKED = (("instruction", "output"), ("prompt", "response"), ("prompt", "response", REJECTED))
 """Shapes of a question that may be text, but for pairs of `prompt`, `chosen` and `rejected`."""
 
 
@@ -74,6 +75,16 @@ def notes(record: dict[str, Any], made: AnyRecord) -> Iterator[str]:
     """How such keys were read, where a user would not expect it."""
     if not isinstance(made, Prompt | Passage) and any(_weight(record, key) not in (None, 0, 1) for key in WEIGHTS):
         yield "weights of rows (weight, loss_weight, loss_scale) are left aside: every row weighs as much as any"
+    if isinstance(made.chosen if isinstance(made, Pair) else made, Messages | Prompt) and _holds_json(record):
+        yield "a prompt or an answer that is messages as JSON text is read as these"
+
+
+def _holds_json(record: dict[str, Any]) -> bool:
+    """Whether what may be text or messages is those as JSON text (`with_chats`)."""
+    if record.get("messages") or record.get("conversations"):
+        return isinstance(record.get(REJECTED), str) and chat_of(record[REJECTED]) is not None
+    found = [isinstance(record.get(key), str) and chat_of(record[key]) is not None for key in ("prompt", *BRANCHES)]
+    return found[0] or all(found[1:])
 
 
 def _written(value: Any) -> str:
@@ -147,8 +158,11 @@ def _texts(made: AnyRecord) -> Iterator[str]:
 
 
 def _check_input(record: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """`input` is read behind an instruction alone; beside a prompt it is to be a part of that."""
-    extra, prompt = record.get("input"), record.get("prompt")
+    """`input` is read behind an instruction alone, `context` nowhere; beside a prompt `input` is to be a part of it."""
+    extra, prompt, context = (record.get(key) for key in ("input", "prompt", "context"))
+    if "instruction" in keys and isinstance(context, str) and context.strip() and not extra:
+        message = "context beside instruction + output: where it belongs is not known"
+        raise RowFault("ambiguous_shape", f"{message}; have it behind the instruction by --map context=input")
     if "instruction" in keys or prompt is None or not isinstance(extra, str) or not extra.strip():
         return
     if keys[0] == "prompt" or keys == BRANCHES:

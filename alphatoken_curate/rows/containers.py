@@ -300,7 +300,7 @@ def parse_json(data: bytes) -> Any:
     except ValueError:
         raise _too_large() from None  # more digits than Python turns into an integer
     if "\\ud" in text or "\\uD" in text:
-        _check_surrogates(value)
+        check_surrogates(value)
     return value
 
 
@@ -342,9 +342,10 @@ def _check_nesting(text: str) -> None:
             raise RowFault("too_deep", f"lists and objects are nested more than {MAX_NESTING} deep")
 
 
-def _check_surrogates(value: Any) -> None:
+def check_surrogates(value: Any) -> None:
+    """Raise RowFault for text with half a character, which no tokenizer takes."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise RowFault("lone_surrogate", "a \\ud800-\\udfff escape stands alone: it is half a character") from None
 

@@ -29,6 +29,15 @@ _OTHER_ROLES = {
 _CALLERS = ("function_call", "tool_call")
 """Roles of an answer that is nothing but calls, as JSON (LLaMA-Factory, ms-swift)."""
 
+_MESSAGE = (("role", "content"), ("from", "value"), ("role", "tool_calls"))
+"""Keys of which a message has those of one entry."""
+
+BRANCHES = ("chosen", "rejected")
+"""Names of the branches of a pair, in the order of the fields of Pair."""
+
+REJECTED = "rejected_response"
+"""The key of what stands in for a row's answer in the other branch (ms-swift)."""
+
 SYSTEM = ("system", "system_prompt")
 """Keys of a row that hold the text of its system message."""
 
@@ -67,11 +76,50 @@ def messages_of(record: dict[str, Any], key: str) -> list[Message]:
     value = record[key]
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = unpacked(key, value, "no JSON")
+    value = _of_columns(value)
     if not isinstance(value, list):
         raise wrong(key, "a list of messages", value)
     if not value:
         raise RowFault("no_response", f"{key} is an empty list")
     return _joined(_message(f"{key}[{i}]", entry) for i, entry in enumerate(value))
+
+
+def _of_columns(value: Any) -> Any:
+    """Messages that stand as a list for each of their keys, as `datasets` stores a sequence of objects; else as is."""
+    if not isinstance(value, dict) or not any({*keys} <= value.keys() for keys in _MESSAGE):
+        return value
+    columns = {key: column for key, column in value.items() if column is not None}
+    if not all(isinstance(column, list) for column in columns.values()) or len({*map(len, columns.values())}) != 1:
+        return value
+    return [dict(zip(columns, entry, strict=True)) for entry in zip(*columns.values(), strict=True)]
+
+
+def with_chats(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The record of a shape, where what may be text or messages is messages, if it is those as JSON text.
+
+    An answer beside a prompt that is text is text, whatever it looks like; both of a pair are messages, or none is.
+    """
+    asked = "prompt" in keys or keys == BRANCHES
+    made = record | ({"prompt": chat} if asked and (chat := chat_of(record.get("prompt"))) is not None else {})
+    answers = {key: chat_of(record[key]) for key in keys if key in (*BRANCHES, "completion", "response", REJECTED)}
+    is_pair = "prompt" not in keys
+    if any(chat is None for chat in answers.values()) or not (is_pair or isinstance(made["prompt"], list)):
+        return made
+    return made | answers
+
+
+def chat_of(value: Any) -> list[Any] | None:
+    """A list as it is, or the messages that JSON text, or a list for each key of them, is; None for what is neither."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value.strip().encode())
+        except RowFault:
+            return None
+        if not all(isinstance(one, dict) and any({*keys} <= one.keys() for keys in _MESSAGE) for one in value):
+            return None
+        return value or None
+    value = _of_columns(value)
+    return value if isinstance(value, list) else None
 
 
 def _joined(messages: Iterable[Message]) -> list[Message]:

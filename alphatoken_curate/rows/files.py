@@ -60,6 +60,7 @@ class DataFile:
 
 
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_PACKED = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.zst")
 
 
 def visible(text: str, limit: int = EXCERPT_CHARS) -> str:
@@ -134,6 +135,8 @@ def _unread(name: str) -> str:
             "tables of text are not read: their columns have no types. Make it Parquet, in Python"
             ' `polars.read_csv("rows.csv").write_parquet("rows.parquet")`, and name columns by --map.'
         )
+    if name.lower().endswith(_PACKED):
+        return f"of what is packed only gzip and zstd are read ({', '.join(SUFFIXES[2:4])}). Unpack it first."
     return f"the name of a file of rows ends in one of {', '.join((*SUFFIXES, ARROW))}. Rename it."
 
 

@@ -9,11 +9,18 @@ from itertools import takewhile
 from typing import Any
 
 from alphatoken_curate.rows.containers import RowFault
-from alphatoken_curate.rows.fields import SYSTEM, messages_of, said, text_of, unmarked, with_system, wrong
+from alphatoken_curate.rows.fields import (
+    BRANCHES,
+    REJECTED,
+    SYSTEM,
+    messages_of,
+    said,
+    text_of,
+    unmarked,
+    with_system,
+    wrong,
+)
 from alphatoken_curate.rows.shapes import Messages, Pair, PromptCompletion, Record, Shapes, asked, chat, tokens_of
-
-BRANCHES = ("chosen", "rejected")
-"""Names of the branches of a pair, in the order of the fields of Pair."""
 
 PROMPT_LIKE = ("instruction", "question", "query", "input", "context", *SYSTEM)
 """Keys that hold what belongs to the prompt in some data sets: a prompt is never guessed beside one of them."""
@@ -187,12 +194,8 @@ def _from_texts_and_rejected(record: dict[str, Any]) -> tuple[str, Pair]:
 
 
 def _beside(record: dict[str, Any], before: list[dict[str, Any]], preferred: list[dict[str, Any]]) -> Pair:
-    is_text = isinstance(record["rejected_response"], str)
-    other = (
-        [said("assistant", _filled(record, "rejected_response"))]
-        if is_text
-        else messages_of(record, "rejected_response")
-    )
+    is_text = isinstance(record[REJECTED], str)
+    other = [said("assistant", _filled(record, REJECTED))] if is_text else messages_of(record, REJECTED)
     after = {"chosen": preferred, "rejected": other}
     return _pair(lambda name: _chat(name, record, before + after[name], len(before)))
 
@@ -203,9 +206,9 @@ def _from_two_chats(record: dict[str, Any]) -> tuple[str, Pair]:
 
 PREFERENCE: Shapes = {
     BRANCHES: _from_branches,
-    ("messages", "rejected_response"): _from_messages_and_rejected,
+    ("messages", REJECTED): _from_messages_and_rejected,
     ("messages", "rejected_messages"): _from_two_chats,
-    ("prompt", "response", "rejected_response"): _from_texts_and_rejected,
+    ("prompt", "response", REJECTED): _from_texts_and_rejected,
     ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"): _from_token_branches,
 }
 """Rows with two answers."""

@@ -9,7 +9,8 @@ becomes the first message, and what `beside` looks at):
 | `conversations` (ShareGPT `from`/`value`, or `role`/`content`) | Messages |
 | `prompt` + `completion`, both text | PromptCompletion: the completion continues the prompt, no chat template |
 | `prompt` + `response`, both text | Messages: one user turn, one assistant turn |
-| `prompt` + `completion` or `response`, both lists of messages | Messages; only the turns of the second list respond |
+| `prompt` + `completion` or `response`, some lists of messages | Messages; text is a user turn or an assistant turn; \
+only turns behind the prompt respond |
 | `instruction` (+ `input`) + `output` | Messages; `input` follows the instruction after a blank line |
 | `input_ids` + `labels`, `assistant_masks` or `completion_mask` | Tokens, without what `attention_mask` leaves out at \
 either end; those respond that labels and every mask (`loss_mask`, `loss_weight` and such too) leave in |
@@ -48,6 +49,8 @@ Rows that are read only where they are asked for (`also`), and only where they a
 label is taken as -100. A row of no shape, or of two, is a bad row; so is one without an answer, and a preference row
 whose answers are the same.
 
+Messages may be JSON as text, or a list for each of their keys, as `datasets` stores a sequence of objects.
+
 Bad rows are collected, never raised one by one, and take up a `row_id` like any other: nothing shifts.
 """
 
@@ -67,8 +70,8 @@ from typing import Any, Literal
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows.beside import check_keys, check_made, notes
 from alphatoken_curate.rows.columns import NAMES, mapped, unmet
-from alphatoken_curate.rows.containers import Meter, RawRow, RowFault, without_nulls
-from alphatoken_curate.rows.fields import wrong
+from alphatoken_curate.rows.containers import Meter, RawRow, RowFault, check_surrogates, without_nulls
+from alphatoken_curate.rows.fields import with_chats, wrong
 from alphatoken_curate.rows.files import find_files, visible
 from alphatoken_curate.rows.padding import MASKED
 from alphatoken_curate.rows.pairs import PREFERENCE
@@ -249,9 +252,17 @@ def read_rows(data: Sequence[str], also: tuple[Also, ...] = ()) -> ReadRows:
 def rows_of(records: Sequence[Mapping[str, Any]], source: str, also: tuple[Also, ...] = ()) -> ReadRows:
     """Rows that are in memory already, read as those of a file `source` would be, one a line."""
     stream = RowStream((), also)
-    raws = (RawRow(line, without_nulls(dict(record)), record) for line, record in enumerate(records, 1))
+    raws = (RawRow(line, _sound(dict(record)), record) for line, record in enumerate(records, 1))
     rows = list(stream.sort(raws, source))
     return ReadRows(rows=rows, bad=stream.bad, files=[])
+
+
+def _sound(record: dict[str, Any]) -> dict[str, Any] | RowFault:
+    try:
+        check_surrogates(record)
+    except RowFault as fault:
+        return fault
+    return without_nulls(record)
 
 
 def refuse(bad: Sequence[BadRow], beside: Sequence[BadRow] = ()) -> InputError:
@@ -303,6 +314,7 @@ def normalise(record: dict[str, Any], also: tuple[Also, ...] = ()) -> tuple[str,
         fitting = [keys for keys in fitting if not any(set(keys) < set(others) for others in fitting)]
     known = {**whole, **side}
     if len(fitting) == 1:
+        record = with_chats(record, fitting[0])
         check_keys(record, fitting[0])
         shape, made = known[fitting[0]](record)
         check_made(record, fitting[0], made)

@@ -20,7 +20,6 @@ from alphatoken_curate.rows.fields import (
     tools_of,
     unmarked,
     with_system,
-    wrong,
 )
 from alphatoken_curate.rows.marks import OFF
 from alphatoken_curate.rows.padding import MASKED, integers, masked_out, own_tokens
@@ -174,7 +173,7 @@ def _from_conversations(record: dict[str, Any]) -> tuple[str, Record]:
 
 def _from_prompt_completion(record: dict[str, Any]) -> tuple[str, Record]:
     if isinstance(record["prompt"], list) or isinstance(record["completion"], list):
-        return _from_two_lists(record, "completion")
+        return _from_turns(record, "completion")
     prompt, completion = text_of(record, "prompt"), text_of(record, "completion")
     if not completion.strip():
         raise RowFault("no_response", "completion is empty: nothing responds")
@@ -188,14 +187,14 @@ def _from_prompt_completion(record: dict[str, Any]) -> tuple[str, Record]:
 
 def _from_prompt_response(record: dict[str, Any]) -> tuple[str, Record]:
     if isinstance(record["prompt"], list) or isinstance(record["response"], list):
-        return _from_two_lists(record, "response")
+        return _from_turns(record, "response")
     return _from_texts(record, text_of(record, "prompt"), text_of(record, "response"))
 
 
 def _from_instruction(record: dict[str, Any]) -> tuple[str, Record]:
     instruction, answer = text_of(record, "instruction"), text_of(record, "output")
     extra = text_of(record, "input") if record.get("input") is not None else ""
-    return _from_texts(record, f"{instruction}\n\n{extra}" if extra else instruction, answer)
+    return _from_texts(record, "\n\n".join(part for part in (instruction, extra) if part), answer)
 
 
 def _from_texts(record: dict[str, Any], question: str, answer: str) -> tuple[str, Record]:
@@ -207,12 +206,14 @@ def asked(record: dict[str, Any], question: str) -> list[dict[str, Any]]:
     return with_system(record, [*history_of(record), said("user", question)])
 
 
-def _from_two_lists(record: dict[str, Any], key: str) -> tuple[str, Record]:
-    for name in ("prompt", key):
-        if not isinstance(record[name], list):
-            raise wrong(name, "a list of messages, as the other one is", record[name])
-    before, after = with_system(record, messages_of(record, "prompt")), messages_of(record, key)
-    return "messages", chat(record, before + after, respond_from=len(before))
+def _from_turns(record: dict[str, Any], key: str) -> tuple[str, Record]:
+    """Messages that answer messages; one of both may be text, the user's or the assistant's."""
+    both = {
+        name: [said(role, record[name])] if isinstance(record[name], str) else messages_of(record, name)
+        for name, role in (("prompt", "user"), (key, "assistant"))
+    }
+    before = with_system(record, both["prompt"])
+    return "messages", chat(record, before + both[key], respond_from=len(before))
 
 
 def _from_tokens(record: dict[str, Any]) -> tuple[str, Record]:

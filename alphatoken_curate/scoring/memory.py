@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +19,19 @@ from alphatoken_curate.directions.parameters import rest_fisher, rest_gradient
 from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.capture import Direction, ScoringModel, captured
 from alphatoken_curate.errors import InputError
+from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.rows.read import kind_of, refuse, rows_of
 from alphatoken_curate.runs.schema import LAYOUTS, components
 from alphatoken_curate.runs.shards import values_table
 from alphatoken_curate.scoring.job import record
+from alphatoken_curate.scoring.reader import stop_ids, stop_texts
 from alphatoken_curate.signals.influence import make_scorer
 from alphatoken_curate.signals.preference import Pairs, reference_sums
-from alphatoken_curate.signals.stored import plain_losses, row_signals
+from alphatoken_curate.signals.stored import RowResult, plain_losses, row_signals
+from alphatoken_curate.tokens.chat import ChatSettings
 from alphatoken_curate.tokens.plan import Batch, batches_of, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow, chosen, tokenise
+from alphatoken_curate.wording import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,18 +54,20 @@ def score_tokens(
     max_length: int = 2048,
     batch_tokens: int = 2048,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> pl.DataFrame:
     """Signals and values of every response token of `rows`, a row per row, columns named as in values/.
 
     `rows` and `target` are dictionaries of any shape that `score` reads (`tokenizer` may be left out for pre-tokenised
     ones), SFT rows or preference rows; of preference rows as target the chosen branch is taken. `reference` is a second
     loaded model of the same shape; without it stability is 0. The model is given back as it was. Raises InputError that
-    names every bad row, ModelError where the model cannot be captured exactly.
+    names every bad row, ModelError where the model cannot be captured exactly. `progress` hears of rows that are not
+    tokenised as they were given.
     """
     # What cannot go together is refused as `score` does.
     ScoreConfig(data=("rows",), estimator=estimator, parameters=parameters, layers=layers, window=window, beta=beta)
-    shape = tokenizer, max_length, model.config.get_text_config().vocab_size
-    (kind, wanted), (_, task) = _tokens(rows, "rows", *shape), _tokens(target, "target", *shape)
+    both = (("rows", rows), ("target", target))
+    (kind, wanted), (_, task) = (_tokens(*some, model, tokenizer, max_length, progress or Silent()) for some in both)
     anchor = None
     if reference is not None:
         with _evaluating(reference), captured(reference, layers, parameters) as scoring:
@@ -79,7 +86,13 @@ def score_tokens(
             reference_nll=losses,
             pairs=Pairs(beta=beta, reference=reference_sums(losses)) if kind == "preference" else None,
         )
-    records = [record(row, "scored" if one else "failed", one) for row, one in zip(wanted, found, strict=True)]
+    return _frame(wanted, found, kind)
+
+
+def _frame(
+    rows: Sequence[AnyRow], found: Sequence[RowResult | None], kind: Literal["sft", "preference"]
+) -> pl.DataFrame:
+    records = [record(row, "scored" if one else "failed", one) for row, one in zip(rows, found, strict=True)]
     return pl.DataFrame(pl.from_arrow(values_table(records, LAYOUTS[kind])))
 
 
@@ -131,12 +144,29 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _tokens(
-    records: Sequence[Mapping[str, Any]], name: str, tokenizer: Any, max_length: int, vocabulary: int
-) -> tuple[str, list[AnyRow]]:
-    read = rows_of(records, name)
-    found, unusable = tokenise(read.rows, tokenizer, max_length=max_length, turns="all", vocab_size=vocabulary)
+    name: str,
+    records: Sequence[Mapping[str, Any]],
+    model: PreTrainedModel,
+    tokenizer: Any,
+    max_length: int,
+    progress: Progress,
+) -> tuple[Literal["sft", "preference"], list[AnyRow]]:
+    read, told = rows_of(records, name), Counter[str]()
+    config, stops = model.config.get_text_config(), getattr(model.generation_config, "eos_token_id", None)
+    found, unusable = tokenise(
+        read.rows,
+        tokenizer,
+        max_length=max_length,
+        turns="all",
+        vocab_size=config.vocab_size,
+        chats=ChatSettings(stops=stop_texts(stops, tokenizer)),
+        stop_ids=stop_ids(stops, config.eos_token_id, tokenizer),
+        told=told,
+    )
     if read.bad or unusable:
         raise refuse(sorted([*read.bad, *unusable], key=lambda bad: bad.row_id))
     if not found:
         raise InputError(f"{name}: no rows. Give at least one.")
+    for note, rows in told.items():
+        progress.warn(f"{name}: {count(rows, 'row')}: {note}.")
     return kind_of(read.rows), found

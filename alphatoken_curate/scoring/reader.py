@@ -108,17 +108,15 @@ class Reader:
     def _chats(self) -> ChatSettings:
         return ChatSettings(
             kwargs=orjson.loads(self._config.chat_template_kwargs or "{}"),
-            stops=_stops(self._source, self.tokenizer),
+            stops=stop_texts(generation_stops(self._source), self.tokenizer),
             day=self.day,
             assistant_specials=self._config.assistant_specials,
         )
 
     @cached_property
     def _stop_ids(self) -> frozenset[int]:
-        found = generation_stops(self._source)
-        if self.tokenizer is not None:
-            return frozenset([*_ids(found), *_ids(self.tokenizer.eos_token_id)])
-        return frozenset(_ids(model_config(self._source).get("eos_token_id") if found is None else found))
+        of_model = model_config(self._source).get("eos_token_id") if self.tokenizer is None else None
+        return stop_ids(generation_stops(self._source), of_model, self.tokenizer)
 
     @cached_property
     def vocabulary(self) -> int | None:
@@ -268,15 +266,22 @@ def reading_of(config: ScoreConfig, beside: str | None = None) -> Reading:
     return Reading(columns=columns, subset=config.subset if beside.partition(":")[0] in names else None)
 
 
-def _stops(source: ModelSource, tokenizer: Tokenizer | None) -> frozenset[str]:
-    """Texts of the tokens that end an answer by generation_config.json."""
+def stop_texts(stops: Any, tokenizer: Tokenizer | None) -> frozenset[str]:
+    """Texts of the tokens that a generation config ends an answer by."""
     if tokenizer is None:
         return frozenset()
-    known = [one for one in _ids(generation_stops(source)) if 0 <= one < len(tokenizer)]
+    known = [one for one in token_ids(stops) if 0 <= one < len(tokenizer)]
     return frozenset(map(str, tokenizer.convert_ids_to_tokens(known)))
 
 
-def _ids(stops: Any) -> list[int]:
+def stop_ids(stops: Any, of_model: Any, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The tokens that end an answer: by a generation config and the tokenizer, or else by the model's own config."""
+    if tokenizer is not None:
+        return frozenset([*token_ids(stops), *token_ids(tokenizer.eos_token_id)])
+    return frozenset(token_ids(of_model if stops is None else stops))
+
+
+def token_ids(stops: Any) -> list[int]:
     """One token or several, as configs name them."""
     return [one for one in (stops if isinstance(stops, list) else [stops]) if isinstance(one, int)]
 

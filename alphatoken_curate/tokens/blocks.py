@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alphatoken_curate.tokens.kept import check_calls, check_kept, left_out_notes
+from alphatoken_curate.tokens.kept import check_calls, check_kept, context_notes, left_out_notes
 from alphatoken_curate.tokens.marks import MarkedChat, read_marks, without_marks
 from alphatoken_curate.tokens.refusals import excerpt, not_splittable
 from alphatoken_curate.tokens.turns import Answers
@@ -52,7 +52,8 @@ def answers_of_blocks(
     for i in respond:
         keys += _check(chat, i, owned[i])
     merged = _merged([span for span in spans if span in wanted])
-    return text, Answers(spans=merged, said=[_said(chat, span) for span in merged], notes=left_out_notes(keys))
+    notes = [*left_out_notes(keys), *context_notes(chat, respond)]
+    return text, Answers(spans=merged, said=[_said(chat, span) for span in merged], notes=notes)
 
 
 def _said(chat: MarkedChat, span: Span) -> int:

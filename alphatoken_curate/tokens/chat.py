@@ -31,10 +31,11 @@ from alphatoken_curate.tokens.closings import closing, of_turns, partner
 from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.each import with_its_thought
 from alphatoken_curate.tokens.forms import PART, TEMPLATE_ERROR, as_borne, written_as_list
-from alphatoken_curate.tokens.kept import THOUGHT, left_out_notes, tools_notes
+from alphatoken_curate.tokens.kept import CONTEXT_LOST, THOUGHT, left_out_notes, tools_notes
 from alphatoken_curate.tokens.marks import RESERVED
 from alphatoken_curate.tokens.meter import RunawayError
 from alphatoken_curate.tokens.refusals import NOT_SPLITTABLE, RUNAWAY, excerpt, not_splittable
+from alphatoken_curate.tokens.specials import Specials
 from alphatoken_curate.tokens.turns import find_answers
 
 Tokenizer = Any
@@ -72,32 +73,6 @@ def joined(record: PromptCompletion) -> RenderedText:
 def unanswered(text: str) -> RenderedText:
     """Raw text of which nothing responds."""
     return RenderedText(text=text, spans=[], bos=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Specials:
-    """The special tokens of a tokenizer."""
-
-    pattern: re.Pattern[str]
-    """Finds any of them in text, the longest first."""
-
-    ids: dict[str, int]
-    """Token id by text."""
-
-    greedy: dict[str, tuple[bool, bool]]
-    """Those that take in the white space on their (left, right)."""
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Specials:
-        """Collect them."""
-        added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-        names = {token.content for token in added} | set(tokenizer.all_special_tokens)
-        ordered = sorted(names - {""}, key=lambda name: (-len(name), name))
-        return cls(
-            pattern=re.compile("|".join(map(re.escape, ordered)) or r"(?!)"),
-            ids={name: int(tokenizer.convert_tokens_to_ids(name)) for name in ordered},
-            greedy={t.content: (t.lstrip, t.rstrip) for t in added if t.lstrip or t.rstrip},
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,12 +153,12 @@ class ChatTemplate:
             chats = replace(self._chats, kwargs={**self._chats.kwargs, **settings})
             other = ChatTemplate(self._tokenizer, self._of_tokenizer, turns=turns, chats=chats)
             try:
-                other._shown(record)
+                shown = other._shown(record)
             except RowFault as fault:
                 if fault.reason == RUNAWAY:
                     raise
                 return False
-            return True
+            return not any(note in CONTEXT_LOST for one in shown for note in one.notes)
 
         return Adviser(takes=takes, template=str(self._tokenizer.get_chat_template()), turns=self._turns)
 

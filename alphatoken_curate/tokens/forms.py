@@ -6,9 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import orjson
-
-from alphatoken_curate.rows.containers import RowFault
+from alphatoken_curate.rows.containers import RowFault, parse_json
 from alphatoken_curate.tokens.refusals import RUNAWAY
 
 TEMPLATE_ERROR = "template_error"
@@ -87,13 +85,15 @@ def _with_changed(call: Any, change: Any) -> Any:
 
 
 def _as_object(arguments: Any) -> Any:
-    """The object, where they are its JSON, OpenAI's own form."""
+    """The object, where they are its JSON, OpenAI's own form. Raises RowFault where it would not be the same."""
     if not isinstance(arguments, str):
         return arguments
     try:
-        found = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return arguments
+        found = parse_json(arguments.encode())
+    except RowFault as fault:
+        if fault.reason in ("invalid_json", "two_values"):
+            return arguments
+        raise RowFault(fault.reason, f"arguments of a call: {fault.message}") from None
     return found if isinstance(found, dict) else arguments
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from alphatoken_curate.rows.containers import RowFault
+from alphatoken_curate.rows.fields import ROLES
 from alphatoken_curate.tokens.marks import BARE, NAME, MarkedChat, without_marks
 from alphatoken_curate.tokens.refusals import excerpt, not_splittable, parted
 
@@ -145,6 +146,25 @@ def _unwritten(message: dict[str, Any], marked: Collection[str], written: str) -
     keys = message.keys() - {"role", "content", "tool_calls", *marked}
     longest = {key: max(_texts(message[key]), key=len, default="") for key in sorted(keys)}
     return [key for key, text in longest.items() if not _stands(text, written)]
+
+
+_LOST_MESSAGES = {role: f"the chat template leaves out messages of role {role}" for role in ROLES}
+_LOST_CALLS = "the chat template leaves out tool_calls of answers that are context"
+CONTEXT_LOST = (*_LOST_MESSAGES.values(), _LOST_CALLS)
+"""What is said where the model does not see what was said before an answer."""
+
+
+def context_notes(chat: MarkedChat, respond: Collection[int]) -> list[str]:
+    """What is said of messages that do not respond, and of which the template has not written the text or the calls."""
+    notes = list[str]()
+    for i, message in enumerate(chat.messages):
+        leaves = [] if i in respond else chat.of_message(i)
+        if any(leaf.key == "content" and chat.whole.end(leaf) is None for leaf in leaves):
+            notes.append(_LOST_MESSAGES[message["role"]])
+        calls = [chat.whole.end(leaf) for leaf in leaves if leaf.key in ("tool_calls", NAME)]
+        if calls and all(end is None for end in calls):
+            notes.append(_LOST_CALLS)
+    return notes
 
 
 def left_out_notes(keys: Iterable[str]) -> list[str]:

@@ -7,8 +7,8 @@ the border is one between tokens; where even that does not spell the answer, or 
 the row is refused. Some tokenizers put a space before each text: none is put before a piece that text stands before.
 
 Text of a chat that spells a special token stays text (see `chat`). Raw text is the exception: there special tokens are
-recognised, since ready-made chats are stored so. A BOS goes in front of it where the tokenizer adds one and, behind a
-completion that does not end with it, an EOS that responds.
+recognised, since ready-made chats are stored so. What the tokenizer adds, a BOS mostly, goes in front of it and, behind
+a completion that does not end with it, an EOS that responds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.files import visible
-from alphatoken_curate.tokens.chat import MARK, ChatSettings, ChatTemplate, RenderedText, Specials, Tokenizer
+from alphatoken_curate.tokens.chat import MARK, ChatSettings, ChatTemplate, RenderedText, Tokenizer
+from alphatoken_curate.tokens.specials import Specials
 
 _SPACES = ("▁", "Ġ")
 """How vocabularies write the space before a word."""
@@ -64,7 +65,7 @@ class Speller:
         chats: ChatSettings,
     ) -> None:
         self._tokenizer = tokenizer
-        self._specials = Specials.of(tokenizer)
+        self._specials = Specials.of(tokenizer, chats.stops)
         self._stops = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, chats.stops)} - {None}
         self.template = ChatTemplate(tokenizer, self._specials, turns=turns, chats=chats)
 
@@ -230,17 +231,20 @@ class Speller:
             response[start:end] = True
             places = start + np.flatnonzero(special[start:end])
             ends[places[max(0, len(places) - closing) :]] = True
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        front = [bos] if item.bos and tokens[:1] != [bos] and self._adds_bos() else []
+        eos, front = self._tokenizer.eos_token_id, self._front if item.bos else []
+        front = [] if tokens[: len(front)] == front else front
         back = [eos] if item.eos and eos is not None and tokens[-1:] != [eos] else []
         before, behind = np.zeros(len(front), dtype=np.bool_), np.ones(len(back), dtype=np.bool_)
         whole, mask = [*front, *tokens, *back], np.concatenate([before, response, behind])
         closed = closing_stops(whole, mask, self._stops) if item.eos else np.concatenate([before, ends, behind])
         return Spelled(whole, mask, closed)
 
-    def _adds_bos(self) -> bool:
-        bos = self._tokenizer.bos_token_id
-        return bos is not None and self._tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
+    @cached_property
+    def _front(self) -> list[int]:
+        """What the tokenizer puts before a text: mostly BOS, of some models other tokens."""
+        bare, whole = (self._tokenizer("a", add_special_tokens=asked)["input_ids"] for asked in (False, True))
+        places = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return list(whole[: next(places, 0)])
 
     def _ids_of(self, text: str, **options: Any) -> list[int]:
         return list(self._call(text, **options)["input_ids"]) if text else []

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.rows.containers import RowFault
+from alphatoken_curate.rows.fields import BRANCHES
 from alphatoken_curate.rows.files import visible
-from alphatoken_curate.rows.pairs import BRANCHES
 from alphatoken_curate.rows.read import BadRow, Row
 from alphatoken_curate.rows.shapes import AnyRecord, Messages, Pair, Passage, Prompt, PromptCompletion, Record, Tokens
 from alphatoken_curate.runs.schema import IGNORE_INDEX

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alphatoken_curate.tokens.closings import ends_in_a_row, next_header
-from alphatoken_curate.tokens.kept import check_calls, check_kept, left_out_notes
+from alphatoken_curate.tokens.kept import check_calls, check_kept, context_notes, left_out_notes
 from alphatoken_curate.tokens.marks import NAME, Leaf, MarkedChat, Render, Rendering, read_marks
 from alphatoken_curate.tokens.refusals import excerpt, not_splittable, parted, shared
 
@@ -71,7 +71,7 @@ def find_answers(
         spans.append(span)
         said.append(turn.said)
         notes += [*left_out_notes(turn.left_out), *turn.notes]
-    return Answers(spans=spans, said=said, notes=notes)
+    return Answers(spans=spans, said=said, notes=[*notes, *context_notes(chat, respond)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

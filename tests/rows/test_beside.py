@@ -158,3 +158,21 @@ def test_input_beside_a_prompt_is_a_part_of_it_or_refused(name: str) -> None:
     assert ("--map prompt=instruction,response=output" in bad.message) == (name == "texts")
     for nothing in ("", " ", None, "W?", ["x"], {"a": 1}):
         assert read(record | {"input": nothing}) == read(record)
+
+
+# --- more of the question
+
+
+def test_the_context_of_an_instruction_is_not_lost() -> None:
+    """As Dolly has it."""
+    row = {"instruction": "W?", "context": "It is said to be 5.", "output": "It is 5."}
+    bad = read(row)
+    assert bad.reason == "ambiguous_shape" and bad.message.endswith("by --map context=input")
+    assert read(row | {"context": " "}) == read(row | {"context": {"a": 1}}) == read(SHAPES["instruction"])
+    both = read({"instruction": "W?", "input": "It is said to be 5.", "output": "It is 5."})
+    assert read(row | {"input": "It is said to be 5."}) == both
+
+
+def test_a_question_is_its_parts_that_are_not_empty() -> None:
+    texts = {"instruction": "", "input": "W?", "output": "It is 5."}
+    assert read(texts) == read(texts | {"instruction": "W?", "input": ""}) == read(SHAPES["texts"])

@@ -306,3 +306,82 @@ def test_another_column_of_that_name_is_none(other: object) -> None:
 def test_what_a_row_may_not_tell_its_template_is_named(name: str) -> None:
     bad = read({"messages": [USER, ANSWER], "chat_template_kwargs": {name: True}})
     assert bad.message == f"chat_template_kwargs names {name}, which is not the row's to set"
+
+
+# --- messages where text may stand, too
+
+NO: dict[str, Any] = {"role": "assistant", "content": "No."}
+SAID = {"prompt": [USER], "completion": [ANSWER], "response": [ANSWER], "chosen": [ANSWER], "rejected": [NO]}
+
+
+def columns(messages: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """As `datasets` stores a sequence of objects."""
+    return {key: [one[key] for one in messages] for key in messages[0]}
+
+
+@pytest.mark.parametrize("write", [json.dumps, columns])
+@pytest.mark.parametrize("keys", [("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen", "rejected")])
+def test_messages_are_messages_however_they_are_stored(keys: tuple[str, ...], write: Any) -> None:
+    plain = read({key: SAID[key] for key in keys})
+    assert isinstance(plain, Messages | Pair)
+    assert read({key: write(SAID[key]) for key in keys}) == plain
+    assert read({key: SAID[key] if key == "prompt" else write(SAID[key]) for key in keys}) == plain
+    assert read({key: write(SAID[key]) if key == "prompt" else SAID[key] for key in keys}) == plain
+    assert read({"messages": columns([USER, ANSWER])}) == read({"messages": [USER, ANSWER]})
+
+
+@pytest.mark.parametrize("write", [json.dumps, columns])
+def test_whole_chats_of_a_pair_are_chats_however_they_are_stored(write: Any) -> None:
+    both = {"chosen": [USER, ANSWER], "rejected": [USER, NO]}
+    assert read({key: write(one) for key, one in both.items()}) == read(both)
+    beside = {"messages": [USER, ANSWER], "rejected_response": [NO]}
+    assert read(beside | {"rejected_response": write([NO])}) == read(beside)
+    text = {"prompt": "W?", **both}
+    assert read({"prompt": "W?", **{key: write(one) for key, one in both.items()}}) == read(text)
+
+
+def test_messages_of_a_sharegpt_stored_as_columns() -> None:
+    sharegpt = [{"from": "human", "value": "W?"}, {"from": "gpt", "value": "It is 5."}]
+    assert read({"conversations": columns(sharegpt)}) == read({"conversations": sharegpt})
+    uneven = {"from": ["human"], "value": ["W?", "It is 5."]}
+    assert read({"conversations": uneven}).message == "conversations is an object; it must be a list of messages"
+
+
+def test_text_that_only_looks_like_messages_stays_text() -> None:
+    """An answer beside a prompt of text is text; so is what is a list of something else, or one of two branches."""
+    chat = json.dumps([ANSWER])
+    assert read({"prompt": "Write a chat.", "completion": chat}).completion == chat
+    assert read({"prompt": "Write a chat.", "response": chat}).messages[-1]["content"] == chat
+    for other in ('[{"name": "x"}]', "[1, 2]", "[]", "[not JSON", '[{"role": "user"}]'):
+        assert read({"prompt": other, "completion": "5"}).prompt == other
+    assert read({"prompt": "W?", "chosen": chat, "rejected": "No."}).chosen.messages[-1]["content"] == chat
+
+
+def test_that_text_was_read_as_messages_is_told() -> None:
+    told = "a prompt or an answer that is messages as JSON text is read as these"
+    rows = [
+        {"prompt": json.dumps([USER]), "completion": "5"},
+        {"chosen": json.dumps([USER, ANSWER]), "rejected": json.dumps([USER, NO])},
+        {"messages": [USER, ANSWER], "rejected_response": json.dumps([NO])},
+        {"prompt": "W?", "completion": json.dumps([ANSWER])},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"messages": json.dumps([USER, ANSWER])},
+        {"messages": [USER, ANSWER], "prompt": json.dumps([USER])},
+    ]
+    stream = RowStream(())
+    assert len(list(stream.sort([RawRow(i, row, row) for i, row in enumerate(rows, 1)], "a.jsonl"))) == len(rows)
+    assert stream.told == {told: 3}
+
+
+@pytest.mark.parametrize("key", ["completion", "response"])
+def test_text_beside_messages_is_the_users_or_the_assistants(key: str) -> None:
+    whole = read({"prompt": [USER], key: [ANSWER]})
+    assert read({"prompt": [USER], key: "It is 5."}) == whole == read({"prompt": "W?", key: [ANSWER]})
+    told = read({"prompt": [USER], key: "It is 5.", "system": "Be brief."})
+    assert told.messages[0] == {"role": "system", "content": "Be brief."} and told.respond_from == 2
+    assert read({"prompt": [USER], key: " "}).reason == "no_response"
+
+
+def test_half_a_character_is_named() -> None:
+    for record in ({"prompt": "Cut \ud83d", "response": "5"}, {"messages": [USER, {**ANSWER, "content": "\udc00"}]}):
+        assert read(record).reason == "lone_surrogate" and "\\ud83d" not in read(record).message

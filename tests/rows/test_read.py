@@ -26,8 +26,8 @@ from small_run import small_run
 from alphatoken_curate import export
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows import containers
+from alphatoken_curate.rows.fields import BRANCHES
 from alphatoken_curate.rows.files import find_files
-from alphatoken_curate.rows.pairs import BRANCHES
 from alphatoken_curate.rows.read import BadRow, ReadRows, RowStream, grouped, kind_of, read_rows, refuse, rows_of
 from alphatoken_curate.rows.shapes import Messages, Pair, Passage, Prompt, PromptCompletion, Tokens
 
@@ -533,7 +533,7 @@ BAD_RECORDS = {
     "one call": ({"messages": [USER, ANSWER | {"tool_calls": {"name": "f"}}]}, "wrong_type"),
     "a number for a call": ({"messages": [USER, ANSWER | {"tool_calls": [1]}]}, "wrong_type"),
     "a name for a function": ({"messages": [USER, ANSWER | {"tool_calls": [{"function": "f"}]}]}, "wrong_type"),
-    "text and list": ({"prompt": [USER], "completion": "b"}, "wrong_type"),
+    "a number and a list": ({"prompt": [USER], "completion": 5}, "wrong_type"),
     "tools": ({"messages": [USER, ANSWER], "tools": ["f"]}, "wrong_type"),
     "tools that are no JSON": ({"messages": [USER, ANSWER], "tools": "f"}, "wrong_type"),
     "id": ({**GOOD, "id": True}, "wrong_type"),

@@ -8,10 +8,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from templates import family_tokenizer
 from tiny import tiny_model
 from tiny_files import perturbed, token_records
 
 from alphatoken_curate import InputError, ModelError, ScoreConfig, score_tokens
+from alphatoken_curate.progress import Silent
 from alphatoken_curate.runs.schema import COMPONENTS, PREFERENCE, SFT, SIGNALS, components
 
 TARGET = token_records(3, seed=5)
@@ -135,7 +137,7 @@ def test_a_reference_of_another_shape_is_refused(base: Any) -> None:
 
 
 def test_its_settings_are_named_as_those_of_score() -> None:
-    own = {"model", "rows", "target", "tokenizer", "reference"}
+    own = {"model", "rows", "target", "tokenizer", "reference", "progress"}
     config = {item.name: getattr(ScoreConfig(data=("rows",)), item.name) for item in fields(ScoreConfig)}
     for name, parameter in inspect.signature(score_tokens).parameters.items():
         if name not in own:
@@ -159,3 +161,32 @@ def test_preference_rows_have_both_branches(base: Any, tuned: Any) -> None:
     assert found["margin"].item() == pytest.approx(0.5 * (gain[0] - gain[1]), rel=1e-4)
     assert found["omega"].item() == pytest.approx(0.5 / (1 + np.exp(found["margin"].item())), rel=1e-6)
     np.testing.assert_allclose(flat(found, "rejected_nll"), flat(alone[1:], "nll"), rtol=1e-5)
+
+
+class Heard(Silent):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_chats_are_read_as_by_score() -> None:
+    """Answers end with the stops of the model's generation config, and what is not as given is told."""
+    tokenizer = family_tokenizer("glm4moe")
+    tokenizer.eos_token = "</s>"
+    model = tiny_model("llama", dtype=torch.float32, vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")]
+    turns = [("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    heard = Heard()
+    found = score_tokens(model, rows, target=rows, tokenizer=tokenizer, progress=heard)
+    ids, ends = (np.array(found[name][0].to_list()) for name in ("input_ids", "end_of_turn"))
+    assert tokenizer.convert_ids_to_tokens(ids[ends]) == ["<|user|>"]
+    assert {line.partition(":")[0] for line in heard.said} == {"rows", "target"}
+
+    closed = [{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]}]
+    model.generation_config.eos_token_id = 4
+    assert score_tokens(model, closed, target=closed)["end_of_turn"][0].to_list() == [False, False, False, True]

@@ -12,7 +12,7 @@ from typing import Any
 from matrix import Chat, forms, written
 
 from alphatoken_curate.rows.shapes import Messages
-from alphatoken_curate.tokens.chat import Specials
+from alphatoken_curate.tokens.specials import Specials
 
 
 def each_answer(tokenizer: Any, record: Messages) -> list[tuple[str, str]] | None:

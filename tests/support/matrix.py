@@ -15,7 +15,8 @@ from templates import family_tokenizer
 
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.shapes import Messages
-from alphatoken_curate.tokens.chat import MARK, ChatSettings, ChatTemplate, RenderedText, Specials
+from alphatoken_curate.tokens.chat import MARK, ChatSettings, ChatTemplate, RenderedText
+from alphatoken_curate.tokens.specials import Specials
 
 TURNS = ("all", "last")
 """The columns."""

@@ -10,7 +10,8 @@ from kinds import KINDS
 from templates import templates, tokenizer_of
 
 from alphatoken_curate.rows.shapes import Messages
-from alphatoken_curate.tokens.chat import ChatSettings, ChatTemplate, RenderedText, Specials
+from alphatoken_curate.tokens.chat import ChatSettings, ChatTemplate, RenderedText
+from alphatoken_curate.tokens.specials import Specials
 
 THOUGHT = "<think>\nhm\n</think>\n\nFirst"
 

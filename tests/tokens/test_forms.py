@@ -91,3 +91,18 @@ def test_a_template_that_joins_arguments_to_text_has_them_as_text_and_others_nev
         good, bad = run(tokenizer, Messages(messages=CALLED))
         assert ([responses(tokenizer, row) for row in good] == [["get_weather" + shown]]) if shown else not good
         assert shown or "as text of text" in bad[0].message
+
+
+def test_arguments_are_the_same_as_an_object_or_the_row_is_refused() -> None:
+    """A number is not rounded, nor is a key lost that stands twice."""
+    for text, reason in (
+        ('{"wei": 123456789012345678901}', "integer_too_large"),
+        ('{"a": 1, "a": 2}', "duplicate_key"),
+        ('{"a": NaN}', "not_a_number"),
+    ):
+        with pytest.raises(RowFault, match="arguments of a call: ") as raised:
+            as_borne([user("a"), answer("") | {"tool_calls": [call(text)]}], lambda form: form)
+        assert raised.value.reason == reason
+    largest = '{"id": 18446744073709551615}'
+    form = as_borne([user("a"), answer("") | {"tool_calls": [call(largest)]}], lambda form: form)
+    assert arguments(form) == {"id": 2**64 - 1}

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
-from chats import answer, user
+from chats import answer, rows_of, user
 from kinds import call, thinking
+from templates import family_tokenizer
 
 from alphatoken_curate.rows.containers import RowFault
-from alphatoken_curate.tokens.kept import check_calls, check_kept, left_out_notes
+from alphatoken_curate.rows.shapes import Messages
+from alphatoken_curate.tokens.kept import CONTEXT_LOST, check_calls, check_kept, context_notes, left_out_notes
 from alphatoken_curate.tokens.marks import MarkedChat
+from alphatoken_curate.tokens.tokenise import TokenRow, tokenise
 
 
 def kept(message: dict[str, Any], write: Any) -> list[str]:
@@ -141,3 +145,45 @@ def test_one_of_two_equal_numbers_is_missed() -> None:
 def test_a_number_of_very_many_digits_is_none_of_the_arguments() -> None:
     message = answer("") | {"tool_calls": [call({"n": 5})]}
     check_written(message, lambda m: f"get_weather {'1' * 5000} {'-1.' + '9' * 5000}e999 5")
+
+
+CONTEXT = [
+    {"role": "developer", "content": "Be brief."},
+    user("Weather?"),
+    answer("") | {"tool_calls": [call({"city": "Oslo"})]},
+    {"role": "tool", "content": "5 C"},
+    answer("It is 5 C."),
+]
+
+
+def context_told(write: Any, respond: list[int]) -> list[str]:
+    def render(chat: list[dict[str, Any]], **_: Any) -> str:
+        return "".join(map(write, chat))
+
+    return context_notes(MarkedChat.of(render(CONTEXT), CONTEXT, render), respond)
+
+
+def test_what_is_left_out_before_an_answer_is_told() -> None:
+    def whole(message: dict[str, Any]) -> str:
+        return message["content"] + "".join(str(one["function"]["arguments"]) for one in message.get("tool_calls", ()))
+
+    assert context_told(whole, [2, 4]) == context_told(whole, [4]) == []
+    assert context_told(lambda m: m["content"], [4]) == [
+        "the chat template leaves out tool_calls of answers that are context"
+    ]
+    spoken = context_told(lambda m: m["content"] if m["role"] in ("user", "assistant") else "", [2, 4])
+    assert spoken == [f"the chat template leaves out messages of role {role}" for role in ("developer", "tool")]
+    assert {*spoken} < {*CONTEXT_LOST}
+    assert context_told(lambda m: m["content"] if m["role"] == "user" else "", [2, 4]) == spoken
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "phi3", "gptoss"])
+def test_templates_that_leave_out_a_call_are_not_advised_to(family: str) -> None:
+    """`--turns last` would show the answer without the call that it goes by."""
+    tokenizer, record = family_tokenizer(family), Messages(messages=CONTEXT[1:])
+    for turns in ("all", "last"):
+        told = Counter[str]()
+        rows, bad = tokenise(rows_of(record), tokenizer, max_length=999, turns=turns, vocab_size=None, told=told)
+        read = "".join(map(tokenizer.decode, (row.input_ids for row in rows if isinstance(row, TokenRow))))
+        assert "Oslo" in read or bad or any("tool_calls" in one for one in told)
+        assert not any("--turns last" in one.message for one in bad)

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from kinds import KINDS, record_of
 from matrix import cell, rendered
 from templates import family_tokenizer, tokenizer_of
-from tokenizers import Regex
+from tokenizers import AddedToken, Regex
 from tokenizers.pre_tokenizers import Sequence, Split
+from tokenizers.processors import TemplateProcessing
 from tokenizers_made import LOSSY, MAKERS, made_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.shapes import PromptCompletion
@@ -132,3 +134,24 @@ def test_a_text_at_which_the_tokenizer_breaks_off_is_a_bad_row() -> None:
     rows = [chat(user(text), answer("yes")) for text in ("a", "x" * 40, "b")]
     good, (bad,) = run(tokenizer, *rows)
     assert [row.row_id for row in good] == [0, 2] and (bad.row_id, bad.reason) == (1, "tokenizer_fails"), bad
+
+
+@pytest.mark.parametrize(
+    ("front", "bos"), [(["[GMASK]", "<sop>"], None), (["</s>"], "<s>"), (["<s>"], "<s>"), ([], "<s>")]
+)
+def test_raw_text_begins_as_the_tokenizer_begins_it(front: list[str], bos: str | None) -> None:
+    """With a BOS mostly; GLM's puts two other tokens there, XGLM's its EOS."""
+    made = PreTrainedTokenizerFast(tokenizer_object=MAKERS["byte-level BPE"]())
+    made.add_tokens([AddedToken(name, special=True, normalized=False) for name in ("[GMASK]", "<sop>", "<s>", "</s>")])
+    made.eos_token = "</s>"
+    if bos:
+        made.bos_token = bos
+    places = [(name, made.convert_tokens_to_ids(name)) for name in dict.fromkeys([*front, "</s>"])]
+    for end in ([], ["</s>"]):
+        single = " ".join([*front, "$A", *end])
+        made._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=places)
+        for begun in ("", "".join(front)):
+            record = PromptCompletion(prompt=f"{begun}What is it?", completion=" It is this.")
+            ((row,), _) = run(made, record)
+            expected = made("What is it? It is this.")["input_ids"]
+            assert row.input_ids.tolist() == expected + ([] if end else [made.eos_token_id])
