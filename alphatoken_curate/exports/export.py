@@ -103,9 +103,11 @@ def export(
         _check(folder, form, items(), asked, tally)
         kind = opened.layout.kind
         told = Told(place=str(place), kind=kind, strict=strict, soft=tally.soft, longest=tally.longest)
-        _write_text(folder / README, readme(form, told, tally, opened, settings).encode())
-        files = {"files": [_file(folder, path) for path in sorted(folder.rglob("*")) if path.is_file()]}
-        about = record(form, tally, opened, settings) | files
+        files = {path: _file(folder, path) for path in folder.rglob("*") if path.is_file()}
+        data = str(files[folder / form.data]["sha256"]) if folder / form.data in files else ""
+        _write_text(folder / README, readme(form, told, tally, opened, settings, data).encode())
+        files[folder / README] = _file(folder, folder / README)
+        about = record(form, tally, opened, settings) | {"files": [files[path] for path in sorted(files)]}
         _write_text(folder / RECORD, orjson.dumps(about, option=_JSON))
     return _summary(place, form, opened, tally)
 

@@ -16,16 +16,24 @@ from alphatoken_curate.wording import count
 RECORD, README, DROPPED = EXPORT, "README.md", "dropped.jsonl"
 
 
-def readme(form: Form, told: Told, tally: Tally, opened: TrainSet, settings: Mapping[str, Json]) -> str:
-    """README.md of an export."""
-    lines = [*_head(form), *_use(form, told), *_what(form, told, tally), *_simpo(opened), *_rows(tally, settings)]
+def readme(form: Form, told: Told, tally: Tally, opened: TrainSet, settings: Mapping[str, Json], sha256: str) -> str:
+    """README.md of an export; `sha256` is that of its data, where they are one file."""
+    lines = [
+        *_head(form, sha256),
+        *_use(form, told),
+        *_what(form, told, tally),
+        *_simpo(opened),
+        *_rows(tally, settings),
+    ]
     return "\n".join([*lines, *_origin(opened), ""])
 
 
-def _head(form: Form) -> Iterator[str]:
+def _head(form: Form, sha256: str) -> Iterator[str]:
     if form.data.endswith((".parquet", ".jsonl")):
-        # So that `load_dataset` of the folder finds the rows and not the record beside them.
-        yield from ("---", "configs:", "- config_name: default", f"  data_files: {json.dumps(form.data)}", "---", "")
+        # So that `load_dataset` of the folder finds the rows and not the record beside them; it knows its copy of them
+        # by the folder's name and this text.
+        yield from ("---", "configs:", "- config_name: default", f"  description: sha256 {sha256}")
+        yield from (f"  data_files: {json.dumps(form.data)}", "---", "")
     yield from (f"# Tokens to train, for {form.reader}", "")
     yield f"Written by `alphatoken-curate export --for {form.name}` and read back before it appeared."
 

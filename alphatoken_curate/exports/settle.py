@@ -74,7 +74,8 @@ def _settled(row: TrainRow, max_length: int | None, *, cuts: bool, binarize: boo
     branches = [_branch(branch, max_length, binarize) for branch in row.branches]
     if not all(branch.loss_weight.any() for branch in branches):
         return Dropped(row_id=row.row_id, turn=row.turn, reason="cut_away")
-    if any(longer) and len(branches) > 1 and _same(*branches):
+    # Of the same text each branch has a mask of its own.
+    if any(longer) and len(branches) > 1 and np.array_equal(branches[0].input_ids, branches[1].input_ids):
         return Dropped(row_id=row.row_id, turn=row.turn, reason="same_branches")
     return Kept(row=replace(row, branches=tuple(branches)), cut=sum(longer))
 
@@ -84,10 +85,6 @@ def _branch(branch: TrainBranch, max_length: int | None, binarize: bool) -> Trai
     if binarize:
         weight = (weight > 0).astype(np.float32)
     return TrainBranch(input_ids=ids, labels=branch.labels[:max_length], loss_weight=weight)
-
-
-def _same(one: TrainBranch, other: TrainBranch) -> bool:
-    return np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.labels, other.labels)
 
 
 def _is_soft(branch: TrainBranch) -> bool:

@@ -134,7 +134,8 @@ def weighed(
     size, share = parse_scope(scope), parse_keep(keep)
     formula = formulas.named(weights)
     chosen, over = _choose(score, lengths, share, size, always)
-    raw = _Raw(formula(score, lengths, size), chosen, always)
+    given = formula(score, lengths, size)
+    raw = _Raw(given, chosen, always)
     for part, rows in blocks_of(lengths):
         if allow_empty_rows:
             raw.leave_empty(part, lengths[rows])
@@ -143,9 +144,12 @@ def weighed(
             raw.give_back(part, _best_of_lost_rows(score[part], lengths[rows], raw.others(part), mine))
     weight = _mean_one(raw, lengths)
     if share is not None and always is not None and always.any() and not weight.any():
+        weighs = any(given(part).any() for part, _ in blocks_of(lengths))
         raise UsageError(
             f"keep: with {keep} nothing is left to train: tokens that are always kept take up the share, and rows of"
             " which only they are left stay empty by --allow-empty-rows. Give a larger share, or --always-keep none"
+            if weighs
+            else f"weights: {weights} gives every token 0, and nothing is left to train. Give another --by or --weights"
         )
     return Weighed(weight=weight, given_back=raw.given_back, over_share=over)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import orjson
@@ -12,6 +13,7 @@ from alphatoken_curate.runs.atomic import atomic_file
 from alphatoken_curate.runs.direction import rehearsed
 from alphatoken_curate.runs.manifest import Manifest, Mask, components, layout
 from alphatoken_curate.runs.schema import SIGNALS, Layout, lacks, units_of, with_units
+from alphatoken_curate.runs.shards import Shard
 from alphatoken_curate.wording import end_of_turn
 
 NAME = "README.md"
@@ -46,17 +48,21 @@ def front_matter(manifest: Manifest) -> list[str]:
     """Its lines: `train` (the newest mask, the default) and `values` (the newest generation)."""
     lines = ["---", "configs:"]
     if manifest.masks:
-        lines += _config("train", f"train/mask={manifest.masks[-1].mask:04d}", default=True)
+        newest = manifest.masks[-1]
+        lines += _config("train", f"train/mask={newest.mask:04d}", newest.shards, default=True)
     if manifest.generations:
-        newest = manifest.generations[-1].generation
-        lines += _config("values", f"values/generation={newest}", default=not manifest.masks)
+        scored = manifest.generations[-1]
+        folder = f"values/generation={scored.generation}"
+        lines += _config("values", folder, scored.shards, default=not manifest.masks)
     return [*lines, "---"]
 
 
-def _config(name: str, folder: str, *, default: bool) -> list[str]:
+def _config(name: str, folder: str, shards: Sequence[Shard], *, default: bool) -> list[str]:
+    """`datasets` knows its copy of a folder by the folder's name and this text, so bytes are told apart here."""
     mark = ["  default: true"] if default else []
-    data = ["  data_files:", "  - split: train", f'    path: "{folder}/part-*.parquet"']
-    return [f"- config_name: {name}", *mark, *data]
+    files = sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
+    data = [f"  description: sha256 of its files {files}", "  data_files:", "  - split: train"]
+    return [f"- config_name: {name}", *mark, *data, f'    path: "{folder}/part-*.parquet"']
 
 
 def _body(manifest: Manifest) -> Iterator[str]:
@@ -176,9 +182,10 @@ def _snippets(manifest: Manifest) -> Iterator[str]:
     yield f'pl.scan_parquet("{train}/*.parquet", hive_partitioning=False).collect()'
     yield from ("```", "", "a row per response token, with its text:", "", "```python")
     yield from ("from alphatoken_curate import scan_tokens", "", 'scan_tokens(".").collect()', "```")
-    yield from ("", "with Hugging Face datasets:", "", "```python", "from datasets import load_dataset", "")
-    yield 'load_dataset(".", split="train")'
-    yield 'load_dataset(".", "values", split="train")'
+    yield from ("", "with Hugging Face datasets, which wants the folder by its name:", "", "```python")
+    yield from ("from pathlib import Path", "from datasets import load_dataset", "")
+    for config in ("train", "values") if manifest.masks else ("values",):
+        yield f'load_dataset(str(Path.cwd()), "{config}", split="train")'
     yield from ("```", "", "with DuckDB:", "", "```sql")
     yield f"SELECT * FROM read_parquet('{train}/*.parquet', hive_partitioning = false);"
     yield "```"

@@ -31,7 +31,7 @@ _READ_ERRORS = (OSError, pa.ArrowException, ValueError, KeyError, UnicodeError)
 
 
 def write(sink: Sink, table: pa.Table, told: Mapping[str, Json]) -> None:
-    """The table as Parquet: one row group, zstd, page checksums; the footer holds `told` and what is added here.
+    """The table as Parquet: one row group, if it has rows, zstd, page checksums; the footer holds `told` and more.
 
     The same table and `told` give the same bytes. The schema's columns have metadata `units`.
     """
@@ -43,8 +43,10 @@ def write(sink: Sink, table: pa.Table, told: Mapping[str, Json]) -> None:
         write_statistics=True,
         write_page_checksum=True,
     ) as writer:
-        # One row group: shards are small, and readers that stream take them shard by shard.
-        writer.write_table(table, row_group_size=max(1, table.num_rows))
+        # One row group: shards are small, and readers that stream take them shard by shard. None of no rows: datasets
+        # fails at one.
+        if table.num_rows:
+            writer.write_table(table, row_group_size=table.num_rows)
         about: dict[str, Json] = {
             "schema_version": SCHEMA_VERSION,
             **told,

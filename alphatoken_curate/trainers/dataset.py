@@ -46,8 +46,9 @@ def as_dataset(
     if tokenizer is not None:
         check_tokenizer(opened, tokenizer)
     names = [prefix + name for prefix in opened.layout.branches for name in LISTS]
-    paths = [_literally(path) for path in opened.files()]
-    if not any(shard.rows for shard in opened.mask.shards):
+    whole = zip(opened.files(), opened.mask.shards, strict=True)
+    paths = [_literally(path) for path, shard in whole if shard.rows]  # datasets fails at a file without rows
+    if not paths:
         raise UsageError(f"{run}: mask {opened.mask.mask} has no row to train on")
     rows = marked(Dataset.from_parquet(paths, columns=[*key_columns(opened), *names]), opened.run)
     return rows if max_length is None else rows.map(_cut, fn_kwargs={"names": names, "max_length": max_length})
@@ -94,8 +95,9 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
 
     Order: by (seed, epoch) shards are drawn in random order, and rows among `shards_at_once` of them, which is what
     memory holds; each rank gets every `world`-th row. All ranks get equally many: up to world - 1 rows of an epoch,
-    other ones each time, are left out. Rank and world are told, never guessed: leave them at 0 and 1 under
-    Accelerate or Trainer, which share out by themselves. Workers of a DataLoader share the rank's rows out in blocks of
+    other ones each time, are left out. Rank and world are told, never guessed: leave them at 0 and 1 under Trainer,
+    which shares out by itself, and under Accelerate, which does with `dispatch_batches` False (as our trainers have
+    it): else it wants batches of one length. Workers of a DataLoader share the rank's rows out in blocks of
     `batch_size`, so that batches come in the same order with any number of them (give the loader the same). With
     `persistent_workers` a new epoch or mask does not reach them: leave that off.
 
@@ -136,6 +138,7 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
         # one of `_workers` (None: on all).
         self._start, self._done = 0, 0
         self._workers: int | None = None
+        self._loaded: tuple[int, int, int | None] = (0, 0, None)  # of these where this epoch is gone on from
 
     @property
     def mask(self) -> int:
@@ -161,9 +164,10 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
     def state_dict(self, rows: int | None = None) -> dict[str, Any]:
         """What `load_state_dict` needs to go on behind the last row that was given out; the same for all ranks.
 
-        `rows`: how many rows of this epoch this rank has trained on. Needed with DataLoader workers, which read ahead
-        in copies of this object; a loader that asks its workers for their states, as torchdata's does, needs no number,
-        and its states go on with as many workers alone.
+        `rows`: how many rows of this epoch this rank has trained on. Needed where a loader reads ahead of the training:
+        with DataLoader workers, which do in copies of this object, and with a loader that Accelerate prepared, which
+        takes a batch more than it has given. A loader that asks its workers for their states, as torchdata's does,
+        needs no number, and its states go on with as many workers alone.
         """
         start, done = self._passed() if rows is None else (rows, 0)
         following = self._next.mask.mask if self._next is not None else None
@@ -192,20 +196,23 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
             )
         self._opened = opened
         self._next = open_train(self.run, state["next_mask"]) if state["next_mask"] is not None else None
-        self.epoch, self._start, self._done = state["epoch"], state["start"], state["done"]
-        self._workers = state.get("workers")
+        self.epoch = state["epoch"]
+        self._loaded = state["start"], state["done"], state.get("workers")
+        self._start, self._done, self._workers = self._loaded
 
     def _passed(self) -> tuple[int, int]:
         """`_start` and `_done`, where no share is counted all of it as the first."""
         return (self._start + self._done, 0) if self._workers is None else (self._start, self._done)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows of this epoch that are left; behind the last one the next epoch begins by itself.
+        """The rows of this epoch, from the first one or where a state that was loaded goes on.
 
-        Raises `UsageError` with another number of workers than a state was made with by some.
+        Behind the last one the next epoch begins by itself. Raises `UsageError` with another number of workers than a
+        state was made with by some.
         """
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        self._start, self._done, self._workers = self._loaded
         self._start, self._done = self._passed()
         workers = None if worker is None else count
         if self._done and workers != self._workers:
@@ -231,7 +238,8 @@ class TrainDataset(IterableDataset[dict[str, Any]]):
             self._begin(self.epoch + 1)
 
     def _begin(self, epoch: int) -> None:
-        self.epoch, self._start, self._done, self._workers = epoch, 0, 0, None
+        self.epoch, self._loaded = epoch, (0, 0, None)
+        self._start, self._done, self._workers = self._loaded
         self._take()
 
     def _take(self) -> None:

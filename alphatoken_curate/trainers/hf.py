@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from alphatoken_curate.errors import UsageError
@@ -38,11 +38,15 @@ class RowsMixin:
     """
 
     data_collator: Any
+    accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for rows in (getattr(self, "train_dataset", None), getattr(self, "eval_dataset", None)):
             check_model(self.model, getattr(self, "processing_class", None), rows)  # type: ignore[attr-defined]
+        loading = self.accelerator.dataloader_config
+        if isinstance(getattr(self, "train_dataset", None), IterableDataset) and loading.dispatch_batches is None:
+            loading.dispatch_batches = False  # one process would read for all, batches that must be of one length
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]

@@ -135,15 +135,21 @@ class RefreshCallback(TrainerCallback, ExportableState):
                 "RefreshCallback changes the masks of WeightedTrainer, WeightedSFTTrainer, WeightedDPOTrainer and"
                 " trainers with WeightedLossMixin; this trainer would go on with the old ones"
             )
+        told = f"save_total_limit={args.save_total_limit}" + (" beside the best model" * args.load_best_model_at_end)
         for wrong, why in (
             (args.save_strategy == "no", "save_strategy='no': no checkpoint is saved, and nothing would be refreshed"),
             (args.dataloader_persistent_workers, "dataloader_persistent_workers: a new mask would not reach them"),
             (getattr(args, "precompute_ref_log_probs", False), "precompute_ref_log_probs: they are of the first mask"),
-            (self.new_process and args.save_total_limit == 1, "save_total_limit=1: it deletes what is being scored"),
+            (self._loses_checkpoints(args), f"{told}: it deletes what is being scored"),
         ):
             if wrong:
                 raise UsageError(f"RefreshCallback cannot go with {why}")
         collator.current = self._current
+
+    def _loses_checkpoints(self, args: TrainingArguments) -> bool:
+        """Whether the newest checkpoint but one, which a process may be scoring still, may be deleted."""
+        kept = args.save_total_limit
+        return self.new_process and kept is not None and kept <= (2 if args.load_best_model_at_end else 1)
 
     def _use(self, state: TrainerState, epoch: int, mask: int) -> None:
         self._current.use(mask)

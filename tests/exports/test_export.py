@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -403,6 +404,20 @@ def test_the_folder_opens_as_a_dataset(runs: dict[tuple[str, str], Path], tmp_pa
     assert (tmp_path / "out" / "dropped.jsonl").exists()
     opened = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(opened) == done.rows
+
+
+def test_a_folder_that_was_exported_anew_is_read_anew(runs: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    import datasets
+
+    found = []
+    for weights in ("binary", "soft"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        export(runs["sft", weights], trainer="hf", output=tmp_path / "out")
+        found.append(datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache")))
+        assert (
+            found[-1]["loss_weight"][:] == pq.read_table(tmp_path / "out" / "train.parquet")["loss_weight"].to_pylist()
+        )
+    assert found[0]["loss_weight"][:] != found[1]["loss_weight"][:]
 
 
 # ------------------------------------------------------------------------------------------------------ a real run

@@ -82,7 +82,10 @@ def test_a_pair_needs_both_its_branches(opened: Given) -> None:
 def test_a_pair_that_a_cut_makes_equal_is_dropped(opened: Given) -> None:
     same = (branch([0, 1, 1, 0]), branch([0, 1, 1, 1, 1]))
     assert [shown(item) for item in items(opened, same, max_length=3)] == ["same_branches"]
-    assert [shown(item) for item in items(opened, same, max_length=4)] == [([[0, 1, 1, 0], [0, 1, 1, 1]], 1)]
+    assert [shown(item) for item in items(opened, same, max_length=4)] == ["same_branches"]
+    assert [shown(item) for item in items(opened, same)] == [([[0, 1, 1, 0], [0, 1, 1, 1, 1]], 0)]
+    masked_apart = (branch([0, 1, 0, 0]), branch([0, 0, 1, 1, 1]))
+    assert [shown(item) for item in items(opened, masked_apart, max_length=3)] == ["same_branches"]
     other = (branch([0, 1, 1, 0]), branch([0, 1, 1, 1, 1], first=11))
     assert [shown(item) for item in items(opened, other, max_length=3)] == [([[0, 1, 1], [0, 1, 1]], 3)]
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -222,9 +223,7 @@ def test_weights_with_what_is_always_kept_are_what_the_formulas_say(
     how = {"keep": keep, "scope": scope, "weights": kind, "allow_empty_rows": allow, "always": given}
     with patch.object(formulas, "BLOCK", block):
         if not want and always and keep != "positive":
-            with pytest.raises(
-                UsageError, match="nothing is left to train: tokens that are always kept take up the share"
-            ):
+            with pytest.raises(UsageError, match="nothing is left to train"):
                 choose.weighed(*columns(found), **how)
             return
         got = choose.weighed(*columns(found), **how)
@@ -378,3 +377,13 @@ def test_unknown_weights_are_refused() -> None:
     for weights in ("softmax", "tilt", "tilt:0", "tilt:101"):
         with pytest.raises(UsageError, match=r"weights: found .* or tilt:C such as tilt:0.25"):
             choose.weighed(*empty, keep=0.5, scope="row", weights=weights)
+
+
+def test_what_weighs_nothing_is_told_as_such() -> None:
+    """And not as a share that is too small, which no share would mend."""
+    score, ends = np.array([-3, -2, -1], np.float32), np.array([False, False, True])
+    how: dict[str, Any] = {"keep": 1.0, "scope": "global", "allow_empty_rows": True, "always": ends}
+    with pytest.raises(UsageError, match=r"weights: relu gives every token 0.*Give another --by or --weights"):
+        choose.weighed(score, lengths(0, 0, 0), weights="relu", **how)
+    with pytest.raises(UsageError, match=r"tokens that are always kept take up the share.*Give a larger share"):
+        choose.weighed(score, lengths(0, 0, 0), weights="binary", **how | {"keep": 0.3})

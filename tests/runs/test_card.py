@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from small_run import published, small_run, value_rows, write_generation
+from small_run import published, small_run, value_row, value_rows, write_generation
 
+from alphatoken_curate import scan
 from alphatoken_curate.masks.remask import make_mask
 from alphatoken_curate.runs import card, manifest
 from alphatoken_curate.runs.schema import BY_ESTIMATOR, LAYOUTS, SIGNALS, components
+from alphatoken_curate.trainers import as_dataset
 
 
 @pytest.fixture
@@ -34,6 +37,49 @@ def test_load_dataset_reads_the_folder_offline(tmp_path: Path, monkeypatch: pyte
     values = datasets.load_dataset(str(run), "values", split="train", cache_dir=cache)
     assert values.column_names == layout.values.names and values["row_id"][:] == list(range(12))
     assert datasets.get_dataset_config_names(str(run)) == ["train", "values"]
+
+
+@pytest.mark.parametrize("config", ["train", "values"])
+def test_load_dataset_never_gives_the_rows_of_another_folder_of_that_name(tmp_path: Path, config: str) -> None:
+    """`datasets` keeps a copy of what it read, and knows it by the folder's name and the card."""
+    import datasets
+
+    cache = str(tmp_path / "cache")
+    for place, count, keep in (("a", 8, 0.6), ("b", 5, 0.6), ("a", 6, 0.6), ("a", 6, 0.3)):
+        run = tmp_path / place / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        card.write(
+            small_run(run, [value_row(i, 9 + i) for i in range(count)], config=published(keep=keep)), manifest.read(run)
+        )
+        found = datasets.load_dataset(str(run), config, split="train", cache_dir=cache)
+        stored = scan(run, config).collect()
+        assert found["row_id"][:] == stored["row_id"].to_list()
+        name = "loss_mask" if config == "train" else "nll"
+        assert found[name][:] == stored[name].to_list()
+
+
+def test_a_shard_without_rows_is_read_over(tmp_path: Path) -> None:
+    """All of its rows failed, and `train/` has none of them."""
+    import datasets
+
+    rows = [value_row(i, 5, "failed" if i in (3, 4, 5, 8) else "scored") for i in range(9)]
+    run = small_run(tmp_path / "a", rows, config=published(), per_shard=3)
+    assert [shard.rows for shard in manifest.read(run).masks[0].shards] == [3, 0, 2]
+    card.write(run, manifest.read(run))
+    found = datasets.load_dataset(str(run), split="train", cache_dir=str(tmp_path / "cache"))
+    assert found["row_id"][:] == as_dataset(run)["row_id"][:] == [0, 1, 2, 6, 7]
+
+
+def test_what_the_card_says_of_datasets_works(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (lines,) = [part for part in card.render(manifest.read(run)).split("```") if "load_dataset" in part]
+    known: dict[str, object] = {}
+    *imports, train, values = lines.removeprefix("python").strip().splitlines()
+    exec("\n".join(imports), known)
+    assert [eval(line, known).num_rows for line in (train, values)] == [9, 12]
 
 
 def test_the_front_matter_names_the_newest(run: Path) -> None:

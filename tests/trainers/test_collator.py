@@ -114,15 +114,20 @@ def test_the_first_token_of_a_row_without_weights_trains_nothing() -> None:
     assert found["labels"].tolist() == [[-100, 4, 5], [-100, -100, -100]]
 
 
-@pytest.mark.parametrize("empty", ["chosen_", "rejected_", "the same"])
+@pytest.mark.parametrize("empty", ["chosen_", "rejected_", "the same", "masked apart"])
 def test_no_answer_of_a_pair_is_moved_against_nothing(empty: str) -> None:
     row: dict[str, Any] = {f"chosen_{name}": value for name, value in ROWS[0].items() if name != "row_id"}
     row |= {f"rejected_{name}": value for name, value in ROWS[1].items() if name != "row_id"}
     whole = PreferenceCollator()([row])
     assert whole["loss_weight"].sum(1).tolist() == [0.5, 4.5]
     lost: dict[str, Any] = dict(row)
-    if empty == "the same":
+    if empty in ("the same", "masked apart"):
         lost |= {f"rejected_{name}": value for name, value in ROWS[0].items() if name != "row_id"}
+        if empty == "masked apart":
+            ids = lost["rejected_input_ids"]
+            weight = [0.0, *[1.0] * (len(ids) - 1)]
+            lost |= {"rejected_labels": [-100, *ids[1:]], "rejected_loss_weight": weight}
+            assert weight != lost["chosen_loss_weight"]
     else:
         length = len(row[f"{empty}input_ids"])
         lost |= {f"{empty}labels": [-100] * length, f"{empty}loss_weight": [0.0] * length}

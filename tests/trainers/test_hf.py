@@ -199,3 +199,14 @@ def test_two_processes_train_as_one(tmp_path: Path, models: dict[str, str]) -> N
             assert abs(norm - wanted[name].norm().item()) < 2e-6 + 1e-5 * norm, name
     assert [one["masks"] for one in found] == [[[0, 0], [1, 1]]] * 2
     assert found[0]["last"] == found[1]["last"]
+
+
+def test_processes_read_streamed_rows_each_by_itself(run: Path, tmp_path: Path) -> None:
+    """Else one would read for all, and batches that are padded to their own length fail."""
+    for rows, asked, found in (
+        (TrainDataset(run), {}, False),
+        (TrainDataset(run), {"accelerator_config": {"dispatch_batches": True}}, True),
+        (as_dataset(run), {}, None),
+    ):
+        made = trainer(tmp_path, rows, **asked)
+        assert made.accelerator.dataloader_config.dispatch_batches is found
