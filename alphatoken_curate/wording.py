@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+
+_VALUE = re.compile(r"\bvalue\b", re.IGNORECASE)
 
 _NEAR = 0.65
 """How alike names must be, by `difflib`: `nul` and `nll` are, `boredom` and `random` are not."""
@@ -37,6 +40,18 @@ def in_sequences(sequences: int | None) -> str:
 def sequences_are(of_turns: object) -> tuple[str, str]:
     """What the sequences of a run are called, one and several: answers where each is one of its own, else rows."""
     return ("answer", "answers") if of_turns else ("row", "rows")
+
+
+def chosen_by(settings: Mapping[str, object]) -> str:
+    """What decides a mask of these settings, in the words of the flags of `mask`."""
+    by, stays = str(settings["by"]), str(settings.get("always_keep", "none"))
+    names = ["keep", "scope", "weights"]
+    if any(_VALUE.search(one) for one in (by, stays)):
+        names += ["stability_weight", *(["stability_scale"] if settings.get("stability_scale") != "none" else [])]
+    told = {name: settings.get(name) for name in [*names, *(["seed"] if by == "random" else [])]}
+    given = {name: value for name, value in (told | {"always_keep": stays}).items() if value is not None}
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
+    return f"{by}; {', '.join([*flags, *(['--allow-empty-rows'] if settings.get('allow_empty_rows') else [])])}"
 
 
 def end_of_turn(tokens: int | None, kept: int | None) -> str | None:

@@ -86,6 +86,8 @@ def _summary(done: Any) -> Iterator[str]:
         f"  tokens   {done.tokens:,}, of which {done.trained_tokens:,} train; sum of weights {done.weight_sum:,.6g}"
         f"{'' if done.soft else ' (all 0 or 1)'}"
     )
+    if done.soft:
+        yield "  weights  not all 0 or 1: README.md says which of its trainers weigh by them"
     if done.answers:
         yield f"  answers  {done.answers:,}, of which {done.answers_trained:,} have weight 1"
     if done.cut_rows:

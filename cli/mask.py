@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.rows.files import legible, visible
+from alphatoken_curate.wording import chosen_by
 
 from .grouped import Grouped
 from .lines import tell_version
@@ -48,7 +50,7 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
         made = mask(run, config, listener)
     verb = "Wrote" if made.created else "Already there:"
     click.echo(legible(f"{verb} mask {made.mask} in {made.path}/"))
-    click.echo(f"  by      {_settings(config)}")
+    click.echo(f"  by      {visible(chosen_by(asdict(config)), 300)}")
     for line in summary(made):
         click.echo(line)
     if made.end_of_turn_tokens is None and config.always_keep == "end-of-turn":
@@ -59,10 +61,3 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
     else:
         here = f"alphatoken-curate {{}} {legible(shlex.quote(str(run)))}"
         click.echo(f"Next: {here.format('show')} --row {first_row(run)}   or   {here.format('export')} --for trl")
-
-
-def _settings(config: MaskConfig) -> str:
-    """What was selected by, and how, in the words of the flags."""
-    how = ["keep", "scope", "weights", *(["always_keep"] if config.always_keep != "end-of-turn" else [])]
-    told = ", ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in how)
-    return visible(f"{config.by}; {told}", 300)

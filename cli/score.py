@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 @click.command(cls=Grouped)
 @click.argument("data", nargs=-1)
-@click.option("-o", "--out", type=OUT, help="Run folder. Default: DATA's stem + .alphatoken.")
+@click.option(
+    "-o", "--output", "--out", type=OUT, metavar="DIR", help="Run folder. Default: DATA's stem + .alphatoken."
+)
 @engine_options
 @part_option
 @config_options(ScoreConfig)
 @click.pass_context
-def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, part: str | None, **_: Any) -> None:
+def command(ctx: click.Context, /, data: tuple[str, ...], output: Path | None, part: str | None, **_: Any) -> None:
     """Value every response token of DATA; write values, a mask and loss weights.
 
     DATA: JSONL (.gz, .zst), JSON arrays, Parquet, folders, globs, s3://, gs:// or hf:// URLs of these, or a Hugging
@@ -43,9 +45,9 @@ def command(ctx: click.Context, /, data: tuple[str, ...], out: Path | None, part
     engine = engine_of(ctx.params, config.device)
     with listening() as listener:
         if part is None:
-            lines = _told(score(config, out, listener, engine), config)
+            lines = _told(score(config, output, listener, engine), config)
         else:
-            lines = told_of_part(score_part(config, part, out, listener, engine))
+            lines = told_of_part(score_part(config, part, output, listener, engine))
     for line in lines:
         click.echo(line)
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
-from alphatoken_curate.wording import count, end_of_turn, nearest, over_share, ranges, sequences_are
+from alphatoken_curate.config import MaskConfig
+from alphatoken_curate.wording import chosen_by, count, end_of_turn, nearest, over_share, ranges, sequences_are
 
 
 def test_one_is_no_plural() -> None:
@@ -38,3 +41,20 @@ def test_what_trains_of_the_ends_of_answers_is_told_where_it_is_known() -> None:
     assert end_of_turn(0, 0) == "end of turn: no response token ends an answer"
     assert end_of_turn(1300, 0) == "end of turn: 0 of 1,300 train"
     assert over_share(1) == "what is always kept is more than the share by 1 token, and stays"
+
+
+def test_masks_of_other_settings_are_told_otherwise() -> None:
+    plain = asdict(MaskConfig(keep=0.5))
+    assert chosen_by(plain) == "value; --keep 0.5, --scope global, --weights binary, --always-keep end-of-turn"
+    told = [chosen_by(plain)]
+    for name, value in (
+        *(("scope", "row"), ("weights", "rank"), ("keep", 0.3), ("by", "random"), ("always_keep", "none")),
+        *(("stability_weight", 0.5), ("stability_scale", "rms"), ("allow_empty_rows", True)),
+    ):
+        told.append(chosen_by(plain | {name: value}))
+    told += [chosen_by(plain | {"by": "random", "seed": 7}), chosen_by(plain | {"by": "7 - surprise"})]
+    assert len({*told}) == len(told)
+    # What decides nothing is not told.
+    assert chosen_by(plain | {"seed": 7}) == chosen_by(plain)
+    assert "stability" not in chosen_by(plain | {"by": "nll", "stability_weight": 2.0, "stability_scale": "rms"})
+    assert "--stability-weight 2.0" in chosen_by(plain | {"by": "nll - VALUE", "stability_weight": 2.0})

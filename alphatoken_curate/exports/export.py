@@ -39,7 +39,7 @@ ALIASES: Mapping[str, tuple[str, bool]] = {
     "axolotl": ("hf", True),
     "together": ("hf", True),
 }
-"""Other names that --for takes: the form each stands for, and whether that is `strict`."""
+"""Other names that --for takes: the form each stands for, and whether that is `strict`, which none reads pairs of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +84,12 @@ def export(
     known or has no form for these rows or weights, and where `output` is there and not empty; `StoredDataError` for a
     damaged run; `CurateError` where the disk refuses or does not give back what was written.
     """
-    trainer, always_strict = ALIASES.get(trainer, (trainer, False))
-    form, place, strict = _form(trainer), destination(Path(output)), strict or always_strict
+    name, always_strict = ALIASES.get(trainer, (trainer, False))
+    form, place, strict = _form(name), destination(Path(output)), strict or always_strict
     opened = open_train(run, mask)
-    _check_asked(form, opened, max_length, strict=strict)
+    if opened.layout.kind == "preference" and (always_strict or not form.pairs):
+        raise _no_pairs(opened.run, trainer)
+    _check_asked(form, max_length, strict=strict)
     _check_place(place, opened.run)
     asked = Asked(layout=opened.layout, strict=strict)
     settings: dict[str, Json] = {"max_length": max_length, "strict": strict, "binarize": binarize}
@@ -122,13 +124,15 @@ def _form(trainer: str) -> Form:
     return FORMS[trainer]
 
 
-def _check_asked(form: Form, opened: TrainSet, max_length: int | None, *, strict: bool) -> None:
-    if opened.layout.kind == "preference" and not form.pairs:
-        able = ", ".join(name for name, other in FORMS.items() if other.pairs)
-        raise UsageError(
-            f"{opened.run}: holds preference pairs, and {form.name} has no form for pairs with token masks. Export"
-            f" them --for {able}, or score SFT rows."
-        )
+def _no_pairs(run: Path, trainer: str) -> UsageError:
+    able = ", ".join(name for name, form in FORMS.items() if form.pairs)
+    return UsageError(
+        f"{run}: holds preference pairs, and {trainer} has no form for pairs with token masks."
+        f" Export them --for {able}, or score SFT rows."
+    )
+
+
+def _check_asked(form: Form, max_length: int | None, *, strict: bool) -> None:
     if strict and form is not hf.FORM:
         raise UsageError(f"--strict is for --for hf; {form.name} has one form alone. Leave it out.")
     if max_length is not None and max_length < 2:

@@ -201,7 +201,8 @@ FORM = Form(
     alignment=TOKEN_ALIGNED,
     pairs=True,
     floats=lambda asked: not asked.strict,
-    destroys="with --strict there are labels alone, which are on or off",
+    destroys="with --strict (axolotl, together) there are labels alone, which are on or off; without it Axolotl weighs"
+    " by AlphaTokenPlugin, TRL by WeightedSFTTrainer",
     divides="the number of labels that are not -100, over the whole accumulation window; Axolotl (0.19) without the"
     " plugin over each micro-batch, and takes the mean of these, where few labels count as much as many",
     columns=_columns,

@@ -97,7 +97,8 @@ def _refuse_soft(row: TrainRow, form: Form) -> None:
             weight = branch.loss_weight[branch.labels != IGNORE_INDEX]
             raise UsageError(
                 f"row {row.row_id} has loss weights such as {float(weight[weight != 1][0]):.3g}; --for {form.name}:"
-                f" {form.destroys}. Give --binarize (weights above 0 become 1), or make a mask with --weights binary."
+                f" {form.destroys}. Give --binarize (all tokens that weigh something train alike), or make a mask with"
+                " --weights binary."
             )
 
 

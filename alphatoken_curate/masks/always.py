@@ -94,7 +94,7 @@ def _told_of(name: str) -> Iterator[None]:
         yield
     except UsageError as error:
         told = str(error).replace(f"CAST(({name}) AS INT)", name).removeprefix("by: ")
-        raise UsageError(f"always-keep: {told}{nearest(name, _WORDS)}") from error
+        raise UsageError(f"always-keep:{nearest(name, _WORDS)} {told}") from error
 
 
 def _special_ids(run: Path, stored: Manifest) -> NDArray[np.int32]:

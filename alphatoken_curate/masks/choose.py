@@ -144,14 +144,19 @@ def weighed(
             raw.give_back(part, _best_of_lost_rows(score[part], lengths[rows], raw.others(part), mine))
     weight = _mean_one(raw, lengths)
     if share is not None and always is not None and always.any() and not weight.any():
-        weighs = any(given(part).any() for part, _ in blocks_of(lengths))
-        raise UsageError(
-            f"keep: with {keep} nothing is left to train: tokens that are always kept take up the share, and rows of"
-            " which only they are left stay empty by --allow-empty-rows. Give a larger share, or --always-keep none"
-            if weighs
-            else f"weights: {weights} gives every token 0, and nothing is left to train. Give another --by or --weights"
-        )
+        raise _nothing_left(keep, weights, any(given(part).any() for part, _ in blocks_of(lengths)))
     return Weighed(weight=weight, given_back=raw.given_back, over_share=over)
+
+
+def _nothing_left(keep: float | str, weights: str, weighs: bool) -> UsageError:
+    if not weighs:
+        return UsageError(
+            f"weights: {weights} gives every token 0, and nothing is left to train. Give another --by or --weights"
+        )
+    return UsageError(
+        f"keep: with {keep} nothing is left to train: tokens that are always kept take up the share, and rows of which"
+        " only they are left stay empty by --allow-empty-rows. Give a larger share, or --always-keep none"
+    )
 
 
 def _check(score: Scores, lengths: Ints, always: Bools | None) -> None:

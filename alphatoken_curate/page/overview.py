@@ -34,7 +34,7 @@ from alphatoken_curate.reading.stats import Stats
 from alphatoken_curate.reading.sums import objectives
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.runs.schema import STATUSES, lacks
-from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share, sequences_are
+from alphatoken_curate.wording import chosen_by, count, end_of_turn, in_sequences, over_share, sequences_are
 
 NAMES = {
     "adapt_direct": "direct adaptation",
@@ -133,16 +133,10 @@ def _stability(tokens: RunTokens) -> str:
 def _mask(tokens: RunTokens) -> Html:
     if tokens.mask is None:
         return prose("none yet; make one with the `mask` command")
-    settings = tokens.mask.settings
-    keep = settings.get("keep")
-    kept = "what is above 0" if keep == "positive" else f"the top {share(float(str(keep)))}"
-    by = tag("code", str(settings.get("by")))
     generations = listed([str(one) for one in tokens.mask.generations])
     several = "s" if len(tokens.mask.generations) > 1 else ""
-    rest = f", {settings.get('scope')} scope, {settings.get('weights')} weights, of generation{several} {generations}"
-    stays = settings.get("always_keep", "none")
-    always = [] if stays == "none" else ["; always kept: ", tag("code", str(stays))]
-    return joined([f"number {tokens.mask.mask}: {kept} by ", by, rest, *always])
+    by = tag("code", chosen_by(tokens.mask.settings))
+    return joined([f"number {tokens.mask.mask}, by ", by, f", of generation{several} {generations}"])
 
 
 def _refused(run: Path, stored: Manifest, found: Stats) -> Html | None:

@@ -78,12 +78,13 @@ def verify(run: str | Path) -> list[Problem]:
 def _digests(run: Path, stored: Manifest) -> Iterator[Problem]:
     for file in _named(stored):
         try:
-            found = digest(run / file.path)
+            size, sha256 = digest(run / file.path)
         except StoredDataError as error:
-            yield Problem(file=file.path, found=str(error), do="restore it, or run the command that made it again")
+            found = str(error).removeprefix(f"{run / file.path}: ").partition(";")[0]
+            yield Problem(file=file.path, found=found, do="restore it, or run the command that wrote it again")
             continue
-        if found != (file.bytes, file.sha256):
-            have = f"{found[0]} bytes, sha256 {found[1]}"
+        if (size, sha256) != (file.bytes, file.sha256):
+            have = f"{size} bytes, sha256 {sha256}"
             yield Problem(file=file.path, found=f"{have}; written {file.bytes} bytes, {file.sha256}", do=AGAIN)
 
 

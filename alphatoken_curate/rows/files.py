@@ -223,8 +223,14 @@ def _check_not_ours(path: str) -> None:
     if (export := export_with(Path(path))) and (export == Path(path) or os.path.isfile(path)):
         raise InputError(
             f"{visible(path)}: {export_in_words(export)}, whose weights are not read from here. Name the rows the run"
-            f" was made of, or of this folder {_FROM_EXPORT[0]} or a file of Parquet or Arrow by itself."
+            f" was made of{_readable_of(export)}."
         )
+
+
+def _readable_of(export: Path) -> str:
+    """The files of an export that are read by themselves, in words."""
+    there = sorted(name for name in os.listdir(export) if name in _FROM_EXPORT or name.endswith((".parquet", ARROW)))
+    return f", or of this folder {visible(' or '.join(there[:3]))} by itself" if there else ""
 
 
 def _in_glob(pattern: str) -> list[DataFile]:

@@ -150,7 +150,7 @@ def digest(path: Path) -> tuple[int, str]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return file.tell(), sha256
     except FileNotFoundError as error:
-        raise StoredDataError(f"{path}: missing; restore it, or run the command that makes it again") from error
+        raise StoredDataError(f"{path}: missing; restore it, or run the command that wrote it again") from error
     except OSError as error:
         raise StoredDataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 

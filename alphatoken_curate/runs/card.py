@@ -14,7 +14,7 @@ from alphatoken_curate.runs.direction import rehearsed
 from alphatoken_curate.runs.manifest import Manifest, Mask, components, layout
 from alphatoken_curate.runs.schema import SIGNALS, Layout, lacks, units_of, with_units
 from alphatoken_curate.runs.shards import Shard
-from alphatoken_curate.wording import end_of_turn
+from alphatoken_curate.wording import chosen_by, end_of_turn
 
 NAME = "README.md"
 
@@ -168,7 +168,7 @@ def _counts(manifest: Manifest) -> Iterator[str]:
 
 def _share(mask: Mask) -> str:
     share = f" ({mask.kept_tokens / mask.response_tokens:.1%})" if mask.response_tokens else ""
-    by = f", the highest by `{mask.settings['by']}`"
+    by = f", by `{chosen_by(mask.settings)}`"
     told = end_of_turn(mask.end_of_turn_tokens, mask.end_of_turn_kept)
     ends = f"; {told}" if told else ""
     return f"{mask.kept_tokens:,} of {mask.response_tokens:,} response tokens train{share}{by}{ends}"

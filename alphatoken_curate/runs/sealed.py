@@ -63,7 +63,7 @@ def opened(path: Path, use: Callable[[pq.ParquetFile], T]) -> T:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return use(file)
     except FileNotFoundError as error:
-        raise StoredDataError(f"{path}: missing; restore it, or delete the run folder and score again") from error
+        raise StoredDataError(f"{path}: missing; restore it, or run the command that wrote it again") from error
     except _READ_ERRORS as error:
         if (refused := unread(path, error)) is not None:
             raise refused from error
@@ -73,7 +73,7 @@ def opened(path: Path, use: Callable[[pq.ParquetFile], T]) -> T:
 
 def damaged(path: Path, found: str) -> StoredDataError:
     """The error that says so and what to do."""
-    return StoredDataError(f"{path}: damaged ({found}); delete this file and run the same command again")
+    return StoredDataError(f"{path}: damaged ({found}); delete this file, and run the command that wrote it again")
 
 
 def about(path: Path, metadata: pq.FileMetaData) -> dict[str, Any]:

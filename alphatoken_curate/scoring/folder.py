@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alphatoken_curate.config import ScoreConfig
@@ -64,6 +64,12 @@ def artifacts_of(run: str | None) -> Path | None:
     if not folder.is_dir():
         raise UsageError(f"--reuse {run}: no run folder with artifacts/ in it. Name a run that was scored before.")
     return folder
+
+
+def of_its_own(run: Path, config: ScoreConfig) -> ScoreConfig:
+    """The settings of the mask that a scoring makes: by its own values, whatever was scored at checkpoints since."""
+    several = len(manifest.read(run).generations) > 1
+    return replace(config, generation="0") if several and config.generation == "latest" else config
 
 
 def is_as_named(run: Path, path: Path, named: Shard) -> bool:

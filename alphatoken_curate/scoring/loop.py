@@ -23,7 +23,7 @@ from alphatoken_curate.scoring.beside import write_beside
 from alphatoken_curate.scoring.budget import LEAST, Budget, begun_with
 from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.engines import Engine, Here
-from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of, is_as_named
+from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of, is_as_named, of_its_own
 from alphatoken_curate.scoring.identity import dated, has_stability
 from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.job import Job, job_of, record
@@ -60,7 +60,7 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: En
         if write_beside(folder, prepared, spec.dtype, budget) or scored:
             write_manifest(folder, scored, place.remove)
         place.remove()  # values/ has them all
-        mask, stored = mask_and_card(folder, config, stale=bool(scored))
+        mask, stored = mask_and_card(folder, of_its_own(folder, config), stale=bool(scored))
     stable = has_stability(spec.store.fields)
     return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=len(scored), has_stability=stable)
 

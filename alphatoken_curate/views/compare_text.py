@@ -10,13 +10,11 @@ from alphatoken_curate.reading.compare import Changed, Comparison, Overlap, Side
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.views.heat import readable
 from alphatoken_curate.views.row_text import SYMBOLS, shortened
-from alphatoken_curate.wording import count
+from alphatoken_curate.wording import chosen_by, count
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
-
-_SETTINGS = ("keep", "scope", "weights", "by", "stability_weight", "stability_scale")
 
 
 def compare_lines(found: Comparison, width: int) -> Iterator[Text | Table]:
@@ -78,7 +76,7 @@ def _correlation(number: float | None) -> str:
 
 
 def _masks(found: Comparison) -> Iterator[str]:
-    first, second = (_settings(side) for side in (found.first, found.second))
+    first, second = (visible(chosen_by(side.mask_settings), 300) for side in (found.first, found.second))
     yield f"each by {first}" if first == second else f"first by {first}; second by {second}"
     masks = found.masks
     counts = {"both keep": masks.both, "only first": masks.only_first, "only second": masks.only_second}
@@ -89,13 +87,6 @@ def _masks(found: Comparison) -> Iterator[str]:
             f"overlap {masks.jaccard:.3f} (kept by both, of those kept by either), by chance {masks.by_chance:.3f};"
             f" {_others(masks)} of decisions are others"
         )
-
-
-def _settings(side: Side) -> str:
-    settings = {name: side.mask_settings[name] for name in _SETTINGS}
-    if (stays := side.mask_settings["always_keep"]) != "none":
-        settings["always_keep"] = stays
-    return visible(", ".join(f"{name} {told}" for name, told in settings.items()))
 
 
 def _others(masks: Overlap) -> str:

@@ -13,7 +13,7 @@ from alphatoken_curate.reading.stats import SCALES, GenerationStats, Stats
 from alphatoken_curate.reading.sums import MEANS, objectives
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.runs.schema import components
-from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share, sequences_are
+from alphatoken_curate.wording import chosen_by, count, end_of_turn, in_sequences, over_share, sequences_are
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -267,7 +267,7 @@ def _notes(found: Stats) -> Iterator[str]:
     whose = _whose(found)
     if not found.decided_by_value:
         yield f"{whose} {found.undecided}"
-        whose = "the published mask (--by value --keep 0.5)"
+        whose = "the published mask (--by value --keep 0.5 --always-keep none)"
     if found.decided_tokens and (any(found.decisions_changed.values()) or not found.stability_is_zero):
         none, rms, of = *(found.decisions_changed[scale] for scale in SCALES), found.decided_tokens
         yield (
@@ -353,10 +353,7 @@ def _mask_table(found: Stats) -> Table:
     table.add_column("settings", overflow="fold")
     for one in found.masks:
         share = "" if one.kept_share is None else f"{one.kept_share:.1%}"
-        settings = visible(", ".join(f"{name} {one.settings[name]}" for name in _SETTINGS if name in one.settings))
+        settings = visible(chosen_by(one.settings), 400)
         made_from = [", ".join(map(str, one.generations))] if several else []
         table.add_row(*map(Text, (str(one.mask), f"{one.kept_tokens:,}", share, *made_from, settings)))
     return table
-
-
-_SETTINGS = ("keep", "scope", "weights", "by", "stability_weight", "stability_scale", "always_keep")

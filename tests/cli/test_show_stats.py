@@ -253,7 +253,7 @@ def test_stats_fit_and_tell_everything(run: Path, width: int) -> None:
     none, rms = found.decisions_changed["none"], found.decisions_changed["rms"]
     assert f"stability changes {none} of {found.scored_tokens} decisions of mask 1" in flowed
     assert f"--stability-scale rms {rms} " in flowed
-    assert "keep 0.2, scope global" in flowed
+    assert "value; --keep 0.2, --scope global" in flowed
     assert "Stability is 0" not in flowed
 
 

@@ -396,6 +396,23 @@ def test_the_record_says_where_it_is_from(
         assert one["sha256"] == hashlib.sha256(found[name]).hexdigest() and one["bytes"] == len(found[name])
 
 
+@pytest.mark.parametrize("trainer", ["axolotl", "together", "verl"])
+def test_pairs_are_refused_by_the_name_that_was_given(
+    runs: dict[tuple[str, str], Path], tmp_path: Path, trainer: str
+) -> None:
+    with pytest.raises(UsageError, match=rf"holds preference pairs, and {trainer} has no form for pairs.* --for hf, "):
+        export(runs["preference", "binary"], trainer=trainer, output=tmp_path / "out")
+
+
+def test_weights_that_labels_cannot_hold_are_told_with_who_weighs(
+    runs: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"Axolotl weighs by AlphaTokenPlugin.*all tokens that weigh something train"):
+        export(runs["sft", "soft"], trainer="axolotl", output=tmp_path / "out")
+    found = command("export", runs["sft", "soft"], "--for", "trl", "-o", tmp_path / "trl")
+    assert "  weights  not all 0 or 1: README.md says which of its trainers weigh by them" in found.out.splitlines()
+
+
 @pytest.mark.parametrize("trainer", ["hf", "levanter", "verl", "skyrl", "megatron", "ms-swift", "tinker"])
 def test_the_folder_opens_as_a_dataset(runs: dict[tuple[str, str], Path], tmp_path: Path, trainer: str) -> None:
     import datasets

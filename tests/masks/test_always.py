@@ -112,7 +112,7 @@ def test_an_expression_keeps_where_it_is_true_or_above_0(tmp_path: Path, express
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("end-of-tunr", r"always-keep: 'end-of-tunr'.*Did you mean end-of-turn"),
+        ("end-of-tunr", r"always-keep: Did you mean end-of-turn\? 'end-of-tunr': "),
         ("nll > avg(nll)", r"always-keep: 'nll > avg\(nll\)' is not told of each token alone"),
         ("random", r"always-keep: 'random'"),
         ("nll >", r"always-keep: 'nll >' at character 6: it ends too early"),
@@ -178,14 +178,14 @@ def test_it_is_told_how_many_end_of_turn_tokens_train(tmp_path: Path) -> None:
     assert "Already there" in again.out and beyond in again.out
     shown = command("stats", run).out
     assert f"{total} of {total} train; {beyond}" in " ".join(shown.split())
-    assert "always_keep end-of-turn" in " ".join(shown.split())
+    assert "--always-keep end-of-turn" in " ".join(shown.split())
     newest = stats(run).masks[-1]
     assert (newest.end_of_turn_tokens, newest.end_of_turn_kept, newest.over_share) == (total, total, total - share)
     assert f"; end of turn: {total} of {total} train" in (run / "README.md").read_text()
     command("report", run, "-o", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert f"End of turn: {total} of {total} train." in page and beyond.capitalize() in page
-    assert "; always kept: <code>end-of-turn</code>" in page
+    assert "--always-keep end-of-turn</code>, of generation" in page
     command("mask", run, "--keep", "0.02", "--by", "-nll", "--always-keep", "none", "--allow-empty-rows")
     few = stats(run).masks[-1]
     assert few.end_of_turn_tokens == total and (few.end_of_turn_kept or 0) < total
@@ -202,7 +202,7 @@ def test_two_runs_are_compared_by_what_their_masks_always_keep(tmp_path: Path) -
     kept = [manifest.read(run).masks[-1].kept_tokens for run in runs]
     assert [found.masks.both + n for n in (found.masks.only_first, found.masks.only_second)] == kept
     told = command("compare", *runs).out
-    assert "always_keep end-of-turn; second by" in " ".join(told.split())
+    assert "--always-keep end-of-turn; second by" in " ".join(told.split())
 
 
 def test_what_is_always_kept_is_another_mask_and_named_in_its_footers(tmp_path: Path) -> None:

@@ -21,7 +21,10 @@ def test_what_was_run_is_told(tmp_path: Path) -> None:
     text = Parsed(what_was_run(run, *read(run))).text
     assert "12 rows read: 9 scored, 1 held out as target, 1 failed and 1 rejected" in text
     assert "rows.jsonl (12 rows)" in text and "published" in text and "weight 1.5" in text
-    assert "number 0: the top 30% by nll + entropy, global scope, binary weights, of generation 0" in text
+    assert (
+        "number 0, by nll + entropy; --keep 0.3, --scope global, --weights binary, --always-keep none, of generation 0"
+        in text
+    )
     assert "21 tokens of 3 rows, by --max-length" in text  # 7 of 1 in each shard
     assert manifest.read(run).generations[0].fingerprint[7:23] in text
 

@@ -123,6 +123,21 @@ def test_the_same_checkpoint_twice_is_left_alone(run: Path, models: dict[str, st
     assert moments(run) == before
 
 
+def test_the_scoring_that_a_run_began_with_leaves_it_alone(run: Path, data: str, models: dict[str, str]) -> None:
+    """Its mask is by its own values, not by those of a checkpoint."""
+    refresh(run, models["tuned"])
+    mask(run, MaskConfig(keep=0.2))
+    before = contents(run)
+    settings: dict[str, Any] = {"data": data, "model": models["base"], "rows_per_shard": 4, "layers": 2}
+    again = score(ScoreConfig(**settings, keep=0.4), run)
+    assert (again.shards_scored, again.mask.created, again.mask.mask, again.mask.newest) == (0, False, 0, False)
+    assert contents(run) == before
+    other = score(ScoreConfig(**settings, keep=0.9), run)
+    assert (other.mask.created, other.mask.generations) == (True, (0,))
+    asked = score(ScoreConfig(**settings, keep=0.9, generation="1"), run)
+    assert (asked.mask.created, asked.mask.generations) == (True, (1,))
+
+
 def test_a_folder_of_checkpoints_is_scored_in_step_order(run: Path, steps: Path) -> None:
     made = refresh(run, steps)
     assert [one.checkpoint for one in made] == ["checkpoint-20", "checkpoint-100", "checkpoint-1000"]

@@ -45,7 +45,7 @@ def test_everything_is_told_and_fits(run: Path, width: int) -> None:
     for name, correlation in found.correlations.items():
         one, other = found.rms[name]
         assert f"{name} {correlation:+.3f} {one:.3g} {other:.3g}" in flowed
-    assert "each by keep 0.5, scope global, weights binary, by value" in flowed
+    assert "each by value; --keep 0.5, --scope global, --weights binary, --stability-weight" in flowed
     assert f"both keep {found.masks.both} (" in flowed and f"overlap {found.masks.jaccard:.3f} (" in flowed
     assert f"0 to 2 {found.tokens} {found.steps[0].correlation:+.3f} {found.steps[0].masks.jaccard:.3f}" in flowed
     lines = text.partition("tokens that changed most")[2].splitlines()[2:-1]
@@ -64,7 +64,7 @@ def test_rows_that_are_apart_and_settings_that_differ_are_told(run: Path) -> Non
     other = replace(found.second, mask_settings={**found.second.mask_settings, "keep": 0.25})
     flowed = " ".join(shown(replace(found, rows_apart=1234, second=other)).split())
     assert "in both; 1,234 rows are not, or differ" in flowed
-    assert "first by keep 0.5, scope" in flowed and "; second by keep 0.25, scope" in flowed
+    assert "first by value; --keep 0.5, --scope" in flowed and "; second by value; --keep 0.25, --scope" in flowed
 
 
 def test_what_is_not_there_is_not_told(run: Path) -> None:

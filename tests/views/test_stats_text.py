@@ -79,7 +79,7 @@ def mask(*generations: int) -> MaskStats:
     return MaskStats(
         mask=6,
         generations=generations,
-        settings={"keep": 0.5},
+        settings={"by": "value", "keep": 0.5},
         kept_tokens=50,
         response_tokens=100,
         kept_share=0.5,
@@ -222,7 +222,7 @@ def test_stability_that_is_zero_everywhere_says_what_to_do() -> None:
 def test_masks_say_what_they_are_made_from_and_leave_out() -> None:
     text = flowed(replace(SEVERAL, masks=(mask(0, 16),), rows_left_out=3))
     assert "left out 3 rows: not each of generations 0, 16 of the mask scored them" in text
-    assert "6 50 50.0% 0, 16 keep 0.5" in text
+    assert "6 50 50.0% 0, 16 value; --keep 0.5" in text
 
 
 def of_estimator(estimator: str) -> Stats:
