@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Grouped)
 @click.argument("data", nargs=-1)
-@click.option(
-    "-o", "--output", "--out", type=OUT, metavar="DIR", help="Run folder. Default: DATA's stem + .alphatoken."
-)
+@click.option("-o", "--output", "--out", type=OUT, help="Run folder. Default: DATA's stem + .alphatoken.")
 @engine_options
 @part_option
 @config_options(ScoreConfig)

@@ -103,7 +103,7 @@ def test_flags_yaml_keys_and_python_fields_are_the_same() -> None:
     for kind, command in ((ScoreConfig, score_command), (MaskConfig, mask_command)):
         names = {item.name for item in fields(kind)} - {"data"}
         options = {p.name: p for p in command.command.params if isinstance(p, click.Option)}
-        assert set(options) - {"config", "out", "workers", "engine", "ray_address", "part"} == names
+        assert set(options) - {"config", "output", "workers", "engine", "ray_address", "part"} == names
         for name in names:
             assert options[name].opts == ["--" + name.replace("_", "-")]
             metadata = next(item for item in fields(kind) if item.name == name).metadata

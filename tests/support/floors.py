@@ -20,7 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PINNED = ROOT / ".ci" / "requirements.txt"
-TESTS = [f"tests/{name}" for name in ("engine", "signals", "directions", "models", "tokens", "trainers")]
+TESTS = [
+    *(f"tests/{name}" for name in ("engine", "models", "tokens", "trainers")),
+    *(f"tests/{name}.py" for name in ("signals/test_paths", "directions/test_trainee", "directions/test_generate")),
+]
 """Those that call both libraries in ways of their own; `tests` runs all."""
 
 
