@@ -444,6 +444,6 @@ def test_score_says_how_many_lie_below_zero_beyond_their_error(files: dict[str, 
     told = ended.out.split("  errors  ")[1].splitlines()
     assert told[0].startswith(f"{below} of {len(found['value'])} response tokens")
     assert "2.132 standard errors, of 5 groups of target rows" in told[0]
-    assert "A mild use of these values" in ended.out and "--weights tilt:0.25" in ended.out
+    assert "A mild use, for" in ended.out and "--by adapt_influence --weights tilt:0.25" in ended.out
     made = command("mask", tmp_path / "run", "--by", "value + 2.132 * value_error", "--keep", "positive")
     assert f"{len(found['value']) - below} of {len(found['value'])} response tokens kept" in made.out or below == 0
