@@ -20,7 +20,7 @@ from small_run import published, small_run
 from tiny_files import command, contents, token_records, write_jsonl
 
 import alphatoken_curate
-from alphatoken_curate import CurateError, StoredDataError, UsageError, export, mask
+from alphatoken_curate import CurateError, InputError, StoredDataError, UsageError, export, mask
 from alphatoken_curate.cli.export import TRAINERS
 from alphatoken_curate.exports import export as module
 from alphatoken_curate.exports.export import ALIASES, FORMS
@@ -36,6 +36,7 @@ from alphatoken_curate.exports.form import (
     unlike,
 )
 from alphatoken_curate.reading.trainset import TrainBranch, TrainRow
+from alphatoken_curate.rows.read import read_rows
 from alphatoken_curate.runs.schema import LAYOUTS
 
 KINDS = [("sft", name) for name in TOKEN_FORMS] + [("preference", name) for name in FOR_PAIRS]
@@ -488,3 +489,12 @@ def test_trainers_by_their_own_names(tmp_path: Path, name: str, form: str, stric
 def test_a_name_that_is_near_is_suggested(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"found 'axolotls'\. Did you mean axolotl\? Give one of hf, "):
         export(small_run(tmp_path / "run"), trainer="axolotls", output=tmp_path / "a")
+
+
+def test_an_export_named_as_data_says_what_of_it_is_read(runs: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    export(runs["sft", "binary"], trainer="trl", output=tmp_path / "out")
+    with pytest.raises(InputError, match=r"was made of, or of this folder train.parquet by itself\."):
+        read_rows([str(tmp_path / "out")])
+    (tmp_path / "out" / "train.parquet").unlink()
+    with pytest.raises(InputError, match=r"Name the rows the run was made of\."):
+        read_rows([str(tmp_path / "out")])

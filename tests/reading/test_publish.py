@@ -282,3 +282,11 @@ def test_what_the_command_says(run: Path, url: str, bucket: str) -> None:
     assert missing.code == 2 and "no such bucket" in missing.err and missing.err.count("\n") == 1
     nothing = command("publish", run.parent / "none", url)
     assert nothing.code == 2 and "no such run folder" in nothing.err
+
+
+@pytest.mark.parametrize("place", ["pub", "./pub", "/tmp/pub"])
+def test_a_folder_is_no_store(run: Path, place: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        publish(run, place)
+    told = f"{place}: a run is published to s3:// alone; that is a folder of this machine: copy the run there."
+    assert str(raised.value) == told

@@ -84,7 +84,9 @@ def test_missing_truncated_swapped_and_empty_shards(run: Path) -> None:
         path.write_bytes(content)
         assert VALUES_1 in files(run)
     path.unlink()
-    assert VALUES_1 in files(run)
+    told = {(problem.found, problem.do) for problem in verify(run) if problem.file == VALUES_1}
+    assert ("missing", "restore it, or run the command that wrote it again") in told
+    assert not any(VALUES_1 in found for found, _ in told)
     path.mkdir()
     assert VALUES_1 in files(run)
 
