@@ -369,9 +369,10 @@ def test_what_would_go_on_with_an_old_mask_is_refused(run: Path, models: dict[st
             trainer(run, models, out, [RefreshCallback(run)], **more).train()
     with pytest.raises(UsageError, match="save_total_limit=1"):
         trainer(run, models, out, [RefreshCallback(run, new_process=True)], save_total_limit=1).train()
-    best = {"save_total_limit": 2, "load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    best = trainer(run, models, out, [RefreshCallback(run, new_process=True)], save_total_limit=2)
+    best.args.load_best_model_at_end = True
     with pytest.raises(UsageError, match="save_total_limit=2 beside the best model: it deletes what is being scored"):
-        trainer(run, models, out, [RefreshCallback(run, new_process=True)], **best).train()
+        best.train()
     trainer(run, models, out, [RefreshCallback(run)], save_total_limit=1).train()
 
 
