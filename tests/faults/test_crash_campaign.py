@@ -196,7 +196,7 @@ def test_shards_that_were_swapped_or_copied_before_the_end_are_refused(
         first.write_bytes(contents_of[1])
     ended = bench.run(kind, run)
     assert ended.code == 4, ended.err
-    assert "it was swapped or copied" in ended.err and "run the same command again" in ended.err
+    assert "it was swapped or copied" in ended.err and "run the command that wrote it again" in ended.err
     for path in (first, second):
         path.unlink(missing_ok=True)
     assert bench.run(kind, run).code == 0

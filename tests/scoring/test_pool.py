@@ -363,7 +363,7 @@ ALIKE: dict[str, dict[str, Any]] = {
 
 
 def _of_kinds() -> Iterator[Any]:
-    often = {"sft": ("exact", "influence", "ekfac"), "preference": ("exact",)}
+    often = {"sft": ("exact", "influence"), "preference": ("exact",)}
     for name, changes in ALIKE.items():
         for kind, names in often.items():
             marks = pytest.mark.long if name in names else pytest.mark.slow

@@ -189,8 +189,13 @@ def test_the_portions_of_a_rehearsal_change_no_byte(name: str, settings: dict[st
     assert states(tmp_path / "one") == COLUMNS
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("changes", [{}, {"rehearse_lora": 2, "retention": None}], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="whole", marks=pytest.mark.long),
+        pytest.param({"rehearse_lora": 2, "retention": None}, id="lora", marks=pytest.mark.stress),
+    ],
+)
 def test_any_number_of_workers_writes_the_same_bytes(
     changes: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
