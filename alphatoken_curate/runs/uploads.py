@@ -29,9 +29,8 @@ class Uploads:
             why = {
                 "s3": "give it as s3://bucket/prefix",
                 "gs": "gcsfs has no replacement on a condition, so two publishers could not be told apart",
-                "file": (copied := "that is a folder of this machine: copy the run there"),
-                "": copied,
-            }.get(scheme, f"nothing is known of how {scheme}:// keeps two publishers apart")
+                "file": "that is a folder of this machine: copy the run there",
+            }.get(scheme or "file", f"nothing is known of how {scheme}:// keeps two publishers apart")
             raise UsageError(f"{shown(url) if scheme else url}: a run is published to s3:// alone; {why}.")
         self._store, self._base = store_of(url)
         self.url = f"s3://{self._base}"

@@ -270,18 +270,18 @@ def stop_texts(stops: Any, tokenizer: Tokenizer | None) -> frozenset[str]:
     """Texts of the tokens that a generation config ends an answer by."""
     if tokenizer is None:
         return frozenset()
-    known = [one for one in token_ids(stops) if 0 <= one < len(tokenizer)]
+    known = [one for one in _ids(stops) if 0 <= one < len(tokenizer)]
     return frozenset(map(str, tokenizer.convert_ids_to_tokens(known)))
 
 
 def stop_ids(stops: Any, of_model: Any, tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokens that end an answer: by a generation config and the tokenizer, or else by the model's own config."""
     if tokenizer is not None:
-        return frozenset([*token_ids(stops), *token_ids(tokenizer.eos_token_id)])
-    return frozenset(token_ids(of_model if stops is None else stops))
+        return frozenset([*_ids(stops), *_ids(tokenizer.eos_token_id)])
+    return frozenset(_ids(of_model if stops is None else stops))
 
 
-def token_ids(stops: Any) -> list[int]:
+def _ids(stops: Any) -> list[int]:
     """One token or several, as configs name them."""
     return [one for one in (stops if isinstance(stops, list) else [stops]) if isinstance(one, int)]
 

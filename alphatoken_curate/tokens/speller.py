@@ -242,7 +242,7 @@ class Speller:
     @cached_property
     def _front(self) -> list[int]:
         """What the tokenizer puts before a text: mostly BOS, of some models other tokens."""
-        bare, whole = (self._tokenizer("a", add_special_tokens=asked)["input_ids"] for asked in (False, True))
+        bare, whole = self._ids_of("a"), self._tokenizer("a", add_special_tokens=True)["input_ids"]
         places = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         return list(whole[: next(places, 0)])
 

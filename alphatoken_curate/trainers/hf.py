@@ -72,7 +72,6 @@ class DenominatorMixin(RowsMixin):
     # What TRL divides the auxiliary loss by; the Trainer sets it at each step.
     current_gradient_accumulation_steps = 1
     args: Any
-    accelerator: Any
 
     def __init__(self, *args: Any, denominator: Denominator | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -432,9 +432,8 @@ def test_a_folder_that_was_exported_anew_is_read_anew(runs: dict[tuple[str, str]
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         export(runs["sft", weights], trainer="hf", output=tmp_path / "out")
         found.append(datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache")))
-        assert (
-            found[-1]["loss_weight"][:] == pq.read_table(tmp_path / "out" / "train.parquet")["loss_weight"].to_pylist()
-        )
+        written = pq.read_table(tmp_path / "out" / "train.parquet")
+        assert found[-1]["loss_weight"][:] == written["loss_weight"].to_pylist()
     assert found[0]["loss_weight"][:] != found[1]["loss_weight"][:]
 
 
