@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from settings import Row, answer_digits
-from training import nll_of, predictions
+from training import likeliest, nll_of, predictions
 
 Floats = NDArray[np.float64]
 
@@ -55,12 +55,12 @@ def held_out(model: Any, rows: Sequence[Row]) -> HeldOut:
         with torch.no_grad():
             logits, targets, which = predictions(model, [rows[i] for i in mine])
             nll = [nll_of(logits, targets, t).numpy() for t in TEMPERATURES]
-            likeliest = (logits.argmax(-1) == targets).numpy()
+            likely = likeliest(logits, targets).numpy()
         at = np.array(mine)[which.numpy()]
         answers = np.concatenate([answer_digits(rows[i])[rows[i].response] for i in mine])
         for own, each in zip(sums, nll, strict=True):
             np.add.at(own, at, each)
-        for own, each in ((tokens, np.ones(len(at))), (digits, answers), (right, answers & likeliest)):
+        for own, each in ((tokens, np.ones(len(at))), (digits, answers), (right, answers & likely)):
             np.add.at(own, at, each)
     best = int(sums.sum(axis=1).argmin())
     return HeldOut(

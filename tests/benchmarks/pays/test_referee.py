@@ -52,6 +52,21 @@ def test_held_rows_are_measured_each_by_itself(pays: Any, monkeypatch: pytest.Mo
     assert sum(told["nll"]) == pytest.approx(found.nll.sum(), abs=1e-2) and told["tokens"] == found.tokens.tolist()
 
 
+def test_the_likeliest_is_what_argmax_says_and_losses_need_no_company(
+    pays: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, draws = pays("training"), torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (60, 13), generator=draws).to(torch.bfloat16)  # the greatest is there several times
+    targets = torch.randint(0, 13, (60,), generator=draws)
+    found = training.likeliest(logits, targets)
+    assert found.tolist() == (logits.argmax(-1) == targets).tolist() and 0 < found.sum() < 60
+    assert (logits.gather(-1, targets[:, None])[:, 0] == logits.amax(-1)).sum() > found.sum()
+    each = cross_entropy(logits.float() / 2, targets, reduction="none")
+    for at_once in (1, 30, 9999):
+        monkeypatch.setattr(training, "_LOGITS_AT_ONCE", at_once)
+        assert torch.equal(training.nll_of(logits, targets, 2.0), each)
+
+
 def test_gains_by_hand_and_their_intervals_cover(pays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = pays("verdict")
     plain, sizes = np.array([[4.0, 6.0], [5.0, 7.0]]), np.array([2.0, 3.0])

@@ -26,7 +26,8 @@ Weights = list[NDArray[np.float32]]
 
 BETA = 0.1
 
-_TOKENS_AT_ONCE = 8
+_LOGITS_AT_ONCE = 8 * 49152
+"""So many stay in a core's cache."""
 
 
 def load() -> Any:
@@ -47,13 +48,23 @@ def _start() -> Any:
 def losses(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     """nll in nats, whether the token is the likeliest, and the row of each response token of some rows: (N,) each."""
     logits, targets, which = predictions(model, rows)
-    return nll_of(logits, targets), logits.argmax(-1) == targets, which
+    return nll_of(logits, targets), likeliest(logits, targets), which
 
 
 def nll_of(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """nll in nats (N,) of ids (N,) by logits (N, V). A few tokens at once stay in a core's cache: 7 times faster."""
-    parts = zip(logits.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True)
+    """nll in nats (N,) of ids (N,) by logits (N, V). A few tokens at once, from a core's cache, are 7 times faster."""
+    size = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+    parts = zip(logits.split(size), targets.split(size), strict=True)
     return torch.cat([cross_entropy(some.float() / temperature, ids, reduction="none") for some, ids in parts])
+
+
+def likeliest(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether ids (N,) are what `argmax` says of logits (N, V): the first of the greatest. Argmax is 6 times slower."""
+    greatest = logits.amax(-1)
+    found = logits.gather(-1, targets[:, None])[:, 0] == greatest
+    for i in found.nonzero()[:, 0].tolist():
+        found[i] = not (logits[i, : targets[i]] == greatest[i]).any()
+    return found
 
 
 def predictions(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
