@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import forgetting
 import lines
 from referee import PLAIN
 from verdict import report
@@ -363,6 +364,7 @@ WHOLE: dict[str, Callable[[], str]] = {
     "rehearsal": rehearsal,
     "detection": detection,
     "referee": report,
+    "forgetting": forgetting.report,
     "adapters": adapters,
     "few to many": few_to_many,
 }

@@ -143,7 +143,8 @@ def lowest_rates(pays: Any, model: str, seeds: Container[int]) -> dict[str, floa
     referee, verdict, found = pays("referee"), pays("verdict"), dict[str, list[Any]]()
     for line in pays("lines").read("referee"):
         config = line["config"]
-        if (config["stage"], config["model"]) == (referee.TEST, model) and config["seed"] in seeds:
+        own = config["stage"] in (referee.TEST, "light")
+        if own and config["model"] == model and config["seed"] in seeds:
             found.setdefault(config["noise"], []).append(line)
     each = {
         noise: verdict.least_on_v(verdict.by_arm(some), referee.PLAIN, referee.RATES) for noise, some in found.items()
