@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from alphatoken_curate.engine.capture import Direction, ScoringModel
+from alphatoken_curate.engine.precision import wide
 from alphatoken_curate.errors import ModelError, UsageError
-from alphatoken_curate.models.tensors import opened
+from alphatoken_curate.models.tensors import FLOATS, opened
 
 
 def drift_direction(
@@ -58,14 +59,15 @@ def read_direction(path: Path, scoring: ScoringModel, *, flag: str) -> Direction
             raise UsageError(f"{flag} {path}: {name} holds NaN or infinity.")
         if (tensor < 0).any():
             raise UsageError(f"{flag} {path}: {name} holds negative numbers; a Fisher diagonal has none.")
-    return [t.to(own.device) for own, t in zip(scoring.weights, tensors, strict=True)]
+    # Wide: in its dtype the drift is taken, which a narrow one would round away.
+    return [wide(t).to(own.device) for own, t in zip(scoring.weights, tensors, strict=True)]
 
 
 def read_weights(files: Sequence[Path], scoring: ScoringModel) -> Direction | None:
     """The reference's weights of S, straight from its safetensors: no second model in memory.
 
     None where a tensor is not found under the model's own name and in its shape (renamed, merged or turned round on
-    loading, as experts mostly are): then the model must be loaded.
+    loading, as experts mostly are), or its numbers need a scale (FP8): then the model must be loaded.
     """
     if not on_disk(files, scoring):
         return None
@@ -79,14 +81,18 @@ def read_weights(files: Sequence[Path], scoring: ScoringModel) -> Direction | No
 
 
 def on_disk(files: Sequence[Path], scoring: ScoringModel) -> bool:
-    """Whether safetensors hold every weight of S under the model's own name; of experts, in the model's own shape."""
+    """Whether safetensors hold every weight of S under the model's own name, as numbers that need no scale.
+
+    Of experts, in the model's own shape.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     wanted = _stored_names(scoring)
     for path in files:
         if path.suffix != ".safetensors":
             return False
         with opened(path) as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in wanted.intersection(file.keys())}
+            mine = {name: file.get_slice(name) for name in wanted.intersection(file.keys())}
+            shapes |= {name: tuple(one.get_shape()) for name, one in mine.items() if one.get_dtype() in FLOATS}
     experts = [m for m in scoring.maps if m.expert is not None]
     return shapes.keys() == wanted and all(shapes[m.stored] == tuple(m.bare.shape) for m in experts)
 

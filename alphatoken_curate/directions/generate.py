@@ -22,6 +22,7 @@ from torch import Tensor
 from alphatoken_curate.engine.blocks import embeddings
 from alphatoken_curate.engine.caches import cache_of, forward_with_cache
 from alphatoken_curate.errors import InputError, ModelError, StoredDataError
+from alphatoken_curate.models.positions import reach_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.tokens.draws import inverse_transform, keyed_uniform, of_turn
 from alphatoken_curate.tokens.tokenise import TokenRow
@@ -41,7 +42,10 @@ def prompt_tokens(row: TokenRow) -> int:
 
 def position_limit(model: Any) -> int | None:
     """Tokens a sequence of the model may have, by its config; None where its config names no limit."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    if (reach := reach_of(config.to_dict())) is not None:
+        return reach.tokens
+    limit: int | None = getattr(config, "max_position_embeddings", None)
     return limit
 
 

@@ -16,6 +16,14 @@ def cache_of(model: Any, output: Any) -> Any:
     return getattr(output, _name(model), None)
 
 
+def repeated(cache: Any, times: int) -> bool:
+    """Repeat each row of a cache. False, and nothing is done, where a layer cannot: those of linear attention."""
+    able = all(hasattr(one, "batch_repeat_interleave") for one in (cache, *getattr(cache, "layers", ())))
+    if able:
+        cache.batch_repeat_interleave(times)
+    return able
+
+
 def _name(model: Any) -> str:
     # Renamed in transformers 5.24; code that comes with a model may have the old name still.
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"

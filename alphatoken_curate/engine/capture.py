@@ -27,7 +27,7 @@ from alphatoken_curate.engine.blocks import (
     trunk,
     unwrapped,
 )
-from alphatoken_curate.engine.caches import cache_of, forward_with_cache
+from alphatoken_curate.engine.caches import cache_of, forward_with_cache, repeated
 from alphatoken_curate.engine.precision import narrow, widen
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.whole import blocks_that_score
@@ -199,16 +199,18 @@ class ScoringModel:
         self._length = input_ids.shape[1] - start
         if start:
             with torch.no_grad():
-                prompt = forward_with_cache(self.base, None, input_ids=input_ids[:: 2 if pairs else 1, :start])
-                cache = cache_of(self.base, prompt)
-                if pairs:
-                    cache.batch_repeat_interleave(2)
+                cache = self._prefix(input_ids[:: 2 if pairs else 1, :start])
+                if pairs and not repeated(cache, 2):
+                    cache = self._prefix(input_ids[:, :start])
             self.tape.clear()
             out = forward_with_cache(self.base, cache, input_ids=input_ids[:, start:])
         else:
             out = self.base(input_ids=input_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    def _prefix(self, input_ids: Tensor) -> Any:
+        return cache_of(self.base, forward_with_cache(self.base, None, input_ids=input_ids))
 
     def _attach(self, undo: ExitStack) -> None:
         """Listen to every linear map of S until `undo` is closed."""

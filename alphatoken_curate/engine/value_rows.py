@@ -39,8 +39,7 @@ def _match_values(
         linear = scoring.maps[index]
         if linear.module not in inside:
             continue
-        found = {bytes(z): row for row, z in enumerate(output.t().contiguous().cpu().numpy())}
-        rows = [found.get(key, -1) for key in wanted]
+        rows = _rows_of(wanted, [bytes(z) for z in output.t().contiguous().cpu().numpy()])
         if min(rows) < 0:
             continue
         if len(set(rows)) < len(rows):
@@ -49,3 +48,13 @@ def _match_values(
             return f"{linear.name}: it makes values from a latent, not from the block's input"
         return index, torch.tensor(rows, device=value.device)
     return "attention does not receive the plain output of one linear map as its values"
+
+
+def _rows_of(wanted: list[bytes], outputs: list[bytes]) -> list[int]:
+    """Which output each value is, -1 where none is. Equal ones (rows that were pruned) are told by their order."""
+    number = len(wanted)
+    starts = [i for i, one in enumerate(outputs) if one == wanted[0] and outputs[i : i + number] == wanted]
+    if len(starts) == 1:
+        return [*range(starts[0], starts[0] + number)]
+    found = {one: row for row, one in enumerate(outputs)}
+    return [found.get(one, -1) for one in wanted]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.wording import count
@@ -83,3 +83,9 @@ def resolve_dtype(name: str, device_type: str, *, in_full: bool) -> str:
     if name == "auto":
         return "bfloat16" if device_type == "cuda" and not in_full else "float32"
     return name
+
+
+def keep_full_experts(model: Any) -> None:
+    """Have the experts of a float64 model multiply one by one: grouped products have no float64."""
+    if str(model.dtype) == "torch.float64" and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")

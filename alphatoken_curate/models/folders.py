@@ -51,6 +51,17 @@ def model_weights(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_model"))
 
 
+def weights_read(folder: Path) -> list[Path]:
+    """Those of `model_weights` that transformers reads: an earlier save may have left others beside them."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    told = json_object(folder / "config.json").get("transformers_weights")
+    place = folder / told if told else whole if whole.is_file() else index
+    if not place.is_file():
+        return model_weights(folder)
+    named = json_object(place)["weight_map"].values() if place.suffix == ".json" else [place.name]
+    return [path for path in model_weights(folder) if path.name in named]
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, and no whole model of its own."""
     whole = (folder / "config.json").is_file() and bool(model_weights(folder))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.adapters import AdapterRecord, merge_adapter, read_record, refuse_resized
+from alphatoken_curate.models.devices import keep_full_experts
 from alphatoken_curate.models.disk import Disk
 from alphatoken_curate.models.folders import (
     ADAPTER_CONFIG,
@@ -30,7 +30,9 @@ from alphatoken_curate.models.folders import (
     model_weights,
     names_a_path,
     permitted,
+    weights_read,
 )
+from alphatoken_curate.models.gguf_files import gguf_needed, refuse_left_out, unplaced
 from alphatoken_curate.models.releases import before, in_memory, keep_soft_caps, name_stops, unmapped
 from alphatoken_curate.models.vocabularies import refuse_endless, refuse_odd
 from alphatoken_curate.models.whole import Readable, quiet_loading, refuse_depth, refuse_other
@@ -67,7 +69,7 @@ class ModelSource:
 
     @property
     def tensors_on_disk(self) -> bool:
-        """Whether its weights can be read one by one from `weight_files`; where not, the model must be loaded."""
+        """Whether its weights can be read one by one from `files_read`; where not, the model must be loaded."""
         return self.gguf is None and self.adapter is None
 
     def weight_files(self) -> list[Path]:
@@ -75,6 +77,10 @@ class ModelSource:
         if self.adapter is not None:
             raise ModelError(f"{self.name}: the weights of an adapter are in no file until it is merged. Load it.")
         return [self.folder / self.gguf] if self.gguf else model_weights(self.folder)
+
+    def files_read(self) -> list[Path]:
+        """Those of `weight_files` that its weights are read from."""
+        return self.weight_files() if self.gguf else weights_read(self.folder)
 
 
 def find_model(name: str, *, base: ModelSource | None = None, local: bool = False) -> ModelSource:
@@ -305,7 +311,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
         return None
     refuse_endless(source.name, home.folder)
     what = Readable(f"{source.name}: transformers cannot load its tokenizer", home.gguf)
-    with what, quiet_loading(), _gguf_needed(source):
+    with what, quiet_loading(), gguf_needed(source.name, source.gguf):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             home.folder, trust_remote_code=trust_remote_code, **home.load_options
         )
@@ -355,10 +361,10 @@ def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
 def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config, files = ({} if source.gguf else model_config(source)), replace(source, adapter=None).weight_files()
+    config, files = ({} if source.gguf else model_config(source)), replace(source, adapter=None).files_read()
     refuse_depth(source.name, config, files)
     what = Readable(f"{source.name}: transformers cannot load it", source.gguf)
-    with what, quiet_loading(), _gguf_needed(source), unmapped():
+    with what, quiet_loading(), gguf_needed(source.name, source.gguf), unmapped(), unplaced() as left_out:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=dtype,
@@ -370,6 +376,7 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
         )
     model, report = loaded
     keep_soft_caps(model)
+    keep_full_experts(model)
     if missing := sorted(report["missing_keys"]):
         # transformers would make these up at random, with a warning.
         raise ModelError(
@@ -377,17 +384,6 @@ def _load_whole(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool
             " Name a whole causal language model."
         )
     refuse_other(source.name, model, report["unexpected_keys"], config, files)
+    if source.gguf:
+        refuse_left_out(source.name, files[0], model, left_out)
     return model
-
-
-@contextmanager
-def _gguf_needed(source: ModelSource) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        if source.gguf:
-            raise ModelError(
-                f"{source.name}: reading a GGUF file needs the packages gguf and accelerate."
-                " Run: pip install 'alphatoken-curate[demo]'."
-            ) from error
-        raise

@@ -10,7 +10,7 @@ import orjson
 
 from alphatoken_curate.models.releases import reads_without_maps
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 """Numbers that need no scale, as safetensors calls them."""
 
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors itself refuses more
@@ -46,7 +46,7 @@ def shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 
 def quantised(files: Iterable[Path]) -> list[tuple[str, str]]:
     """Name and kind (`I8`) of their tensors whose numbers need a scale, by name."""
-    return sorted((name, kind) for name, kind in kinds(files).items() if kind not in _FLOATS)
+    return sorted((name, kind) for name, kind in kinds(files).items() if kind not in FLOATS)
 
 
 def kinds(files: Iterable[Path]) -> dict[str, str]:

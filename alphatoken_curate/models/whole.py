@@ -8,7 +8,6 @@ look as good as any.
 from __future__ import annotations
 
 import importlib
-import mmap
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from alphatoken_curate.errors import ModelError
+from alphatoken_curate.models.gguf_files import refuse_gguf_depth
 from alphatoken_curate.models.tensors import quantised, shapes
 from alphatoken_curate.wording import count
 
@@ -29,10 +29,6 @@ _FEW = 1000  # blocks that are soon made
 _HARMLESS = re.compile(r"inv_freq$|rotary|\b(attn|attention)\.bias$|masked_bias$|position_ids$|_extra_state$")
 """Tensors that older releases kept in files, and that are worked out."""
 
-_DEPTH = re.compile(rb"\.block_count([\x00-\x05\x0a\x0b])\0\0\0(.{8})", re.DOTALL)
-_GGUF_BLOCK = re.compile(rb"\bblk\.(\d{1,9})\.")
-_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 10: 8, 11: 8}  # of GGUF's kinds of whole numbers
-_METADATA = 1 << 26  # bytes of a GGUF file in which its metadata is looked for
 _LONGEST = 300
 
 
@@ -115,7 +111,7 @@ def refuse_depth(name: str, config: dict[str, Any], files: list[Path]) -> None:
     """
     for path in files:
         if path.suffix == ".gguf":
-            return _refuse_gguf_depth(path)
+            return refuse_gguf_depth(path)
     tensors = len(shapes(files))
     for told in (config, config.get("text_config")):
         for key, value in told.items() if isinstance(told, dict) else ():
@@ -126,21 +122,6 @@ def refuse_depth(name: str, config: dict[str, Any], files: list[Path]) -> None:
                     f"{name}: its config.json says {key} {value:,}, and its files hold {count(tensors, 'tensor')}."
                     " Put back the config.json that belongs to them."
                 )
-
-
-def _refuse_gguf_depth(path: Path) -> None:
-    if not path.stat().st_size:
-        raise ModelError(f"{path}: it is empty. Fetch it again.")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        named = [
-            int.from_bytes(one[2][: _BYTES[one[1][0]]], "little") for one in [_DEPTH.search(data, 0, _METADATA)] if one
-        ]
-        held = {int(number) for number in _GGUF_BLOCK.findall(data, 0, _METADATA)}
-    if named and held and named[0] != max(held) + 1:
-        raise ModelError(
-            f"{path}: its metadata say {count(named[0], 'block')}, and it holds {max(held) + 1:,}. It is damaged, or"
-            " was made wrongly: fetch or convert it again."
-        )
 
 
 def refuse_other(name: str, model: Any, keys: Iterable[str], config: dict[str, Any], files: list[Path]) -> None:

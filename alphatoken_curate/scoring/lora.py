@@ -25,7 +25,7 @@ def load_base(spec: ScorerSpec) -> Any:
     What its files have in bfloat16 and a run in float32 is loaded in bfloat16, unless it holds more than its files: the
     numbers are the same, and what is not kept so is widened again.
     """
-    files = spec.model.weight_files() if spec.model.tensors_on_disk else []
+    files = spec.model.files_read() if spec.model.tensors_on_disk else []
     if spec.dtype_of_weights == "float32" and spec.config.trunk_device is None and {*kinds(files).values()} == {"BF16"}:
         model = spec.load(spec.model, "bfloat16")
         if not any(narrow(buffer.dtype) for buffer in model.buffers() if buffer.is_floating_point()):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from alphatoken_curate.rows.read import BadRow, InputFile, refuse
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.scoring.identity import Named, fields_of
 from alphatoken_curate.scoring.named import check_blocks, check_named
+from alphatoken_curate.scoring.reach import check_lengths
 from alphatoken_curate.scoring.reader import Read, Reader, SideRows
 from alphatoken_curate.scoring.shelf import Place
 from alphatoken_curate.tokens.chat import Tokenizer
@@ -71,6 +73,12 @@ class Prepared:
         return [*self.files, *self.target.files, *self.retention.files, *self.prompts.files]
 
     @property
+    def every_row(self) -> Iterator[AnyRow]:
+        """Rows of DATA and of files beside it."""
+        beside = (one.rows for one in (self.target, self.retention, self.prompts))
+        return chain(self.rows, self.held_out, *beside)
+
+    @property
     def target_rows(self) -> list[TokenRow]:
         """Target rows, wherever they come from; of preference rows the chosen branch, as plain SFT."""
         return [chosen(row) for row in self.held_out] or self.target.rows
@@ -99,6 +107,7 @@ def _prepared(config: ScoreConfig, source: ModelSource, place: Place | None, pro
     found, rows = read.found, read.kept.rows(read.found.read)
     _check_rows(config, reader, read, rows)
     kind = read.kind
+    check_lengths(source, rows, kind, [row for one in side.values() for row in one.rows])
     by_dpo = kind == "preference" and config.rehearses and config.rehearse_simpo is None
     if by_dpo and config.rehearse_denominator == "sum":
         raise UsageError(

@@ -98,7 +98,7 @@ class ReferencePass:
     def weights(self, _progress: Progress, _batch_tokens: int) -> dict[str, NDArray[np.floating]] | None:
         """The reference's weights of S by name; None where the model's own files give them."""
         source = self.spec.reference
-        if source.tensors_on_disk and on_disk(source.weight_files(), self.scoring):
+        if source.tensors_on_disk and on_disk(source.files_read(), self.scoring):
             return None
         return sums_of(self.scoring.names, self.scoring.weights, {}).arrays
 

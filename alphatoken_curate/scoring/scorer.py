@@ -277,7 +277,7 @@ class ShardScorer:
         kept = self.spec.store.load(artifacts.REFERENCE)
         if kept is not None:
             return checked_weights(scoring, [kept[name] for name in scoring.names])
-        found = read_weights(reference.weight_files(), scoring) if reference.tensors_on_disk else None
+        found = read_weights(reference.files_read(), scoring) if reference.tensors_on_disk else None
         if found is None:  # renamed or merged on loading, and nothing else needed the reference so far
             found = self.spec.capture(reference).weights
         return checked_weights(scoring, found)

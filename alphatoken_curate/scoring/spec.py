@@ -28,6 +28,7 @@ from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring.budget import out_of_memory
 from alphatoken_curate.scoring.identity import has_drift
 from alphatoken_curate.scoring.prepare import Prepared, fingerprint_fields
+from alphatoken_curate.scoring.reach import check_known
 from alphatoken_curate.scoring.sources import digests_of
 from alphatoken_curate.tokens.plan import Batch, collate, plan_batches, sequences
 from alphatoken_curate.tokens.tokenise import AnyRow
@@ -140,7 +141,7 @@ class ScorerSpec:
 
     def _exact(self, source: ModelSource, scoring: ScoringModel) -> ScoringModel:
         if narrow(getattr(torch, self.dtype_of_weights)):
-            exact = read_weights(source.weight_files(), scoring) if source.tensors_on_disk else None
+            exact = read_weights(source.files_read(), scoring) if source.tensors_on_disk else None
             if exact is None:
                 host = replace(self.placement, devices=(torch.device("cpu"),))
                 exact = self._captured(self._load(source, "float32", host)).weights
@@ -179,6 +180,7 @@ def spec_of(
     dtype = resolve_dtype(config.dtype, kind_of(device), in_full=config.in_full)
     reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
     check_alike(prepared.source, reference)
+    check_known(reference, prepared.source, prepared.every_row)
     for source in (prepared.source, reference):
         check_placed(source, placement_of(device, config.trunk_device))
     fields = fingerprint_fields(prepared, reference, dtype)

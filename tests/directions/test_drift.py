@@ -98,6 +98,16 @@ def test_experts_kept_the_other_way_round_are_not_read_from_files(tmp_path: Path
     assert read_weights([tmp_path / "model.safetensors"], ScoringModel(model, 1)) is None
 
 
+def test_numbers_that_need_a_scale_are_not_read_from_files(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    scoring = ScoringModel(model, 2)
+    own = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for kind in (torch.float16, torch.float8_e4m3fn):
+        save_file(own | {m.stored: m.bare.detach().to(kind) for m in scoring.maps[:1]}, tmp_path / "model.safetensors")
+        found = read_weights([tmp_path / "model.safetensors"], scoring)
+        assert (found is None) == (kind == torch.float8_e4m3fn)
+
+
 def test_a_reference_of_another_shape_is_refused(tmp_path: Path) -> None:
     tiny_model("llama", intermediate_size=20).save_pretrained(tmp_path)
     scoring = ScoringModel(tiny_model("llama"), 2)
@@ -135,3 +145,14 @@ def test_a_fisher_file_is_read_whole_or_refused(tmp_path: Path) -> None:
         read_direction(path, scoring, flag="--fisher")
     with pytest.raises(UsageError, match="not a readable safetensors file"):
         read_direction(tmp_path / "missing", scoring, flag="--fisher")
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_a_small_drift_is_not_rounded_to_the_kind_of_a_fisher_file(kind: torch.dtype, tmp_path: Path) -> None:
+    scoring = ScoringModel(tiny_model("llama", dtype=torch.float32), 1)
+    fisher = {m.parameter: torch.full(m.weight.shape, 0.5, dtype=kind) for m in scoring.maps}
+    save_file(fisher, tmp_path / "fisher.safetensors")
+    found = read_direction(tmp_path / "fisher.safetensors", scoring, flag="--fisher")
+    reference = [m.weight - 2**-20 for m in scoring.maps]
+    for v, m, r in zip(drift_direction(scoring, found, reference), scoring.maps, reference, strict=True):
+        assert torch.equal(v, (m.weight - r) / 2)

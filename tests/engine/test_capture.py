@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, left_out, tiny_model
+from tiny import FAMILIES, UNCAPTURED, left_out, tiny_model
 
 from alphatoken_curate.engine.capture import ScoringModel, captured
 from alphatoken_curate.errors import ModelError
+from alphatoken_curate.models.releases import before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,6 +34,18 @@ def test_the_prefix_needs_no_graph_and_the_trunk_keeps_none() -> None:
         scoring.backward([hidden], [torch.ones_like(hidden)], lambda index, *_: seen.append(index))
     assert sorted(seen) == list(range(len(scoring.maps)))
     assert not any(p.requires_grad for p in scoring.model.parameters())
+
+
+def test_pairs_share_a_prompt_where_a_cache_cannot_be_repeated_too() -> None:
+    """Of linear attention below S, whose cached state transformers does not repeat."""
+    families = {"llama": {}} if before("5.24") else {"llama": {}, "qwen3_next": UNCAPTURED["qwen3_next"][0]}
+    for family, changes in families.items():
+        scoring = ScoringModel(tiny_model(family, dtype=torch.float32, **changes), 1)
+        ids = torch.arange(4 * 15).reshape(4, 15) % 61
+        ids[1::2, :9] = ids[::2, :9]
+        whole = scoring.hidden(ids)[:, 9:]
+        for pairs in (False, True):
+            torch.testing.assert_close(scoring.hidden(ids, 9, pairs=pairs), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_named_after_a_weight_goes_where_that_is() -> None:

@@ -37,6 +37,17 @@ def test_they_are_the_value_rows_in_the_models_own_layout(family: str, name: str
         assert kept[1].tolist() == wanted
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_rows_that_were_pruned_are_told_by_their_order(family: str) -> None:
+    model = tiny_model(family, **({"attention_bias": False} if family == "llama" else {}))
+    attention = model.model.layers[3].self_attn
+    with torch.no_grad():
+        (attention.v_proj.weight if family == "llama" else attention.qkv_proj.weight[24:])[:3] = 0
+    found = find_value_rows(ScoringModel(model, 2))
+    first = 0 if family == "llama" else 24
+    assert all(not isinstance(kept, str) and kept[1].tolist() == list(range(first, first + 8)) for kept in found)
+
+
 @pytest.mark.parametrize(
     ("family", "why"),
     [

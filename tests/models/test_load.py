@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from alphatoken_curate import ModelError, ScoreConfig, scan, score
+from alphatoken_curate.directions.drift import read_weights
 from alphatoken_curate.engine.capture import ScoringModel, captured
 from alphatoken_curate.models.load import (
     ModelSource,
@@ -278,6 +279,27 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(lost: str, model: Path) -> 
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=lost):
         load(find_model(str(model)))
+
+
+def test_a_mixture_of_experts_is_captured_in_float64(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe", dtype=torch.float32).save_pretrained(tmp_path)
+    ScoringModel(load_model(find_model(str(tmp_path)), dtype=torch.float64, device=CPU), 2)
+
+
+@pytest.mark.parametrize("size", ["10KB", "1GB"])
+def test_shards_of_an_earlier_save_are_not_read(size: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    own = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with quiet():
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    save_file({name: weight + 1 for name, weight in own.items()}, tmp_path / "model-00001-of-99999.safetensors")
+    source = find_model(str(tmp_path))
+    assert {*source.weight_files()} - {*source.files_read()} == {tmp_path / "model-00001-of-99999.safetensors"}
+    scoring = ScoringModel(load(source), 2)
+    found = read_weights(source.files_read(), scoring)
+    assert found is not None
+    for name, read, loaded in zip(scoring.names, found, scoring.weights, strict=True):
+        assert torch.equal(read, loaded) and torch.equal(read, own[name])
 
 
 def test_tied_embeddings_are_not_a_lack(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ def plain_llama() -> Any:
     return tiny_model("llama", dtype=torch.float32, attention_bias=False, mlp_bias=False)
 
 
-def save_gguf(model: Any, path: Path) -> str:
-    """A tiny Llama as float32 GGUF, with a byte-level tokenizer of single characters."""
+def save_gguf(model: Any, path: Path, more: Callable[[Any], None] = lambda writer: None) -> str:
+    """A tiny Llama as float32 GGUF, with a byte-level tokenizer of single characters. `more` adds to it."""
     import gguf
 
     config, weights = model.config, {name: w.numpy() for name, w in model.state_dict().items()}
@@ -111,6 +111,7 @@ def save_gguf(model: Any, path: Path) -> str:
                 split = weight.reshape(heads[short], 2, -1, weight.shape[1])
                 weight = np.ascontiguousarray(split.swapaxes(1, 2).reshape(weight.shape))
             writer.add_tensor(f"blk.{block}.{short}.weight", weight)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
