@@ -3,8 +3,8 @@
     python tests/benchmarks/pays/forgetting.py
 
 Forgotten is the loss of 32 passages of fiction after training less that before it, in nats a token. All tokens are told
-at lower rates too, by runs of the test on the same rows: an arm that forgets as much as a lower rate does, at no lower
-loss of held rows, is no remedy. `±` is a 95% interval over seeds.
+at a lower rate too: an arm that forgets as much as that, at no lower loss of held rows, is no remedy. `±` is a 95%
+interval over seeds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 import lines
-from referee import PLAIN, STAGES, TEST
+from referee import PLAIN, STAGES
 from verdict import by_arm, held_loss
 from writing import markdown, with_interval
 
@@ -59,10 +59,8 @@ def report() -> str:
     """The table there are lines for, of each model."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines.read("referee"):
-        config = line["config"]
-        beside = config["stage"] == TEST and config["arm"] == PLAIN and config["noise"] in STAGES[STAGE].noises
-        if config["stage"] == STAGE or beside:
-            found.setdefault(config["model"], []).append(line)
+        if line["config"]["stage"] == STAGE:
+            found.setdefault(line["config"]["model"], []).append(line)
     return "\n\n".join(f"### {model}\n\n{told}" for model, some in found.items() if (told := table(some)))
 
 

@@ -38,7 +38,7 @@ RATES = (1e-5, 3e-5, 1e-4)
 """Of each arm one is chosen."""
 
 FORGETTING_RATE = 2e-4
-"""At this one a model forgets."""
+"""In 32 steps at this one a model forgets."""
 
 SEEDS: Mapping[int, tuple[str, str]] = {
     1: ("B", ""),
@@ -129,14 +129,14 @@ SECOND: Mapping[str, float] = {"swapped": 1e-4, "model-wrong": 1e-4}
 
 AT_SECOND = ("rehearsed, lowest 5%", "rehearsed, tilt 0.25", "token oracle")
 
-OF_OTHERS: Mapping[str, Mapping[str, float]] = {}
+OF_OTHERS: Mapping[str, Mapping[str, float]] = {"gemma-3-270m": {"digits": 1e-5}}
 """By another model and by noise: where its all tokens of the first seed end lowest on V, and all its arms train."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """Some of the runs: of each seed and noise each arm. `rate`: that of all arms; None where each has its own.
-
+    `plain_rate`: another, at which all tokens train too.
 
     `size` is what the name of a setting ends with; `beside`: arms of the test that its own are told beside.
     """
@@ -145,6 +145,7 @@ class Stage:
     seeds: Sequence[int]
     arms: Sequence[str]
     rate: float | None = None
+    plain_rate: float | None = None
     epochs: int = 1
     size: str = ""
     beside: Sequence[str] = ()
@@ -152,7 +153,7 @@ class Stage:
     def rates(self, arm: str, noise: str) -> tuple[float, ...]:
         """Those at which an arm trains. All tokens do at each: a rate chosen where much is wrong is low elsewhere."""
         if self.rate is not None:
-            return (self.rate,)
+            return (self.rate, self.plain_rate) if arm == PLAIN and self.plain_rate else (self.rate,)
         if arm == PLAIN:
             return RATES
         if MODEL_NAME != TUNED:
@@ -170,7 +171,13 @@ STAGES: Mapping[str, Stage] = {
     "long": Stage(noises=("digits", "swapped"), seeds=(1,), arms=KNOWN, epochs=8, size=" 128"),
     "literature": Stage(noises=("words",), seeds=(1, 2, 3), arms=tuple(OF_LITERATURE), beside=(PLAIN, "token oracle")),
     "forgetting": Stage(
-        noises=("clean",), seeds=(1, 2, 3), arms=(*KNOWN, "random 0.9", *OF_LITERATURE), rate=FORGETTING_RATE
+        noises=("clean",),
+        seeds=(1, 2, 3),
+        arms=(PLAIN, "random 0.9", *OF_LITERATURE, "rehearsed, lowest 5%", "rehearsed, tilt 0.25"),
+        rate=FORGETTING_RATE,
+        plain_rate=3e-5,
+        epochs=2,
+        size=" 128",
     ),
     "rescored": Stage(noises=("digits",), seeds=(1,), arms=(RESCORED,), beside=(PLAIN, "published 0.5")),
 }

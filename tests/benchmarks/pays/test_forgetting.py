@@ -17,22 +17,19 @@ def pays(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def line(arm: str, seed: int, loss: float, retention: float, **told: Any) -> dict[str, Any]:
     start = [{"retention_loss": 3.0}] if arm == "all tokens" else []
-    rate, stage, noise = told.get("rate", 2e-4), told.get("stage", "forgetting"), told.get("noise", "clean")
-    config = {"model": "tiny", "stage": stage, "noise": noise, "seed": seed, "arm": arm}
+    rate, stage = told.get("rate", 2e-4), told.get("stage", "forgetting")
+    config = {"model": "tiny", "stage": stage, "noise": "clean", "seed": seed, "arm": arm}
     found = {"held": {"nll": [loss, loss], "tokens": [1, 1]}, "curve": [*start, {"retention_loss": retention}]}
     return {"config": {**config, "about": {"learning_rate": rate}}, "found": found}
 
 
-def test_what_is_forgotten_is_told_by_seed_and_beside_lower_rates(pays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_forgotten_is_told_by_seed_and_beside_a_lower_rate(pays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     forgetting = pays("forgetting")
     found = [line("DFT", 1, 1.25, 3.125), line("DFT", 2, 1.5, 3.25), line("DFT", 3, 9.0, 9.0)]
     monkeypatch.setattr(forgetting.lines, "read", lambda name: found)
     assert forgetting.report() == "", "all tokens are not there"
     found += [line("all tokens", 1, 1.0, 3.25), line("all tokens", 2, 1.0, 3.5)]
-    found += [line("all tokens", 1, 0.75, 3.0, rate=1e-5, stage="test")]
-    # Neither other noises nor other arms of the test are told.
-    found += [line("all tokens", 2, 5.0, 3.0, rate=1e-5, stage="test", noise="words")]
-    found += [line("surprise under 7", 1, 5.0, 3.0, rate=1e-5, stage="test")]
+    found += [line("all tokens", 1, 0.75, 3.0, rate=1e-5), line("all tokens", 2, 5.0, 3.0, stage="test")]
     head, told = forgetting.report().split("\n\n")
     assert head == "### tiny"
     assert told.splitlines()[2:] == [

@@ -124,7 +124,7 @@ def test_every_run_of_the_test_is_of_rows_that_chose_nothing(pays: Any) -> None:
         assert run.arm == referee.PLAIN or run.rate in (referee.CHOSEN[run.arm], *second)
     for stage in {run.stage for run in others}:
         plain = [run for run in others if run.stage == stage and run.arm == referee.PLAIN]
-        assert {run.rate for run in plain} in ({*referee.RATES}, {referee.FORGETTING_RATE}, set())
+        assert {run.rate for run in plain} in ({*referee.RATES}, {referee.FORGETTING_RATE, 3e-5}, set())
 
 
 def test_each_arm_has_the_rate_of_least_loss_where_rates_were_chosen(pays: Any) -> None:
