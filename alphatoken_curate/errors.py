@@ -13,6 +13,7 @@ A message says where, what was found and what to do. An interrupt (exit 130) is 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 
 
@@ -62,3 +63,32 @@ class FingerprintError(StoredDataError):
     def __str__(self) -> str:
         """The message."""
         return str(self.args[0])
+
+
+_IN_THE_WAY = "a file lies where a folder is needed, so name another place"
+_OF_NAMES = {
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "a link there leads back to itself, so name what it should lead to",
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EEXIST: _IN_THE_WAY,
+    errno.EISDIR: "a folder has this name, so name another file",
+}
+"""What to do where it is the name that the system does not take."""
+
+_OF_THE_DISK = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+}
+
+
+def refused(error: OSError, place: object = None) -> CurateError:
+    """What the system refused as an error of ours: where, `place` or the file that it names, what, and what to do."""
+    where = f"{error.filename if place is None else place}: {error.strerror}"
+    if do := _OF_NAMES.get(error.errno or 0):
+        return UsageError(f"{where}; {do}")
+    return CurateError(f"{where}; {_OF_THE_DISK.get(error.errno or 0, 'see what is there')}")
+
+
+def is_of_a_name(error: OSError) -> bool:
+    """Whether it is the name that the system does not take, whatever the disk has."""
+    return error.errno in _OF_NAMES

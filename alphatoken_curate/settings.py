@@ -6,7 +6,8 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from typing import Any
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.urls import FILE_ADVICE, check_local, is_url
 
-_MOST_YAML_BYTES = 1 << 16
+_MOST_YAML_BYTES = 1 << 24
+"""As many as a run's own config.yaml has that was given all the files a command line can name."""
+
+_MOST_YAML_VALUES, _MOST_YAML_DEPTH = 1 << 20, 100
+"""So that what is read of them takes neither all memory nor for ever."""
+
+_SURROGATE = b"\\uD"  # as YAML escapes a byte of a name that is no text
 
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
@@ -25,24 +32,14 @@ def load_settings(path: Path) -> dict[str, Any]:
     """A YAML file of settings, read strictly: a mapping of names to plain values, no tags, aliases or repeated keys."""
     import yaml
 
-    class Strict(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("aliases are not read here")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = [str(key) for n, key in enumerate(keys) if key in keys[:n]]
-            if twice:
-                raise yaml.YAMLError(f"the key {twice[0]!r} stands there twice")
-            return super().construct_mapping(node, deep)
-
     check_local(path, FILE_ADVICE)
     try:
         if path.stat().st_size > _MOST_YAML_BYTES:
             raise UsageError(f"--config {path}: larger than {_MOST_YAML_BYTES} bytes, so not a config.")
-        settings = yaml.load(path.read_bytes(), Loader=Strict)
+        content = path.read_bytes()
+        strict = _strict(content)
+        _check_events(yaml.parse(content, Loader=strict))
+        settings = yaml.load(content, Loader=strict)
     except OSError as error:
         raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -50,6 +47,37 @@ def load_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UsageError(f"--config {path}: not a mapping of settings to values.")
     return settings
+
+
+def _check_events(events: Iterable[Any]) -> None:
+    """Raise YAMLError for aliases, and for more than a config holds, before any of it is built."""
+    import yaml
+
+    depth = 0
+    for n, event in enumerate(events):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read here")
+        if n > _MOST_YAML_VALUES or depth > _MOST_YAML_DEPTH:
+            raise yaml.YAMLError(f"more than {_MOST_YAML_VALUES} values, or {_MOST_YAML_DEPTH} in one another")
+
+
+def _strict(content: bytes) -> Any:
+    """The class that reads such YAML: a safe loader that refuses repeated keys, in C where yaml has one."""
+    import yaml
+    from yaml.constructor import SafeConstructor
+
+    class Keys(SafeConstructor):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = (self.construct_object(key, deep=True) for key, _ in node.value)
+            met = Counter(key for key in keys if isinstance(key, Hashable))  # others are refused below
+            if twice := [str(key) for key, n in met.items() if n > 1]:
+                raise yaml.YAMLError(f"the key {twice[0]!r} stands there twice")
+            return super().construct_mapping(node, deep)
+
+    # The one in C refuses such escapes, and config.yaml has them where the name of a file is not UTF-8.
+    in_c = None if _SURROGATE in content else getattr(yaml, "CSafeLoader", None)
+    return type("Strict", (Keys, in_c or yaml.SafeLoader), {})
 
 
 def read_setting(field_: Field[Any], value: Any) -> Any:

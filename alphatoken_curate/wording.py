@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -22,6 +23,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean nll?`, or nothing where no name is near."""
     near = difflib.get_close_matches(name, [one for one in known if one != name], n=1, cutoff=_NEAR)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def pasted(path: object) -> str:
+    """A path as a word of a command: quoted where a shell needs it, and never one that would be read as an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def ranges(numbers: Sequence[int], most: int) -> str:

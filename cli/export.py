@@ -12,6 +12,7 @@ from alphatoken_curate.wording import count, nearest
 
 from .lines import tell_version
 from .paths import OUT, RUN
+from .told import a_pattern
 
 TRAINERS = (
     "trl",
@@ -95,5 +96,4 @@ def _summary(done: Any) -> Iterator[str]:
     told = ", ".join(f"{reason} {number:,}" for reason, number in done.dropped.items())
     rows = count(sum(done.dropped.values()), "row")
     yield f"  dropped  {rows}{f': {told}; see {done.path}/dropped.jsonl' if told else ''}"
-    yield f"  data     {done.data}"
-    yield f"Next: the config lines in {done.path}/README.md"
+    yield from (f"  data     {done.data}", *a_pattern(done.path), f"Next: the config lines in {done.path}/README.md")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import sys
 from typing import Any, NoReturn
 
@@ -15,6 +14,7 @@ from alphatoken_curate.rows.files import legible
 
 from .grouped import HELP
 from .interrupts import interruptible
+from .system import drop_output, of_system
 
 COMMANDS = {
     "check": "Validate rows, count tokens, plan; with --estimate, try the models: seconds and memory.",
@@ -85,14 +85,13 @@ def _run() -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (CurateError, PermissionError) as error:
-        told = (
-            f"{error.filename}: {error.strerror}; check its permissions" if isinstance(error, OSError) else str(error)
-        )
-        click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-        click.echo(legible(told), err=True)
-        return error.exit_code if isinstance(error, CurateError) else 1
     except BrokenPipeError:
-        # The reader of our output has gone, as `head` does; keep Python from complaining when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()  # its reader has gone, as `head` does
         return 1
+    except (CurateError, OSError) as error:
+        told = error if isinstance(error, CurateError) else of_system(error)
+        if told is None:
+            raise
+        click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+        click.echo(legible(str(told)), err=True)
+        return told.exit_code

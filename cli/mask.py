@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 
 from alphatoken_curate.config import MaskConfig
 from alphatoken_curate.rows.files import legible, visible
-from alphatoken_curate.wording import chosen_by
+from alphatoken_curate.wording import chosen_by, pasted
 
 from .grouped import Grouped
 from .lines import tell_version
@@ -59,5 +58,5 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
         for line in older(run, made.mask):
             click.echo(line)
     else:
-        here = f"alphatoken-curate {{}} {legible(shlex.quote(str(run)))}"
+        here = f"alphatoken-curate {{}} {legible(pasted(run))}"
         click.echo(f"Next: {here.format('show')} --row {first_row(run)}   or   {here.format('export')} --for trl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Local(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path. Raises `UsageError`."""
         check_local(value, self.advice)
-        return super().convert(value, param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)  # of --option=~/x no shell makes a path
 
 
 RUN, OUT, READ, FILE = Local(RUN_ADVICE), Local(OUT_ADVICE), Local(FILE_ADVICE), Local(FILE_ADVICE, dir_okay=False)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from alphatoken_curate.rows.files import legible
 from alphatoken_curate.runs.folder import check_is_run
 
+from .generations import lines_of
 from .paths import READ, RUN
-from .told import summary
 from .workers import engine_of, engine_options
 
 if TYPE_CHECKING:
@@ -85,14 +86,5 @@ def command(
 
 def _tell(listener: Lines, done: RefreshSummary) -> None:
     listener.finish()
-    mask = done.mask
-    if not done.shards_scored and not mask.created:
-        click.echo(f"{done.checkpoint} is generation {done.generation} of {done.run} already. Nothing was written.")
-        return
-    click.echo(f"Wrote generation {done.generation} of {done.run}, at {done.checkpoint}")
-    for line in summary(mask):
-        click.echo(line)
-    click.echo(f"  wrote   {done.run}/values/generation={done.generation}/   mask {mask.mask}: {mask.path}/")
-    if not done.has_stability:
-        click.echo("  stability is 0, as the checkpoint has the weights of the reference")
-    click.echo(f"Next: alphatoken-curate stats {done.run}")
+    for line in lines_of(done):
+        click.echo(legible(line))

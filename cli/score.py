@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alphatoken_curate.config import ScoreConfig
-from alphatoken_curate.wording import in_sequences
+from alphatoken_curate.rows.files import legible
+from alphatoken_curate.wording import pasted
 
 from .grouped import Grouped
 from .options import config_options, read_config
 from .paths import OUT
-from .told import first_row, older, summary
+from .told import first_row, nothing_but, older, rows, summary
 from .workers import engine_of, engine_options, part_option, told_of_part
 
 if TYPE_CHECKING:
@@ -47,33 +48,32 @@ def command(ctx: click.Context, /, data: tuple[str, ...], output: Path | None, p
         else:
             lines = told_of_part(score_part(config, part, output, listener, engine))
     for line in lines:
-        click.echo(line)
+        click.echo(legible(line))
 
 
 def _told(done: ScoreSummary, config: ScoreConfig) -> Iterator[str]:
-    counts, mask = done.manifest.counts, done.mask
+    run, mask = pasted(done.run), done.mask
     if not done.shards_scored and not mask.created:
-        yield f"{done.run} is finished: the values and mask {mask.mask} are there already. Nothing was written."
+        there = f"{done.run} is finished: the values and mask {mask.mask} are there already."
+        yield f"{there} {nothing_but(done.beside)}"
     elif not done.shards_scored and mask.mask:
-        yield f"{done.run} was scored before; wrote mask {mask.mask}, which readers take from now on."
+        taken = ", which readers take from now on" if mask.newest else ""
+        yield f"{done.run} was scored before; wrote mask {mask.mask}{taken}."
     else:
         yield f"Wrote {done.run}"
-    aside = ", ".join(f"{n} {word}" for word, n in _aside(counts) if n)
-    beside = in_sequences(done.manifest.settings.get("turns") == "each" and counts.sequences)
-    yield f"  rows    {counts.scored} scored of {counts.read}{beside}{f' ({aside})' if aside else ''}"
+    yield rows(done)
     yield from summary(mask)
     yield f"  values  {done.run}/values/generation=0/   mask {mask.mask}: {mask.path}/"
     yield from _errors(done.run)
     if not done.has_stability:
         yield "  stability is 0, as model and reference are the same; --reference or --retention change that"
-    show = f"alphatoken-curate show {done.run} --row {first_row(done.run)}"
-    yield f"Next: alphatoken-curate stats {done.run}   or   {show}"
+    yield f"Next: alphatoken-curate stats {run}   or   alphatoken-curate show {run} --row {first_row(done.run)}"
     if not mask.newest:
         yield from older(done.run, mask.mask)
     elif mask.kept_tokens == mask.response_tokens and not mask.branches:
         why, how = _SUGGESTED["rehearsal" if config.rehearses else "gradient"]
         yield f"Every token trains until you make another mask. {why}, for example:"
-        yield f"  alphatoken-curate mask {done.run} {how}"
+        yield f"  alphatoken-curate mask {run} {how}"
 
 
 _SUGGESTED = {
@@ -89,11 +89,3 @@ def _errors(run: Path) -> Iterator[str]:
 
     for n, line in enumerate(found.lines() if (found := beyond(run)) else ()):
         yield f"  {'' if n else 'errors':<8}{line}"
-
-
-def _aside(counts: Any) -> list[tuple[str, int]]:
-    return [
-        ("held out as target", counts.target),
-        ("failed", counts.failed),
-        ("rejected, named in rejects.jsonl", counts.rejected),
-    ]

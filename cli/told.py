@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from alphatoken_curate.wording import count, end_of_turn, over_share, sequences_are
+from alphatoken_curate.wording import count, end_of_turn, in_sequences, over_share, pasted, sequences_are
 
 
-def older(run: Path, mask: int) -> Iterator[str]:
+def rows(done: Any) -> str:
+    """The line that says what became of the rows, of a `ScoreSummary` or a `RefreshSummary`."""
+    counts = done.counts
+    words = {"held out as target": counts.target, "failed": counts.failed}
+    words |= {"rejected, named in rejects.jsonl": counts.rejected}
+    aside = ", ".join(f"{n} {word}" for word, n in words.items() if n)
+    beside = in_sequences(done.manifest.settings.get("turns") == "each" and counts.sequences)
+    return f"  rows    {counts.scored} scored of {counts.read}{beside}{f' ({aside})' if aside else ''}"
+
+
+def nothing_but(beside: tuple[str, ...]) -> str:
+    """That nothing was written, but for these files."""
+    but = f" but {', '.join(beside)}" if beside else ""
+    return f"Nothing was written{but}."
+
+
+def older(run: Path, mask: int, what: str = "this one") -> Iterator[str]:
     """Lines that say how to name a mask that is not the newest."""
-    yield "Readers take the newest mask; name this one by its number:"
-    yield f"  alphatoken-curate export {shlex.quote(str(run))} --mask {mask} --for trl -o DIR"
+    yield f"Readers take the newest mask; name {what} by its number:"
+    yield f"  alphatoken-curate export {pasted(run)} --mask {mask} --for trl -o DIR"
     yield f"  in Python: scan({str(run)!r}, 'train', mask={mask}), as_dataset({str(run)!r}, {mask})"
 
 
@@ -37,6 +53,13 @@ def summary(made: Any) -> Iterator[str]:
     if made.rows_left_out:
         left_out = count(made.rows_left_out, f"{one} is", f"{several} are")
         yield f"          {left_out} left out: scored in only some of them"
+    yield from a_pattern(made.path)
+
+
+def a_pattern(place: Path) -> Iterator[str]:
+    """That the path of a folder to load is a pattern to others, where it is one."""
+    if has_magic(str(place.resolve())):
+        yield "  load_dataset takes *, ? and [ in this path for a pattern: rename it, or use the code in README.md"
 
 
 def _kept(counts: Any) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from alphatoken_curate.wording import count
+from alphatoken_curate.wording import count, pasted
 
 if TYPE_CHECKING:
     from alphatoken_curate.scoring.engines import Engine
@@ -74,7 +74,7 @@ def told_of_part(done: PartSummary) -> Iterator[str]:
     what = "prepared" if done.part == "prepare" else f"part {done.part}: scored {count(done.scored, 'shard')}"
     yield f"{done.run}: {what}; {done.shards - done.missing} of {count(done.shards, 'shard')} are there."
     if done.finished:
-        yield f"The run is finished. Next: alphatoken-curate stats {done.run}"
+        yield f"The run is finished. Next: alphatoken-curate stats {pasted(done.run)}"
     elif done.missing:
         yield "Next: the same command with --part 0/N to N-1/N, each where it may run; then without --part, to end it."
     else:

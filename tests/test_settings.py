@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -53,7 +54,9 @@ HOSTILE = {
     "deep": "[" * 5000,
     "control": b"keep: \x00\n",
     "not text": b"keep: \xff\xfe\xfd\n",
-    "long": "# " + "x" * 70000 + "\nkeep: 0.1\n",
+    "long": "# " + "x" * (1 << 24) + "\nkeep: 0.1\n",
+    "many": "data: [" + "a," * (1 << 20) + "]\n",
+    "key of a list": "data: {[a]: 1}\n",
     "odd date": "keep: 2020-99-99\n",
 }  # fmt: skip
 
@@ -64,6 +67,27 @@ def test_hostile_yaml_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UsageError, match=r"--config .*c\.yaml"):
         settings_of(tmp_path, HOSTILE[case])
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("case", HOSTILE.keys() - {"long", "many"})
+def test_hostile_yaml_is_refused_without_the_loader_in_c(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
+    test_hostile_yaml_is_refused(case, tmp_path, monkeypatch)
+
+
+def test_a_config_of_many_files_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [f"/data/{'x' * 90}/part-{n:05}.jsonl" for n in range(20_000)]
+    assert settings_of(tmp_path, "data:\n" + "".join(f"- {name}\n" for name in files)) == {"data": files}
+    monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
+    few = yaml.safe_dump({"data": files[:700]})
+    assert settings_of(tmp_path, few) == {"data": files[:700]}
+
+
+def test_names_that_are_no_text_survive_the_yaml_they_are_written_to(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"r\xff.jsonl"), "\U0001f600.jsonl", "\x1b[31m.jsonl", "\ufeff\u2028.jsonl"]
+    assert settings_of(tmp_path, yaml.safe_dump({"data": names})) == {"data": names}
 
 
 def test_a_repeated_key_is_named(tmp_path: Path) -> None:

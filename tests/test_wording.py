@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from alphatoken_curate.config import MaskConfig
-from alphatoken_curate.wording import chosen_by, count, end_of_turn, nearest, over_share, ranges, sequences_are
+from alphatoken_curate.wording import chosen_by, count, end_of_turn, nearest, over_share, pasted, ranges, sequences_are
 
 
 def test_one_is_no_plural() -> None:
@@ -16,6 +16,11 @@ def test_one_is_no_plural() -> None:
 def test_a_name_that_is_near_is_told() -> None:
     assert nearest("nul", ("nll", "entropy")) == " Did you mean nll?"
     assert nearest("xyz", ("nll", "entropy")) == ""
+
+
+def test_a_path_can_be_pasted_into_a_shell() -> None:
+    told = [pasted(name) for name in ("a/b.alphatoken", "dir \u00fc/my run", "-d.alphatoken", "-my run")]
+    assert told == ["a/b.alphatoken", "'dir \u00fc/my run'", "./-d.alphatoken", "'./-my run'"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ already, and the last one is 0.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -105,6 +106,11 @@ class Told:
     def file(self, name: str) -> str:
         """A file of the export as the user would name it."""
         return f"{self.place.rstrip('/')}/{name}"
+
+
+def quoted(text: str) -> str:
+    """A text in quotes, as YAML, JSON and Python alike read it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

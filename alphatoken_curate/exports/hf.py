@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Sequence
-from glob import escape
+from glob import escape, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from alphatoken_curate.exports.form import (
     Told,
     lists,
     parquet_rows,
+    quoted,
     same_rows,
     trains,
     write_parquet,
@@ -147,8 +148,14 @@ _WEIGHTS = (
 
 
 def _load(told: Told) -> str:
-    # datasets reads *, ? and [ as patterns.
-    return f'rows = load_dataset("parquet", data_files={json.dumps(escape(told.file(NAME)))}, split="train")'
+    """By the folder, whose README tells its bytes apart; `datasets` knows its copy of a file by path and time alone.
+
+    In the path of a folder it reads *, ? and [ as a pattern, and there is no way to tell it otherwise.
+    """
+    place = str(Path(told.place).resolve())
+    if has_magic(place):
+        return f'rows = load_dataset("parquet", data_files={quoted(f"{escape(place)}/{NAME}")}, split="train")'
+    return f'rows = load_dataset({quoted(os.path.join(".", told.place))}, split="train")'
 
 
 def _sft(told: Told, module: str, prefix: str) -> Iterator[str]:
@@ -168,7 +175,7 @@ def _sft(told: Told, module: str, prefix: str) -> Iterator[str]:
 
 def _axolotl(told: Told) -> Iterator[str]:
     yield "datasets:"
-    yield f"  - {{path: {json.dumps(told.file(NAME))}, ds_type: parquet, type: }}"
+    yield f"  - {{path: {quoted(told.file(NAME))}, ds_type: parquet, type: }}"
     yield f"sequence_len: {told.longest} # or more: longer rows are dropped"
 
 

@@ -6,7 +6,6 @@ before and after 4.0 both read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from alphatoken_curate.exports.form import (
     Told,
     list_rows,
     lists,
+    quoted,
     same_rows,
     unlike,
 )
@@ -118,7 +118,7 @@ def _columns(told: Told) -> Iterator[str]:
 def _use(told: Told) -> Iterator[str]:
     yield "In the training YAML:"
     yield from ("", "```yaml", f"stage: {'dpo' if told.kind == 'preference' else 'sft'}")
-    yield f"tokenized_path: {json.dumps(told.place)}"
+    yield f"tokenized_path: {quoted(told.place)}"
     yield "dataset: tokenized # anything, but not empty: it is not read"
     yield f"cutoff_len: {told.longest} # the longest row; it is not applied to rows from tokenized_path"
     yield from ("packing: false", "```")

@@ -8,7 +8,6 @@ in order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from alphatoken_curate.exports.form import (
     Kept,
     Told,
     jsonl_rows,
+    quoted,
     unlike,
 )
 from alphatoken_curate.exports.originals import Original, originals
@@ -152,11 +152,11 @@ def _columns(told: Told) -> Iterator[str]:
 
 
 def _use(told: Told) -> Iterator[str]:
-    yield f"OpenAI, Mistral and services with their format: upload {json.dumps(told.file(BY_MESSAGE))}. A message has"
+    yield f"OpenAI, Mistral and services with their format: upload {quoted(told.file(BY_MESSAGE))}. A message has"
     yield "weight 0 where the mask left none of its tokens, or its end alone by --always-keep, or where it was not to"
     yield "respond; otherwise all of it trains."
     yield ""
-    yield f"Fireworks: upload {json.dumps(told.file(BY_ROW))}. The weight is the mean loss weight over the row's"
+    yield f"Fireworks: upload {quoted(told.file(BY_ROW))}. The weight is the mean loss weight over the row's"
     yield "response tokens, those dropped by the mask counted as 0."
 
 

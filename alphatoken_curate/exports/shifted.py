@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from alphatoken_curate.exports.form import (
     jsonl_rows,
     lists,
     parquet_rows,
+    quoted,
     same_rows,
     to_positions,
     to_tokens,
@@ -71,7 +71,7 @@ def _levanter_check(folder: Path, rows: Iterator[Kept], asked: Asked) -> None:
 
 
 def _levanter_use(told: Told) -> Iterator[str]:
-    yield from ("```yaml", "data:", f"  train_urls: [{json.dumps(told.file(LEVANTER_NAME))}]")
+    yield from ("```yaml", "data:", f"  train_urls: [{quoted(told.file(LEVANTER_NAME))}]")
     yield "  format: {type: prebuilt, input_ids_key: input_ids, loss_weights_key: loss_weights}"
     yield "  tokenizer: MODEL # the one the run was scored with"
     yield "  cache_dir: CACHE # a folder for Levanter's own copy"
@@ -136,7 +136,7 @@ def _megatron_columns(told: Told) -> Iterator[str]:
 
 
 def _megatron_use(told: Told) -> Iterator[str]:
-    path = json.dumps(told.file(MEGATRON_NAME))
+    path = quoted(told.file(MEGATRON_NAME))
     yield from ("```python", "cfg.dataset = FinetuningDatasetConfig(")
     yield "    dataset_root=ROOT,"
     yield f"    seq_length={told.longest},"
@@ -215,7 +215,7 @@ def _tinker_use(told: Told) -> Iterator[str]:
     yield '        model_input=types.ModelInput.from_ints(row["model_input"]),'
     yield '        loss_fn_inputs={"target_tokens": row["target_tokens"], "weights": row["weights"]},'
     yield from ("    )", "", "")
-    yield f"rows = map(json.loads, open({json.dumps(told.file(TINKER_NAME))}))"
+    yield f"rows = map(json.loads, open({quoted(told.file(TINKER_NAME))}))"
     if told.kind == "preference":
         yield 'data = [datum(row[branch]) for row in rows for branch in ("chosen", "rejected")]'
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from importlib import resources
@@ -22,6 +21,7 @@ from alphatoken_curate.exports.form import (
     Told,
     lists,
     parquet_rows,
+    quoted,
     same_rows,
     write_parquet,
 )
@@ -89,7 +89,7 @@ VERL = Form(
 
 
 def _skyrl_use(told: Told) -> Iterator[str]:
-    given = shlex.quote(f"pretokenized_dataset_paths=[{json.dumps(told.file(NAME))}]")
+    given = shlex.quote(f"pretokenized_dataset_paths=[{quoted(told.file(NAME))}]")
     yield from ("```sh", "python -m skyrl.train.main_sft \\", f"    {given} \\")
     yield from (f"    max_length={told.longest}", "```")
 

@@ -12,6 +12,7 @@ to be at rest by two looks.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def find_checkpoints(path: str | Path, *, base: ModelSource | None) -> list[Chec
     (all such are named) or is an adapter of another model than `base`.
     """
     check_local(path, FILE_ADVICE)
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_file():
         return [Checkpoint(name=folder.stem, step=None, source=find_model(str(folder)))]
     if not folder.is_dir():
@@ -222,7 +223,7 @@ class Watcher:
 
     def __init__(self, folder: str | Path, base: ModelSource | None) -> None:
         check_local(folder, FILE_ADVICE)
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         self.base = base
         self.waiting: dict[str, str] = {}
         """Names of the checkpoints that the last look found not ready, and why."""

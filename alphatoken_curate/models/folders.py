@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ def permitted() -> Iterator[None]:
 
 def names_a_path(name: str) -> bool:
     """Whether a model's name is that of a place on this machine rather than a Hub id."""
-    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return Path(os.path.expanduser(name)).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def last_name(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -100,7 +101,7 @@ def _find(
     """`revision` is that of a Hub id."""
     if name == DEMO_MODEL:
         return _find_demo(local)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name=name, folder=path.parent, gguf=path.name)
     if path.is_dir():
@@ -137,7 +138,7 @@ def _recorded_base(folder: Path, record: AdapterRecord) -> ModelSource:
 
 
 def _find_recorded(record: AdapterRecord, *, local: bool = False) -> ModelSource:
-    folder = Path(record.base).expanduser()
+    folder = Path(os.path.expanduser(record.base))
     # A model that transformers read from a GGUF file is known to it by the folder that holds the file.
     if folder.is_dir() and not (folder / "config.json").is_file() and (held := sorted(folder.glob("*.gguf"))):
         if len(held) > 1:
@@ -151,7 +152,7 @@ def _find_recorded(record: AdapterRecord, *, local: bool = False) -> ModelSource
 
 def _same_base(folder: Path, record: AdapterRecord, base: ModelSource) -> ModelSource:
     """`base`, where it is the model that an adapter's record names."""
-    if Path(record.base).expanduser().resolve() == base.folder.resolve():
+    if Path(os.path.expanduser(record.base)).resolve() == base.folder.resolve():
         return base
     try:
         recorded = _find_recorded(record, local=True)

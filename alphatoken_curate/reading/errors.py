@@ -6,7 +6,6 @@ by shard.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from alphatoken_curate.rows.files import legible
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.manifest import Manifest
 from alphatoken_curate.signals.student import CHANCE, beyond_error, factor
-from alphatoken_curate.wording import count
+from alphatoken_curate.wording import count, pasted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +51,7 @@ class Beyond:
         else:
             yield "what leaves them out, which has done harm (milder: --weights tilt:0.25):"
         run, *options = self.command[2:]
-        yield legible(f"  alphatoken-curate mask {shlex.quote(run)} \\")
+        yield legible(f"  alphatoken-curate mask {pasted(run)} \\")
         yield f"    {' '.join(map(_quoted, options))}"
 
 

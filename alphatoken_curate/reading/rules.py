@@ -40,7 +40,6 @@ _NOT_ALIGNED = "`{}` is not as long as `input_ids` for scored rows and empty for
 class Total:
     """What the shards of a generation, or one branch of a mask, hold, added up as they are read."""
 
-    rows: int = 0
     read: int = 0
     tokens: int = 0
     response: int = 0
@@ -78,7 +77,6 @@ def values(
         yield f"{count(len(ids), 'row')}, {count(tokens, 'token')}, {trains} in responses: not as in the manifest"
     if PAIR_COLUMNS[0] in layout.values.names:
         yield from _pairs(table, layout, status == "scored", beta)
-    total.rows += len(ids)
     total.read += len(rows)
     total.tokens += tokens
     total.response += trains

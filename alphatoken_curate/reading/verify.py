@@ -19,6 +19,7 @@ from alphatoken_curate.runs.shards import Shard
 from alphatoken_curate.wording import count
 
 AGAIN = "delete it and run the command that made it again"
+_MANIFEST_AGAIN = "delete it and run the `score` command that began the run again"
 _FOLDERS = ("values", "train", "artifacts")
 
 
@@ -90,21 +91,26 @@ def _digests(run: Path, stored: Manifest) -> Iterator[Problem]:
 
 def _named(stored: Manifest) -> list[File]:
     """All files that the manifest names."""
+    return [*stored.files, *(File(path=one.path, bytes=one.bytes, sha256=one.sha256) for one in _shards(stored))]
+
+
+def _shards(stored: Manifest) -> list[Shard]:
     groups: list[Generation | Mask] = [*stored.generations, *stored.masks]
-    shards = [shard for group in groups for shard in group.shards]
-    return [*stored.files, *(File(path=one.path, bytes=one.bytes, sha256=one.sha256) for one in shards)]
+    return [shard for group in groups for shard in group.shards]
 
 
 def _against_footers(run: Path, stored: Manifest) -> Iterator[Problem]:
-    """What the manifest says of runs and masks is also in the footers: a changed manifest shows against them."""
+    """What the manifest says of runs and masks is also in the footers: a changed manifest shows against them.
+
+    What it does not name, a command that was stopped left: `_strangers` speaks of that.
+    """
     try:
-        told = manifest.rebuild(run)
+        told = manifest.rebuild(run, only={(run / shard.path).parent for shard in _shards(stored)})
     except StoredDataError:
         return  # the shard that prevents it is reported for itself
     for name in ("schema_version", "inputs", "digests", "settings", "versions", "counts", "generations", "masks"):
         if getattr(told, name) != getattr(stored, name):
-            do = "delete manifest.json and run the same command again"
-            yield Problem(file=manifest.NAME, found=f"its `{name}` are not what the shards say", do=do)
+            yield Problem(file=manifest.NAME, found=f"its `{name}` are not what the shards say", do=_MANIFEST_AGAIN)
 
 
 def _each_alone(run: Path, reason: StoredDataError) -> Iterator[Problem]:
@@ -139,22 +145,28 @@ def _strangers(run: Path, stored: Manifest | None) -> Iterator[Problem]:
             do = "delete it, or run the same command again, which does"
             yield Problem(file=name.as_posix(), found="left behind by a writer that was stopped", do=do)
         elif stored is not None and name.parts[0] in _FOLDERS and not path.is_dir() and name.as_posix() not in named:
-            do = "finish it by the command that began it, or move it out of the run"
-            yield Problem(file=name.as_posix(), found="not named by the manifest", do=do)
+            first = "" if _is_passed(stored, name) else "finish it by the command that began it, or "
+            yield Problem(file=name.as_posix(), found="not named by the manifest", do=f"{first}move it out of the run")
+
+
+def _is_passed(stored: Manifest, name: Path) -> bool:
+    """Whether a file is of a mask that a newer one came before: begun again, it gets a number of its own."""
+    return bool(stored.masks) and name.parts[0] == "train" and name.parts[1] < f"mask={stored.masks[-1].mask:04d}"
 
 
 # ----------------------------------------------------------------------------------------------- what the files hold
 
 
 def _generation(run: _Run, generation: Generation) -> Iterator[Problem]:
-    total, status, whole = rules.Total(), Counter[str](), True
+    total, status, whole, gap = rules.Total(), Counter[str](), True, False
     for index, shard in enumerate(generation.shards):
         table, problem = _table(run, shard, run.layout.values, generation.fingerprint)
         if table is None:
-            whole = False
-            total.rows += shard.rows
+            whole, gap = False, True
             yield from problem
             continue
+        if gap and len(table):  # how many rows the lost one had, nothing says for sure: a row may be several sequences
+            total.read, gap = max(total.read, table["row_id"][0].as_py()), False
         beta = run.stored.settings.get("beta")
         found = list(rules.values(table, run.layout, run.components, shard, total, beta=beta))
         found += _other_rows(run, generation, index, table)
@@ -166,7 +178,7 @@ def _generation(run: _Run, generation: Generation) -> Iterator[Problem]:
 
 def _wrong_counts(stored: Manifest, total: rules.Total, status: Counter[str] | None) -> Iterator[Problem]:
     """Where the manifest's counts differ from those of the newest generation, if all of it was read."""
-    counts, do = stored.counts, "delete it and run the same command again"
+    counts, do = stored.counts, _MANIFEST_AGAIN
     have: dict[str, int] = {}
     if status is not None:
         have = {"read": total.read, "tokens": total.tokens, "response_tokens": total.response}

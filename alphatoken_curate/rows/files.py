@@ -22,6 +22,7 @@ from alphatoken_curate.errors import InputError
 from alphatoken_curate.runs import stores
 from alphatoken_curate.runs.folder import EXPORT, export_in_words, export_with, run_with
 from alphatoken_curate.urls import names_url
+from alphatoken_curate.wording import pasted
 
 SUFFIXES = (".parquet", *(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")))
 """Names of files that are taken from a folder."""
@@ -111,9 +112,31 @@ def _told_apart(files: list[DataFile]) -> list[DataFile]:
     return named
 
 
+def anywhere(name: str) -> str:
+    """What lies on this machine, or a pattern, by a path that holds in any working folder; anything else as it is."""
+    name = _at_home(name)
+    if _is_there(name):
+        return os.path.abspath(name)
+    return os.path.abspath(os.path.join(glob.escape(os.getcwd()), name)) if glob.has_magic(name) else name
+
+
+def _at_home(name: str) -> str:
+    """`name` with the folder that its `~` stands for, in which a pattern matches nothing but itself."""
+    path = os.path.expanduser(name)
+    if path == name or _is_there(path) or not glob.has_magic(name):
+        return path
+    home, slash, below = name.partition("/")
+    return glob.escape(os.path.expanduser(home)) + slash + below
+
+
+def _is_there(name: str) -> bool:
+    return os.path.lexists(name) or saved_folder(name) is not None
+
+
 def _find(item: str, subset: str | None, split: str | None) -> list[DataFile]:
     if names_url(item):
         return _in_store(item)
+    item = _at_home(item)
     if os.path.lexists(item):
         return _in_folder(item, split) if os.path.isdir(item) else [_file(item, os.path.basename(item))]
     if folder := saved_folder(item):
@@ -215,8 +238,8 @@ def _check_not_ours(path: str) -> None:
     if run := run_with(Path(path)):
         raise InputError(
             f"{visible(path)}: {'a run' if run == Path(path) else f'a part of the run {visible(str(run))}'}, not rows."
-            f" config.yaml names the rows it was made of; score --config {visible(str(run))}/config.yaml -o OTHER"
-            " scores them anew, refresh at a checkpoint."
+            f" config.yaml names the rows it was made of; score --config {visible(pasted(run / 'config.yaml'))}"
+            " -o OTHER scores them anew, refresh at a checkpoint."
         )
     if os.path.basename(path) in _FROM_EXPORT or not (os.path.isdir(path) or ".json" in os.path.basename(path)):
         return
@@ -234,10 +257,9 @@ def _readable_of(export: Path) -> str:
 
 
 def _in_glob(pattern: str) -> list[DataFile]:
-    base = Path(pattern)
-    while glob.has_magic(str(base)):
-        base = base.parent
-    parts = Path(pattern).relative_to(base).parts
+    base, parts = Path(), Path(pattern).parts
+    while len(parts) > 1 and (name := _alone(parts[0])) is not None:
+        base, parts = base / name, parts[1:]
     if parts[-1] == "**":
         parts += ("*",)
     try:
@@ -251,6 +273,12 @@ def _in_glob(pattern: str) -> list[DataFile]:
     if not found:
         raise InputError(f"{visible(pattern)}: this pattern matches no file that ends in {', '.join(SUFFIXES)}.")
     return sorted(found, key=lambda file: file.source)
+
+
+def _alone(part: str) -> str | None:
+    """The one name that a part of a pattern stands for, without its escapes; None where it stands for others."""
+    name = re.sub(r"\[([*?[])\]", r"\1", part)
+    return name if glob.escape(name) == part else None
 
 
 def _file(path: str, source: str) -> DataFile:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from alphatoken_curate.errors import BusyError, CurateError, StoredDataError
+from alphatoken_curate.errors import BusyError, CurateError, StoredDataError, is_of_a_name, refused
 
 _NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
@@ -328,6 +328,8 @@ def _refusal(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         check_in_place(path)
+        if is_of_a_name(error):
+            raise refused(error, path) from error
         raise CurateError(
             f"{path}: cannot be written ({error.strerror}); make room or set its permissions right, then run the same"
             " command again: files that are finished are kept"

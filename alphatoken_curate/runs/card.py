@@ -62,12 +62,16 @@ def front_matter(manifest: Manifest) -> list[str]:
 def _config(name: str, folder: str, shards: Sequence[Shard], *, default: bool) -> list[str]:
     """`datasets` knows its copy of a folder by the folder's name and this text, so bytes are told apart here."""
     mark = ["  default: true"] if default else []
-    files = sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
-    data = [f"{_FILES}{files}", "  data_files:", "  - split: train"]
+    data = [f"{_FILES}{digest_of(shards)}", "  data_files:", "  - split: train"]
     return [f"- config_name: {name}", *mark, *data, f'    path: "{folder}/part-*.parquet"']
 
 
 _FILES = "  description: sha256 of its files "
+
+
+def digest_of(shards: Sequence[Shard]) -> str:
+    """One sha256 (hex) for the bytes of several files, by which `datasets` tells them from others at the same paths."""
+    return sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
 
 def _body(manifest: Manifest) -> Iterator[str]:
@@ -180,17 +184,25 @@ def _share(mask: Mask) -> str:
 
 
 def _snippets(manifest: Manifest) -> Iterator[str]:
-    generation = manifest.generations[-1].generation if manifest.generations else 0
-    train = f"train/mask={manifest.masks[-1].mask:04d}" if manifest.masks else f"values/generation={generation}"
+    parts = [(f"values/generation={one.generation}", one.shards) for one in manifest.generations[-1:]]
+    parts = [(f"train/mask={one.mask:04d}", one.shards) for one in manifest.masks[-1:]] + parts
+    train = parts[0][0] if parts else "values/generation=0"
     yield "In this folder, with polars:"
     yield from ("", "```python", "import polars as pl", "")
     yield f'pl.scan_parquet("{train}/*.parquet", hive_partitioning=False).collect()'
     yield from ("```", "", "a row per response token, with its text:", "", "```python")
     yield from ("from alphatoken_curate import scan_tokens", "", 'scan_tokens(".").collect()', "```")
-    yield from ("", "with Hugging Face datasets, which wants the folder by its name:", "", "```python")
-    yield from ("from pathlib import Path", "from datasets import load_dataset", "")
-    for config in ("train", "values") if manifest.masks else ("values",):
-        yield f'load_dataset(str(Path.cwd()), "{config}", split="train")'
+    yield from (
+        "",
+        "with Hugging Face datasets, which tells its copies of other bytes apart by `description`:",
+        "",
+        "```python",
+    )
+    yield from ("from glob import escape", "from pathlib import Path", "from datasets import load_dataset", "")
+    yield "here = escape(str(Path.cwd()))  # datasets reads *, ? and [ as patterns"
+    for folder, shards in parts:
+        files = f'data_files=f"{{here}}/{folder}/*.parquet", description="{digest_of(shards)[:16]}"'
+        yield f'load_dataset("parquet", split="train", {files})'
     yield from ("```", "", "with DuckDB:", "", "```sql")
     yield f"SELECT * FROM read_parquet('{train}/*.parquet', hive_partitioning = false);"
     yield "```"

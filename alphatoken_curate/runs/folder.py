@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
 
-from alphatoken_curate.errors import UsageError
+from alphatoken_curate.errors import UsageError, is_of_a_name, refused
 from alphatoken_curate.urls import OUT_ADVICE, RUN_ADVICE, check_local
+from alphatoken_curate.wording import pasted
 
 MANIFEST = "manifest.json"
 EXPORT = "export.json"
@@ -34,6 +34,7 @@ def check_is_run(path: Path) -> None:
     manifest says what they lack.
     """
     check_local(path, RUN_ADVICE)
+    _check_text(path)
     try:
         os.lstat(path / MANIFEST)
         return
@@ -42,7 +43,7 @@ def check_is_run(path: Path) -> None:
     except OSError:
         pass
     if not os.path.lexists(path):
-        do = f"Make one with: alphatoken-curate score DATA -o {_quoted(path)}"
+        do = f"Make one with: alphatoken-curate score DATA -o {pasted(path)}"
         raise UsageError(f"{path}: no such run folder. {do}")
     if not (os.path.isdir(path) and _begun(path)):
         raise UsageError(f"{path}: {_instead(path)}")
@@ -63,9 +64,11 @@ def export_with(path: Path) -> Path | None:
 def destination(path: Path) -> Path:
     """A folder to write to, without `..`: behind a folder that is not there it hides what it leads to.
 
-    Raises `UsageError` for a URL, and for a symbolic link that leads nowhere, on the way or at its end.
+    Raises `UsageError` for a URL, a name that cannot be written to, a file where a folder is needed, and for a symbolic
+    link that leads nowhere, on the way or at its end.
     """
     check_local(path, OUT_ADVICE)
+    path = Path(os.path.expanduser(path))
     plain = Path(os.path.normpath(path))
     for part in (path, *path.parents, plain, *plain.parents):
         if os.path.islink(part) and not os.path.exists(part):
@@ -73,7 +76,26 @@ def destination(path: Path) -> Path:
                 f"{path}: {part} is a symbolic link to {os.readlink(part)}, where nothing is. Make that folder, or name"
                 " another one."
             )
-    return Path(os.path.realpath(path)) if ".." in path.parts else path
+    place = Path(os.path.realpath(path)) if ".." in path.parts else path
+    if file := next((part for part in place.parents if os.path.lexists(part) and not os.path.isdir(part)), None):
+        raise UsageError(f"{path}: {file} is a file, and a folder is needed there. Name another place.")
+    _check_text(Path(os.path.abspath(place)))
+    try:
+        os.lstat(place)
+    except OSError as error:
+        if is_of_a_name(error):
+            raise refused(error) from error
+    return place
+
+
+def _check_text(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{path}: its name is not UTF-8, and no Parquet or safetensors file opens there. Rename it, or name another"
+            " folder."
+        ) from error
 
 
 def is_export(folder: Path) -> bool:
@@ -116,9 +138,9 @@ def _instead(path: Path) -> str:
     """What a path is that is there and no run, and what to do."""
     kind = "folder" if os.path.isdir(path) else "file"
     if run := next(_around(path), None):
-        return f"a {kind} of the run {run}, not a run folder. Name the run itself: {_quoted(run)}"
+        return f"a {kind} of the run {run}, not a run folder. Name the run itself: {pasted(run)}"
     if is_export(path):
-        check = f"To check its files: alphatoken-curate verify {_quoted(path)}"
+        check = f"To check its files: alphatoken-curate verify {pasted(path)}"
         return f"{export_in_words(path)}, not a run folder. Name the run it was made from. {check}"
     for export in path.parents:
         if is_export(export) and (told := _recorded(export)):
@@ -127,7 +149,7 @@ def _instead(path: Path) -> str:
         do = "Name the folder that `score` made, or make one with: alphatoken-curate score DATA -o NEW"
         return f"not a run folder: it has no {MANIFEST}. {do}"
     if _ROWS.fullmatch(path.name):
-        return f"a file of rows, not a run folder. Score it first: alphatoken-curate score {_quoted(path)}"
+        return f"a file of rows, not a run folder. Score it first: alphatoken-curate score {pasted(path)}"
     return "a file, not a run folder. Name the folder that `score` made."
 
 
@@ -142,7 +164,3 @@ def _around(path: Path) -> Iterator[Path]:
 
 def _is_whole(folder: Path) -> bool:
     return os.path.isfile(folder / MANIFEST) and os.path.isdir(folder / "values")
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))

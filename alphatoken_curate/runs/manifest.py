@@ -7,7 +7,7 @@ absolute path: the same inputs and settings give the same bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -276,18 +276,18 @@ def _is_whole(mask: Mask, lengths: Mapping[int, int]) -> bool:
     return ascend and {lengths.get(number) for number in mask.generations} == {len(mask.shards)}
 
 
-def rebuild(run: Path, known: Mapping[str, Shard] = {}) -> Manifest:
+def rebuild(run: Path, known: Mapping[str, Shard] = {}, only: Collection[Path] | None = None) -> Manifest:
     """The manifest that the files on disk make. A run ends by writing it; a lost one comes back the same.
 
     Generations and masks that were begun and not finished are left out. Raises `StoredDataError` where no generation
-    is whole, or a shard is damaged or was made with other settings than those beside it. `known`: as `facts_of`.
+    is whole, or a shard is damaged or of other settings than those beside it. `known`: as `facts_of`; `only`: folders.
     """
     generations: list[Generation] = []
     newest: tuple[int, Facts, Counts] | None = None
-    for number, folder in _numbered(run / "values", r"generation=(0|[1-9][0-9]*)"):
+    for number, folder in _numbered(run / "values", r"generation=(0|[1-9][0-9]*)", only):
         group = _group(folder, known)
         told = [_facts_in(Facts, folder, footer) for footer, _ in group]
-        counts = _counts([footer.counts for footer, _ in group], told)
+        counts = added_up([footer.counts for footer, _ in group], told)
         if group and counts.read == sum(item.rows for item in told[0].inputs):
             generations.append(_generation(number, group, told))
             newest = group[0][0].version, told[0], counts
@@ -303,7 +303,7 @@ def rebuild(run: Path, known: Mapping[str, Shard] = {}) -> Manifest:
         counts=counts,
         files=tuple(_files(run)),
         generations=tuple(generations),
-        masks=tuple(_masks(run, {g.generation: len(g.shards) for g in generations}, known)),
+        masks=tuple(_masks(run, {g.generation: len(g.shards) for g in generations}, known, only)),
         told=first.told,
     )
 
@@ -321,9 +321,9 @@ def check_file(run: Path, stored: Manifest, path: str) -> None:
         raise StoredDataError(f"{run / path}: damaged: it is not the file that the manifest names; `verify` names all")
 
 
-def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+def _numbered(folder: Path, pattern: str, only: Collection[Path] | None) -> list[tuple[int, Path]]:
     found = [] if not folder.is_dir() else [(re.fullmatch(pattern, path.name), path) for path in folder.iterdir()]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    return sorted((int(match[1]), path) for match, path in found if match and (only is None or path in only))
 
 
 def _group(folder: Path, known: Mapping[str, Shard]) -> list[tuple[Footer, Shard]]:
@@ -354,7 +354,8 @@ def _generation(number: int, group: list[tuple[Footer, Shard]], told: list[Facts
     )
 
 
-def _counts(counts: list[Mapping[str, int]], told: list[Facts]) -> Counts:
+def added_up(counts: Sequence[Mapping[str, int]], told: Sequence[Facts]) -> Counts:
+    """The counts of a generation, by those of its shards."""
     total = {name: sum(one[name] for one in counts) for name in (*STATUSES, "tokens", "response_tokens")}
     return Counts(
         read=sum(one.get("read", one["rows"]) for one in counts),
@@ -371,13 +372,12 @@ def _files(run: Path) -> list[File]:
     return [file_of(run, name) for name in names if _FILE.fullmatch(name)]
 
 
-def _masks(run: Path, lengths: Mapping[int, int], known: Mapping[str, Shard]) -> Iterator[Mask]:
-    for number, folder in _numbered(run / "train", r"mask=([0-9]{4}|[1-9][0-9]{4,})"):
-        group = _group(folder, known)
-        if group:
-            mask = mask_of(number, folder, group)
-            if _is_whole(mask, lengths):
-                yield mask
+def _masks(
+    run: Path, lengths: Mapping[int, int], known: Mapping[str, Shard], only: Collection[Path] | None
+) -> Iterator[Mask]:
+    for number, folder in _numbered(run / "train", r"mask=([0-9]{4}|[1-9][0-9]{4,})", only):
+        if (group := _group(folder, known)) and _is_whole(mask := mask_of(number, folder, group), lengths):
+            yield mask
 
 
 def mask_of(number: int, folder: Path, group: Sequence[tuple[Footer, Shard]]) -> Mask:

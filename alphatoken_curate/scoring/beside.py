@@ -7,7 +7,6 @@ without the files it was made from.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +21,7 @@ import yaml
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import StoredDataError
 from alphatoken_curate.models.load import DEMO_MODEL
-from alphatoken_curate.rows.files import saved_folder
+from alphatoken_curate.rows.files import anywhere
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.atomic import atomic_file, unread
 from alphatoken_curate.runs.manifest import Manifest
@@ -125,10 +124,7 @@ def _config_yaml(config: ScoreConfig, dtype: str, budget: Budget) -> bytes:
 
 def _place(name: str | None) -> str | None:
     """What lies on this machine, by a path that holds in any working folder; anything else as it was named."""
-    local = (name is not None and not names_url(name)) and (
-        Path(name).expanduser().exists() or any(c in name for c in "*?[") or saved_folder(name) is not None
-    )
-    return os.path.abspath(Path(name).expanduser()) if name is not None and local else name
+    return name if name is None or names_url(name) else anywhere(name)
 
 
 def _rejects(prepared: Prepared) -> bytes:

@@ -16,6 +16,7 @@ from alphatoken_curate.runs.fingerprint import Json, differing, told_apart
 from alphatoken_curate.runs.manifest import Plan
 from alphatoken_curate.runs.schema import SCHEMA_VERSION, VERSIONS
 from alphatoken_curate.runs.shards import listed, read_footer, values_folder
+from alphatoken_curate.wording import pasted
 
 NAME = "run.json"
 """In artifacts/: the run's fingerprint fields and its plan, written before anything is computed.
@@ -202,7 +203,7 @@ class Budget:
             begun = f"with {self._record.first}"
             why = (
                 f"{run} was begun {begun}, and sums round otherwise in other batches. For others give another folder"
-                f" with -o, and --reuse {run}."
+                f" with -o, and --reuse {pasted(run)}."
             )
             self._refuse(f"--batch-tokens {batch_tokens}", begun, why, run, progress)
 
@@ -279,7 +280,7 @@ def older(run: Path, version: object) -> FingerprintError:
     return FingerprintError(
         f"{run}: schema version {version}, and this release writes {SCHEMA_VERSION}: the two do not go into one run."
         " It can be read, masked, verified and exported as it is. To score its rows anew, name another folder:"
-        f" alphatoken-curate score --config {run}/config.yaml -o ANOTHER",
+        f" alphatoken-curate score --config {pasted(run / 'config.yaml')} -o ANOTHER",
         ("schema_version",),
     )
 

@@ -21,7 +21,7 @@ from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import digest, one_writer
 from alphatoken_curate.runs.fingerprint import Json, differing
 from alphatoken_curate.runs.manifest import File, Manifest
-from alphatoken_curate.scoring.folder import ScoreSummary, is_as_named, of_its_own
+from alphatoken_curate.scoring.folder import ScoreSummary, counts_of, is_as_named, of_its_own
 from alphatoken_curate.scoring.identity import (
     OF_TOKENS,
     Named,
@@ -50,7 +50,14 @@ def finished(config: ScoreConfig, run: Path, progress: Progress | None = None) -
         return None
     with one_writer(run, (progress or Silent()).warn):
         mask, now = mask_and_card(run, of_its_own(run, config), stale=False)
-    return ScoreSummary(run=run, manifest=now, mask=mask, shards_scored=0, has_stability=has_stability(fields))
+    return ScoreSummary(
+        run=run,
+        manifest=now,
+        counts=counts_of(run, now, 0),
+        mask=mask,
+        shards_scored=0,
+        has_stability=has_stability(fields),
+    )
 
 
 def _same_fields(config: ScoreConfig, run: Path, stored: Manifest) -> Mapping[str, Json] | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,8 +14,9 @@ from alphatoken_curate.errors import UsageError
 from alphatoken_curate.masks.remask import MaskSummary
 from alphatoken_curate.runs import manifest, shards
 from alphatoken_curate.runs.atomic import LOCK
+from alphatoken_curate.runs.documents import decode
 from alphatoken_curate.runs.folder import FOLDERS
-from alphatoken_curate.runs.manifest import Manifest
+from alphatoken_curate.runs.manifest import Counts, Facts, Manifest
 from alphatoken_curate.runs.shards import Shard
 from alphatoken_curate.scoring.budget import NAME as BUDGET
 from alphatoken_curate.urls import FILE_ADVICE, check_local
@@ -24,14 +29,17 @@ SUFFIX = ".alphatoken"
 class ScoreSummary:
     """What `score` did. `shards_scored` is 0 where the values were there already.
 
-    `has_stability` is False where model and reference are the same, and every stability is 0.
+    `counts`: of generation 0, which is what it scores. `has_stability` is False where model and reference are the same,
+    and every stability is 0. `beside`: names of the files written that lie beside values/ and train/.
     """
 
     run: Path
     manifest: Manifest
+    counts: Counts
     mask: MaskSummary
     shards_scored: int
     has_stability: bool
+    beside: tuple[str, ...] = ()
 
 
 def default_run(config: ScoreConfig) -> Path:
@@ -39,7 +47,7 @@ def default_run(config: ScoreConfig) -> Path:
     name = Path(config.data[0].rstrip("/")).name
     while Path(name).suffix in (".gz", ".zst", ".jsonl", ".json", ".ndjson", ".parquet"):
         name = Path(name).stem
-    kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("._")
+    kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip("-._").rstrip("._")
     trial = "" if config.limit is None else f".limit-{config.limit}"
     return Path((kept or "run") + trial + SUFFIX)
 
@@ -60,7 +68,7 @@ def artifacts_of(run: str | None) -> Path | None:
     if run is None:
         return None
     check_local(run, FILE_ADVICE)
-    folder = Path(run).expanduser() / "artifacts"
+    folder = Path(os.path.expanduser(run)) / "artifacts"
     if not folder.is_dir():
         raise UsageError(f"--reuse {run}: no run folder with artifacts/ in it. Name a run that was scored before.")
     return folder
@@ -70,6 +78,31 @@ def of_its_own(run: Path, config: ScoreConfig) -> ScoreConfig:
     """The settings of the mask that a scoring makes: by its own values, whatever was scored at checkpoints since."""
     several = len(manifest.read(run).generations) > 1
     return replace(config, generation="0") if several and config.generation == "latest" else config
+
+
+def counts_of(run: Path, stored: Manifest, number: int) -> Counts:
+    """Those of a generation, by the footers of its shards: the manifest has them of the newest alone."""
+    [one] = [one for one in stored.generations if one.generation == number]
+    if one is stored.generations[-1]:
+        return stored.counts
+    footers = [shards.read_footer(run / shard.path) for shard in one.shards]
+    return manifest.added_up([footer.counts for footer in footers], [decode(Facts, dict(f.facts)) for f in footers])
+
+
+def marks(run: Path) -> dict[str, tuple[int, int]]:
+    """What tells the files of a run that lie beside values/ and train/ from others of their names."""
+    found = {}
+    for path in (*run.glob("*"), *run.glob("artifacts/*")):
+        with suppress(OSError):  # what another process takes away meanwhile
+            about = path.lstat()
+            if stat.S_ISREG(about.st_mode) and path.name != LOCK:
+                found[path.relative_to(run).as_posix()] = (about.st_ino, about.st_mtime_ns)
+    return found
+
+
+def written(run: Path, before: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """The names of those that are others than `before`."""
+    return tuple(sorted(name for name, mark in marks(run).items() if before.get(name) != mark))
 
 
 def is_as_named(run: Path, path: Path, named: Shard) -> bool:

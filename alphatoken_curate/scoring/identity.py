@@ -7,6 +7,7 @@ tokenizer (`prepare.fingerprint_fields` adds them).
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
     A setting that is newer than the first release is left out at its default, so that finished runs stay finished.
     """
     model = model_digest(named.model)
-    template = config.chat_template and f"sha256:{digest(Path(config.chat_template).expanduser())[1]}"
+    template = config.chat_template and f"sha256:{digest(Path(os.path.expanduser(config.chat_template)))[1]}"
     newer: dict[str, Json] = {
         "limit": config.limit,
         "map": config.map,
@@ -119,7 +120,7 @@ def _stability_fields(config: ScoreConfig, named: Named) -> dict[str, Json]:
     estimated, generates = config.fisher in FISHER_MODES, config.fisher == "generate"
     lookahead = config.drift == "lookahead"
     return {
-        "fisher": config.fisher if estimated else f"sha256:{digest(Path(config.fisher).expanduser())[1]}",
+        "fisher": config.fisher if estimated else f"sha256:{digest(Path(os.path.expanduser(config.fisher)))[1]}",
         "fisher_rows": config.fisher_rows if estimated else None,
         "fisher_prompts": named.prompts,
         "fisher_new_tokens": config.fisher_new_tokens if generates else None,

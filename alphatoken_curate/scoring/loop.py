@@ -23,12 +23,12 @@ from alphatoken_curate.scoring.beside import write_beside
 from alphatoken_curate.scoring.budget import LEAST, Budget, begun_with
 from alphatoken_curate.scoring.changes import told_of_data
 from alphatoken_curate.scoring.engines import Engine, Here
-from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of, is_as_named, of_its_own
+from alphatoken_curate.scoring.folder import ScoreSummary, artifacts_of, counts_of, is_as_named, of_its_own
 from alphatoken_curate.scoring.identity import dated, has_stability
 from alphatoken_curate.scoring.idle import idle
 from alphatoken_curate.scoring.job import Job, job_of, record
 from alphatoken_curate.scoring.named import told_of_models
-from alphatoken_curate.scoring.outcome import check_scored, told_of
+from alphatoken_curate.scoring.outcome import check_scored, told_of, told_of_failed
 from alphatoken_curate.scoring.prepare import Prepared, prepare
 from alphatoken_curate.scoring.rehearsing import ColumnScorer, rehearse
 from alphatoken_curate.scoring.scorer import ShardScorer
@@ -61,8 +61,14 @@ def score_rows(config: ScoreConfig, folder: Path, listener: Progress, engine: En
             write_manifest(folder, scored, place.remove)
         place.remove()  # values/ has them all
         mask, stored = mask_and_card(folder, of_its_own(folder, config), stale=bool(scored))
-    stable = has_stability(spec.store.fields)
-    return ScoreSummary(run=folder, manifest=stored, mask=mask, shards_scored=len(scored), has_stability=stable)
+    return ScoreSummary(
+        run=folder,
+        manifest=stored,
+        counts=counts_of(folder, stored, 0),
+        mask=mask,
+        shards_scored=len(scored),
+        has_stability=has_stability(about),
+    )
 
 
 def kept_in(folder: Path, held: ExitStack, listener: Progress, *, shared: bool = False) -> Place:
@@ -116,7 +122,7 @@ def run_generation(
     """Score the shards of a generation that are missing; returns those, by path.
 
     Raises `FingerprintError` where a file that they are computed from changes (the shards before that stay),
-    `InputError` where no row can be.
+    `InputError` where no row can be. Tells of those that were not.
     """
     missing = missing_shards(run, job, spec, budget)
     if not missing:
@@ -129,6 +135,8 @@ def run_generation(
         written, largest = score_shards(run, ready, missing)
     spec.store.check_sources(whole=True)
     check_scored(run, spec.store.generation, told_of(spec.config, largest))
+    if told := told_of_failed(run, spec.store.generation, len(job.rows), spec.config.turns):
+        progress.warn(told)
     return written
 
 
@@ -256,7 +264,7 @@ def write_manifest(
     for lost in (number for number in named if number not in whole):
         raise StoredDataError(
             f"{shards.values_folder(run, lost)}: the manifest names this generation, and its shards are not all"
-            " there. Restore them, or delete manifest.json to go on without it."
+            " there. Restore them, run the command that made it again, or delete manifest.json to go on without it."
         )
     once_whole()
     manifest.write(run, made)

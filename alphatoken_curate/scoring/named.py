@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
@@ -33,10 +34,10 @@ def check_named(config: ScoreConfig) -> None:
     for name in (config.model, config.reference):
         if name not in (None, DEMO_MODEL) and names_a_path(str(name)):
             find_model(str(name))
-    if config.fisher not in FISHER_MODES and not Path(config.fisher).expanduser().is_file():
+    if config.fisher not in FISHER_MODES and not Path(os.path.expanduser(config.fisher)).is_file():
         told = f"none of {', '.join(FISHER_MODES)} nor a file. Name a safetensors file."
         raise UsageError(f"--fisher {config.fisher}: {told}")
-    if config.chat_template is not None and not Path(config.chat_template).expanduser().is_file():
+    if config.chat_template is not None and not Path(os.path.expanduser(config.chat_template)).is_file():
         raise UsageError(f"--chat-template {config.chat_template}: no such file. Name a file of jinja text.")
     if taken := sorted(TEMPLATE_RESERVED & set(json.loads(config.chat_template_kwargs or "{}"))):
         raise UsageError(f"--chat-template-kwargs names {taken[0]}, which is no setting of a template.")

@@ -10,7 +10,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.engine.capture import Direction
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.runs import manifest, shards
-from alphatoken_curate.wording import count
+from alphatoken_curate.wording import count, sequences_are
 
 
 def made_of(config: ScoreConfig, objective: str) -> str:
@@ -55,6 +55,20 @@ def check_scored(run: Path, generation: int, told: str) -> None:
     raise InputError(
         f"{run}: no row was scored: the losses or signals of all {count(failed, 'row')} are not finite in what they are"
         f" computed in. Check the weights of the model and --dtype{f', and the directions ({told})' if told else ''}."
+    )
+
+
+def told_of_failed(run: Path, generation: int, rows: int, turns: str) -> str | None:
+    """What is said of a generation in which some of its `rows`, or answers of them by `turns`, failed."""
+    counts = (shards.read_footer(path).counts for path in shards.listed(shards.values_folder(run, generation)).values())
+    failed = rows - sum(one.get("sequences", one["scored"]) for one in counts)
+    if not failed:
+        return None
+    unit = sequences_are(turns == "each")
+    which = "that is" if failed == 1 else "these are"
+    return (
+        f"{failed:,} of {count(rows, *unit)} failed in generation {generation}: {which} in no mask of its values, since"
+        " losses or signals are not finite in what they are computed in."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,7 @@ class Reader:
     def _template(self) -> str | None:
         if self._config.chat_template is None:
             return None
-        path = Path(self._config.chat_template).expanduser()
+        path = Path(os.path.expanduser(self._config.chat_template))
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

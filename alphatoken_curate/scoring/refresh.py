@@ -27,7 +27,7 @@ from alphatoken_curate.runs.artifacts import OF_MODEL, PRECONDITION, REHEARSAL, 
 from alphatoken_curate.runs.atomic import one_writer
 from alphatoken_curate.runs.documents import decode
 from alphatoken_curate.runs.fingerprint import Json, fingerprint
-from alphatoken_curate.runs.manifest import Facts, Manifest
+from alphatoken_curate.runs.manifest import Counts, Facts, Generation, Manifest
 from alphatoken_curate.runs.records import read_records
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
 from alphatoken_curate.runs.shards import Shard, ValueRow
@@ -35,6 +35,7 @@ from alphatoken_curate.runs.watched import Watched
 from alphatoken_curate.scoring import beside
 from alphatoken_curate.scoring.budget import Budget, older
 from alphatoken_curate.scoring.engines import Engine, Here
+from alphatoken_curate.scoring.folder import counts_of, is_as_named, marks, written
 from alphatoken_curate.scoring.identity import has_stability, versions
 from alphatoken_curate.scoring.job import Job
 from alphatoken_curate.scoring.loop import run_generation, write_manifest
@@ -53,16 +54,19 @@ from alphatoken_curate.tokens.tokenise import AnyRow, PairRow, TokenRow, chosen
 class RefreshSummary:
     """What `refresh` did at one checkpoint. `shards_scored` is 0 where its generation was there already.
 
-    `has_stability` is False where the checkpoint is the reference, and every stability is 0.
+    `counts`: of that generation. `has_stability` is False where the checkpoint is the reference, and every stability is
+    0. `beside`: names of the files written that lie beside values/ and train/.
     """
 
     run: Path
     checkpoint: str
     generation: int
     manifest: Manifest
+    counts: Counts
     mask: MaskSummary
     shards_scored: int
     has_stability: bool
+    beside: tuple[str, ...] = ()
 
 
 def refresh(
@@ -127,16 +131,16 @@ class Rescored:
         self._own_threads = torch.get_num_threads()
 
     def refresh(self, checkpoint: Checkpoint, engine: Engine, progress: Progress) -> RefreshSummary:
-        """Score the rows at a checkpoint, unless some generation did so before, and make the mask anew."""
+        """Score the rows at a checkpoint, but for shards that are there from before, and make the mask anew."""
         watched, model = _looked_at(checkpoint)
         about = {**self.fields, "model": model}
         with one_writer(self.folder, progress.warn):
-            stored = manifest.read(self.folder)
+            before, stored = marks(self.folder), manifest.read(self.folder)
             # Generation 0 is what `score` wrote: a checkpoint equal to it is still a generation of its own.
             made = [one for one in stored.generations[1:] if one.fingerprint == fingerprint(about)]
             number = made[0].generation if made else _number(self.folder, stored, about)
             scored: dict[str, Shard] = {}
-            if not made:
+            if not made or not _is_whole(self.folder, made[0]):
                 scored = self._score(number, checkpoint, about, watched, engine, progress)
                 write_manifest(self.folder, scored)
             mask, now = mask_and_card(self.folder, _mask_config(stored, self.config), stale=bool(scored))
@@ -145,9 +149,11 @@ class Rescored:
             checkpoint=checkpoint.name,
             generation=number,
             manifest=now,
+            counts=counts_of(self.folder, now, number),
             mask=mask,
             shards_scored=len(scored),
             has_stability=has_stability(about),
+            beside=written(self.folder, before),
         )
 
     def _score(
@@ -190,7 +196,8 @@ class Rescored:
         try:
             return run_generation(self.folder, job, spec, engine, budget, progress)
         except (ModelError, InputError):
-            if not shards.listed(shards.values_folder(self.folder, number)):
+            named = number in {one.generation for one in stored.generations}
+            if not named and not shards.listed(shards.values_folder(self.folder, number)):
                 _forget(budget, spec.store)
                 write_manifest(self.folder)  # what was computed of the reference is kept
             raise
@@ -288,6 +295,11 @@ def _looked_at(checkpoint: Checkpoint) -> tuple[Watched, str]:
             f"{checkpoint.name}: {error.filename} was deleted after the checkpoint was found."
             " Run the same command again to score those that are left."
         ) from error
+
+
+def _is_whole(run: Path, made: Generation) -> bool:
+    """Whether its shards are there, each as the manifest names it."""
+    return all((run / one.path).is_file() and is_as_named(run, run / one.path, one) for one in made.shards)
 
 
 def _number(run: Path, stored: Manifest, about: Mapping[str, Json]) -> int:

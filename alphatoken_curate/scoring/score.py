@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from alphatoken_curate.config import ScoreConfig
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.runs.folder import destination
 from alphatoken_curate.scoring.finished import finished
-from alphatoken_curate.scoring.folder import ScoreSummary, check_ours, default_run
+from alphatoken_curate.scoring.folder import ScoreSummary, check_ours, default_run, marks, written
 from alphatoken_curate.scoring.named import check_named
 
 if TYPE_CHECKING:
@@ -31,15 +32,15 @@ def score(
     folder = destination(Path(run) if run is not None else default_run(config))
     check_named(config)
     check_ours(folder)
+    before = marks(folder)
     listener.stage("starting", 0)
-    if (done := finished(config, folder, listener)) is not None:
-        return done
+    if (done := finished(config, folder, listener)) is None:
+        from alphatoken_curate.scoring.engines import Here
+        from alphatoken_curate.scoring.loop import score_rows
 
-    from alphatoken_curate.scoring.engines import Here
-    from alphatoken_curate.scoring.loop import score_rows
-
-    with closing(engine or Here()) as running:
-        return score_rows(config, folder, listener, running)
+        with closing(engine or Here()) as running:
+            done = score_rows(config, folder, listener, running)
+    return replace(done, beside=written(folder, before))
 
 
 def score_part(

@@ -6,6 +6,7 @@ an outside engine can run the same code.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -270,7 +271,7 @@ class ShardScorer:
     def _fisher(self) -> Direction:
         if self.spec.estimates_fisher:
             return self._stored(artifacts.FISHER)
-        return read_direction(Path(self.spec.config.fisher).expanduser(), self.scoring, flag="--fisher")
+        return read_direction(Path(os.path.expanduser(self.spec.config.fisher)), self.scoring, flag="--fisher")
 
     def _reference_weights(self) -> Direction:
         scoring, reference = self.scoring, self.spec.reference

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from alphatoken_curate.errors import FingerprintError, UsageError
 from alphatoken_curate.reading.trainset import TrainRow, TrainSet, open_train
+from alphatoken_curate.runs.card import digest_of
 from alphatoken_curate.trainers.fit import check_tokenizer, marked
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def as_dataset(
     paths = [_literally(path) for path, shard in whole if shard.rows]  # datasets fails at a file without rows
     if not paths:
         raise UsageError(f"{run}: mask {opened.mask.mask} has no row to train on")
-    rows = marked(Dataset.from_parquet(paths, columns=[*key_columns(opened), *names]), opened.run)
+    # By path and time alone datasets would take its copy of other bytes that were there.
+    told = {"columns": [*key_columns(opened), *names], "description": digest_of(opened.mask.shards)}
+    rows = marked(Dataset.from_parquet(paths, **told), opened.run)
     return rows if max_length is None else rows.map(_cut, fn_kwargs={"names": names, "max_length": max_length})
 
 

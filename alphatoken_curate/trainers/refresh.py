@@ -10,7 +10,7 @@ import contextlib
 import math
 import multiprocessing
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers.trainer_callback import ExportableState
 from alphatoken_curate.config import settings_of_mask
 from alphatoken_curate.errors import CurateError, UsageError
 from alphatoken_curate.masks.mask import mask as make_mask
+from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.reading.scan import choose_mask
 from alphatoken_curate.runs import manifest
 from alphatoken_curate.scoring.refresh import refresh
@@ -50,7 +51,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
     until an epoch needs the mask, or the next checkpoint is saved; with `device="cpu"` or another card it takes no
     memory of the training's. `base`, `reference`, `device`: as `refresh` takes them.
 
-    A line says when rows are scored, and which mask comes into force.
+    A line says when rows are scored, what a refresh warns of, and which mask comes into force.
 
     It never goes on by an old mask: what fails in a refresh fails the training, with the same error. Resumed from a
     checkpoint, which must lie in `output_dir`, training goes by the mask that was in force there, and the checkpoint's
@@ -179,7 +180,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
         self._finish()
         _tell(state, f"{self.run} is scored at {folder.name}{' in a process of its own' if self.new_process else ''}")
         if not self.new_process:
-            self._made = refreshed(self.run, str(folder), self.models)
+            self._made = refreshed(self.run, str(folder), self.models, _Warned(_say))
             return
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe(duplex=False)
@@ -194,10 +195,12 @@ class RefreshCallback(TrainerCallback, ExportableState):
             return
         (job, answer), self._job = self._job, None
         try:
-            self._made, problem = answer.recv()
+            self._made, problem, warned = answer.recv()
         except EOFError:
-            problem = "it ended without an answer"
+            problem, warned = "it ended without an answer", []
         job.join()
+        for text in warned:
+            _say(text)
         if problem is not None:
             raise CurateError(f"the refresh of {self.run} in a process of its own failed: {problem}")
 
@@ -218,16 +221,32 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _tell(state: TrainerState, text: str) -> None:
-    """A line above the bars of the Trainer, from its first process."""
+    """A line from the first process of a training."""
     if state.is_world_process_zero:
-        with contextlib.suppress(BrokenPipeError):  # what nobody reads ends no training
-            tqdm.write(f"RefreshCallback: {text}")
+        _say(text)
 
 
-def refreshed(run: str, checkpoint: str, models: dict[str, str | None]) -> int:
+def _say(text: str) -> None:
+    """A line above the bars of the Trainer."""
+    with contextlib.suppress(BrokenPipeError):  # what nobody reads ends no training
+        tqdm.write(f"RefreshCallback: {text}")
+
+
+class _Warned(Silent):
+    """Hands on what a refresh warns of."""
+
+    def __init__(self, told: Callable[[str], object]) -> None:
+        self._told = told
+
+    def warn(self, text: str) -> None:
+        """Hand it on."""
+        self._told(text)
+
+
+def refreshed(run: str, checkpoint: str, models: dict[str, str | None], progress: Progress | None = None) -> int:
     """Number of the mask of a checkpoint, which is scored where it was not; raises as `refresh`."""
     base, reference, device = (models[name] for name in ("base", "reference", "device"))
-    made = refresh(run, checkpoint, base=base, reference=reference, device=device)[-1]
+    made = refresh(run, checkpoint, base=base, reference=reference, device=device, progress=progress)[-1]
     config = settings_of_mask(manifest.read(Path(run)).masks[-1].settings)
     if config.generation == "all" or made.mask.generations == (made.generation,):
         return made.mask.mask
@@ -236,9 +255,10 @@ def refreshed(run: str, checkpoint: str, models: dict[str, str | None]) -> int:
 
 
 def _tell_refreshed(answer: Connection, run: str, checkpoint: str, models: dict[str, str | None]) -> None:
-    """In a process of its own: (mask, None), or (None, what went wrong)."""
+    """In a process of its own: (mask, None), or (None, what went wrong); and what it warned of."""
+    warned: list[str] = []
     try:
-        answer.send((refreshed(run, checkpoint, models), None))
+        answer.send((refreshed(run, checkpoint, models, _Warned(warned.append)), None, warned))
     except BaseException as error:
-        answer.send((None, f"{type(error).__name__}: {error}"))
+        answer.send((None, f"{type(error).__name__}: {error}", warned))
         raise

@@ -85,3 +85,17 @@ def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
     next((run / "train/mask=0000").iterdir()).unlink()
     done = command("export", run, "--for", "hf", "-o", tmp_path / "out")
     assert done.code == 4 and "part-0000" in done.err and not (tmp_path / "out").exists()
+
+
+def test_a_path_that_others_take_for_a_pattern_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, note = small_run(tmp_path / "g[1]"), "load_dataset takes *, ? and [ in this path for a pattern"
+    monkeypatch.chdir(run.parent)
+    for arguments, times in (
+        (("mask", "g[1]", "--keep", 0.2), 1),
+        (("export", "g[1]", "--for", "trl", "-o", "out"), 0),
+        (("export", "g[1]", "--for", "trl"), 1),
+    ):
+        done = command(*arguments)
+        assert done.code == 0 and done.out.count(note) == times
+    monkeypatch.chdir(run)
+    assert command("mask", ".").out.count(note) == 1

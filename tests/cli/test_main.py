@@ -118,6 +118,21 @@ def test_score_says_what_it_wrote_and_what_comes_next(data: str, models: dict[st
     assert command("show", run, "--row", shown).code == 0
 
 
+def test_score_prints_commands_to_paste_and_says_what_it_wrote_again(
+    data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("my run", "-r"):
+        words = ("score", data, "--model", models["base"], "-o", f"./{run}")
+        lines = [line.strip().removeprefix("Next: ") for line in command(*words).out.splitlines()]
+        told = [one for line in lines for one in line.split("   or   ") if one.startswith("alphatoken-curate ")]
+        assert [one.split()[1] for one in told] == ["stats", "show", "mask"]
+        assert [command(*shlex.split(one)[1:]).code for one in told] == [0, 0, 0]
+    (tmp_path / run / "config.yaml").unlink()
+    assert "there already. Nothing was written but config.yaml, manifest.json.\n" in command(*words).out
+    assert "there already. Nothing was written.\n" in command(*words).out
+
+
 def test_a_trial_on_the_first_rows_has_a_folder_of_its_own(
     data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

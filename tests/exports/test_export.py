@@ -355,7 +355,7 @@ def test_the_readme_says_what_to_do_and_what_was_done(
     run, form = runs[kind, "binary"], FORMS[trainer]
     done = export(run, trainer=trainer, output="out", max_length=6)
     text = (tmp_path / "out" / "README.md").read_text()
-    place = "out" if trainer == "llamafactory" else f"out/{form.data}"
+    place = {"llamafactory": '"out"', "hf": '"./out"'}.get(trainer, f"out/{form.data}")
     for line in (
         place,
         IN_WORDS[form.alignment],
@@ -412,6 +412,14 @@ def test_weights_that_labels_cannot_hold_are_told_with_who_weighs(
         export(runs["sft", "soft"], trainer="axolotl", output=tmp_path / "out")
     found = command("export", runs["sft", "soft"], "--for", "trl", "-o", tmp_path / "trl")
     assert "  weights  not all 0 or 1: README.md says which of its trainers weigh by them" in found.out.splitlines()
+
+
+@pytest.mark.parametrize("trainer", TOKEN_FORMS)
+def test_the_readme_names_the_folder_as_it_is_called(
+    runs: dict[tuple[str, str], Path], tmp_path: Path, trainer: str
+) -> None:
+    done = export(runs["sft", "binary"], trainer=trainer, output=tmp_path / "größer 😀")
+    assert f"{done.path}" in (done.path / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("trainer", ["hf", "levanter", "verl", "skyrl", "megatron", "ms-swift", "tinker"])

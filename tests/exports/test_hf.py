@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from exported import SOFT, read, truth
-from small_run import small_run
+from exported import HALF, SOFT, read, truth
+from small_run import small_run, value_rows
 
 from alphatoken_curate import UsageError, export
 
@@ -87,14 +90,34 @@ def test_the_readme_says_what_the_strict_form_cannot_do(tmp_path: Path) -> None:
     assert "export without `--strict`" in pairs and "WeightedDPOTrainer(" not in pairs
 
 
-def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the trainer itself."""
-    monkeypatch.chdir(tmp_path)
-    run = small_run(tmp_path / "run")
-    done = export(run, trainer="hf", output='a "quoted" [n]ame')
-    text = Path('a "quoted" [n]ame/README.md').read_text()
-    code = text.split("```python\n")[1].split("```")[0]
+def loaded(place: Path) -> Any:
+    """The rows of an export, by the code of its README up to the trainer itself."""
+    code = (place / "README.md").read_text().split("```python\n")[1].split("```")[0]
     (load,) = [line for line in code.splitlines() if line.startswith("rows = ")]
-    known: dict[str, object] = {}
+    known: dict[str, Any] = {}
     exec(f"from datasets import load_dataset\n{load}", known)
-    assert len(known["rows"]) == done.rows  # type: ignore[arg-type]
+    return known["rows"]
+
+
+@pytest.mark.parametrize("name", ['a "quoted" [n]ame', "json", "one two \U0001f600", "g[1]/mine.trl"])
+def test_the_code_of_the_readme_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the folder that the name would be a pattern of."""
+    run, others = small_run(tmp_path / "run"), small_run(tmp_path / "others", value_rows(3))
+    (tmp_path / "g[1]").mkdir()
+    for output in ('a "quoted" name', "g1/mine.trl"):
+        export(others, trainer="hf", output=tmp_path / output)
+    monkeypatch.chdir(tmp_path / Path(name).parent)
+    done = export(run, trainer="hf", output=Path(name).name)
+    assert len(loaded(done.path)) == done.rows
+
+
+def test_a_folder_that_was_written_anew_at_the_same_time_is_loaded_anew(tmp_path: Path) -> None:
+    """As an unpacked archive is, or a disk whose times are all alike."""
+    found = []
+    for weights in (HALF, SOFT):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        export(small_run(tmp_path / "run", config=weights), trainer="hf", output=tmp_path / "out")
+        os.utime(tmp_path / "out" / "train.parquet", (1.7e9, 1.7e9))
+        found.append(loaded(tmp_path / "out")["loss_weight"][:])
+        assert found[-1] == pq.read_table(tmp_path / "out" / "train.parquet")["loss_weight"].to_pylist()
+    assert found[0] != found[1]

@@ -91,6 +91,49 @@ def test_missing_truncated_swapped_and_empty_shards(run: Path) -> None:
     assert VALUES_1 in files(run)
 
 
+@pytest.mark.parametrize("kind", ["sft", "preference", "each"])
+@pytest.mark.parametrize("generation", [0, 2])
+def test_shards_behind_a_damaged_or_missing_one_are_sound(tmp_path: Path, kind: str, generation: int) -> None:
+    rows = value_rows(kind="sft" if kind == "each" else kind)
+    if kind == "each":  # two answers of each row
+        rows = [replace(rows[i - i % 2], row_id=i // 2, turn=i % 2, line=i // 2 + 1) for i in range(12)]
+    run = small_run(tmp_path, rows, per_shard=2, generations=(0, 2))
+    assert verify(run) == []
+    name = f"values/generation={generation}/part-00001.parquet"
+    whole = bytearray((run / name).read_bytes())
+    whole[100] ^= 1
+    (run / name).write_bytes(whole)
+    assert [problem.file for problem in verify(run)] == [name]
+    (run / name).unlink()
+    assert [problem.file for problem in verify(run)] == [name]
+
+
+def test_rows_that_do_not_go_on_are_found_behind_a_missing_shard(tmp_path: Path) -> None:
+    rows = value_rows()
+    run = small_run(tmp_path, [*rows[:8], *(replace(row, row_id=row.row_id + 1) for row in rows[8:])], per_shard=2)
+    (run / "values/generation=0/part-00001.parquet").unlink()
+    assert found(run, "values/generation=0/part-00004.parquet") == "row ids do not go on one by one from 8"
+
+
+def test_what_a_killed_command_left_is_not_held_against_the_manifest(tmp_path: Path) -> None:
+    """It is told of for itself, with advice that ends it."""
+    run = small_run(tmp_path)
+    named = manifest.read(run)
+    make_mask(run, published(keep=0.3))
+    write_generation(run, value_rows(seed=1), number=1)
+    manifest.write(run, named)  # as if both had been killed before they were named
+    left = {problem.file: problem.do for problem in verify(run)}
+    assert {name.rpartition("/")[0] for name in left} == {"train/mask=0001", "values/generation=1"}
+    assert {do.partition(" ")[0] for do in left.values()} == {"finish"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alphatoken_curate.masks.remask._free_number", lambda *_: 2)
+        make_mask(run, published(keep=0.4))
+    card.write(run, manifest.read(run))
+    again = {problem.file: problem.do for problem in verify(run)}
+    assert again.keys() == left.keys()
+    assert {do for name, do in again.items() if name.startswith("train")} == {"move it out of the run"}
+
+
 def test_foreign_and_left_over_files(run: Path) -> None:
     folder = run / "train/mask=0000"
     shutil.copy(folder / "part-00000.parquet", folder / "part-00003.parquet")

@@ -27,7 +27,7 @@ from alphatoken_curate import export
 from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows import containers
 from alphatoken_curate.rows.fields import BRANCHES
-from alphatoken_curate.rows.files import find_files
+from alphatoken_curate.rows.files import anywhere, find_files
 from alphatoken_curate.rows.read import BadRow, ReadRows, RowStream, grouped, kind_of, read_rows, refuse, rows_of
 from alphatoken_curate.rows.shapes import Messages, Pair, Passage, Prompt, PromptCompletion, Tokens
 
@@ -344,6 +344,36 @@ def test_a_folder_is_read_in_the_order_of_its_relative_paths(tmp_path: Path) -> 
     given_order = find_files([f"{tmp_path}/b.jsonl", f"{tmp_path}/a"])
     assert [file.source for file in given_order] == ["b.jsonl", "c.ndjson.gz", "z.jsonl"]
     assert not any(os.path.isabs(file.source) for file in globbed + given_order)
+
+
+def test_a_pattern_holds_in_any_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a folder above it has a name that would be a pattern, and the folder it would be of is there."""
+    for name in ("g[1]/rows/x.jsonl", "g1/rows/x.jsonl", "g[1]/lone[2].jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(line(GOOD))
+    monkeypatch.chdir(tmp_path / "g[1]")
+    monkeypatch.setenv("HOME", str(tmp_path / "g[1]"))
+    for pattern in ("*/*.jsonl", "../g[[]1]/*/*.jsonl", "~/*/*.jsonl", f"{tmp_path}/g[[]1]/**"):
+        there = anywhere(pattern)
+        assert anywhere(there) == there == os.path.abspath(there)
+        (here,), (away,) = find_files([pattern])[-1:], find_files([there])[-1:]
+        assert os.path.abspath(here.path) == away.path == str(tmp_path / "g[1]/rows/x.jsonl")
+        assert here.source == away.source == "rows/x.jsonl"
+    for name in ("rows", "rows/x.jsonl", "lone[2].jsonl", "~/lone[2].jsonl"):
+        assert anywhere(name) == str(tmp_path / "g[1]" / name.removeprefix("~/"))
+    for name in ("owner/name", "~no-such-user/x"):
+        assert anywhere(name) == name
+
+
+def test_what_lies_below_the_home_folder_is_named_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "x.jsonl").write_bytes(line(GOOD))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("~/rows/x.jsonl", "~/rows", "~/rows/*.jsonl"):
+        (file,) = find_files([name])
+        assert (file.path, file.source) == (str(tmp_path / "rows" / "x.jsonl"), "x.jsonl")
+    with pytest.raises(InputError, match=f"{tmp_path}/none: no such file or folder"):
+        find_files(["~/none"])
 
 
 def test_what_is_no_data_is_refused_by_name(tmp_path: Path) -> None:

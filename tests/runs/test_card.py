@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -70,16 +72,25 @@ def test_a_shard_without_rows_is_read_over(tmp_path: Path) -> None:
     assert found["row_id"][:] == as_dataset(run)["row_id"][:] == [0, 1, 2, 6, 7]
 
 
-def test_what_the_card_says_of_datasets_works(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["a", "g[1]"])
+def test_what_the_card_says_of_datasets_works(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the name is a pattern of another run's too, and where other bytes of the same time were there before."""
     import datasets
 
-    monkeypatch.chdir(run)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (lines,) = [part for part in card.render(manifest.read(run)).split("```") if "load_dataset" in part]
-    known: dict[str, object] = {}
-    *imports, train, values = lines.removeprefix("python").strip().splitlines()
-    exec("\n".join(imports), known)
-    assert [eval(line, known).num_rows for line in (train, values)] == [9, 12]
+    small_run(tmp_path / "g1", [value_row(0, 9)])
+    for keep in (0.6, 0.3):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        run = small_run(tmp_path / name, config=published(keep=keep))
+        for path in run.rglob("*"):
+            os.utime(path, (1.7e9, 1.7e9))
+        monkeypatch.chdir(run)
+        (lines,) = [part for part in card.render(manifest.read(run)).split("```") if "load_dataset" in part]
+        known: dict[str, Any] = {}
+        *before, train, values = lines.removeprefix("python").strip().splitlines()
+        exec("\n".join(before), known)
+        assert eval(train, known)["loss_mask"][:] == scan(run, "train").collect()["loss_mask"].to_list()
+        assert eval(values, known).num_rows == 12
 
 
 def test_the_front_matter_names_the_newest(run: Path) -> None:

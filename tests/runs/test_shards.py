@@ -283,7 +283,10 @@ def test_a_full_disk_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CurateError, match="cannot be written"), atomic_file(tmp_path / "file" / "x"):
+    with (
+        pytest.raises(CurateError, match="x: File exists; a file lies where a folder"),
+        atomic_file(tmp_path / "file" / "x"),
+    ):
         pass
 
 

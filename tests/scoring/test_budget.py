@@ -237,8 +237,10 @@ def test_every_flipped_bit_of_a_record_is_seen(tmp_path: Path) -> None:
 
 
 def test_the_record_of_another_schema_version_is_told(tmp_path: Path) -> None:
-    budget(tmp_path, fields=FIELDS | {"schema_version": 1})
-    computed(tmp_path)
+    run = tmp_path / "my run"
+    budget(run, fields=FIELDS | {"schema_version": 1})
+    computed(run)
     with pytest.raises(FingerprintError, match="schema version 1, and this release writes") as caught:
-        budget(tmp_path, fields=FIELDS | {"schema_version": 2})
+        budget(run, fields=FIELDS | {"schema_version": 2})
     assert caught.value.fields == ("schema_version",)
+    assert f"score --config '{run}/config.yaml' -o ANOTHER" in str(caught.value)

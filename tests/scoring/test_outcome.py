@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_run import small_run
 from tiny_files import NAN_TOKEN, Notes, command, contents, token_records, write_jsonl
 
 from alphatoken_curate import InputError, ScoreConfig, refresh, score, verify, watch
 from alphatoken_curate.errors import UsageError
 from alphatoken_curate.runs import manifest, shards
-from alphatoken_curate.scoring.outcome import largest, made_of
+from alphatoken_curate.scoring.outcome import largest, made_of, told_of_failed
 
 WHY = r"no row was scored: the losses or signals of all 5 rows are not finite.*adaptation, of the gradient of --target"
 
@@ -60,6 +61,15 @@ def test_a_finished_run_of_another_release_where_nothing_was_scored_is_refused_t
     with pytest.raises(InputError, match="no row was scored"):
         score(ScoreConfig(**settings), run)
     assert contents(run) == before and verify(run) == []
+
+
+def test_rows_that_failed_are_told_of_by_their_sequences(tmp_path: Path) -> None:
+    small_run(tmp_path)  # of twelve rows nine are scored; an eleventh is the target, another rejected
+    assert told_of_failed(tmp_path, 0, 9, "all") is None
+    told = told_of_failed(tmp_path, 0, 10, "all")
+    assert told is not None and told.startswith("1 of 10 rows failed in generation 0: that is in no mask of its values")
+    each = told_of_failed(tmp_path, 0, 11, "each")
+    assert each is not None and each.startswith("2 of 11 answers failed in generation 0: these are in no mask")
 
 
 def test_a_checkpoint_at_which_nothing_is_scored_leaves_nothing_behind(

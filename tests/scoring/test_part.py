@@ -166,13 +166,13 @@ def test_what_no_part_is(part: str) -> None:
 
 def test_what_the_command_says_of_parts(settings: dict[str, Any], tmp_path: Path) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name != "data"]
+    run = tmp_path / "my run"
 
     def told(*part: str) -> list[str]:
-        ended = command("score", settings["data"], *flags, "-o", tmp_path / "run", *part)
+        ended = command("score", settings["data"], *flags, "-o", run, *part)
         assert ended.code == 0, ended.err
         return ended.out.splitlines()
 
-    run = tmp_path / "run"
     assert told("--part", "prepare") == [
         f"{run}: prepared; 0 of 5 shards are there.",
         "Next: the same command with --part 0/N to N-1/N, each where it may run; then without --part, to end it.",
@@ -184,7 +184,7 @@ def test_what_the_command_says_of_parts(settings: dict[str, Any], tmp_path: Path
     ]
     assert told()[0] == f"Wrote {run}"
     for part in ("prepare", "0/2"):
-        assert told("--part", part)[1:] == [f"The run is finished. Next: alphatoken-curate stats {run}"]
+        assert told("--part", part)[1:] == [f"The run is finished. Next: alphatoken-curate stats '{run}'"]
     bad = command("score", settings["data"], *flags, "-o", run, "--part", "2/2")
     assert bad.code == 2 and "it takes prepare, or I/N" in bad.err
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from small_run import published
 from tiny import tiny_model
 from tiny_files import (
+    NAN_TOKEN,
     Notes,
     command,
     contents,
@@ -403,6 +405,48 @@ def test_a_lost_generation_is_not_forgotten(run: Path, models: dict[str, str]) -
         refresh(run, models["base"])
 
 
+@pytest.mark.parametrize("lost", [(1,), (0, 1, 2, 3)])
+def test_what_is_lost_of_a_generation_is_scored_again(run: Path, models: dict[str, str], lost: tuple[int, ...]) -> None:
+    refresh(run, models["tuned"])
+    refresh(run, models["base"])
+    before = contents(run)
+    paths = [run / f"values/generation=1/part-{index:05d}.parquet" for index in lost]
+    flipped = bytearray(paths[0].read_bytes())
+    flipped[100] ^= 1
+    paths[0].write_bytes(flipped)
+    with pytest.raises(StoredDataError, match=r"generation=1/.*: damaged .* delete this file, and run the command"):
+        refresh(run, models["tuned"])
+    for path in paths:
+        path.unlink()
+    (made,) = refresh(run, models["tuned"])
+    assert (made.generation, made.shards_scored, made.mask.created, made.counts.scored) == (1, len(lost), False, 12)
+    assert contents(run) == before and verify(run) == []
+
+
+def test_rows_that_a_checkpoint_fails_on_are_told_of(models: dict[str, str], tmp_path: Path) -> None:
+    records = token_records(6)
+    records[2]["input_ids"][0] = NAN_TOKEN
+    data = write_jsonl(tmp_path / "d.jsonl", records)
+    target = write_jsonl(tmp_path / "t.jsonl", token_records(2, seed=3))
+    words = ("score", data, "--target", target, "--model", models["base"], "--layers", 2, "-o", tmp_path / "run")
+    assert "  rows    6 scored of 6\n" in command(*words).out
+    other = shutil.copytree(tmp_path / "run", tmp_path / "other")
+    ended = command("refresh", tmp_path / "run", "--checkpoint", models["broken"])
+    assert "  rows    5 scored of 6 (1 failed)\n" in ended.out and "! 1 of 6 rows failed in generation 1" in ended.err
+    for _ in range(2):  # where it is finished, and where something beside the values is lost
+        assert "  rows    6 scored of 6\n" in command(*words).out, "they are counted in what score scored"
+        (tmp_path / "run" / "config.yaml").unlink()
+    assert "but config.yaml, manifest.json.\n" in command(*words).out
+    assert "failed" not in command("refresh", tmp_path / "run", "--checkpoint", models["tuned"]).out
+    (tmp_path / "run/values/generation=1/part-00000.parquet").unlink()
+    assert "5 scored of 6 (1 failed)" in command("refresh", tmp_path / "run", "--checkpoint", models["broken"]).out
+    shutil.copytree(models["broken"], tmp_path / "out" / "checkpoint-5")
+    notes = Notes()
+    made = next(iter(watch(other, tmp_path / "out", interval=0.01, progress=notes)))
+    assert (made.counts.scored, made.counts.failed) == (5, 1)
+    assert [told for told in notes.warnings if "1 of 6 rows failed in generation 1: that is in no mask" in told]
+
+
 def test_the_same_weights_in_other_files_are_told_of(run: Path, models: dict[str, str], tmp_path: Path) -> None:
     with quiet():
         tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "parts", max_shard_size="5KB")
@@ -483,6 +527,29 @@ def test_the_command_says_what_it_did(run: Path, steps: Path, models: dict[str, 
     assert again.code == 0 and "is generation 2 of" in again.out and "Nothing was written" in again.out
     same = command("refresh", run, "--checkpoint", models["base"])
     assert same.code == 0 and same.out.count("stability is 0") == 1
+
+
+def test_the_command_says_which_mask_readers_take(run: Path, steps: Path, tmp_path: Path) -> None:
+    run = run.rename(tmp_path / "my run")
+    words = ("refresh", run, "--checkpoint", steps / "checkpoint-20")
+    first = command(*words).out
+    assert "Readers" not in first and f"alphatoken-curate stats '{run}'\n" in first
+    mask(run, published(generation="0", keep=0.3))
+    again = command(*words).out
+    assert again.startswith(f"checkpoint-20 is generation 1 of {run} already; wrote mask 3.\n")
+    assert "Readers" not in again and "values/generation=1" not in again and "rows " not in again
+    assert "Readers" not in command("refresh", run, "--checkpoint", steps / "checkpoint-100").out
+    passed = command(*words).out
+    assert "Nothing was written.\nReaders take the newest mask; name mask 3, of generation 1, by its number:" in passed
+    assert f"alphatoken-curate export '{run}' --mask 3 --for trl" in passed
+    mask(run, published(generation="0,2", by="-nll", allow_empty_rows=True, scope="batch:3"))
+    (line,) = [one for one in command(*words).out.splitlines() if one.startswith("  alphatoken-curate mask ")]
+    assert command(*shlex.split(line)[1:]).code == 0
+    newest, before = manifest.read(run).masks[-1], manifest.read(run).masks[-2]
+    assert newest.generations == (1,) and newest.settings == {**before.settings, "generation": "1"}
+    assert "Readers" not in command(*words).out
+    (run / "README.md").unlink()
+    assert "Nothing was written but README.md.\n" in command(*words).out
 
 
 def test_the_command_refuses_what_it_cannot_do(run: Path, models: dict[str, str], tmp_path: Path) -> None:

@@ -477,6 +477,8 @@ def test_progress_tells_every_token(settings: dict[str, Any], target: str, tmp_p
         ("org/name:train[:5]", "name_train__5.alphatoken"),
         ("d/*.parquet", "run.alphatoken"),
         ("..", "run.alphatoken"),
+        ("-d.jsonl", "d.alphatoken"),
+        ("-.-/", "run.alphatoken"),
     ],
 )
 def test_the_default_run_folder(data: str, run: str) -> None:
@@ -579,6 +581,22 @@ def test_the_config_replays_the_run(settings: dict[str, Any], target: str, tmp_p
     # Later masks, and what they were made with, do not change how the run is replayed.
     score(ScoreConfig(**settings | changes | {"keep": 0.1, "batch_tokens": 512}), tmp_path / "run")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == stored
+
+
+def test_a_pattern_is_replayed_on_the_files_it_named(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a working folder whose own name would be a pattern, beside the folder that it would be of."""
+    for name, records in (("g[1]", token_records(4)), ("g1", token_records(4, seed=9))):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "x.jsonl", records)
+    monkeypatch.chdir(tmp_path / "g[1]")
+    score(ScoreConfig(**settings | {"data": "*.jsonl", "limit": None}), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for place in ("run", "other"):
+        ended = command("score", "--config", "run/config.yaml", "-o", place)
+        assert ended.code == 0 and ("Nothing was written" in ended.out) == (place == "run"), ended
+    assert contents(tmp_path / "other") == contents(tmp_path / "run")
 
 
 def test_a_runs_config_from_before_replays_the_mask_of_then(settings: dict[str, Any], tmp_path: Path) -> None:

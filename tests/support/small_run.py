@@ -170,8 +170,8 @@ def write_generation(
     more: Mapping[str, Json] | None = None,
 ) -> None:
     """values/ of these rows (of either kind), of `read` in the input (default: all of them), at checkpoint-NUMBER."""
-    kind = kind_of(rows)
-    told = facts(read or len(rows), kind, f"checkpoint-{number}" if number else "base", estimator_of(rows), more)
+    kind, read = kind_of(rows), read or len({row.row_id for row in rows})
+    told = facts(read, kind, f"checkpoint-{number}" if number else "base", estimator_of(rows), more)
     metadata = Footer(fields={**FIELDS, "kind": kind, "generation": number}, facts=told.as_json())
     layout = LAYOUTS[kind].along((more or {}).get("direction"))
     for index, start in enumerate(range(0, len(rows), per_shard)):

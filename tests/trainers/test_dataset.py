@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -269,6 +271,18 @@ def test_a_folder_whose_name_is_a_pattern_is_read_itself(tmp_path: Path, name: s
     run = made(tmp_path / name, count=5)
     assert as_dataset(run)[:]["input_ids"] == [row["input_ids"] for row in stored(run, 0)]
     assert len(as_dataset(run)) == 5
+
+
+def test_a_run_that_was_made_anew_at_the_same_time_is_read_anew(tmp_path: Path) -> None:
+    """As an image or an unpacked archive is, whose files all have one time."""
+    for weights in ("rank", "binary"):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        run = small_run(tmp_path / "run", config=published(keep=0.5, weights=weights))
+        for path in run.rglob("*"):
+            os.utime(path, (1.7e9, 1.7e9))
+        assert as_dataset(run)["loss_weight"][:] == [row["loss_weight"] for row in stored(run, 0)]
+    copies = {file["filename"] for file in as_dataset(run).cache_files}
+    assert copies == {file["filename"] for file in as_dataset(run).cache_files}  # none is made at each call
 
 
 def test_what_does_not_go_together_is_refused(run: Path, tmp_path: Path) -> None:

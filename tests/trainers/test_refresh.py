@@ -14,7 +14,7 @@ import torch
 from daily import daily
 from hand import sft_loss, stored
 from small_run import published
-from tiny_files import pair_records, quiet, token_records, write_jsonl
+from tiny_files import NAN_TOKEN, pair_records, quiet, token_records, write_jsonl
 from trainer_runs import NO_CHECKPOINTING, settings, tokenizer
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -34,8 +34,8 @@ pytestmark = [
 ROWS, BATCH = 8, 4
 
 
-def scored(folder: Path, models: dict[str, str], kind: str = "sft") -> Path:
-    records = token_records(ROWS) if kind == "sft" else pair_records(ROWS)
+def scored(folder: Path, models: dict[str, str], kind: str = "sft", records: list[Any] | None = None) -> Path:
+    records = records or (token_records(ROWS) if kind == "sft" else pair_records(ROWS))
     data = write_jsonl(folder / f"{kind}.jsonl", records)
     target = write_jsonl(folder / "target.jsonl", token_records(3, seed=5))
     config = ScoreConfig(data=data, target=target, model=models["base"], layers=2, weights="rank")
@@ -293,6 +293,27 @@ def test_a_refresh_in_a_process_of_its_own(run: Path, models: dict[str, str], tm
     assert expected(run, 1) == expected(before, 1)
 
 
+def test_rows_that_a_checkpoint_fails_on_are_told_of(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = token_records(ROWS)
+    records[2]["input_ids"][0] = NAN_TOKEN
+    run = scored(tmp_path, models, records=records)
+    shutil.copytree(models["broken"], tmp_path / "out" / "checkpoint-5")
+    where = SimpleNamespace(output_dir=tmp_path / "out")
+    callback, told = RefreshCallback(run), f"RefreshCallback: 1 of {ROWS} rows failed in generation 1: "
+    callback._begin_refresh(where, SimpleNamespace(global_step=5, is_world_process_zero=True))  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count(told) == 1
+    # What a process of its own was told is told when it is waited for.
+    shutil.rmtree(run)
+    run = scored(tmp_path, models, records=records)
+    here, there = multiprocessing.Pipe(duplex=False)
+    module._tell_refreshed(there, str(run), str(tmp_path / "out" / "checkpoint-5"), callback.models)
+    callback._job = (SimpleNamespace(join=lambda: None), here)
+    callback._finish()
+    assert capsys.readouterr().out.count(told) == 1 and callback._made == 1
+
+
 @pytest.mark.slow
 def test_a_reader_that_went_away_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(text: str) -> None:
@@ -319,8 +340,9 @@ def test_a_process_tells_what_went_wrong(run: Path, models: dict[str, str]) -> N
     named = {"base": None, "reference": models["tuned"], "device": None}
     with pytest.raises(FingerprintError):
         module._tell_refreshed(there, str(run), models["base"], named)
-    made, problem = here.recv()
+    made, problem, warned = here.recv()
     assert made is None and problem.startswith("FingerprintError: ") and "not the reference" in problem
+    assert warned == []
 
 
 @pytest.mark.long
