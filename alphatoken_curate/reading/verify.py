@@ -20,6 +20,7 @@ from alphatoken_curate.wording import count
 
 AGAIN = "delete it and run the command that made it again"
 _MANIFEST_AGAIN = "delete it and run the `score` command that began the run again"
+_WITHOUT = "delete manifest.json and run the `score` command that began the run again, which goes on without it"
 _FOLDERS = ("values", "train", "artifacts")
 
 
@@ -78,15 +79,24 @@ def verify(run: str | Path) -> list[Problem]:
 
 def _digests(run: Path, stored: Manifest) -> Iterator[Problem]:
     for file in _named(stored):
+        missing, damaged = _repairs(file.path)
         try:
             size, sha256 = digest(run / file.path)
         except StoredDataError as error:
             found = str(error).removeprefix(f"{run / file.path}: ").partition(";")[0]
-            yield Problem(file=file.path, found=found, do="restore it, or run the command that wrote it again")
+            yield Problem(file=file.path, found=found, do=missing)
             continue
         if (size, sha256) != (file.bytes, file.sha256):
             have = f"{size} bytes, sha256 {sha256}"
-            yield Problem(file=file.path, found=f"{have}; written {file.bytes} bytes, {file.sha256}", do=AGAIN)
+            found = f"{have}; written {file.bytes} bytes, {file.sha256}"
+            yield Problem(file=file.path, found=found, do=damaged)
+
+
+def _repairs(path: str) -> tuple[str, str]:
+    """What to do where a file is missing, and where it is damaged. No finished run makes again what it is made from."""
+    if path.endswith(".safetensors"):
+        return f"restore it, or {_WITHOUT}", f"delete it; then {_WITHOUT}"
+    return "restore it, or run the command that wrote it again", AGAIN
 
 
 def _named(stored: Manifest) -> list[File]:

@@ -136,6 +136,22 @@ def test_where_a_file_is_lost_it_is_not_finished_and_the_scoring_mends_it(
         assert contents(run) == contents(whole)
 
 
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_run_goes_on_without_what_it_was_made_from_as_verify_says(
+    damage: bool, settings: dict[str, Any], run: Path
+) -> None:
+    lost = sorted((run / "artifacts").glob("*.safetensors"))[0]
+    lost.write_bytes(lost.read_bytes()[:-1])
+    if not damage:
+        lost.unlink()
+    (problem,) = verify(run)
+    assert problem.file == f"artifacts/{lost.name}" and ("delete it; then" in problem.do) == damage
+    assert "delete manifest.json and run the `score` command that began the run again" in problem.do
+    lost.unlink(missing_ok=True)
+    (run / manifest.NAME).unlink()
+    assert score(ScoreConfig(**settings), run).shards_scored == 0 and verify(run) == []
+
+
 def test_a_limit_that_was_not_reached_says_nothing_of_files_that_came(settings: dict[str, Any], tmp_path: Path) -> None:
     rows = tmp_path / "rows"
     rows.mkdir()
