@@ -24,7 +24,7 @@ from hostile_files import (
 from safetensors.torch import load_file, save_file
 from templates import tokenizer_of
 from tiny import tiny_model
-from tiny_files import Ended, command, plain_llama, quiet, save_gguf, token_records, write_jsonl
+from tiny_files import Ended, command, configured, plain_llama, quiet, save_gguf, token_records, write_jsonl
 
 from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.load import find_model, load_model, load_tokenizer
@@ -95,12 +95,6 @@ def test_a_gguf_of_other_numbers_than_its_tensors_is_refused(
 @pytest.fixture
 def model(models: dict[str, str], tmp_path: Path) -> Path:
     return Path(shutil.copytree(models["base"], tmp_path / "model"))
-
-
-def configured(model: Path, **changes: Any) -> Path:
-    path = model / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return model
 
 
 def weighed(model: Path, **changes: Any) -> Path:

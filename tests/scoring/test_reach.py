@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_files import command, token_records, write_jsonl
+from tiny_files import command, configured, token_records, write_jsonl
 
 from alphatoken_curate import InputError, ScoreConfig, score
 from alphatoken_curate.scoring.prepare import prepare
@@ -23,13 +23,8 @@ def model(models: dict[str, str], tmp_path: Path) -> Path:
     return Path(shutil.copytree(models["base"], tmp_path / "model"))
 
 
-def says(model: Path, **told: Any) -> None:
-    path = model / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | told))
-
-
 def test_rows_longer_than_a_table_of_positions_are_refused_with_what_helps(model: Path, tmp_path: Path) -> None:
-    says(model, model_type="gpt2", n_positions=64)
+    configured(model, model_type="gpt2", n_positions=64)
     data = write_jsonl(tmp_path / "d.jsonl", [of_tokens(64), of_tokens(80), of_tokens(65)])
     told = r"d\.jsonl:2 has 80 tokens, the first of 2 rows over \S*model's 64: its positions end there\."
     with pytest.raises(InputError, match=told + " Give --max-length 64"):
@@ -42,7 +37,7 @@ def test_rows_longer_than_a_table_of_positions_are_refused_with_what_helps(model
 
 def test_rows_beside_data_and_both_branches_of_pairs_count(model: Path, tmp_path: Path) -> None:
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 64}
-    says(model, rope_parameters=rope)
+    configured(model, rope_parameters=rope)
     data = write_jsonl(tmp_path / "d.jsonl", [of_tokens(60), of_tokens(64)])
     long = write_jsonl(tmp_path / "long.jsonl", [of_tokens(70)])
     with pytest.raises(InputError, match=r"long\.jsonl:1 has 70 tokens, the first of 1 row over .*\(longrope\) go by"):
@@ -57,7 +52,7 @@ def test_a_token_that_the_reference_does_not_know_is_refused(
     model: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
     wide = json.loads((model / "config.json").read_text())["vocab_size"] + 3
-    says(model, vocab_size=wide)
+    configured(model, vocab_size=wide)
     records = [*token_records(3), {"input_ids": [1, wide - 1], "labels": [-100, wide - 1]}]
     settings: dict[str, Any] = {"model": str(model), "reference": models["base"], "target_rows": 1}
     known = ScoreConfig(data=write_jsonl(tmp_path / "known.jsonl", records[:3]), **settings)

@@ -119,6 +119,13 @@ def save_gguf(model: Any, path: Path, more: Callable[[Any], None] = lambda write
     return str(path)
 
 
+def configured(model: Path, **changes: Any) -> Path:
+    """The folder of a model, once its config.json says other things."""
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return model
+
+
 def pair_records(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Pre-tokenised pairs that share a prompt."""
     draw = np.random.default_rng(seed)
