@@ -35,11 +35,15 @@ _ANCHORS = ("\n", ":", "a")
 
 
 class Spelled(NamedTuple):
-    """T tokens, their response mask, shape (T,), and which of those that respond end an answer, shape (T,)."""
+    """T tokens, their response mask, shape (T,), and which of those that respond end an answer, shape (T,).
+
+    `cut`: whether the text by itself has a token of the space that ends the prompt and what the answer begins with.
+    """
 
     tokens: list[int]
     response: NDArray[np.bool_]
     end_of_turn: NDArray[np.bool_]
+    cut: bool = False
 
 
 def closing_stops(tokens: Sequence[int], response: NDArray[np.bool_], stops: Collection[int]) -> NDArray[np.bool_]:
@@ -86,7 +90,9 @@ class Speller:
 
     def _encode(self, item: RenderedText, tokens: list[int], offsets: list[tuple[int, int]]) -> Spelled:
         spans = self._token_spans(item, tokens, offsets)
-        return self.encode_in_pieces(item) if spans is None else self._framed(item, tokens, spans)
+        if spans is not None:
+            return self._framed(item, tokens, spans)
+        return self.encode_in_pieces(item)._replace(cut=_cuts_a_word(item, offsets))
 
     def encode_in_pieces(self, item: RenderedText) -> Spelled:
         """Tokens and response mask of the text cut at the borders of its spans. Raises RowFault."""
@@ -275,3 +281,10 @@ def _same(decoded: str, text: str) -> bool:
     return decoded == text or any(
         unicodedata.normalize(form, decoded) == unicodedata.normalize(form, text) for form in ("NFC", "NFKC")
     )
+
+
+def _cuts_a_word(item: RenderedText, offsets: Sequence[tuple[int, int]]) -> bool:
+    """Whether a token of the whole text holds the space that ends the prompt and the first of the answer."""
+    first = item.spans[0][0] if item.spans else 0
+    within = any(start < first < end for start, end in offsets)
+    return within and item.text[first - 1] == " " and not item.text[first].isspace()

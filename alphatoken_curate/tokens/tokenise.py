@@ -36,6 +36,8 @@ _MOST_RUNAWAYS = 20
 NO_TOKENIZER = "no_tokenizer"
 """The reason of a row of text where the model has no tokenizer."""
 
+CUT_WORD = "the prompt ends with a space, behind which no model expects a word: move it to the front of the answer"
+
 OUT_OF_VOCABULARY = "token_out_of_vocabulary"
 """The reason of a row with a token that the model does not know."""
 
@@ -206,6 +208,8 @@ def _spelled(
             if told is not None:
                 told.update({note for item in items if isinstance(item, RenderedText) for note in item.notes})
             found = [_finished(row, item if not isinstance(item, RenderedText) else next(encoded)) for item in items]
+            if told is not None:
+                told.update({CUT_WORD for one in found if isinstance(one, Spelled) and one.cut})
             yield row, _with_one_prompt(items, found, speller)
 
 
@@ -344,7 +348,7 @@ def _checked(
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.bool_]]:
     if isinstance(found, RowFault):
         raise found
-    tokens, response, ends = found
+    tokens, response, ends, _ = found
     input_ids = np.array(tokens, dtype=np.int32)
     if vocab_size is not None and len(input_ids) and int(input_ids.max()) >= vocab_size:
         i = int((input_ids >= vocab_size).argmax())

@@ -85,7 +85,7 @@ def check_tokens(tokenizer: Any, found: RenderedText) -> None:
     speller = Speller(tokenizer, turns="all", chats=ChatSettings(stops=STOPS))
     (spelled,) = speller.encode([found])
     assert not isinstance(spelled, RowFault), spelled.message
-    tokens, mask, _ = spelled
+    tokens, mask, *_ = spelled
     masked = [token for token, inside in zip(tokens, mask, strict=True) if inside]
     kept = set(range(len(found.text))) - swallowed(tokenizer, found.text)
     inside = {i for start, end in found.spans for i in range(start, end)}
@@ -183,7 +183,7 @@ def test_where_transformers_has_a_mask_it_is_ours(name: str) -> None:
         theirs = tokenizer.apply_chat_template(
             chat, tools=record.tools, return_dict=True, return_assistant_tokens_mask=True
         )
-        ((tokens, mask, _),) = speller.encode([found])
+        ((tokens, mask, *_),) = speller.encode([found])
         assert theirs["input_ids"] == tokens, kind
         assert [bool(one) for one in theirs["assistant_masks"]] == mask.tolist(), kind
         compared += 1

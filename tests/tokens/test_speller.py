@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.shapes import PromptCompletion
 from alphatoken_curate.tokens.chat import MARK, ChatSettings, RenderedText
 from alphatoken_curate.tokens.speller import Spelled, Speller
+from alphatoken_curate.tokens.tokenise import CUT_WORD
 
 TEMPLATES = {
     "ChatML": CHATML,
@@ -119,7 +121,7 @@ def test_white_space_that_a_control_token_takes_in_is_no_part_of_an_answer() -> 
     """As Phi-3's, `<|assistant|>` takes in the line break behind it, and an answer's own white space."""
     tokenizer, found = family_tokenizer("phi3"), cell("phi3", "white space")
     assert isinstance(found, RenderedText) and found.text[found.spans[0][0] :].startswith("  padded")
-    ((tokens, mask, _),) = Speller(tokenizer, turns="all", chats=ChatSettings()).encode([found])
+    ((tokens, mask, *_),) = Speller(tokenizer, turns="all", chats=ChatSettings()).encode([found])
     assert tokens == tokenizer(found.text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode([token for token, inside in zip(tokens, mask, strict=True) if inside]) == (
         "padded \n<|end|>new line<|end|>"
@@ -155,3 +157,12 @@ def test_raw_text_begins_as_the_tokenizer_begins_it(front: list[str], bos: str |
             ((row,), _) = run(made, record)
             expected = made("What is it? It is this.")["input_ids"]
             assert row.input_ids.tolist() == expected + ([] if end else [made.eos_token_id])
+
+
+def test_a_prompt_that_ends_with_a_space_is_told_where_it_cuts_a_word(smollm2_tokenizer: Any) -> None:
+    told = Counter[str]()
+    border = [("A: ", "The"), ("A:", " The"), ("A:\n", "The"), ("A: ", "5"), ("A ", " The"), ("", "The")]
+    rows, _ = run(smollm2_tokenizer, *(PromptCompletion(prompt=a, completion=b) for a, b in border), told=told)
+    first = [smollm2_tokenizer.decode(row.input_ids[row.response][:1]) for row in rows]
+    assert first[:4] == ["The", " The", "The", "5"]
+    assert told == {CUT_WORD: 1}
