@@ -77,7 +77,10 @@ def _told(done: ScoreSummary, config: ScoreConfig) -> Iterator[str]:
 
 
 _SUGGESTED = {
-    "gradient": ("Only where tokens may be wrong", "--by '7 - surprise' --keep positive"),
+    "gradient": (
+        "Only where tokens may be wrong, and you have looked at what goes",
+        "--by '7 - surprise' --keep positive",
+    ),
     "rehearsal": ("A mild use, for the training that was rehearsed", "--by adapt_influence --weights tilt:0.25"),
 }
 """By the direction of the values: when another mask may pay, and which."""

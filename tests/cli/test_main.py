@@ -466,7 +466,7 @@ def test_bad_rows_of_two_files_of_one_name_are_told_apart(models: dict[str, str]
 
 def test_score_says_which_mask_readers_take(data: str, models: dict[str, str], tmp_path: Path) -> None:
     words = ("score", data, "--model", models["base"], "-o", tmp_path / "run")
-    assert "Only where tokens may be wrong" in command(*words).out
+    assert "Only where tokens may be wrong, and you have looked at what goes" in command(*words).out
     half = command(*words, "--keep", 0.5)
     assert half.code == 0 and "was scored before; wrote mask 1, which readers take from now on" in half.out
     again = command(*words).out

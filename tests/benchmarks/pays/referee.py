@@ -129,7 +129,7 @@ SECOND: Mapping[str, float] = {"swapped": 1e-4, "model-wrong": 1e-4}
 
 AT_SECOND = ("rehearsed, lowest 5%", "rehearsed, tilt 0.25", "token oracle")
 
-OF_OTHERS: Mapping[str, Mapping[str, float]] = {"gemma-3-270m": {"digits": 1e-5}}
+OF_OTHERS: Mapping[str, Mapping[str, float]] = {"gemma-3-270m": {"digits": 1e-5, "words": 1e-5}}
 """By another model and by noise: where its all tokens of the first seed end lowest on V, and all its arms train."""
 
 

@@ -185,7 +185,12 @@ def report() -> str:
         if stage == CHOOSE:
             parts.append(f"### {model}: {noise}, chosen on split A\n\n{chosen(some)}")
             continue
-        beside = [one for one in found[model, TEST, noise] if one["config"]["arm"] in STAGES[stage].beside]
+        seeds = {one["config"]["seed"] for one in some}
+        beside = [
+            one
+            for one in found.get((model, TEST, noise), ())
+            if one["config"]["arm"] in STAGES[stage].beside and one["config"]["seed"] in seeds
+        ]
         named = "" if stage == TEST else f", {stage}"
         if table := of_noise([*some, *beside], STAGES[stage].rates(PLAIN, noise)):
             parts.append(f"### {model}: {noise}{named}\n\n{table}")
