@@ -69,7 +69,7 @@ def test_hostile_yaml_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
-@pytest.mark.parametrize("case", HOSTILE.keys() - {"long", "many"})
+@pytest.mark.parametrize("case", [case for case in HOSTILE if case not in ("long", "many")])
 def test_hostile_yaml_is_refused_without_the_loader_in_c(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
