@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt")
+TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt")
 """Model types whose positions are rows of a table."""
 
 _CHANGING = ("longrope", "su", "dynamic")
@@ -27,7 +27,7 @@ class Reach(NamedTuple):
 def reach_of(config: Mapping[str, Any]) -> Reach | None:
     """That of a language model's config; None where sequences of any length are each by themselves."""
     most = config.get("n_positions", config.get("max_position_embeddings"))
-    if config.get("model_type") in _TABLES:
+    if config.get("model_type") in TABLES:
         return Reach(most, None) if isinstance(most, int) else None
     for rope in ropes_of(config):
         kind = str(rope.get("rope_type", rope.get("type")))

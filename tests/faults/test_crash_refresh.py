@@ -154,7 +154,7 @@ def test_watch_killed_again_and_again_ends_the_same(forks: Forks, run: Path, who
 
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(n, marks={4: pytest.mark.long, 17: ()}.get(n, pytest.mark.stress)) for n in range(1, FILES + 1)],
+    [pytest.param(n, marks=pytest.mark.long if n in (4, 17) else pytest.mark.stress) for n in range(1, FILES + 1)],
 )
 def test_watch_killed_at_each_of_its_files_ends_the_same(
     count: int, forks: Forks, run: Path, whole: dict[str, Path], out: Path

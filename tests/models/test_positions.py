@@ -4,14 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from daily import daily
+from tiny import CORE, FAMILIES, tiny_model
 
-from alphatoken_curate.models.positions import Reach, reach_of
+from alphatoken_curate.models.positions import TABLES, Reach, reach_of
 
 LONG = {"short_factor": [1.0] * 2, "long_factor": [4.0] * 2, "rope_theta": 1e4}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", daily(FAMILIES, {*CORE, *TABLES}))
 def test_positions_end_where_a_model_fails_beyond_them(family: str) -> None:
     model: Any = tiny_model(family, dtype=torch.float32)
     config = model.config.get_text_config()
