@@ -75,9 +75,12 @@ _OF_NAMES = {
 }
 """What to do where it is the name that the system does not take."""
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a disk takes no more."""
+
 _OF_THE_DISK = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions"),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys(NO_ROOM, "make room"),
 }
 
 

@@ -25,6 +25,11 @@ _SCHEME = re.compile(r"\s*(?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]+:\s*(/|$)")
 _MOST_CHARS = 200
 
 
+def expanded(name: str | Path) -> Path:
+    """The path with its home folder for `~`; one of no user stays as it is, and is not there."""
+    return Path(os.path.expanduser(name))
+
+
 def names_url(name: str) -> bool:
     """Whether a name of rows is a URL."""
     return "://" in name and is_url(name)

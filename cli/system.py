@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 
 import click
 
-from alphatoken_curate.errors import CurateError, refused
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from alphatoken_curate.errors import NO_ROOM, CurateError, refused
 
 
 def of_system(error: OSError) -> CurateError | None:
     """What is said of it; None where it is a fault of ours, whose traceback is needed."""
     if error.filename is not None:
         return refused(error)
-    if error.errno in _NO_ROOM and not _is_output_taken():
+    if error.errno in NO_ROOM and not _is_output_taken():
         drop_output()
         return refused(error, "standard output")
     return None

@@ -12,7 +12,6 @@ to be at rest by two looks.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from alphatoken_curate.models.folders import (
 from alphatoken_curate.models.formats import unfinished
 from alphatoken_curate.models.load import ModelSource, digest_files, find_model
 from alphatoken_curate.models.tensors import header_problems
-from alphatoken_curate.urls import FILE_ADVICE, check_local
+from alphatoken_curate.urls import FILE_ADVICE, check_local, expanded
 from alphatoken_curate.wording import count
 
 Signature: TypeAlias = tuple[tuple[str, int, int], ...]
@@ -60,7 +59,7 @@ def find_checkpoints(path: str | Path, *, base: ModelSource | None) -> list[Chec
     (all such are named) or is an adapter of another model than `base`.
     """
     check_local(path, FILE_ADVICE)
-    folder = Path(os.path.expanduser(path))
+    folder = expanded(path)
     if folder.is_file():
         return [Checkpoint(name=folder.stem, step=None, source=find_model(str(folder)))]
     if not folder.is_dir():
@@ -223,7 +222,7 @@ class Watcher:
 
     def __init__(self, folder: str | Path, base: ModelSource | None) -> None:
         check_local(folder, FILE_ADVICE)
-        self.folder = Path(os.path.expanduser(folder))
+        self.folder = expanded(folder)
         self.base = base
         self.waiting: dict[str, str] = {}
         """Names of the checkpoints that the last look found not ready, and why."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.formats import sharded, unfinished
 from alphatoken_curate.models.releases import network_errors
 from alphatoken_curate.models.tensors import shapes
+from alphatoken_curate.urls import expanded
 from alphatoken_curate.wording import count
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -39,7 +39,7 @@ def permitted() -> Iterator[None]:
 
 def names_a_path(name: str) -> bool:
     """Whether a model's name is that of a place on this machine rather than a Hub id."""
-    return Path(os.path.expanduser(name)).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return expanded(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def last_name(name: str) -> str:

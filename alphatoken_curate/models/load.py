@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -37,7 +36,7 @@ from alphatoken_curate.models.gguf_files import gguf_needed, refuse_left_out, un
 from alphatoken_curate.models.releases import before, in_memory, keep_soft_caps, name_stops, unmapped
 from alphatoken_curate.models.vocabularies import refuse_endless, refuse_odd
 from alphatoken_curate.models.whole import Readable, quiet_loading, refuse_depth, refuse_other
-from alphatoken_curate.urls import FILE_ADVICE, check_local
+from alphatoken_curate.urls import FILE_ADVICE, check_local, expanded
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +100,7 @@ def _find(
     """`revision` is that of a Hub id."""
     if name == DEMO_MODEL:
         return _find_demo(local)
-    path = Path(os.path.expanduser(name))
+    path = expanded(name)
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name=name, folder=path.parent, gguf=path.name)
     if path.is_dir():
@@ -138,7 +137,7 @@ def _recorded_base(folder: Path, record: AdapterRecord) -> ModelSource:
 
 
 def _find_recorded(record: AdapterRecord, *, local: bool = False) -> ModelSource:
-    folder = Path(os.path.expanduser(record.base))
+    folder = expanded(record.base)
     # A model that transformers read from a GGUF file is known to it by the folder that holds the file.
     if folder.is_dir() and not (folder / "config.json").is_file() and (held := sorted(folder.glob("*.gguf"))):
         if len(held) > 1:
@@ -152,7 +151,7 @@ def _find_recorded(record: AdapterRecord, *, local: bool = False) -> ModelSource
 
 def _same_base(folder: Path, record: AdapterRecord, base: ModelSource) -> ModelSource:
     """`base`, where it is the model that an adapter's record names."""
-    if Path(os.path.expanduser(record.base)).resolve() == base.folder.resolve():
+    if expanded(record.base).resolve() == base.folder.resolve():
         return base
     try:
         recorded = _find_recorded(record, local=True)

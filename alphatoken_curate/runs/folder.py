@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 
 from alphatoken_curate.errors import UsageError, is_of_a_name, refused
-from alphatoken_curate.urls import OUT_ADVICE, RUN_ADVICE, check_local
+from alphatoken_curate.urls import OUT_ADVICE, RUN_ADVICE, check_local, expanded
 from alphatoken_curate.wording import pasted
 
 MANIFEST = "manifest.json"
@@ -68,7 +68,7 @@ def destination(path: Path) -> Path:
     link that leads nowhere, on the way or at its end.
     """
     check_local(path, OUT_ADVICE)
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     plain = Path(os.path.normpath(path))
     for part in (path, *path.parents, plain, *plain.parents):
         if os.path.islink(part) and not os.path.exists(part):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from alphatoken_curate.runs.folder import FOLDERS
 from alphatoken_curate.runs.manifest import Counts, Facts, Manifest
 from alphatoken_curate.runs.shards import Shard
 from alphatoken_curate.scoring.budget import NAME as BUDGET
-from alphatoken_curate.urls import FILE_ADVICE, check_local
+from alphatoken_curate.urls import FILE_ADVICE, check_local, expanded
 
 SUFFIX = ".alphatoken"
 """A run folder's default name is the stem of its data and this."""
@@ -68,7 +67,7 @@ def artifacts_of(run: str | None) -> Path | None:
     if run is None:
         return None
     check_local(run, FILE_ADVICE)
-    folder = Path(os.path.expanduser(run)) / "artifacts"
+    folder = expanded(run) / "artifacts"
     if not folder.is_dir():
         raise UsageError(f"--reuse {run}: no run folder with artifacts/ in it. Name a run that was scored before.")
     return folder

@@ -7,11 +7,9 @@ tokenizer (`prepare.fingerprint_fields` adds them).
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from alphatoken_curate.config import FISHER_MODES, OF_OPTIMISER, OF_REHEARSAL, ScoreConfig
 from alphatoken_curate.models.load import (
@@ -25,6 +23,7 @@ from alphatoken_curate.models.load import (
 from alphatoken_curate.runs.atomic import digest
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.schema import SCHEMA_VERSION
+from alphatoken_curate.urls import expanded
 
 OF_TOKENS = ("template", "tokens", "target_tokens", "retention_tokens", "prompt_tokens", "groups")
 """The fingerprint fields that take a tokenizer, or the rows."""
@@ -60,7 +59,7 @@ def fields_of(config: ScoreConfig, named: Named, *, kind: str, dtype: str) -> di
     A setting that is newer than the first release is left out at its default, so that finished runs stay finished.
     """
     model = model_digest(named.model)
-    template = config.chat_template and f"sha256:{digest(Path(os.path.expanduser(config.chat_template)))[1]}"
+    template = config.chat_template and f"sha256:{digest(expanded(config.chat_template))[1]}"
     newer: dict[str, Json] = {
         "limit": config.limit,
         "map": config.map,
@@ -120,7 +119,7 @@ def _stability_fields(config: ScoreConfig, named: Named) -> dict[str, Json]:
     estimated, generates = config.fisher in FISHER_MODES, config.fisher == "generate"
     lookahead = config.drift == "lookahead"
     return {
-        "fisher": config.fisher if estimated else f"sha256:{digest(Path(os.path.expanduser(config.fisher)))[1]}",
+        "fisher": config.fisher if estimated else f"sha256:{digest(expanded(config.fisher))[1]}",
         "fisher_rows": config.fisher_rows if estimated else None,
         "fisher_prompts": named.prompts,
         "fisher_new_tokens": config.fisher_new_tokens if generates else None,

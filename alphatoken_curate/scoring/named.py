@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import UsageError
@@ -19,6 +17,7 @@ from alphatoken_curate.rows.fields import TEMPLATE_RESERVED
 from alphatoken_curate.rows.files import find_files
 from alphatoken_curate.runs.schema import LAYOUTS, components
 from alphatoken_curate.scoring.folder import artifacts_of
+from alphatoken_curate.urls import expanded
 
 
 def check_named(config: ScoreConfig) -> None:
@@ -34,10 +33,10 @@ def check_named(config: ScoreConfig) -> None:
     for name in (config.model, config.reference):
         if name not in (None, DEMO_MODEL) and names_a_path(str(name)):
             find_model(str(name))
-    if config.fisher not in FISHER_MODES and not Path(os.path.expanduser(config.fisher)).is_file():
+    if config.fisher not in FISHER_MODES and not expanded(config.fisher).is_file():
         told = f"none of {', '.join(FISHER_MODES)} nor a file. Name a safetensors file."
         raise UsageError(f"--fisher {config.fisher}: {told}")
-    if config.chat_template is not None and not Path(os.path.expanduser(config.chat_template)).is_file():
+    if config.chat_template is not None and not expanded(config.chat_template).is_file():
         raise UsageError(f"--chat-template {config.chat_template}: no such file. Name a file of jinja text.")
     if taken := sorted(TEMPLATE_RESERVED & set(json.loads(config.chat_template_kwargs or "{}"))):
         raise UsageError(f"--chat-template-kwargs names {taken[0]}, which is no setting of a template.")

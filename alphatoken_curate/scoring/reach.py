@@ -22,20 +22,21 @@ def check_lengths(source: ModelSource, rows: Rows, kind: str, beside: Sequence[T
     if reach is None:
         return
     longest = rows.columns["width"] // (2 if kind == "preference" else 1)
-    over = [*rows.pick((longest > reach.tokens).nonzero()[0].tolist()[:1])]
-    found = [*over, *(row for row in beside if len(row.input_ids) > reach.tokens)]
-    if not found:
+    places = (longest > reach.tokens).nonzero()[0].tolist()
+    longer = [row for row in beside if len(row.input_ids) > reach.tokens]
+    if not places and not longer:
         return
-    others = int((longest > reach.tokens).sum()) + len(found) - len(over)
+    first = rows.pick(places[:1])[0] if places else longer[0]
     end = (
         f"from there on its positions ({reach.rope_type}) go by the longest row of a batch, so that no number is a"
         " row's own"
         if reach.rope_type
         else "its positions end there"
     )
+    tokens = max(len(one.input_ids) for one in branches(first))
     raise InputError(
-        f"{_place(found[0])} has {max(len(one.input_ids) for one in branches(found[0])):,} tokens, the first of"
-        f" {count(others, 'row')} over {source.name}'s {reach.tokens:,}: {end}. Give --max-length {reach.tokens}."
+        f"{_place(first)} has {tokens:,} tokens, the first of {count(len(places) + len(longer), 'row')} over"
+        f" {source.name}'s {reach.tokens:,}: {end}. Give --max-length {reach.tokens}."
     )
 
 

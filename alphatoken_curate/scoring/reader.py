@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ from alphatoken_curate.scoring.tokenising import Recipe, tokenised, tokenizer_wi
 from alphatoken_curate.tokens.chat import ChatSettings, Tokenizer
 from alphatoken_curate.tokens.dates import TemplateDay
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow, chosen, tokenise, tokenise_prompts
+from alphatoken_curate.urls import expanded
 
 _OF_TOKENS = (
     *("map", "subset", "split", "limit", "turns", "max_length", "rows_per_shard"),
@@ -99,7 +99,7 @@ class Reader:
     def _template(self) -> str | None:
         if self._config.chat_template is None:
             return None
-        path = Path(os.path.expanduser(self._config.chat_template))
+        path = expanded(self._config.chat_template)
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

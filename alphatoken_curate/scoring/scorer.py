@@ -6,10 +6,8 @@ an outside engine can run the same code.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +40,7 @@ from alphatoken_curate.signals.preference import Pairs, reference_sums
 from alphatoken_curate.signals.stored import BatchScorer, RowResult, losses_of, row_signals
 from alphatoken_curate.tokens.plan import Batch
 from alphatoken_curate.tokens.tokenise import AnyRow, branches
+from alphatoken_curate.urls import expanded
 
 _INPUTS, _OUTPUTS = "inputs", "outputs"
 
@@ -271,7 +270,7 @@ class ShardScorer:
     def _fisher(self) -> Direction:
         if self.spec.estimates_fisher:
             return self._stored(artifacts.FISHER)
-        return read_direction(Path(os.path.expanduser(self.spec.config.fisher)), self.scoring, flag="--fisher")
+        return read_direction(expanded(self.spec.config.fisher), self.scoring, flag="--fisher")
 
     def _reference_weights(self) -> Direction:
         scoring, reference = self.scoring, self.spec.reference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,6 +12,7 @@ from alphatoken_curate.rows.files import find_files
 from alphatoken_curate.rows.read import InputFile
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.watched import Source, Watched, digest_of_one
+from alphatoken_curate.urls import expanded
 
 _OF_FIELDS = {"model": "model", "reference": "reference", "tokenizer": "tokenizer", "chat_template": "template"}
 _FISHER = "fisher"
@@ -32,7 +32,7 @@ def of_fisher(config: ScoreConfig) -> list[Source]:
     """The user's own Fisher, where there is one."""
     if config.fisher in FISHER_MODES:
         return []
-    return [Source(what=_FISHER, files=(Path(os.path.expanduser(config.fisher)),), digest=digest_of_one)]
+    return [Source(what=_FISHER, files=(expanded(config.fisher),), digest=digest_of_one)]
 
 
 def digests_of(fields: Mapping[str, Json], files: Sequence[InputFile] = ()) -> dict[str, str]:
@@ -49,7 +49,7 @@ def _inputs(config: ScoreConfig) -> Iterator[Source]:
         yield of_model(find_model(str(config.reference)), "reference")
     yield from of_fisher(config)
     if config.chat_template is not None:
-        path = Path(os.path.expanduser(config.chat_template))
+        path = expanded(config.chat_template)
         yield Source(what=_OF_FIELDS["chat_template"], files=(path,), digest=digest_of_one)
     beside = [find_files([one]) for one in (config.target, config.retention, config.fisher_prompts) if one]
     for file in chain(find_files(config.data, config.subset, config.split), *beside):

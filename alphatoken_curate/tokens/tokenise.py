@@ -205,10 +205,9 @@ def _spelled(
         texts = [item for items in prepared for item in items if isinstance(item, RenderedText)]
         encoded = iter(speller.encode(texts) if speller else ())
         for row, items in zip(batch, prepared, strict=True):
-            if told is not None:
-                told.update({note for item in items if isinstance(item, RenderedText) for note in item.notes})
             found = [_finished(row, item if not isinstance(item, RenderedText) else next(encoded)) for item in items]
             if told is not None:
+                told.update({note for item in items if isinstance(item, RenderedText) for note in item.notes})
                 told.update({CUT_WORD for one in found if isinstance(one, Spelled) and one.cut})
             yield row, _with_one_prompt(items, found, speller)
 

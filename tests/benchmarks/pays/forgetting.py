@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 import lines
-from referee import PLAIN, STAGES
+from referee import FORGETTING_RATE, PLAIN
 from verdict import by_arm, held_loss
 from writing import markdown, with_interval
 
@@ -26,7 +26,7 @@ HEAD = ("arm", "seeds", "loss", "gain", "retention loss", "forgotten", "less for
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """The arms that lines are of, least forgotten first; "" unless all tokens were trained at the rate of the stage."""
     arms = by_arm(found)
-    plain = arms.get((PLAIN, _rate()), {})
+    plain = arms.get((PLAIN, FORGETTING_RATE), {})
     rows = []
     for (arm, rate), by_seed in arms.items():
         if seeds := sorted(plain.keys() & by_seed.keys()):
@@ -47,12 +47,6 @@ def _row(name: str, mine: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[s
 
 def _retention(found: Mapping[str, Any]) -> float:
     return float(found["curve"][-1]["retention_loss"])
-
-
-def _rate() -> float:
-    rate = STAGES[STAGE].rate
-    assert rate is not None
-    return rate
 
 
 def report() -> str:
