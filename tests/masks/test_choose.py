@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from alphatoken_curate.errors import CurateError, UsageError
@@ -213,6 +213,7 @@ def test_kept_with_what_is_always_kept_is_what_sorting_says(
 
 
 @given(with_always(), KEEP, SCOPE, WEIGHTS, st.booleans(), BLOCK)
+@example(([(-1.0, 0, 1), (-0.5, 0, 2)], {(-1.0, 0, 1), (-0.5, 0, 2)}), 1.0, "global", "tilt:2", True, 1)
 @settings(max_examples=400, deadline=None)
 def test_weights_with_what_is_always_kept_are_what_the_formulas_say(
     drawn: tuple[list[Token], set[Token]], keep: float | str, scope: str, kind: str, allow: bool, block: int
@@ -223,7 +224,7 @@ def test_weights_with_what_is_always_kept_are_what_the_formulas_say(
     how = {"keep": keep, "scope": scope, "weights": kind, "allow_empty_rows": allow, "always": given}
     with patch.object(formulas, "BLOCK", block):
         if not want and always and keep != "positive":
-            weightless = kind == "relu" and all(token[0] <= 0 for token in found)
+            weightless = not any(map(plain_formula(found, scope, kind), found))
             told = "gives every token 0" if weightless else "tokens that are always kept take up the share"
             with pytest.raises(UsageError, match=told):
                 choose.weighed(*columns(found), **how)
