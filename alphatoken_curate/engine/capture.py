@@ -214,6 +214,7 @@ class ScoringModel:
 
     def _attach(self, undo: ExitStack) -> None:
         """Listen to every linear map of S until `undo` is closed."""
+        undo.callback(self.model.get_input_embeddings().register_forward_hook(_without_graph).remove)
         for index, m in enumerate(self.maps):
             if m.called:
                 undo.callback(m.module.register_forward_hook(self._listener(index)).remove)
@@ -292,6 +293,12 @@ def captured(
         yield scoring
     finally:
         scoring.release_model()
+
+
+def _without_graph(embedding: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    """Trainings that check-point gradients have embeddings ask for one (`enable_input_require_grads`), by a hook."""
+    moves = any(weight.requires_grad for weight in embedding.parameters())
+    return output.detach() if output.requires_grad and not moves else None
 
 
 def _rest(model: nn.Module, maps: list[LinearMap], below: list[nn.Module]) -> dict[str, nn.Parameter]:

@@ -116,6 +116,12 @@ def _detach(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     return func(*args, **kwargs)
 
 
+@rule("requires_grad_")
+def _asked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Hooks of a training ask embeddings for a gradient: of no concern to tangents, which need no graph."""
+    return args[0]
+
+
 @rule("zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "new_empty", "new_ones", "new_full")
 def _constant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A tensor that stands still so far; what is written into it later, through views too, may move."""

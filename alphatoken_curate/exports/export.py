@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -33,13 +34,13 @@ FORMS: Mapping[str, Form] = {
 }
 """By the name that --for takes."""
 
-ALIASES: Mapping[str, tuple[str, bool]] = {
-    "trl": ("hf", False),
-    "unsloth": ("hf", False),
-    "axolotl": ("hf", True),
-    "together": ("hf", True),
+ALIASES: Mapping[str, tuple[str, bool, bool]] = {
+    "trl": ("hf", False, True),
+    "unsloth": ("hf", False, False),
+    "axolotl": ("hf", True, False),
+    "together": ("hf", True, False),
 }
-"""Other names that --for takes: the form each stands for, and whether that is `strict`, which none reads pairs of."""
+"""Other names that --for takes: the form each stands for, whether that is `strict`, and whether it reads pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +85,10 @@ def export(
     known or has no form for these rows or weights, and where `output` is there and not empty; `StoredDataError` for a
     damaged run; `CurateError` where the disk refuses or does not give back what was written.
     """
-    name, always_strict = ALIASES.get(trainer, (trainer, False))
+    name, always_strict, pairs = ALIASES.get(trainer, (trainer, False, True))
     form, place, strict = _form(name), destination(Path(output)), strict or always_strict
     opened = open_train(run, mask)
-    if opened.layout.kind == "preference" and (always_strict or not form.pairs):
+    if opened.layout.kind == "preference" and not (pairs and form.pairs):
         raise _no_pairs(opened.run, trainer)
     _check_asked(form, max_length, strict=strict)
     _check_place(place, opened.run)
@@ -104,7 +105,9 @@ def export(
             raise UsageError(f"{opened.run}: no row of mask {opened.mask.mask} can be written: {_why(tally)}.")
         _check(folder, form, items(), asked, tally)
         kind = opened.layout.kind
-        told = Told(place=str(place), kind=kind, strict=strict, soft=tally.soft, longest=tally.longest)
+        told = Told(
+            place=str(place), kind=kind, strict=strict, soft=tally.soft, longest=tally.longest, **_of_loss(opened)
+        )
         files = {path: _file(folder, path) for path in folder.rglob("*") if path.is_file()}
         data = str(files[folder / form.data]["sha256"]) if folder / form.data in files else ""
         _write_text(folder / README, readme(form, told, tally, opened, settings, data).encode())
@@ -112,6 +115,14 @@ def export(
         about = record(form, tally, opened, settings) | {"files": [files[path] for path in sorted(files)]}
         _write_text(folder / RECORD, orjson.dumps(about, option=_JSON))
     return _summary(place, form, opened, tally)
+
+
+def _of_loss(opened: TrainSet) -> dict[str, Any]:
+    """What the values of a run take from the loss that they are of."""
+    settings, pairs = opened.stored.settings, opened.layout.kind == "preference"
+    by_dpo = pairs and settings.get("rehearse_simpo") is None
+    by_sum = not pairs and settings.get("rehearse_denominator") == "sum"
+    return {"beta": settings.get("beta") if by_dpo else None, "by_sum": by_sum}
 
 
 _JSON = orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE

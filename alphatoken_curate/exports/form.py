@@ -61,7 +61,7 @@ class Dropped:
 REASONS = {
     "nothing_trains": "the mask leaves no token to train, of a pair in one of its branches",
     "cut_away": "no token to train is left within --max-length, of a pair in one of its branches",
-    "same_branches": "chosen and rejected are the same within --max-length",
+    "same_branches": "chosen and rejected are the same tokens, at the latest within --max-length",
     "too_long": "longer than --max-length, and text cannot be cut at a token",
     "cut_when_scored": "cut at the run's own --max-length: its later answers have no values",
 }
@@ -102,6 +102,10 @@ class Told:
     strict: bool
     soft: bool
     longest: int
+    beta: float | None = None
+    """Of DPO, of pairs whose values are of it."""
+    by_sum: bool = False
+    """Whether the loss that values are of is divided by the sum of weights."""
 
     def file(self, name: str) -> str:
         """A file of the export as the user would name it."""
@@ -140,6 +144,9 @@ class Form:
     check: Callable[[Path, Iterator[Kept], Asked], None]
     """Reads the files back and raises `CurateError` where they do not hold these rows."""
     beware: tuple[str, ...] = ()
+    checked_pairs: tuple[str, ...] | None = None
+    """Those of `checked` that read pairs; None where all do, or none."""
+    reader_of_pairs: str | None = None
     cuts: bool = True
     """Whether rows can be cut to a length."""
     refine: Callable[[Items, TrainSet], Items] | None = None

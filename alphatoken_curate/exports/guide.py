@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ RECORD, README, DROPPED = EXPORT, "README.md", "dropped.jsonl"
 def readme(form: Form, told: Told, tally: Tally, opened: TrainSet, settings: Mapping[str, Json], sha256: str) -> str:
     """README.md of an export; `sha256` is that of its data, where they are one file."""
     lines = [
-        *_head(form, sha256),
+        *_head(form, told, sha256),
         *_use(form, told),
         *_what(form, told, tally),
         *_simpo(opened),
@@ -28,13 +29,14 @@ def readme(form: Form, told: Told, tally: Tally, opened: TrainSet, settings: Map
     return "\n".join([*lines, *_origin(opened), ""])
 
 
-def _head(form: Form, sha256: str) -> Iterator[str]:
+def _head(form: Form, told: Told, sha256: str) -> Iterator[str]:
+    reader = (form.reader_of_pairs if told.kind == "preference" else None) or form.reader
     if form.data.endswith((".parquet", ".jsonl")):
         # So that `load_dataset` of the folder finds the rows and not the record beside them; it knows its copy of them
         # by the folder's name and this text.
         yield from ("---", "configs:", "- config_name: default", f"  description: sha256 {sha256}")
         yield from (f"  data_files: {json.dumps(form.data)}", "---", "")
-    yield from (f"# Tokens to train, for {form.reader}", "")
+    yield from (f"# Tokens to train, for {reader}", "")
     yield f"Written by `alphatoken-curate export --for {form.name}` and read back before it appeared."
 
 
@@ -42,7 +44,14 @@ def _use(form: Form, told: Told) -> Iterator[str]:
     yield from ("", "## Use", "", *form.use(told))
     if form.beware:
         yield from ("", *(f"- {sentence}" for sentence in form.beware))
-    yield from ("", "The form was checked against: " + "; ".join(f"{n} {how}" for n, how in form.checked.items()) + ".")
+    versions = checked_against(form, told.kind)
+    yield from ("", "The form was checked against: " + "; ".join(f"{n} {how}" for n, how in versions.items()) + ".")
+
+
+def checked_against(form: Form, kind: str) -> dict[str, str]:
+    """Trainers that read rows of this kind, and the version whose form this is."""
+    names = form.checked_pairs if kind == "preference" and form.checked_pairs is not None else form.checked
+    return {name: form.checked[name] for name in names}
 
 
 def _what(form: Form, told: Told, tally: Tally) -> Iterator[str]:
@@ -71,13 +80,25 @@ _PAIRS = (
 
 
 def _simpo(opened: TrainSet) -> Iterator[str]:
-    if opened.stored.settings.get("rehearse_simpo") is not None:
-        yield ""
-        yield (
-            "The values are of a training by SimPO. This one is by DPO unless you write SimPO's loss yourself: leave a"
-            " token of weight 0 out of the mean over its answer, as labels of -100 do in TRL's `CPOTrainer`"
-            ' (`loss_type="simpo", cpo_alpha=0.0`).'
-        )
+    settings = opened.stored.settings
+    if (gamma := settings.get("rehearse_simpo")) is None:
+        return
+    told = f"`beta={settings['beta']}, simpo_gamma={gamma}`"
+    yield ""
+    yield (
+        f"The values are of a training by SimPO ({told}). This one is by DPO unless you write SimPO's loss yourself. "
+        + _MEANS[str(settings["rehearse_denominator"])]
+    )
+
+
+_MEANS = {
+    "count": "Its means are over all response tokens, also those of weight 0: sum w log p over the tokens of an answer,"
+    " and divide by how many respond (`response` in values/). Labels of -100, as in TRL's `CPOTrainer`, would divide by"
+    " those that are left.",
+    "sum": "Its means are over the tokens that are left: a token of weight 0 leaves the mean over its answer, as labels"
+    ' of -100 do in `trl.experimental.cpo.CPOTrainer` (`loss_type="simpo", cpo_alpha=0.0`).',
+}
+"""By `rehearse_denominator`."""
 
 
 def _rows(tally: Tally, settings: Mapping[str, Json]) -> Iterator[str]:
@@ -95,11 +116,18 @@ def _origin(opened: TrainSet) -> Iterator[str]:
     yield from ("", "## Where it is from", "")
     yield f"- run `{run_fingerprint(opened)}`"
     yield f"- mask {mask.mask} `{mask.fingerprint}`"
-    yield (
-        f"- tokens of the tokenizer of {scored_model(opened)}: train that model, or one with the same tokenizer"
-        f" (`{digests.get('tokenizer')}`, chat template `{digests.get('template')}`)"
-    )
+    if digests.get("tokenizer") == _EMPTY:
+        yield f"- token ids as they were given, scored by {scored_model(opened)}: train a model of the same tokens"
+    else:
+        yield (
+            f"- tokens of the tokenizer of {scored_model(opened)}: train that model, or one with the same tokenizer"
+            f" (`{digests.get('tokenizer')}`, chat template `{digests.get('template')}`)"
+        )
     yield from ("", f"`{RECORD}` has the settings of the mask, all counts, and the digest of every file.")
+
+
+_EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"
+"""What a folder without a tokenizer has as its digest."""
 
 
 def scored_model(opened: TrainSet) -> str:
@@ -122,7 +150,7 @@ def record(form: Form, tally: Tally, opened: TrainSet, settings: Mapping[str, Js
         "trainer": form.name,
         "kind": opened.layout.kind,
         "alignment": form.alignment,
-        "checked_against": dict(form.checked),
+        "checked_against": checked_against(form, opened.layout.kind),
         "settings": dict(settings),
         "run": {
             "fingerprint": run_fingerprint(opened),

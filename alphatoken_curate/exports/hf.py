@@ -138,6 +138,8 @@ def _use(told: Told) -> Iterator[str]:
             "```yaml",
         )
         yield "plugins: [alphatoken_curate.trainers.axolotl.AlphaTokenPlugin]"
+        if told.by_sum:
+            yield "alphatoken_denominator: sum"
         yield from (*_axolotl(told), "```")
 
 
@@ -169,7 +171,8 @@ def _sft(told: Told, module: str, prefix: str) -> Iterator[str]:
     yield f"# max_length={told.longest} or more, the longest row. Leave assistant_only_loss off."
     if told.strict:
         yield "# TRL before 1.7 loses labels when it packs, and trains every token: export without --strict for that."
-    yield f"trainer = {name}(model, args=SFTConfig(max_length=None), train_dataset=rows)"
+    divided = ', denominator="sum"' if prefix and told.by_sum else ""
+    yield f"trainer = {name}(model, args=SFTConfig(max_length=None), train_dataset=rows{divided})"
     yield "```"
 
 
@@ -187,7 +190,9 @@ def _use_pairs(told: Told) -> Iterator[str]:
     else:
         yield from ("", "```python", "from datasets import load_dataset", "from trl import DPOConfig", "")
         yield from ("from alphatoken_curate.trainers import WeightedDPOTrainer", "", _load(told))
-        yield "trainer = WeightedDPOTrainer(model, args=DPOConfig(max_length=None), train_dataset=rows)"
+        beta = f", beta={told.beta}" if told.beta is not None else ""
+        yield f"args = DPOConfig(max_length=None{beta})"
+        yield "trainer = WeightedDPOTrainer(model, args=args, train_dataset=rows)"
         yield "```"
     yield ""
     yield "torchtune's DPO recipes know the columns `chosen_input_ids`, `chosen_labels` and the same of `rejected_`,"
@@ -216,4 +221,6 @@ FORM = Form(
     use=_use,
     write=_write,
     check=_check,
+    checked_pairs=("trl",),
+    reader_of_pairs="TRL, by `WeightedDPOTrainer`",
 )

@@ -121,6 +121,8 @@ def _use(told: Told) -> Iterator[str]:
     yield f"tokenized_path: {quoted(told.place)}"
     yield "dataset: tokenized # anything, but not empty: it is not read"
     yield f"cutoff_len: {told.longest} # the longest row; it is not applied to rows from tokenized_path"
+    if told.beta is not None:
+        yield f"pref_beta: {told.beta}"
     yield from ("packing: false", "```")
 
 

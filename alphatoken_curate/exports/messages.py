@@ -1,9 +1,9 @@
 """`jsonl-weights`: chats as text for services that tokenise themselves, where tokens can only be weighed in groups.
 
 Two files of the same rows (by --turns each, of chats up to each answer), since services take one or the other: a 0/1
-`weight` on each assistant message, 0 where the mask left none of its tokens (OpenAI, Mistral); or a float `weight` on
-each row, the mean over its response tokens (Fireworks). Assistant messages are matched to the runs of response tokens,
-in order.
+`weight` on each assistant message, 0 where the mask left none of its tokens but what `--always-keep` keeps, its end or
+what is special (OpenAI, Mistral); or a float `weight` on each row, the mean over its response tokens (Fireworks).
+Assistant messages are matched to the runs of response tokens, in order.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from alphatoken_curate.exports.form import (
     unlike,
 )
 from alphatoken_curate.exports.originals import Original, originals
+from alphatoken_curate.masks.always import special_ids
 from alphatoken_curate.reading.trainset import TrainSet
 from alphatoken_curate.rows.shapes import Messages, Tokens
 from alphatoken_curate.runs.atomic import atomic_file
@@ -44,7 +45,8 @@ def with_text(items: Items, opened: TrainSet) -> Items:
     source = originals(opened)
     settings = opened.stored.settings
     most = settings.get("max_length")
-    always = opened.mask.settings.get("always_keep", "none") != "none"
+    always = opened.mask.settings.get("always_keep", "none")
+    special = special_ids(opened.run, opened.stored) if always == "special" else np.empty(0, np.int32)
     for item in items:
         if isinstance(item, Dropped):
             yield item
@@ -62,9 +64,12 @@ def with_text(items: Items, opened: TrainSet) -> Items:
         if len(runs) < len(turns) and len(original.response) == most:
             yield Dropped(row_id=row_id, turn=turn, reason="cut_when_scored")
         else:
-            weight = item.row.branches[0].loss_weight
-            # An answer of which only its end is left, which is always kept, says nothing that is to be learnt.
-            says = np.where(original.end_of_turn, np.float32(0), weight) if always else weight
+            branch = item.row.branches[0]
+            weight = branch.loss_weight
+            # An answer of which only its end is left, or what is special, since that is always kept, says nothing that
+            # is to be learnt.
+            silent = np.isin(branch.input_ids, special) | (original.end_of_turn & (always != "none"))
+            says = np.where(silent, np.float32(0), weight)
             text = _records(original, chat, turns, runs, weight, says)
             trained = sum(message.get("weight", 0) for message in text[0]["messages"])
             yield replace(item, text=text, answers=len(turns), answers_trained=trained)
@@ -153,8 +158,8 @@ def _columns(told: Told) -> Iterator[str]:
 
 def _use(told: Told) -> Iterator[str]:
     yield f"OpenAI, Mistral and services with their format: upload {quoted(told.file(BY_MESSAGE))}. A message has"
-    yield "weight 0 where the mask left none of its tokens, or its end alone by --always-keep, or where it was not to"
-    yield "respond; otherwise all of it trains."
+    yield "weight 0 where the mask left none of its tokens, or by --always-keep its end or special ones alone, or where"
+    yield "it was not to respond; otherwise all of it trains."
     yield ""
     yield f"Fireworks: upload {quoted(told.file(BY_ROW))}. The weight is the mean loss weight over the row's"
     yield "response tokens, those dropped by the mask counted as 0."
@@ -179,7 +184,8 @@ FORM = Form(
     write=_write,
     check=_check,
     beware=(
-        "A token mask cannot be sent to these services: where a message keeps one token, all of it trains.",
+        "A token mask cannot be sent to these services: where a message keeps one token, other than its"
+        " end by --always-keep, all of it trains.",
         "The service tokenises by its own model and template: values are those of yours.",
     ),
     cuts=False,

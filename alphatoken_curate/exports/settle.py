@@ -75,7 +75,7 @@ def _settled(row: TrainRow, max_length: int | None, *, cuts: bool, binarize: boo
     if not all(branch.loss_weight.any() for branch in branches):
         return Dropped(row_id=row.row_id, turn=row.turn, reason="cut_away")
     # Of the same text each branch has a mask of its own.
-    if any(longer) and len(branches) > 1 and np.array_equal(branches[0].input_ids, branches[1].input_ids):
+    if len(branches) > 1 and np.array_equal(branches[0].input_ids, branches[1].input_ids):
         return Dropped(row_id=row.row_id, turn=row.turn, reason="same_branches")
     return Kept(row=replace(row, branches=tuple(branches)), cut=sum(longer))
 

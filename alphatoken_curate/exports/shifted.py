@@ -225,6 +225,8 @@ def _tinker_use(told: Told) -> Iterator[str]:
         yield ""
         yield "In this order, chosen and rejected in turn, the cookbook's DPO loss takes them: it multiplies each"
         yield "log-probability by its weight, in the reference as in the policy."
+        if told.beta is not None:
+            yield f"The values are of DPO with a beta of {told.beta}: give it the same."
 
 
 TINKER = Form(

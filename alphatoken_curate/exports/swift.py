@@ -69,6 +69,8 @@ def _columns(told: Told) -> Iterator[str]:
 def _use(told: Told) -> Iterator[str]:
     pair = told.kind == "preference"
     command = "swift rlhf --rlhf_type dpo" if pair else "swift sft"
+    if told.beta is not None:
+        command += f" --beta {told.beta}"
     yield from ("```sh", f"{command} --model MODEL --dataset {shlex.quote(told.file(NAME))} \\")
     yield f"    --external_plugins {shlex.quote(told.file(TEMPLATE_CODE))} --template {TEMPLATE} \\"
     yield f"    --is_binary_loss_scale false --max_length {told.longest}"

@@ -72,7 +72,7 @@ def always_kept(run: Path, stored: Manifest, config: MaskConfig) -> Always | Non
     if name == "end-of-turn":
         return None if END_OF_TURN in absent(stored.schema_version) else Always(name=name, columns=(END_OF_TURN,))
     if name == "special":
-        return Always(name=name, columns=("token_id",), special=_special_ids(run, stored))
+        return Always(name=name, columns=("token_id",), special=special_ids(run, stored))
     return Always(name=name, columns=_columns(name, manifest.components(stored), manifest.layout(stored)))
 
 
@@ -97,7 +97,7 @@ def _told_of(name: str) -> Iterator[None]:
         raise UsageError(f"always-keep:{nearest(name, _WORDS)} {told}") from error
 
 
-def _special_ids(run: Path, stored: Manifest) -> NDArray[np.int32]:
+def special_ids(run: Path, stored: Manifest) -> NDArray[np.int32]:
     """(S,) the special tokens of the run's vocabulary."""
     if VOCABULARY not in {file.path for file in stored.files} or "special" in absent(stored.schema_version):
         raise UsageError(

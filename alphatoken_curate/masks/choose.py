@@ -127,8 +127,7 @@ def weighed(
 
     A token that is `always` kept, and that by its score would have none, has the mean weight of its row's other tokens
     above 0; where there is none, 1, the mean of all. A row of which only such tokens are left counts as left without:
-    with `allow_empty_rows` they weigh nothing either. Raises as `kept`, and `UsageError` where nothing is left at all
-    since such tokens take up the share.
+    with `allow_empty_rows` they weigh nothing either. Raises as `kept`, and `UsageError` where nothing is left at all.
     """
     _check(score, lengths, always)
     size, share = parse_scope(scope), parse_keep(keep)
@@ -143,7 +142,7 @@ def weighed(
             mine = None if always is None else always[part]
             raw.give_back(part, _best_of_lost_rows(score[part], lengths[rows], raw.others(part), mine))
     weight = _mean_one(raw, lengths)
-    if share is not None and always is not None and always.any() and not weight.any():
+    if len(weight) and not weight.any():
         raise _nothing_left(keep, weights, any(given(part).any() for part, _ in blocks_of(lengths)))
     return Weighed(weight=weight, given_back=raw.given_back, over_share=over)
 
@@ -153,9 +152,14 @@ def _nothing_left(keep: float | str, weights: str, weighs: bool) -> UsageError:
         return UsageError(
             f"weights: {weights} gives every token 0, and nothing is left to train. Give another --by or --weights"
         )
+    if keep == "positive":
+        return UsageError(
+            "keep: with positive nothing is left to train: no token's --by is above 0, and rows stay empty by"
+            " --allow-empty-rows. Give another --by or --keep, or leave --allow-empty-rows out"
+        )
     return UsageError(
-        f"keep: with {keep} nothing is left to train: tokens that are always kept take up the share, and rows of which"
-        " only they are left stay empty by --allow-empty-rows. Give a larger share, or --always-keep none"
+        f"keep: with {keep} nothing is left to train: what is kept weighs nothing or is always kept, and rows of which"
+        " only that is left stay empty by --allow-empty-rows. Give a larger share, or --always-keep none"
     )
 
 

@@ -79,6 +79,8 @@ class RowView:
     components: Components = PARTED
     stability_weight: float = 1.5
     """Of the run: what an expression may name, and what its value is made of."""
+    seed: int = 0
+    """Of the newest mask: what `random` is drawn by."""
 
     @property
     def left_out(self) -> bool:
@@ -131,6 +133,7 @@ class RowView:
             columns,
             components=self.components,
             stability_weight=self.stability_weight,
+            seed=self.seed,
             layout=self.layout,
             branch=self.branches.index(branch),
         )
@@ -219,6 +222,7 @@ def _view(run: Path, stored: Manifest, scoring: Generation, index: int, record: 
         layout=layout,
         components=manifest.components(stored),
         stability_weight=responses.stability_weight(stored),
+        seed=int(str(mask.settings.get("seed", 0))) if mask else 0,
     )
 
 

@@ -14,7 +14,18 @@ from alphatoken_curate.rows.containers import RowFault
 from alphatoken_curate.rows.fields import BRANCHES, REJECTED, chat_of
 from alphatoken_curate.rows.files import visible
 from alphatoken_curate.rows.pairs import PREFERENCE
-from alphatoken_curate.rows.shapes import SFT, AnyRecord, Messages, Pair, Passage, Prompt, PromptCompletion, Tokens
+from alphatoken_curate.rows.shapes import (
+    SFT,
+    AnyRecord,
+    Messages,
+    Pair,
+    Passage,
+    Prompt,
+    PromptCompletion,
+    Record,
+    Tokens,
+)
+from alphatoken_curate.runs.schema import IGNORE_INDEX
 
 UNWANTED = ("label", "kto_tag")
 """Keys that are false, or 0, where an answer is not to be learnt from (KTO)."""
@@ -36,7 +47,10 @@ MEDIUM = ("image", "video", "audio")
 BESIDE_SHAPES = (*UNWANTED, *BRANCHED, *ANSWERS, *WEIGHTS, *SWITCHES, *MEDIA, *MEDIUM, "input", "context", "history")
 """Every key that is looked at here."""
 
-_ASKED = (("instruction", "output"), ("prompt", "response"), ("prompt", "response", REJECTED))
+_ASKED = (
+    *(("instruction", "output"), ("instruction", *BRANCHES)),
+    *(("prompt", "response"), ("prompt", "response", REJECTED)),
+)
 """Shapes of a question that may be text, but for pairs of `prompt`, `chosen` and `rejected`."""
 
 
@@ -77,6 +91,26 @@ def notes(record: dict[str, Any], made: AnyRecord) -> Iterator[str]:
         yield "weights of rows (weight, loss_weight, loss_scale) are left aside: every row weighs as much as any"
     if isinstance(made.chosen if isinstance(made, Pair) else made, Messages | Prompt) and _holds_json(record):
         yield "a prompt or an answer that is messages as JSON text is read as these"
+    if _is_repeated(record):
+        yield "answers begin with all of the prompt, which stands twice then: leave it out of one of both"
+    if isinstance(made, Pair) and _prompt(made.chosen) != _prompt(made.rejected):
+        yield "the tokens before chosen_labels and before rejected_labels differ: they are two prompts"
+
+
+def _is_repeated(record: dict[str, Any]) -> bool:
+    """Whether a prompt of several words is the beginning of every answer, both being texts."""
+    prompt = next((record[key] for key in ("prompt", "instruction") if isinstance(record.get(key), str)), "")
+    answers = [record[key] for key in (*ANSWERS, REJECTED, "rejected") if isinstance(record.get(key), str)]
+    begin = prompt.strip()
+    return len(begin.split()) > 2 and bool(answers) and all(text.lstrip().startswith(begin) for text in answers)
+
+
+def _prompt(record: Record) -> list[int] | None:
+    """The tokens before the first that responds, of a row that is tokens."""
+    if not isinstance(record, Tokens):
+        return None
+    start = next(i for i, label in enumerate(record.labels) if label != IGNORE_INDEX)
+    return record.input_ids[:start]
 
 
 def _holds_json(record: dict[str, Any]) -> bool:
@@ -161,7 +195,7 @@ def _check_input(record: dict[str, Any], keys: tuple[str, ...]) -> None:
     """`input` is read behind an instruction alone, `context` nowhere; beside a prompt `input` is to be a part of it."""
     extra, prompt, context = (record.get(key) for key in ("input", "prompt", "context"))
     if "instruction" in keys and isinstance(context, str) and context.strip() and not extra:
-        message = "context beside instruction + output: where it belongs is not known"
+        message = f"context beside {' + '.join(keys)}: where it belongs is not known"
         raise RowFault("ambiguous_shape", f"{message}; have it behind the instruction by --map context=input")
     if "instruction" in keys or prompt is None or not isinstance(extra, str) or not extra.strip():
         return

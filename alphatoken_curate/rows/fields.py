@@ -94,6 +94,11 @@ def _of_columns(value: Any) -> Any:
     return [dict(zip(columns, entry, strict=True)) for entry in zip(*columns.values(), strict=True)]
 
 
+def is_message(value: Any) -> bool:
+    """Whether it is one message, and no list of them in whatever form."""
+    return isinstance(value, dict) and any({*keys} <= value.keys() for keys in _MESSAGE) and _of_columns(value) is value
+
+
 def with_chats(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     """The record of a shape, where what may be text or messages is messages, if it is those as JSON text.
 

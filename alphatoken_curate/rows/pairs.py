@@ -13,6 +13,8 @@ from alphatoken_curate.rows.fields import (
     BRANCHES,
     REJECTED,
     SYSTEM,
+    history_of,
+    is_message,
     messages_of,
     said,
     text_of,
@@ -20,11 +22,22 @@ from alphatoken_curate.rows.fields import (
     with_system,
     wrong,
 )
-from alphatoken_curate.rows.shapes import Messages, Pair, PromptCompletion, Record, Shapes, asked, chat, tokens_of
+from alphatoken_curate.rows.shapes import (
+    Messages,
+    Pair,
+    PromptCompletion,
+    Record,
+    Shapes,
+    asked,
+    chat,
+    instruction_of,
+    tokens_of,
+)
 
 PROMPT_LIKE = ("instruction", "question", "query", "input", "context", *SYSTEM)
 """Keys that hold what belongs to the prompt in some data sets: a prompt is never guessed beside one of them."""
 
+_SAME = "chosen and rejected are the same: neither is preferred"
 _ANSWERS, _ASKS = "\n\nAssistant:", "\n\nHuman:"
 _LAST = re.compile(r"\S+\s*\Z")
 _WORD = re.compile(r"\w+(?:[.,'’-]\w+)*[.,'’-]?\Z")
@@ -38,7 +51,7 @@ def _from_branches(record: dict[str, Any]) -> tuple[str, Pair]:
             message = "prompt is empty; leave the key out where chosen and rejected begin with the prompt"
             raise RowFault("no_prompt", message)
         if all(texts) and isinstance(record["prompt"], str):
-            return "preference", _answers(record)
+            return "preference", _answers(record, text_of(record, "prompt"))
         return "preference", _turns(record)
     if all(texts):
         return "preference", _continuations(record)
@@ -49,14 +62,17 @@ def _from_branches(record: dict[str, Any]) -> tuple[str, Pair]:
 
 
 def _from_token_branches(record: dict[str, Any]) -> tuple[str, Pair]:
-    return "preference_tokens", _pair(lambda name: tokens_of(record, f"{name}_"))
+    both = {name: tokens_of(record, f"{name}_") for name in BRANCHES}
+    if both["chosen"].input_ids == both["rejected"].input_ids:  # whatever their labels
+        raise RowFault("same_branches", _SAME)
+    return "preference_tokens", Pair(**both)
 
 
 def _pair(branch: Callable[[str], Record]) -> Pair:
     """The pair of both branches, made by name. Raises RowFault where they are the same."""
     pair = Pair(chosen=branch("chosen"), rejected=branch("rejected"))
     if pair.chosen == pair.rejected:
-        raise RowFault("same_branches", "chosen and rejected are the same: neither is preferred")
+        raise RowFault("same_branches", _SAME)
     return pair
 
 
@@ -67,9 +83,8 @@ def _chat(name: str, record: dict[str, Any], messages: list[dict[str, Any]], sta
         raise fault.within(name) from None
 
 
-def _answers(record: dict[str, Any]) -> Pair:
+def _answers(record: dict[str, Any], prompt: str) -> Pair:
     """Texts that answer a text."""
-    prompt = text_of(record, "prompt")
 
     def branch(name: str) -> Messages:
         before = asked(record, prompt)
@@ -88,21 +103,29 @@ def _filled(record: dict[str, Any], name: str) -> str:
 
 
 def _turns(record: dict[str, Any]) -> Pair:
-    """Messages, or text as the assistant's, that follow a prompt of messages or text, or repeat it first."""
+    """Answers that follow a prompt of messages or text, or repeat it first."""
     is_text = isinstance(record["prompt"], str)
-    prompt = [said("user", record["prompt"])] if is_text else messages_of(record, "prompt")
-    after = {
-        name: [said("assistant", _filled(record, name))] if isinstance(record[name], str) else messages_of(record, name)
-        for name in BRANCHES
-    }
+    return _following(record, [said("user", record["prompt"])] if is_text else messages_of(record, "prompt"))
+
+
+def _following(record: dict[str, Any], prompt: list[dict[str, Any]]) -> Pair:
+    """Branches behind a prompt: messages, one message, or text as the assistant's."""
+    after = {name: _branch(record, name) for name in BRANCHES}
     if all(_repeats(turns, prompt) for turns in after.values()):
         return _whole_chats(record, after["chosen"], after["rejected"])
-    for name, turns in after.items():
-        if is_text and turns[0]["role"] != "assistant":
-            found = f"{name} begins with a message of role {turns[0]['role']}"
+    asked_on = [unmarked(list(takewhile(lambda turn: turn["role"] != "assistant", turns))) for turns in after.values()]
+    for name, own in zip(BRANCHES, asked_on, strict=True):
+        if own and (isinstance(record.get("prompt"), str) or asked_on[0] != asked_on[1]):
+            found = f"{name} begins with a message of role {own[0]['role']}"
             raise RowFault("prompt_mismatch", f"{found}, but prompt is none of the messages that both branches share")
     before = with_system(record, prompt)
     return _pair(lambda name: _chat(name, record, before + after[name], len(before)))
+
+
+def _branch(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    if isinstance(record[name], str):
+        return [said("assistant", _filled(record, name))]
+    return messages_of({name: [record[name]]} if is_message(record[name]) else record, name)
 
 
 def _repeats(turns: list[dict[str, Any]], prompt: list[dict[str, Any]]) -> bool:
@@ -120,7 +143,7 @@ def _whole_chats(record: dict[str, Any], *chats: list[dict[str, Any]]) -> Pair:
     alike = zip(*(unmarked(messages) for messages in chats), strict=False)
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], alike)))
     if len(chats[0]) == len(chats[1]) == shared:
-        raise RowFault("same_branches", "chosen and rejected are the same: neither is preferred")
+        raise RowFault("same_branches", _SAME)
     for name, messages in zip(BRANCHES, chats, strict=True):
         if len(messages) == shared:
             raise RowFault("no_response", f"{name} is no more than the beginning of the other: it answers nothing")
@@ -138,10 +161,11 @@ def _continuations(record: dict[str, Any]) -> Pair:
         raise RowFault("null_field", "prompt is null; give it a value, or leave it out where both texts begin with it")
     if beside := [key for key in PROMPT_LIKE if record.get(key) not in (None, "")]:
         message = f"{' and '.join(beside)} beside chosen and rejected but no prompt; put the whole prompt under prompt"
-        raise RowFault("no_prompt", message)
+        asks = [key for key in beside if key not in SYSTEM]
+        raise RowFault("no_prompt", message + (f", as --map {asks[0]}=prompt does" if len(asks) == 1 else ""))
     texts = {name: _filled(record, name) for name in BRANCHES}
     if texts["chosen"] == texts["rejected"]:
-        raise RowFault("same_branches", "chosen and rejected are the same: neither is preferred")
+        raise RowFault("same_branches", _SAME)
     prompt = _common_prompt(*texts.values())
     if not prompt.strip():
         message = "chosen and rejected do not begin with the same words, and no prompt is given"
@@ -177,6 +201,24 @@ def _common_prompt(one: str, other: str) -> str:
     return shared[:-1] if shared.endswith(" ") else shared
 
 
+# --- a prompt under another name (LLaMA-Factory) ---
+
+
+def _from_conversations_and_branches(record: dict[str, Any]) -> tuple[str, Pair]:
+    prompt = messages_of(record, "conversations")
+    if prompt[-1]["role"] == "assistant":
+        message = "conversations end with an answer beside chosen and rejected; leave it out, or the conversations"
+        raise RowFault("ambiguous_shape", message)
+    return "preference", _following(record, prompt)
+
+
+def _from_instruction_and_branches(record: dict[str, Any]) -> tuple[str, Pair]:
+    question = instruction_of(record)
+    if all(isinstance(record[name], str) for name in BRANCHES):
+        return "preference", _answers(record, question)
+    return "preference", _following(record, [*history_of(record), said("user", question)])
+
+
 # --- one answer, and another beside it (ms-swift) ---
 
 
@@ -206,6 +248,8 @@ def _from_two_chats(record: dict[str, Any]) -> tuple[str, Pair]:
 
 PREFERENCE: Shapes = {
     BRANCHES: _from_branches,
+    ("conversations", *BRANCHES): _from_conversations_and_branches,
+    ("instruction", *BRANCHES): _from_instruction_and_branches,
     ("messages", REJECTED): _from_messages_and_rejected,
     ("messages", "rejected_messages"): _from_two_chats,
     ("prompt", "response", REJECTED): _from_texts_and_rejected,

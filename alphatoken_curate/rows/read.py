@@ -30,6 +30,8 @@ text an assistant turn; only turns behind the prompt respond; branches that repe
 | `chosen` + `rejected`, whole chats | Messages; the messages that both begin with are the prompt |
 | `chosen` + `rejected`, whole texts | PromptCompletion; what both begin with is the prompt, up to the last \
 `Assistant:` of a dialogue in the manner of `Human:` and `Assistant:`, else to where a word begins |
+| `instruction` (+ `input`), or `conversations`, + `chosen` + `rejected`, each text or one message | Messages; the \
+answers follow what is asked; beside whole chats, or a `prompt`, `instruction` is left alone |
 | `chosen_input_ids` + `chosen_labels` + `rejected_input_ids` + `rejected_labels` | Tokens |
 | `messages`, or `prompt` + `response` as text, + `rejected_response` | Messages; the last answer, and what stands in \
 for it |
@@ -71,7 +73,7 @@ from alphatoken_curate.errors import InputError
 from alphatoken_curate.rows.beside import check_keys, check_made, notes
 from alphatoken_curate.rows.columns import NAMES, mapped, unmet
 from alphatoken_curate.rows.containers import Meter, RawRow, RowFault, check_surrogates, without_nulls
-from alphatoken_curate.rows.fields import with_chats, wrong
+from alphatoken_curate.rows.fields import BRANCHES, is_message, with_chats, wrong
 from alphatoken_curate.rows.files import find_files, visible
 from alphatoken_curate.rows.padding import MASKED
 from alphatoken_curate.rows.pairs import PREFERENCE
@@ -265,9 +267,11 @@ def _sound(record: dict[str, Any]) -> dict[str, Any] | RowFault:
     return without_nulls(record)
 
 
-def refuse(bad: Sequence[BadRow], beside: Sequence[BadRow] = ()) -> InputError:
+_SET_ASIDE = "Correct them, or set them aside with --bad-rows quarantine, which lists them in rejects.jsonl."
+
+
+def refuse(bad: Sequence[BadRow], beside: Sequence[BadRow] = (), advice: str = _SET_ASIDE) -> InputError:
     """The error that names bad rows as `grouped` does; those of files `beside` DATA cannot be set aside."""
-    advice = "Correct them, or set them aside with --bad-rows quarantine, which lists them in rejects.jsonl."
     if beside:
         advice = "Correct them. Rows of DATA can be set aside with --bad-rows quarantine, those of --target cannot."
     between = ["  and of files beside DATA:"] if bad and beside else []
@@ -337,9 +341,16 @@ def _given(record: dict[str, Any]) -> set[str]:
     given = {key for key, value in record.items() if value is not None}
     if given.issuperset(("messages", "chosen", "rejected")) and record["messages"] == record["chosen"]:
         given.remove("messages")
+    if given.issuperset(("instruction", *BRANCHES)) and ("prompt" in given or _are_chats(record)):
+        given.remove("instruction")
     if given.issuperset(("input_ids", "labels")):
         return given.difference(MASKED)  # then they only take away
     return given.difference(MASKED[1:]) if given.issuperset(("input_ids", MASKED[0])) else given
+
+
+def _are_chats(record: dict[str, Any]) -> bool:
+    """Whether a branch is a list, which a prompt may be the beginning of."""
+    return not all(isinstance(record[name], str) or is_message(record[name]) for name in BRANCHES)
 
 
 def _notes(given: Mapping[str, Any], record: AnyRecord) -> Iterator[str]:

@@ -192,9 +192,13 @@ def _from_prompt_response(record: dict[str, Any]) -> tuple[str, Record]:
 
 
 def _from_instruction(record: dict[str, Any]) -> tuple[str, Record]:
-    instruction, answer = text_of(record, "instruction"), text_of(record, "output")
+    return _from_texts(record, instruction_of(record), text_of(record, "output"))
+
+
+def instruction_of(record: dict[str, Any]) -> str:
+    """The instruction of a row, and its `input` behind it. Raises RowFault."""
     extra = text_of(record, "input") if record.get("input") is not None else ""
-    return _from_texts(record, "\n\n".join(part for part in (instruction, extra) if part), answer)
+    return "\n\n".join(part for part in (text_of(record, "instruction"), extra) if part)
 
 
 def _from_texts(record: dict[str, Any], question: str, answer: str) -> tuple[str, Record]:

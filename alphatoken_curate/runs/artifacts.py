@@ -95,18 +95,24 @@ OF_MODEL = frozenset(kind for kind, names in _DEPENDS.items() if "model" in name
 """Kinds made anew at each checkpoint; their files carry the number of the generation."""
 
 
+OF_ROWS = frozenset(kind for kind, names in _DEPENDS.items() if "tokens" in names).union(_ON_ALL)
+"""Kinds made of rows of DATA."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Store:
     """The artifacts/ of a run: `fields` are the fingerprint fields of `generation`.
 
-    `reuse`: artifacts/ of another run; what it holds that was made from the same fields is taken over. `watched`: the
-    files that all is computed from, looked at before anything is kept.
+    `reuse`: artifacts/ of another run; what it holds that was made from the same fields is taken over, if its `rows`
+    are the same ones: draws and shards go by their numbers, which the digest of their tokens does not tell. `watched`:
+    the files that all is computed from, looked at before anything is kept.
     """
 
     folder: Path
     fields: Mapping[str, Json]
     generation: int = 0
     reuse: Path | None = None
+    rows: str | None = None
     watched: Watched | None = field(default=None, compare=False)
 
     def path(self, kind: str, part: int | str | None = None) -> Path:
@@ -129,7 +135,8 @@ class Store:
         """
         self.check_sources()
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        about = canonical({"fields": self._fields_of(kind), "sha256": _digest(ready)}).decode()
+        rows = {"rows": self.rows} if kind in OF_ROWS else {}
+        about = canonical({"fields": self._fields_of(kind), "sha256": _digest(ready), **rows}).decode()
         with atomic_file(self.path(kind, part), hashed=False) as sink:
             write_tensors(sink, ready, {_ABOUT: about})
 
@@ -194,10 +201,13 @@ class Store:
         if self.reuse is None:
             return None
         pattern = f"{kind}-*.safetensors" if kind in OF_MODEL else self.path(kind, part).name
-        found = (self._read(path, kind, "cpu") for path in sorted(self.reuse.glob(pattern)))
+        found = (self._read(path, kind, "cpu", other=True) for path in sorted(self.reuse.glob(pattern)))
         return next((tensors for tensors in found if tensors is not None), None)
 
-    def _read(self, path: Path, kind: str, device: torch.device | str) -> dict[str, Tensor] | None:
+    def _read(
+        self, path: Path, kind: str, device: torch.device | str, *, other: bool = False
+    ) -> dict[str, Tensor] | None:
+        """The tensors of a file made from the same fields; of an `other` run from the same rows, too."""
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
@@ -210,7 +220,8 @@ class Store:
             raise unread(path, error) or _damaged(path, str(error)) from error
         if not isinstance(about, dict) or about.get("sha256") != _digest(tensors) or "fields" not in about:
             raise _damaged(path, "it is not as it was written")
-        if differing(about["fields"], self._fields_of(kind)):
+        same_rows = not other or kind not in OF_ROWS or about.get("rows") == self.rows
+        if differing(about["fields"], self._fields_of(kind)) or not same_rows:
             return None
         return {key: tensor.to(device) for key, tensor in tensors.items()}
 

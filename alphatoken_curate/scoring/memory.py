@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import polars as pl
@@ -17,8 +17,9 @@ from alphatoken_curate.directions.drift import checked_weights, drift_direction
 from alphatoken_curate.directions.fisher import fisher_diagonal
 from alphatoken_curate.directions.parameters import rest_fisher, rest_gradient
 from alphatoken_curate.directions.target import target_gradient
+from alphatoken_curate.engine.blocks import unwrapped
 from alphatoken_curate.engine.capture import Direction, ScoringModel, captured
-from alphatoken_curate.errors import InputError
+from alphatoken_curate.errors import InputError, ModelError, UsageError
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.rows.read import kind_of, refuse, rows_of
 from alphatoken_curate.runs.schema import LAYOUTS, components
@@ -62,31 +63,67 @@ def score_tokens(
     ones), SFT rows or preference rows; of preference rows as target the chosen branch is taken. `reference` is a second
     loaded model of the same shape; without it stability is 0. The model is given back as it was. Raises InputError that
     names every bad row, ModelError where the model cannot be captured exactly. `progress` hears of rows that are not
-    tokenised as they were given.
+    tokenised as they were given, or cut at the end to `max_length` tokens. Adapters of peft have to be merged.
     """
-    # What cannot go together is refused as `score` does.
-    ScoreConfig(data=("rows",), estimator=estimator, parameters=parameters, layers=layers, window=window, beta=beta)
+    if fisher not in ("sampled", "empirical"):
+        raise UsageError(f"fisher: found {fisher!r}; score_tokens takes sampled or empirical, `score` others too")
+    config = ScoreConfig(
+        data=("rows",),
+        estimator=estimator,
+        layers=layers,
+        parameters=parameters,
+        window=window,
+        stability_weight=stability_weight,
+        fisher=fisher,
+        beta=beta,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        seed=seed,
+    )
+    _refuse_adapters(model, reference)
     both = (("rows", rows), ("target", target))
     (kind, wanted), (_, task) = (_tokens(*some, model, tokenizer, max_length, progress or Silent()) for some in both)
+    return _frame(wanted, _found(model, reference, wanted, task, kind, config), kind)
+
+
+def _found(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    rows: Sequence[AnyRow],
+    task: Sequence[AnyRow],
+    kind: Literal["sft", "preference"],
+    config: ScoreConfig,
+) -> Sequence[RowResult | None]:
+    estimator, size, parameters = config.estimator, int(config.batch_tokens), cast(Any, config.parameters)
     anchor = None
     if reference is not None:
-        with _evaluating(reference), captured(reference, layers, parameters) as scoring:
-            anchor = _anchor(scoring, wanted, batch_tokens, sampled=fisher == "sampled", seed=seed)
+        with _evaluating(reference), captured(reference, config.layers, parameters) as scoring:
+            anchor = _anchor(scoring, rows, size, sampled=config.fisher == "sampled", seed=config.seed)
     losses = anchor.losses if anchor is not None else None
-    with _evaluating(model), captured(model, layers, parameters) as scoring:
-        learnt = [*batches_of([chosen(row) for row in task], batch_tokens)]
+    with _evaluating(model), captured(model, config.layers, parameters) as scoring:
+        learnt = [*batches_of([chosen(row) for row in task], size)]
         directions = _directions(scoring, learnt, anchor, all_positions=estimator != "published")
-        found = row_signals(
-            make_scorer(scoring, directions, estimator, window),
-            wanted,
-            batches_of(wanted, batch_tokens),
+        return row_signals(
+            make_scorer(scoring, directions, estimator, config.window),
+            rows,
+            batches_of(rows, size),
             components=components(estimator),
             objectives=("adapt", "stab")[: len(directions)],
-            stability_weight=stability_weight,
+            stability_weight=config.stability_weight,
             reference_nll=losses,
-            pairs=Pairs(beta=beta, reference=reference_sums(losses)) if kind == "preference" else None,
+            pairs=Pairs(beta=config.beta, reference=reference_sums(losses)) if kind == "preference" else None,
         )
-    return _frame(wanted, found, kind)
+
+
+def _refuse_adapters(*models: PreTrainedModel | None) -> None:
+    """Raise ModelError where peft's layers stand in a model's: their matrices would be maps of S beside its own."""
+    for model in models:
+        inside = () if model is None else unwrapped(model).named_modules()
+        if layer := next((name for name, module in inside if type(module).__module__.startswith("peft.")), None):
+            raise ModelError(
+                f"{type(model).__name__}: its adapter is not merged ({layer} is of peft), and `score` values tokens by"
+                " merged weights. Give copy.deepcopy(model).merge_and_unload()."
+            )
 
 
 def _frame(
@@ -164,9 +201,12 @@ def _tokens(
         told=told,
     )
     if read.bad or unusable:
-        raise refuse(sorted([*read.bad, *unusable], key=lambda bad: bad.row_id))
+        bad = sorted([*read.bad, *unusable], key=lambda one: one.row_id)
+        raise refuse(bad, advice="Correct them, or leave them out.")
     if not found:
         raise InputError(f"{name}: no rows. Give at least one.")
+    if cut := [row.truncated for row in found if row.truncated]:
+        progress.warn(f"{name}: {count(len(cut), 'row')} cut to {max_length} tokens, {sum(cut):,} tokens in all.")
     for note, rows in told.items():
         progress.warn(f"{name}: {count(rows, 'row')}: {note}.")
     return kind_of(read.rows), found

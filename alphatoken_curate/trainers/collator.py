@@ -102,8 +102,8 @@ class PreferenceCollator:
 
     input_ids, attention_mask and completion_mask int64 and loss_weight float32, (2B, T); completion_mask is 1 where the
     weight is above 0. `ref_chosen_logps` and `ref_rejected_logps` (B,) float32 where the rows have them. A pair trains
-    nothing where one of its branches has nothing to train, or where both were cut to the same: no answer is moved
-    against nothing.
+    nothing where one of its branches has nothing to train, or where both are the same tokens, as a cut may leave them:
+    no answer is moved against nothing.
     """
 
     pad_token_id: int = 0

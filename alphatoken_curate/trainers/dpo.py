@@ -23,8 +23,9 @@ class WeightedDPOTrainer(RowsMixin, DPOTrainer):  # type: ignore[misc]
 
     The log-probability of an answer becomes sum_t w_t log p_t over the tokens that its branch's mask keeps, under the
     policy and under the reference, computed as it trains or before (`precompute_ref_log_probs`). That is DPO's own
-    denominator: none, but the mean over pairs. Masks shorten the sums, so the same beta means a smaller margin; the
-    losses `ipo` and `sigmoid_norm` divide by the count of kept tokens.
+    denominator: none, but the mean over pairs. Give DPOConfig the `beta` that the run was scored by: values are of it.
+    Masks shorten the sums, so the same beta means a smaller margin; the losses `ipo`, `sigmoid_norm` and `sft` divide
+    by the count of kept tokens.
 
     The same arguments as DPOTrainer. Rows longer than `max_length` are refused: give DPOConfig(max_length=None), or
     have `as_dataset` cut them. Datasets without weights are refused too. Raises `UsageError` for those and for what

@@ -91,6 +91,7 @@ class RefreshCallback(TrainerCallback, ExportableState):
         """Bring the first mask into force; of a resumed training, the one that was."""
         self._attach(args, kwargs.get("train_dataloader"))
         check_run(kwargs.get("model"), kwargs.get("processing_class"), Path(self.run))
+        self._compare_beta(args, state)
         self._due, self._resumed = False, bool(state.global_step)
         # A training that is resumed may have had no such callback; transformers wants an entry when it saves.
         states: Any = state.stateful_callbacks
@@ -156,6 +157,13 @@ class RefreshCallback(TrainerCallback, ExportableState):
         self._current.use(mask)
         self.masks.append((epoch, mask))
         _tell(state, f"mask {mask} of {self.run} is in force from epoch {epoch} on")
+
+    def _compare_beta(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Say where pairs train by another beta than their values are of."""
+        own, settings = getattr(args, "beta", None), manifest.read(Path(self.run)).settings
+        scored = settings.get("beta") if settings.get("rehearse_simpo") is None else None
+        if None not in (own, scored) and settings.get("kind") == "preference" and own != scored:
+            _tell(state, f"beta={own} trains, and values of {self.run} are of beta {scored} (score --beta)")
 
     def _check_resumed(self, args: TrainingArguments, state: TrainerState, told: Mapping[str, Any]) -> None:
         """Raise `UsageError` where the checkpoint of `output_dir` is not the one that the training goes on from."""

@@ -35,8 +35,10 @@ from alphatoken_curate.exports.form import (
     trains,
     unlike,
 )
+from alphatoken_curate.exports.guide import checked_against
 from alphatoken_curate.reading.trainset import TrainBranch, TrainRow
 from alphatoken_curate.rows.read import read_rows
+from alphatoken_curate.runs.documents import sealed, unsealed
 from alphatoken_curate.runs.schema import LAYOUTS
 
 KINDS = [("sft", name) for name in TOKEN_FORMS] + [("preference", name) for name in FOR_PAIRS]
@@ -338,9 +340,9 @@ def test_what_is_asked_amiss_is_refused(runs: dict[tuple[str, str], Path], tmp_p
 
 
 def test_a_mask_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
-    run = small_run(tmp_path / "run", config=published(keep="positive", by="nll - 1000", allow_empty_rows=True))
-    with pytest.raises(UsageError, match=r"all are dropped \(nothing_trains 9\)"):
-        export(run, trainer="hf", output=tmp_path / "out")
+    run = small_run(tmp_path / "run", config=published(keep="positive", by="position - 9", allow_empty_rows=True))
+    with pytest.raises(UsageError, match=r"all are dropped \(cut_away \d, nothing_trains \d\)"):
+        export(run, trainer="hf", output=tmp_path / "out", max_length=9)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -361,7 +363,7 @@ def test_the_readme_says_what_to_do_and_what_was_done(
         IN_WORDS[form.alignment],
         "divides by nothing" if kind == "preference" else form.divides,
         *form.beware,
-        *form.checked,
+        *checked_against(form, kind),
     ):
         assert line in text, line
     assert f"- {done.rows} rows written" in text
@@ -397,7 +399,66 @@ def test_the_record_says_where_it_is_from(
         assert one["sha256"] == hashlib.sha256(found[name]).hexdigest() and one["bytes"] == len(found[name])
 
 
-@pytest.mark.parametrize("trainer", ["axolotl", "together", "verl"])
+SIMPO = {"rehearse_simpo": 0.5, "beta": 2.0}
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_the_readme_has_what_the_loss_of_the_values_takes(tmp_path: Path, kind: str) -> None:
+    """Values of pairs are of DPO by the run's beta, which no trainer's default knows."""
+    run = small_run(tmp_path / "run", kind=kind, config=published(weights="sigmoid"))
+    rewrite(run, "settings", beta=0.5, rehearse_denominator="sum")
+    wanted = {
+        "hf": {
+            "sft": 'train_dataset=rows, denominator="sum")',
+            "preference": "args = DPOConfig(max_length=None, beta=0.5)",
+        },
+        "llamafactory": {"preference": "pref_beta: 0.5"},
+        "ms-swift": {"preference": "swift rlhf --rlhf_type dpo --beta 0.5 --model"},
+        "tinker": {"preference": "of DPO with a beta of 0.5"},
+    }
+    for trainer, lines in wanted.items():
+        binarize = trainer not in ("hf", "tinker")
+        export(run, trainer=trainer, output=tmp_path / trainer, binarize=binarize)
+        text = (tmp_path / trainer / "README.md").read_text()
+        assert lines.get(kind, "") in text and (kind == "preference") == ("0.5" in text)
+
+
+@pytest.mark.parametrize(
+    ("divided", "says"), [("count", "divide by how many respond"), ("sum", "trl.experimental.cpo")]
+)
+def test_the_readme_of_values_of_simpo_says_which_mean_they_are_of(tmp_path: Path, divided: str, says: str) -> None:
+    """By count a token of weight 0 stays in the denominator, which labels of -100 take it out of."""
+    run = small_run(tmp_path / "run", kind="preference")
+    rewrite(run, "settings", rehearse_denominator=divided, **SIMPO)
+    export(run, trainer="trl", output=tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert says in text and "`beta=2.0, simpo_gamma=0.5`" in text and "DPOConfig(max_length=None)" in text
+    assert ("would divide by" in text) == (divided == "count")
+
+
+def rewrite(run: Path, key: str, **told: Any) -> None:
+    """The run as if its manifest said this, too."""
+    path = run / "manifest.json"
+    stored = unsealed(path.read_bytes())
+    path.write_bytes(sealed({**stored, key: {**stored[key], **told}}))
+
+
+def test_the_readme_of_pairs_names_who_reads_pairs(runs: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    export(runs["preference", "binary"], trainer="hf", output=tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "# Tokens to train, for TRL, by `WeightedDPOTrainer`\n" in text
+    assert not [name for name in ("Unsloth", "Axolotl", "axolotl", "Together", "together") if name in text]
+
+
+def test_the_readme_of_tokens_as_given_names_no_tokenizer(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run")
+    rewrite(run, "digests", tokenizer=f"sha256:{hashlib.sha256().hexdigest()}")
+    export(run, trainer="hf", output=tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "- token ids as they were given, scored by `base`: train a model of the same tokens" in text
+
+
+@pytest.mark.parametrize("trainer", ["axolotl", "together", "unsloth", "verl"])
 def test_pairs_are_refused_by_the_name_that_was_given(
     runs: dict[tuple[str, str], Path], tmp_path: Path, trainer: str
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from small_run import FIELDS, closes, facts, published, scored, write_vocabulary
+from small_run import FIELDS, VOCABULARY, closes, facts, published, scored, write_pieces, write_vocabulary
 from tiny import tiny_model
 from tiny_files import command, contents, quiet, write_jsonl
 
@@ -23,6 +23,7 @@ from alphatoken_curate.runs import manifest
 from alphatoken_curate.runs.manifest import Input
 from alphatoken_curate.runs.schema import SFT
 from alphatoken_curate.runs.shards import Branch, Footer, ValueRow, shard_name, values_folder, write_values
+from alphatoken_curate.tokens.pieces import Piece
 
 ASK, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 ONE, TWO = [ASK, ANSWER], [ASK, ANSWER, ASK, {"role": "assistant", "content": "So it is."}]
@@ -89,6 +90,18 @@ def test_a_message_has_weight_0_where_none_of_its_tokens_is_left(tmp_path: Path)
     assert "Of 6 answers, 4 are to train." in (tmp_path / "out" / "README.md").read_text()
     told = command("export", run, "--for", "jsonl-weights", "-o", tmp_path / "again").out
     assert "answers  6, of which 4 have weight 1" in told
+
+
+def test_a_message_of_which_special_tokens_alone_are_left_has_weight_0(tmp_path: Path) -> None:
+    """They are always kept, as what ends an answer is: weight 1 would train all of the answer that was dropped."""
+    run = chat_run(tmp_path, [{"messages": TWO}], [[(2, 5), (8, 12)]], "position >= 0")
+    special = set(scan_tokens(run).collect().filter(position=3)["token_id"])
+    write_pieces(run, [Piece(content=f"<{i}>".encode(), special=i in special) for i in range(VOCABULARY)])
+    for always, wanted in (("special", 0), ("position = 3", 1)):
+        by = KEEP.format("position >= 8")
+        made = make_mask(run, published(keep="positive", by=by, always_keep=always))
+        by_message, _ = exported(run, tmp_path / f"out{made.mask}")
+        assert [weights(row) for row in by_message] == [[None, wanted, None, 1]]
 
 
 def test_rows_without_a_token_are_dropped_and_others_stay_in_step(tmp_path: Path) -> None:

@@ -72,10 +72,10 @@ def test_rows_are_cut_at_the_end_and_dropped_where_nothing_is_left(opened: Given
 
 
 def test_a_pair_needs_both_its_branches(opened: Given) -> None:
-    whole, late, none = branch([0, 1, 1]), branch([0, 0, 0, 1]), branch([0, 0])
+    whole, late, none = branch([0, 1, 1]), branch([0, 0, 0, 1], first=30), branch([0, 0], first=50)
     found = items(opened, (whole, late), (whole, none), (none, whole), max_length=3)
     assert [shown(item) for item in found] == ["cut_away", "nothing_trains", "nothing_trains"]
-    found = items(opened, (branch([0, 1, 1]), branch([0, 1, 0])), (branch([0, 1, 1]), branch([0, 1, 1, 1])))
+    found = items(opened, (whole, branch([0, 1, 0], first=30)), (whole, branch([0, 1, 1, 1])))
     assert all(isinstance(item, Kept) for item in found)
 
 
@@ -84,6 +84,9 @@ def test_a_pair_that_a_cut_makes_equal_is_dropped(opened: Given) -> None:
     assert [shown(item) for item in items(opened, same, max_length=3)] == ["same_branches"]
     assert [shown(item) for item in items(opened, same, max_length=4)] == ["same_branches"]
     assert [shown(item) for item in items(opened, same)] == [([[0, 1, 1, 0], [0, 1, 1, 1, 1]], 0)]
+    # As `PreferenceCollator` has it: of the same tokens whatever they are cut to, masked apart or not.
+    alike = (branch([0, 1, 1, 0]), branch([0, 0, 1, 1]))
+    assert [shown(item) for item in items(opened, alike)] == ["same_branches"]
     masked_apart = (branch([0, 1, 0, 0]), branch([0, 0, 1, 1, 1]))
     assert [shown(item) for item in items(opened, masked_apart, max_length=3)] == ["same_branches"]
     other = (branch([0, 1, 1, 0]), branch([0, 1, 1, 1, 1], first=11))
@@ -111,7 +114,11 @@ def test_weights_become_binary_or_are_refused(opened: Given) -> None:
 
 def test_a_tally_counts_every_branch(opened: Given) -> None:
     told: list[Dropped] = []
-    rows = [(branch([0, 2, 0, 1]), branch([0, 0.5])), (branch([0]), branch([0, 1])), (branch([0, 1]), branch([0, 1]))]
+    rows = [
+        (branch([0, 2, 0, 1]), branch([0, 0.5])),
+        (branch([0]), branch([0, 1])),
+        (branch([0, 1]), branch([0, 1], first=30)),
+    ]
     tally = Tally()
     kept = list(counted(iter(items(opened, *rows, max_length=3)), tally, told.append))
     assert [one.row.row_id for one in kept] == [0, 2] and told == [Dropped(row_id=1, turn=0, reason="nothing_trains")]

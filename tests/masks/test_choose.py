@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from typing import Any
@@ -166,15 +167,22 @@ def test_kept_is_what_sorting_says(found: list[Token], keep: float | str, scope:
     assert {token for token, kept in zip(found, got, strict=True) if kept} == want
 
 
+def refused_where_nothing_is_left(found: list[Token], want: Collection[Token]) -> Any:
+    """A mask that trains nothing would be the newest, and trainings on it train nothing in silence."""
+    return nullcontext() if want or not found else pytest.raises(UsageError, match="nothing is left to train")
+
+
 @given(tokens(), KEEP, SCOPE, WEIGHTS, st.booleans(), BLOCK)
 @settings(max_examples=300, deadline=None)
 def test_weights_are_what_the_formulas_say(
     found: list[Token], keep: float | str, scope: str, kind: str, allow: bool, block: int
 ) -> None:
     found = [(float(np.float32(score)), row, position) for score, row, position in found]
-    with patch.object(formulas, "BLOCK", block):
-        got = choose.weighed(*columns(found), keep=keep, scope=scope, weights=kind, allow_empty_rows=allow).weight
     want = plain_weights(found, keep, scope, kind, allow)
+    with patch.object(formulas, "BLOCK", block), refused_where_nothing_is_left(found, want):
+        got = choose.weighed(*columns(found), keep=keep, scope=scope, weights=kind, allow_empty_rows=allow).weight
+    if found and not want:
+        return
     assert got.dtype == np.float32
     assert {t for t, w in zip(found, got, strict=True) if w > 0} == set(want)
     np.testing.assert_allclose(got, [want.get(token, 0.0) for token in found], rtol=1e-5, atol=2e-38)
@@ -223,9 +231,10 @@ def test_weights_with_what_is_always_kept_are_what_the_formulas_say(
     want = plain_weights_with_always(found, keep, scope, kind, allow, always)
     how = {"keep": keep, "scope": scope, "weights": kind, "allow_empty_rows": allow, "always": given}
     with patch.object(formulas, "BLOCK", block):
-        if not want and always and keep != "positive":
+        if found and not want:
             weightless = not any(map(plain_formula(found, scope, kind), found))
-            told = "gives every token 0" if weightless else "tokens that are always kept take up the share"
+            told = "no token's --by is above 0" if keep == "positive" else "weighs nothing or is always kept"
+            told = "gives every token 0, and nothing is left" if weightless else told
             with pytest.raises(UsageError, match=told):
                 choose.weighed(*columns(found), **how)
             return
@@ -245,7 +254,10 @@ def test_nothing_that_is_always_kept_changes_no_bit(
     found: list[Token], keep: float | str, scope: str, kind: str, allow: bool
 ) -> None:
     how = {"keep": keep, "scope": scope, "weights": kind, "allow_empty_rows": allow}
-    plain = choose.weighed(*columns(found), **how)
+    with refused_where_nothing_is_left(found, plain_weights(found, keep, scope, kind, allow)):
+        plain = choose.weighed(*columns(found), **how)
+    if found and not plain_weights(found, keep, scope, kind, allow):
+        return
     got = choose.weighed(*columns(found), **how, always=np.zeros(len(found), np.bool_))
     assert (got.weight.tobytes(), got.given_back, got.over_share) == (plain.weight.tobytes(), plain.given_back, 0)
 
@@ -388,5 +400,8 @@ def test_what_weighs_nothing_is_told_as_such() -> None:
     how: dict[str, Any] = {"keep": 1.0, "scope": "global", "allow_empty_rows": True, "always": ends}
     with pytest.raises(UsageError, match=r"weights: relu gives every token 0.*Give another --by or --weights"):
         choose.weighed(score, lengths(0, 0, 0), weights="relu", **how)
-    with pytest.raises(UsageError, match=r"tokens that are always kept take up the share.*Give a larger share"):
+    with pytest.raises(UsageError, match=r"weighs nothing or is always kept.*Give a larger share"):
         choose.weighed(score, lengths(0, 0, 0), weights="binary", **how | {"keep": 0.3})
+    for ends in (None, np.zeros(3, np.bool_), how["always"]):
+        with pytest.raises(UsageError, match=r"keep: with positive nothing is left.*no token's --by is above 0"):
+            choose.weighed(score, lengths(0, 0, 0), weights="sigmoid", **how | {"keep": "positive", "always": ends})

@@ -236,6 +236,16 @@ def test_numbers_to_show_by_are_those_that_a_mask_is_made_by(tmp_path: Path, kin
         assert kept.any() and (not dropped.any() or numbers[kept].min() >= numbers[dropped].max())
 
 
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_a_draw_is_that_of_the_mask_it_is_shown_beside(tmp_path: Path, kind: str) -> None:
+    run = small_run(tmp_path / "run", kind=kind, config=published(by="random", seed=3, keep=0.5, scope="row"))
+    view = read_row(run, row=4)
+    for branch in view.branches:
+        drawn, kept = view.column(branch, "random"), branch.kept
+        dropped = branch.response & ~kept
+        assert kept.any() and drawn[kept].min() > drawn[dropped].max(initial=0)
+
+
 def test_what_looks_at_several_tokens_is_refused_and_not_shown_of_one_row(tmp_path: Path) -> None:
     view = read_row(small_run(tmp_path / "run"), row=0)
     with pytest.raises(UsageError, match="may look at several tokens at once, which for a mask are those of the whole"):

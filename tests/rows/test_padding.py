@@ -164,9 +164,10 @@ def test_masks_stand_in_for_labels() -> None:
 
 
 def test_branches_have_masks_of_their_own() -> None:
-    texts = {"chosen_input_ids": IDS, "chosen_labels": IDS, "rejected_input_ids": IDS, "rejected_labels": IDS}
+    other = [*IDS[:-1], 9]
+    texts = {"chosen_input_ids": IDS, "chosen_labels": IDS, "rejected_input_ids": other, "rejected_labels": other}
     pair = read(**texts, chosen_completion_mask=[0, 0, 1, 1], rejected_loss_mask=[0, 0, 0, 1])
-    assert (pair.chosen.labels, pair.rejected.labels) == (LABELS, [-100, -100, -100, 8])
+    assert (pair.chosen.labels, pair.rejected.labels) == (LABELS, [-100, -100, -100, 9])
 
 
 BAD_MASKS: dict[str, tuple[Any, str, str]] = {

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from small_run import small_run
+from tiny_files import write_jsonl
 
 from alphatoken_curate import export
 from alphatoken_curate.errors import InputError
@@ -707,12 +708,81 @@ def test_preference_columns(tmp_path: Path) -> None:
     assert guessed.bad[0].reason == "no_prompt"
 
 
+def test_preference_rows_of_llama_factory(tmp_path: Path) -> None:
+    """A prompt by another name, and each answer one message."""
+    asks = {"from": "human", "value": USER["content"]}
+    told = {name: {"from": "gpt", "value": one["content"]} for name, one in (("chosen", ANSWER), ("rejected", OTHER))}
+    texts = {"chosen": ANSWER["content"], "rejected": OTHER["content"]}
+    question = {"role": "user", "content": "Add.\n\n1 and 2"}
+    for record, prompt in (
+        ({"conversations": [asks], **told}, [USER]),
+        ({"conversations": [asks], **texts}, [USER]),
+        ({"conversations": [asks], "system": SYSTEM["content"], **told}, [SYSTEM, USER]),
+        ({"prompt": USER["content"], **told}, [USER]),
+        ({"instruction": USER["content"], "input": "", **told}, [USER]),
+        ({"instruction": "Add.", "input": "1 and 2", **told}, [question]),
+        ({"instruction": "not looked at", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, [USER]),
+        ({"instruction": "not looked at", "prompt": [USER], **texts}, [USER]),
+    ):
+        assert read(tmp_path, line(record)).rows[0].record == pair_of_chats(prompt, [ANSWER], [OTHER]), record
+    (row,) = read(tmp_path, line({"instruction": "Add.", "input": "1 and 2", "history": [["a", "b"]], **texts})).rows
+    assert isinstance(row.record, Pair) and isinstance(row.record.chosen, Messages)
+    earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert row.record.chosen.messages == [*earlier, question, ANSWER] and row.record.chosen.respond_from == 3
+    advised = read(tmp_path, line({"system": "s", "question": "q", **texts})).bad[0]
+    assert advised.message.endswith("put the whole prompt under prompt, as --map question=prompt does")
+
+
+def test_what_stands_twice_and_two_prompts_are_told(tmp_path: Path) -> None:
+    prompt, twice = "Which is the longest river?", "which stands twice"
+    texts = {"prompt": prompt, "chosen": f"{prompt} The Nile.", "rejected": f"{prompt} The Rhine."}
+    answer = {"prompt": prompt, "response": f" {prompt} The Nile."}
+    for record, says in (
+        (texts, twice),
+        (answer, twice),
+        ({"instruction": prompt, "output": answer["response"]}, twice),
+        (texts | {"rejected": "The Rhine."}, None),
+        ({"prompt": "Yes", "response": "Yes, of course."}, None),
+        (TOKEN_PAIR, "they are two prompts"),
+        ({**TOKEN_PAIR, "rejected_input_ids": [5, 6, 8], "rejected_labels": [-100, -100, 8]}, None),
+    ):
+        stream = RowStream([write_jsonl(tmp_path / "rows.jsonl", [record])])
+        assert len(list(stream)) == 1
+        told = list(stream.told)
+        assert [says in one for one in told] == [True] if says else not told, record
+
+
 SAME = [USER, ANSWER]
 BAD_PAIRS = {
     "same texts": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "same_branches", "neither"),
     "same messages": ({"prompt": [USER], "chosen": "b", "rejected": [ANSWER]}, "same_branches", "neither"),
     "same chats": ({"chosen": SAME, "rejected": SAME}, "same_branches", "neither"),
     "same whole texts": ({"chosen": "a b", "rejected": "a b"}, "same_branches", "neither"),
+    "same tokens whatever responds": (
+        {**TOKEN_PAIR, "rejected_input_ids": [5, 6, 7], "rejected_labels": [-100, 6, 7]},
+        "same_branches",
+        "neither",
+    ),
+    "two prompts": (
+        {"prompt": [USER], "chosen": [{"role": "user", "content": "z"}, ANSWER], "rejected": [OTHER]},
+        "prompt_mismatch",
+        "chosen begins with a message of role user",
+    ),
+    "another prompt in the other branch": (
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [{"role": "user", "content": "z"}, OTHER]},
+        "prompt_mismatch",
+        "rejected begins with a message of role user",
+    ),
+    "an answered conversation": (
+        {"conversations": SAME, "chosen": ANSWER, "rejected": OTHER},
+        "ambiguous_shape",
+        "conversations end with an answer",
+    ),
+    "an instruction beside chats of another question": (
+        {"instruction": "q", "chosen": [ANSWER], "rejected": [OTHER]},
+        "no_prompt",
+        "give the prompt",
+    ),
     "same tokens": (
         {**TOKEN_PAIR, "rejected_input_ids": [5, 6, 7], "rejected_labels": [-100, -100, 7]},
         "same_branches",

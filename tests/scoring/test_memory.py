@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +13,7 @@ from templates import family_tokenizer
 from tiny import tiny_model
 from tiny_files import perturbed, token_records
 
-from alphatoken_curate import InputError, ModelError, ScoreConfig, score_tokens
+from alphatoken_curate import InputError, ModelError, ScoreConfig, UsageError, score_tokens
 from alphatoken_curate.progress import Silent
 from alphatoken_curate.runs.schema import COMPONENTS, PREFERENCE, SFT, SIGNALS, components
 
@@ -31,6 +32,16 @@ def tuned() -> Any:
 
 def flat(frame: pl.DataFrame, name: str) -> np.ndarray[Any, Any]:
     return np.concatenate([np.array(row, dtype=np.float64) for row in frame[name].to_list()])
+
+
+class Heard(Silent):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
 
 
 def test_a_row_per_row_with_the_columns_of_values(base: Any) -> None:
@@ -118,11 +129,68 @@ def test_rows_that_are_not_finite_fail(base: Any) -> None:
     assert [found["value"][i].to_list() for i in (0, 1, 3)] == [whole["value"][i].to_list() for i in (0, 1, 3)]
 
 
+@pytest.mark.parametrize("parameters", ["linear", "all"])
+@pytest.mark.parametrize("layers", [2, "all"])
+def test_a_model_whose_training_asked_embeddings_for_a_gradient(layers: Any, parameters: Any) -> None:
+    """By a hook, as TRL leaves it on each that it has trained with checkpoints of gradients, its default."""
+    settings = {"target": TARGET, "layers": layers, "parameters": parameters}
+    model = tiny_model("llama", dtype=torch.float32)
+    for estimator in ("influence",) if parameters == "all" else ("published", "exact+influence"):
+        wanted = score_tokens(model, token_records(3), estimator=estimator, **settings)
+        model.enable_input_require_grads()
+        assert score_tokens(model, token_records(3), estimator=estimator, **settings).equals(wanted)
+        assert model.get_input_embeddings()(torch.tensor([1])).requires_grad
+        model.disable_input_require_grads()
+
+
+def test_an_adapter_has_to_be_merged(base: Any) -> None:
+    """Its matrices would be linear maps of their own, and values others than those that `score` gives its folder."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama", dtype=torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        adapted = peft.get_peft_model(model, config)
+    for given in ({"model": adapted}, {"model": adapted.get_base_model()}, {"model": base, "reference": adapted}):
+        with pytest.raises(ModelError, match=r"q_proj is of peft.* copy\.deepcopy\(model\)\.merge_and_unload\(\)"):
+            score_tokens(rows=token_records(2), target=TARGET, **given)
+    score_tokens(adapted.merge_and_unload(), token_records(2), target=TARGET)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"fisher": "Sampled"}, "fisher: found 'Sampled'; score_tokens takes sampled or empirical"),
+        ({"fisher": "generate"}, "fisher: found 'generate'"),
+        ({"stability_weight": float("nan")}, "stability.weight"),
+        ({"seed": -1}, "seed"),
+        ({"batch_tokens": 0}, "batch.tokens"),
+        ({"max_length": 0}, "max.length"),
+        ({"window": 0}, "window"),
+    ],
+)
+def test_settings_are_refused_as_by_score(setting: Any, says: str, base: Any) -> None:
+    with pytest.raises(UsageError, match=says):
+        score_tokens(base, token_records(2), target=TARGET, **setting)
+
+
+def test_rows_that_are_cut_are_told(base: Any) -> None:
+    heard, records = Heard(), token_records(2)
+    lengths = [len(record["input_ids"]) for record in records]
+    found = score_tokens(base, records, target=TARGET, max_length=max(lengths) - 1, progress=heard)
+    assert found["input_ids"].list.len().to_list() == [min(n, max(lengths) - 1) for n in lengths]
+    cut = [n for n in lengths if n == max(lengths)]
+    assert heard.said[0].startswith(f"rows: {len(cut)} row") and f"{len(cut)} tokens in all" in heard.said[0]
+
+
 def test_bad_rows_are_all_named(base: Any) -> None:
     records: list[Any] = token_records(4)
     records[1] = {"text": "words"}
     records[3] = {"input_ids": [1, 61], "labels": [-100, 61]}
-    with pytest.raises(InputError, match=r"2 rows(.|\n)*rows:2: unknown_shape(.|\n)*rows:4: token_out_of_vocabulary"):
+    with pytest.raises(
+        InputError,
+        match=r"2 rows(.|\n)*rows:2: unknown_shape(.|\n)*rows:4: token_out_of_vocabulary(.|\n)*, or leave them out",
+    ):
         score_tokens(base, records, target=TARGET)
     with pytest.raises(InputError, match="target: no rows"):
         score_tokens(base, token_records(2), target=[])
@@ -161,16 +229,6 @@ def test_preference_rows_have_both_branches(base: Any, tuned: Any) -> None:
     assert found["margin"].item() == pytest.approx(0.5 * (gain[0] - gain[1]), rel=1e-4)
     assert found["omega"].item() == pytest.approx(0.5 / (1 + np.exp(found["margin"].item())), rel=1e-6)
     np.testing.assert_allclose(flat(found, "rejected_nll"), flat(alone[1:], "nll"), rtol=1e-5)
-
-
-class Heard(Silent):
-    """Keeps what it is warned of."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.said.append(text)
 
 
 def test_chats_are_read_as_by_score() -> None:
