@@ -71,19 +71,22 @@ def _told(done: ScoreSummary, config: ScoreConfig) -> Iterator[str]:
     if not mask.newest:
         yield from older(done.run, mask.mask)
     elif mask.kept_tokens == mask.response_tokens and not mask.branches:
-        why, how = _SUGGESTED["rehearsal" if config.rehearses else "gradient"]
-        yield f"Every token trains until you make another mask. {why}, for example:"
-        yield f"  alphatoken-curate mask {run} {how}"
+        yield from _suggested(run, config)
 
 
-_SUGGESTED = {
-    "gradient": (
-        "Only where tokens may be wrong, and you have looked at what goes",
-        "--by '7 - surprise' --keep positive",
-    ),
-    "rehearsal": ("A mild use, for the training that was rehearsed", "--by adapt_influence --weights tilt:0.25"),
-}
-"""By the direction of the values: when another mask may pay, and which."""
+def _suggested(run: str, config: ScoreConfig) -> Iterator[str]:
+    """When another mask may pay, and which."""
+    why = "Only where tokens may be wrong, and you have looked at what goes"
+    how = "--by '7 - surprise' --keep positive"
+    # Of paths alone the effect of a token's own loss, which a weight changes, is not known.
+    if config.rehearses and (by := _OF_OWN_LOSS.get(config.estimator)):
+        why, how = "A mild use, for the training that was rehearsed", f"--by {by} --weights tilt:0.25"
+    yield f"Every token trains until you make another mask. {why}, for example:"
+    yield f"  alphatoken-curate mask {run} {how}"
+
+
+_OF_OWN_LOSS = {"influence": "adapt_influence", "exact+influence": "'adapt_direct + adapt_upstream'"}
+"""By the estimator: what adaptation loses without a token's own loss."""
 
 
 def _errors(run: Path) -> Iterator[str]:

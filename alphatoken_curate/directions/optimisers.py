@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alphatoken_curate.runs.tensor_file import raw
 
@@ -77,7 +78,9 @@ class Optimiser:
     root: float = 1e-12
     """Added to the second moment under AdamW's square root."""
     weight_decay: float = 0.0
-    """Of AdamW apart from the gradient, of SGD added to it; only what has two dimensions or more decays."""
+    """Of AdamW apart from the gradient, of SGD added to it; of the weights that decay (`decays`)."""
+    decaying: tuple[bool, ...] | None = None
+    """Of each weight whether it decays; None: those of two dimensions or more do."""
     momentum: float = 0.0
     schedule: Schedule = "constant"
     """After the warm-up; linear and cosine end at 0 after the last step."""
@@ -103,7 +106,7 @@ class Optimiser:
         """Take step k along the gradients, in place."""
         (_, factor), lr = self._clipping(grads), self.rate(k)
         for i, own in enumerate(state.weights):
-            decay = self._decay(own)
+            decay = self._decay(i, own)
             for weight, g, *before in _pieces(own, grads[i], *(slot[i] for slot in state.slots)):
                 slots = self._slots_after(weight, before, g, factor, decay)
                 for slot, after in zip(before, slots, strict=False):
@@ -139,7 +142,7 @@ class Optimiser:
         for i, own in enumerate(grads):
             given = (before.weights[i], *(slot[i] for slot in before.slots))
             cotangents = (adjoint.weights[i], *(slot[i] for slot in adjoint.slots))
-            decay = self._decay(own)
+            decay = self._decay(i, own)
             for a, g, *rest in _pieces(found[i], own, *given, *cotangents):
                 state, to = rest[: len(given)], rest[len(given) :]
                 if self.kind == "adamw":
@@ -203,9 +206,9 @@ class Optimiser:
     def _corrections(self, k: int) -> tuple[float, float]:
         return 1 - self.betas[0] ** (k + 1), 1 - self.betas[1] ** (k + 1)
 
-    def _decay(self, weight: Tensor) -> float:
-        """Biases and norms do not decay, as in transformers' Trainer."""
-        return self.weight_decay if weight.ndim > 1 else 0.0
+    def _decay(self, i: int, weight: Tensor) -> float:
+        told = weight.ndim > 1 if self.decaying is None else self.decaying[i]
+        return self.weight_decay if told else 0.0
 
     def _clipping(self, grads: Sequence[Tensor]) -> tuple[float, float]:
         """Norm of the gradient, and what clipping multiplies it with."""
@@ -213,6 +216,16 @@ class Optimiser:
             return 0.0, 1.0
         norm = math.sqrt(sum(map(_square, grads)))
         return norm, min(1.0, self.clip / (norm + _CLIP_EPS))
+
+
+_STILL = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+"""In names of what transformers' Trainer leaves without decay."""
+
+
+def decays(model: nn.Module, names: Sequence[str]) -> tuple[bool, ...]:
+    """Of each weight whether it decays in transformers' Trainer: no LayerNorm's, nor by name of a norm or a bias."""
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    return tuple(name.rpartition(".")[0] not in norms and not _STILL.search(name.lower()) for name in names)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

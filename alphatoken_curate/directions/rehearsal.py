@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alphatoken_curate.directions.course import Course
-from alphatoken_curate.directions.optimisers import State
+from alphatoken_curate.directions.optimisers import State, decays
 from alphatoken_curate.directions.shelves import InMemory, Shelf
 from alphatoken_curate.directions.step_losses import TOKENS, StepLoss
 from alphatoken_curate.directions.trainee import Trainee, Weights
@@ -108,7 +108,8 @@ class Rehearsal:
     ) -> None:
         self.trainee, self.course, self.paths = trainee, course, paths
         self.steps = InMemory() if steps is None else steps
-        self.state = course.optimiser.start([w.detach() for w in trainee.weights])
+        self.optimiser = replace(course.optimiser, decaying=decays(trainee.model, trainee.names))
+        self.state = self.optimiser.start([w.detach() for w in trainee.weights])
         self.kept = Waypoints(states, trainee.names, len(self.state.slots))
         self._keeps_all = course.keeps_all(self.state, room)
         self._first_loss, self._shift = math.inf, (0.0, 0.0)
@@ -210,7 +211,7 @@ class Rehearsal:
         self._load(start := self._border_kept(borders))
         for k in range(start, borders[-1]):
             self._step(k, keep=k >= keep)
-            shift = self.course.optimiser.root_shift(self.state, k)
+            shift = self.optimiser.root_shift(self.state, k)
             self._shift = self._shift[0] + shift[0], self._shift[1] + shift[1]
             if k >= borders[0]:
                 told(k)
@@ -224,7 +225,7 @@ class Rehearsal:
         if keep:
             self.steps.put(str(k), self.kept.named(self.state))
             self.steps.put(f"{k} grads", dict(zip(self.trainee.names, grads, strict=True)))
-        self.course.optimiser.step(self.state, grads, k)
+        self.optimiser.step(self.state, grads, k)
 
     def _check_training(self, k: int, grads: Weights, loss: float) -> None:
         if k == 0:
@@ -273,7 +274,7 @@ class Rehearsal:
         self.state.copy_(self.kept.of_named(before))
         self.steps.drop(str(k))
         self.steps.drop(f"{k} grads")
-        along, each = self.course.optimiser.pull_back, [grads[name] for name in self.trainee.names]
+        along, each = self.optimiser.pull_back, [grads[name] for name in self.trainee.names]
         return [along(self.state, each, k, adjoint) for adjoint in adjoints]
 
     def _add_values(self, k: int, along: list[Weights], into: list[Weights], sums: NDArray[np.float64]) -> None:

@@ -99,7 +99,8 @@ def trunk(model: Any) -> nn.Module:
     base = getattr(model, "base_model", None)
     if base is None or base is model or not hasattr(model, "get_output_embeddings"):
         raise ModelError(
-            f"{type(model).__name__}: not a causal language model of transformers (no trunk under a head)."
+            f"{type(model).__name__}: no causal language model of transformers, or one (such as Llama 4's) whose"
+            " base_model_prefix names no trunk under its head: it cannot be scored."
         )
     if model.get_output_embeddings() is None:
         raise ModelError(
@@ -149,7 +150,9 @@ def head_logits(model: Any, base: Any, hidden: Tensor) -> Tensor:
 def decoder_blocks(model: Any, base: nn.Module) -> list[nn.Module]:
     """All decoder blocks, first to last. Raises ModelError where they are not found."""
     depth = model.config.get_text_config().num_hidden_layers
-    stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    # Beside it there may be a tower of as many blocks that sees pictures.
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else base
+    stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not stacks:
         raise ModelError(f"{type(model).__name__}: found no list of {count(depth, 'decoder block')} in it.")
     return list(stacks[0])

@@ -135,8 +135,7 @@ class Store:
         """
         self.check_sources()
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        rows = {"rows": self.rows} if kind in OF_ROWS else {}
-        about = canonical({"fields": self._fields_of(kind), "sha256": _digest(ready), **rows}).decode()
+        about = canonical({"fields": self._fields_of(kind), "sha256": _digest(ready)}).decode()
         with atomic_file(self.path(kind, part), hashed=False) as sink:
             write_tensors(sink, ready, {_ABOUT: about})
 
@@ -157,7 +156,7 @@ class Store:
                 about = orjson.loads((file.metadata() or {}).get(_ABOUT, "null"))
         except (SafetensorError, OSError, orjson.JSONDecodeError) as error:
             raise unread(path, error) or _damaged(path, str(error)) from error
-        return isinstance(about, dict) and not differing(about.get("fields", {}), self._fields_of(kind))
+        return isinstance(about, dict) and not self._differs(kind, about.get("fields", {}))
 
     def has(self, kind: str, part: int | None = None) -> bool:
         """Whether `find` finds it."""
@@ -220,14 +219,21 @@ class Store:
             raise unread(path, error) or _damaged(path, str(error)) from error
         if not isinstance(about, dict) or about.get("sha256") != _digest(tensors) or "fields" not in about:
             raise _damaged(path, "it is not as it was written")
-        same_rows = not other or kind not in OF_ROWS or about.get("rows") == self.rows
-        if differing(about["fields"], self._fields_of(kind)) or not same_rows:
+        if self._differs(kind, about["fields"], other=other):
             return None
         return {key: tensor.to(device) for key, tensor in tensors.items()}
 
     def _fields_of(self, kind: str) -> dict[str, Json]:
         names = self.fields if kind in _ON_ALL else (*_EVERY, *_DEPENDS[kind])
-        return {name: self.fields[name] for name in names}
+        rows: dict[str, Json] = {"rows": self.rows} if kind in OF_ROWS else {}
+        return {name: self.fields[name] for name in names} | rows
+
+    def _differs(self, kind: str, stored: Mapping[str, Json], *, other: bool = False) -> bool:
+        """Whether an artefact is of other fields. Those of this run that are older do not name its rows."""
+        wanted = self._fields_of(kind)
+        if not other and "rows" not in stored:
+            wanted.pop("rows", None)
+        return bool(differing(stored, wanted))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -250,9 +250,11 @@ class _Trials:
     def _directions(self, scoring: ScoringModel) -> None:
         config, prepared = self.config, self.prepared
         exact = "published" not in config.estimator
-        self._gradient("target gradient", scoring, prepared.target_rows, all_positions=exact)
-        if config.retention is not None:
-            self._gradient("retention gradient", scoring, prepared.retention.rows)
+        groups = [f" of {self.spec.groups} groups"] if self.spec.groups > 1 else []
+        for behind in ("", *groups):
+            self._gradient(f"target gradient{behind}", scoring, prepared.target_rows, all_positions=exact)
+        for behind in ("", *groups) if config.retention is not None else ():
+            self._gradient(f"retention gradient{behind}", scoring, prepared.retention.rows)
         if config.drift == "lookahead":
             rows = drawn(prepared.rows, config.lookahead_rows, config.seed, LOOKAHEAD_DRAW)
             self._gradient("lookahead gradient", scoring, rows)

@@ -112,7 +112,7 @@ def tell(prepared: Prepared, spec: ScorerSpec, progress: Progress, config: Score
         progress.note(f"{count(rows_read, 'row')}: {what}.")
     for what, rows_told in prepared.told.items():
         progress.warn(f"{count(rows_told, 'row')}: {what}.")
-    if prepared.config.retention is not None and prepared.config.drift == "weights" and not spec.has_reference:
+    if prepared.config.retention is not None and prepared.config.drift == "weights" and not spec.has_drift:
         progress.note("The reference has the same weights as the model, so there is no drift to store beside.")
 
 

@@ -177,9 +177,10 @@ class Rescored:
             dtype=str(self.fields["dtype"]),
             device=engine.device(self._device),
             store=Store(folder=self.folder / "artifacts", fields=about, generation=number, watched=watched),
-            maps=Store(folder=self.folder / "artifacts", fields=self.fields).shapes(TARGET),
         )
         job = _job(self.folder, stored, spec, checkpoint)
+        store = replace(spec.store, rows=job.rows.numbered(job.layout.kind))
+        spec = replace(spec, store=store, maps=replace(store, fields=self.fields, generation=0).shapes(TARGET))
         self._check_tokens(checkpoint, job)  # before anything is written
         budget = Budget(
             self.folder,

@@ -101,7 +101,7 @@ class ShardScorer:
 
     def losses_by(self, progress: Progress) -> Callable[[Batch], Losses]:
         """What gives the losses of a batch."""
-        return partial(losses_of, self.ready(progress))
+        return partial(losses_of, self.scoring)
 
     def factors(self, rows: Sequence[AnyRow], pairs: Pairs | None, progress: Progress, batch_tokens: int) -> Sums:
         """What the bases of --precondition kfac, ekfac and astra are made of, of some of its rows."""

@@ -17,7 +17,7 @@ from alphatoken_curate.directions.drift import read_weights
 from alphatoken_curate.engine.capture import ScoringModel
 from alphatoken_curate.engine.placement import Placement, check_placed, load_placed, placement_of
 from alphatoken_curate.engine.precision import narrow
-from alphatoken_curate.errors import CurateError
+from alphatoken_curate.errors import CurateError, StoredDataError
 from alphatoken_curate.models.devices import kind_of, resolve_dtype
 from alphatoken_curate.models.likeness import check_alike
 from alphatoken_curate.models.load import ModelSource, find_model
@@ -106,7 +106,11 @@ class ScorerSpec:
         if not self.has_reference:
             return None
         stored = self.store.require(artifacts.REFERENCE_NLL, part=shard)["nll"]
-        return [part.numpy() for part in stored.split([int(row.response.sum()) for row in sequences(rows)])]
+        lengths = [int(row.response.sum()) for row in sequences(rows)]
+        if sum(lengths) != len(stored):
+            path = self.store.path(artifacts.REFERENCE_NLL, shard)
+            raise StoredDataError(f"{path}: has losses of other rows. Delete it and run the same command again.")
+        return [part.numpy() for part in stored.split(lengths)]
 
     def load(self, source: ModelSource, dtype: str | None = None) -> PreTrainedModel:
         """A model of the run, in another dtype where one is named."""
@@ -192,7 +196,9 @@ def spec_of(
         reference=reference,
         dtype=dtype,
         device=device,
-        store=Store(folder=folder, fields=fields, reuse=reuse, watched=watched),
+        store=Store(
+            folder=folder, fields=fields, reuse=reuse, rows=prepared.rows.numbered(prepared.kind), watched=watched
+        ),
     )
 
 

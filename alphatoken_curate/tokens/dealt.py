@@ -5,6 +5,7 @@ What is held is `COLUMNS` of each row, and the rows of the shard that was read l
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar, overload
@@ -105,6 +106,11 @@ class Rows(Sequence[AnyRow]):
         for start, end in zip(*(np.searchsorted(ids, taken, side) for side in ("left", "right")), strict=True):
             left[start:end] = False
         return Rows(self.columns[left], self._load, read=self.read, per_shard=self.per_shard, without=taken)
+
+    def numbered(self, kind: str) -> str:
+        """Digest of the numbers of these rows, of that kind: draws and shards go by them, and not by tokens alone."""
+        numbers = (np.ascontiguousarray(self.columns[name], np.int64).tobytes() for name in ("row_id", "turn"))
+        return f"sha256:{hashlib.sha256(b''.join((kind.encode(), *numbers))).hexdigest()}"
 
     def cut(self, shard: int | None = None) -> Cut:
         """What was cut off the rows of a shard, or of all."""

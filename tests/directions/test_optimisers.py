@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import Tensor
 from transformers import get_scheduler
 from unrolled import plain_step
 
-from alphatoken_curate.directions.optimisers import Optimiser, State
+from alphatoken_curate.directions.optimisers import Optimiser, State, decays
 
 SHAPES = [(3, 4), (5,), (2, 3, 2)]
 STEPS = 5
@@ -93,6 +94,25 @@ def test_cotangents_are_those_of_autograd_through_the_same_step(name: str, k: in
     optimiser.step(state, grads, k)
     for own, other in zip(state.tensors, outputs, strict=True):
         torch.testing.assert_close(own, other.detach(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "apertus", "qwen2", "bloom", "phimoe"])
+def test_what_decays_is_what_the_trainer_of_transformers_lets_decay(family: str) -> None:
+    """By names, and not by dimensions: biases of experts have two, and what is no norm may have one."""
+    from transformers import Trainer
+
+    model = tiny_model(family)
+    names = [name for name, _ in model.named_parameters()]
+    wanted = Trainer.get_decay_parameter_names(Trainer.__new__(Trainer), model)
+    assert [name for name, told in zip(names, decays(model, names), strict=True) if told] == [
+        name for name in names if name in wanted
+    ]
+    chosen = Optimiser(lr=1.0, steps=1, kind="sgd", weight_decay=0.5, decaying=(False, True, True))
+    weights = random(1)
+    state = chosen.start([w.clone() for w in weights])
+    chosen.step(state, [torch.zeros_like(w) for w in weights], 0)
+    for own, before, part in zip(state.weights, weights, (1, 0.5, 0.5), strict=True):
+        torch.testing.assert_close(own, part * before)
 
 
 def test_cases_that_clip_do_and_others_do_not() -> None:

@@ -7,9 +7,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from tiny import left_out, tiny_model, tiny_rows
+from tiny import FAMILIES, left_out, tiny_model, tiny_rows
 from tiny_files import quiet
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from alphatoken_curate.directions.trainee import Trainee
 from alphatoken_curate.engine.blocks import LinearMap, linear_maps, unwrapped
@@ -118,6 +119,21 @@ def test_an_adapter_that_is_switched_off_is_refused() -> None:
     model = with_lora("llama", target_modules=["q_proj"])
     with model.disable_adapter(), pytest.raises(ModelError, match=r"lora_A\.default is not called"):
         ScoringModel(model, 1)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_tower_beside_the_blocks_is_none_of_them(depth: int) -> None:
+    """It may have as many blocks, and stand before the others."""
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    seen = Gemma3Config(
+        text_config={**FAMILIES["gemma3_text"], "model_type": "gemma3_text"},
+        vision_config={**tower, "num_hidden_layers": depth, "model_type": "siglip_vision_model"},
+        **{"mm_tokens_per_image": 4, "boi_token_index": 50, "eoi_token_index": 51, "image_token_index": 52},
+    )
+    model = AutoModelForCausalLM.from_config(seen, dtype=torch.float32).eval()
+    scoring = ScoringModel(model, "all")
+    assert scoring.depth == seen.text_config.num_hidden_layers
+    assert all(".language_model." in name for name in scoring.names)
 
 
 def test_prompt_tuning_is_refused_and_a_plain_model_is_itself() -> None:

@@ -128,6 +128,19 @@ def test_what_depends_on_the_model_is_kept_for_each_generation(store: Store, tmp
     assert later.path(artifacts.REFERENCE_NLL, 3).name == "reference_nll-00003.safetensors"
 
 
+def test_what_an_earlier_release_made_does_not_name_its_rows_and_is_the_runs_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(artifacts, "OF_ROWS", frozenset())
+        Store(folder=tmp_path, fields=FIELDS).save(artifacts.FISHER, tensors())
+    own = Store(folder=tmp_path, fields=FIELDS, rows="these")
+    assert own.has(artifacts.FISHER) and own.is_made(artifacts.FISHER)
+    assert not Store(folder=tmp_path / "new", fields=FIELDS, rows="these", reuse=tmp_path).has(artifacts.FISHER)
+    own.save(artifacts.FISHER, tensors())
+    assert own.has(artifacts.FISHER) and not Store(folder=tmp_path, fields=FIELDS, rows="others").has(artifacts.FISHER)
+
+
 def test_what_another_run_made_is_taken_over(tmp_path: Path) -> None:
     other = Store(folder=tmp_path / "other", fields=FIELDS, generation=4)
     for kind in DEPENDS:
@@ -137,5 +150,7 @@ def test_what_another_run_made_is_taken_over(tmp_path: Path) -> None:
         assert mine.load(kind, part=1) is None and mine.has(kind, 1)
         assert torch.equal(mine.require(kind, part=1)["x"], torch.full((2,), 3.0))
         assert mine.path(kind, 1).is_file()
+    others = Store(folder=tmp_path / "others", fields=FIELDS, reuse=other.folder, rows="others")
+    assert {kind for kind in DEPENDS if others.has(kind, 1)} == {k for k, d in DEPENDS.items() if "tokens" not in d}
     strange = Store(folder=tmp_path / "strange", fields=FIELDS | {"seed": 1}, reuse=other.folder)
     assert {kind for kind in DEPENDS if strange.has(kind, 1)} == {k for k, d in DEPENDS.items() if "seed" not in d}

@@ -162,6 +162,7 @@ CASES: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
     },
     "retention": {"retention": True, "precondition": "adam", "precondition_rows": 20},
+    "groups": {"retention": True, "target_groups": 3},
     "lookahead": {"drift": "lookahead", "lookahead_lr": 0.1, "lookahead_rows": 9, "precondition": "ekfac"},
     "astra": {"estimator": "influence", "precondition": "astra", "precondition_stability": True},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +436,27 @@ def test_a_training_that_diverges_is_refused(files: dict[str, str], tmp_path: Pa
     assert not list((tmp_path / "run").glob("values/*/*.parquet"))
 
 
+@pytest.mark.parametrize(
+    ("estimator", "use"),
+    [("exact", "--by '7 - surprise' --keep positive"), ("exact+influence", "--by 'adapt_direct + adapt_upstream'")],
+)
+def test_the_mask_that_score_suggests_can_be_made(
+    files: dict[str, str], tmp_path: Path, estimator: str, use: str
+) -> None:
+    """Of paths alone no number says what a token's own loss does, which a weight changes."""
+    kept = write_jsonl(tmp_path / "kept.jsonl", token_records(4, seed=7))
+    flags = ["--target", files["target"], "--retention", kept, "--drift", "weights", "--model", files["base"]]
+    how = ["--direction", "rehearsal", "--rehearse-lr", 0.01, "--layers", 1, "--estimator", estimator]
+    ended = command("score", files["data"], *flags, *how, "-o", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    # It moves from the model that is its own reference, so there is a drift.
+    assert (
+        "no drift to store" not in ended.err and np.abs(stored(tmp_path / "run", "drift_direct")["drift_direct"]).max()
+    )
+    printed = ended.out.splitlines()[-1].split("alphatoken-curate ")[1]
+    assert use in printed and command(*shlex.split(printed)).code == 0
+
+
 def test_score_says_how_many_lie_below_zero_beyond_their_error(files: dict[str, str], tmp_path: Path) -> None:
     flags = ["--target", files["target"], "--model", files["base"], "--direction", "rehearsal", "--layers", "1"]
     ended = command("score", files["data"], *flags, "--rehearse-lr", "0.01", "-o", tmp_path / "run")
@@ -445,5 +467,6 @@ def test_score_says_how_many_lie_below_zero_beyond_their_error(files: dict[str, 
     assert told[0].startswith(f"{below} of {len(found['value'])} response tokens")
     assert "2.132 standard errors, of 5 groups of target rows" in told[0]
     assert "A mild use, for" in ended.out and "--by adapt_influence --weights tilt:0.25" in ended.out
+    assert "no drift" not in ended.err
     made = command("mask", tmp_path / "run", "--by", "value + 2.132 * value_error", "--keep", "positive")
     assert f"{len(found['value']) - below} of {len(found['value'])} response tokens kept" in made.out or below == 0
