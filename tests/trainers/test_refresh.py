@@ -83,6 +83,7 @@ def of_trl(kind: str, run: Path, models: dict[str, str], out: Path, callbacks: l
     given = {"model": model_of(models), "train_dataset": as_dataset(run, 0), "processing_class": tokenizer()}
     given["callbacks"] = callbacks
     if kind == "dpo":
+        own |= {"beta": 0.3}  # the run's is 0.1
         return WeightedDPOTrainer(args=DPOConfig(**arguments(out, 2, **own)), ref_model=model_of(models), **given)
     if kind == "packed":
         own |= {"packing": True, "max_length": 40}
@@ -138,6 +139,7 @@ def test_each_epoch_trains_on_the_mask_of_the_last_checkpoint(
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("RefreshCallback: ")]
     steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
     assert [line.partition(": ")[2] for line in told] == [
+        *([f"beta=0.3 trains, and values of {run} are of beta 0.1 (score --beta)"] if kind == "dpo" else []),
         f"mask 0 of {run} is in force from epoch 0 on",
         f"{run} is scored at checkpoint-{steps[0]}",
         f"mask 1 of {run} is in force from epoch 1 on",
