@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -24,6 +23,7 @@ from alphatoken_curate.exports.guide import DROPPED, README, RECORD, readme, rec
 from alphatoken_curate.exports.settle import Tally, counted, settled
 from alphatoken_curate.reading.trainset import TrainSet, open_train
 from alphatoken_curate.runs.atomic import Sink, atomic_file, digest
+from alphatoken_curate.runs.direction import dpo_beta
 from alphatoken_curate.runs.fingerprint import Json
 from alphatoken_curate.runs.folder import destination
 from alphatoken_curate.wording import nearest
@@ -104,10 +104,7 @@ def export(
         if not tally.rows:
             raise UsageError(f"{opened.run}: no row of mask {opened.mask.mask} can be written: {_why(tally)}.")
         _check(folder, form, items(), asked, tally)
-        kind = opened.layout.kind
-        told = Told(
-            place=str(place), kind=kind, strict=strict, soft=tally.soft, longest=tally.longest, **_of_loss(opened)
-        )
+        told = _told(place, opened, tally, strict=strict)
         files = {path: _file(folder, path) for path in folder.rglob("*") if path.is_file()}
         data = str(files[folder / form.data]["sha256"]) if folder / form.data in files else ""
         _write_text(folder / README, readme(form, told, tally, opened, settings, data).encode())
@@ -117,12 +114,17 @@ def export(
     return _summary(place, form, opened, tally)
 
 
-def _of_loss(opened: TrainSet) -> dict[str, Any]:
-    """What the values of a run take from the loss that they are of."""
-    settings, pairs = opened.stored.settings, opened.layout.kind == "preference"
-    by_dpo = pairs and settings.get("rehearse_simpo") is None
-    by_sum = not pairs and settings.get("rehearse_denominator") == "sum"
-    return {"beta": settings.get("beta") if by_dpo else None, "by_sum": by_sum}
+def _told(place: Path, opened: TrainSet, tally: Tally, *, strict: bool) -> Told:
+    settings, kind = opened.stored.settings, opened.layout.kind
+    return Told(
+        place=str(place),
+        kind=kind,
+        strict=strict,
+        soft=tally.soft,
+        longest=tally.longest,
+        beta=dpo_beta(settings),
+        by_sum=kind == "sft" and settings.get("rehearse_denominator") == "sum",
+    )
 
 
 _JSON = orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE

@@ -129,11 +129,16 @@ def merge_adapter(model: Any, folder: Path, name: str) -> Any:
             told = " ".join(str(error).split("\n\t")[:2])  # of a list of tensors, the first
             raise ModelError(f"{name}: peft cannot merge it into its base: {reason(RuntimeError(told))}") from error
     _refuse_warnings(said, Path(peft.__file__).parent, name)
-    if left := [n for n, m in merged.named_modules() if type(m).__module__.startswith("peft.")]:
+    if left := layers_of_peft(merged):
         raise ModelError(
             f"{name}: peft left {left[0]} unmerged ({count(len(left), 'module')}). Merge and save it yourself."
         )
     return merged
+
+
+def layers_of_peft(model: Any) -> list[str]:
+    """Names of the modules of a model that are peft's: those of an adapter that is not merged into it."""
+    return [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]
 
 
 def _peft(name: str) -> Any:

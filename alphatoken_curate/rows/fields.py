@@ -86,7 +86,7 @@ def messages_of(record: dict[str, Any], key: str) -> list[Message]:
 
 def _of_columns(value: Any) -> Any:
     """Messages that stand as a list for each of their keys, as `datasets` stores a sequence of objects; else as is."""
-    if not isinstance(value, dict) or not any({*keys} <= value.keys() for keys in _MESSAGE):
+    if not _has_keys(value):
         return value
     columns = {key: column for key, column in value.items() if column is not None}
     if not all(isinstance(column, list) for column in columns.values()) or len({*map(len, columns.values())}) != 1:
@@ -96,7 +96,12 @@ def _of_columns(value: Any) -> Any:
 
 def is_message(value: Any) -> bool:
     """Whether it is one message, and no list of them in whatever form."""
-    return isinstance(value, dict) and any({*keys} <= value.keys() for keys in _MESSAGE) and _of_columns(value) is value
+    return _has_keys(value) and _of_columns(value) is value
+
+
+def _has_keys(value: Any) -> bool:
+    """Whether it is an object with the keys of a message."""
+    return isinstance(value, dict) and any({*keys} <= value.keys() for keys in _MESSAGE)
 
 
 def with_chats(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def chat_of(value: Any) -> list[Any] | None:
             value = parse_json(value.strip().encode())
         except RowFault:
             return None
-        if not all(isinstance(one, dict) and any({*keys} <= one.keys() for keys in _MESSAGE) for one in value):
+        if not all(map(_has_keys, value)):
             return None
         return value or None
     value = _of_columns(value)

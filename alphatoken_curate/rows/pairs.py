@@ -51,7 +51,7 @@ def _from_branches(record: dict[str, Any]) -> tuple[str, Pair]:
             message = "prompt is empty; leave the key out where chosen and rejected begin with the prompt"
             raise RowFault("no_prompt", message)
         if all(texts) and isinstance(record["prompt"], str):
-            return "preference", _answers(record, text_of(record, "prompt"))
+            return "preference", _answers(record, record["prompt"])
         return "preference", _turns(record)
     if all(texts):
         return "preference", _continuations(record)

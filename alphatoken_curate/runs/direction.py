@@ -53,6 +53,12 @@ def _parts(stored: Manifest) -> Iterator[str]:
         yield f"each step by the outcome at the end of its window of {count(window, 'step')}"
 
 
+def dpo_beta(settings: Mapping[str, Json]) -> float | None:
+    """The beta of the DPO that the values of a run's pairs are of; None where it has none, or they are of SimPO."""
+    by_dpo = settings.get("kind") == "preference" and settings.get("rehearse_simpo") is None
+    return _number(settings, "beta", 0) or None if by_dpo else None
+
+
 def _simpo(settings: Mapping[str, Json]) -> Iterator[str]:
     if settings.get("rehearse_simpo") is not None:
         beta, gamma = (_number(settings, name, 0) for name in ("beta", "rehearse_simpo"))

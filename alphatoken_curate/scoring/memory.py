@@ -20,6 +20,7 @@ from alphatoken_curate.directions.target import target_gradient
 from alphatoken_curate.engine.blocks import unwrapped
 from alphatoken_curate.engine.capture import Direction, ScoringModel, captured
 from alphatoken_curate.errors import InputError, ModelError, UsageError
+from alphatoken_curate.models.adapters import layers_of_peft
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.rows.read import kind_of, refuse, rows_of
 from alphatoken_curate.runs.schema import LAYOUTS, components
@@ -118,11 +119,10 @@ def _found(
 def _refuse_adapters(*models: PreTrainedModel | None) -> None:
     """Raise ModelError where peft's layers stand in a model's: their matrices would be maps of S beside its own."""
     for model in models:
-        inside = () if model is None else unwrapped(model).named_modules()
-        if layer := next((name for name, module in inside if type(module).__module__.startswith("peft.")), None):
+        if model is not None and (layers := layers_of_peft(unwrapped(model))):
             raise ModelError(
-                f"{type(model).__name__}: its adapter is not merged ({layer} is of peft), and `score` values tokens by"
-                " merged weights. Give copy.deepcopy(model).merge_and_unload()."
+                f"{type(model).__name__}: its adapter is not merged ({layers[0]} is of peft), and `score` values tokens"
+                " by merged weights. Give copy.deepcopy(model).merge_and_unload()."
             )
 
 

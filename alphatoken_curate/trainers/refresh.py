@@ -28,6 +28,7 @@ from alphatoken_curate.masks.mask import mask as make_mask
 from alphatoken_curate.progress import Progress, Silent
 from alphatoken_curate.reading.scan import choose_mask
 from alphatoken_curate.runs import manifest
+from alphatoken_curate.runs.direction import dpo_beta
 from alphatoken_curate.scoring.refresh import refresh
 from alphatoken_curate.trainers.current import CurrentMask, Served
 from alphatoken_curate.trainers.fit import check_run
@@ -160,9 +161,8 @@ class RefreshCallback(TrainerCallback, ExportableState):
 
     def _compare_beta(self, args: TrainingArguments, state: TrainerState) -> None:
         """Say where pairs train by another beta than their values are of."""
-        own, settings = getattr(args, "beta", None), manifest.read(Path(self.run)).settings
-        scored = settings.get("beta") if settings.get("rehearse_simpo") is None else None
-        if None not in (own, scored) and settings.get("kind") == "preference" and own != scored:
+        own, scored = getattr(args, "beta", None), dpo_beta(manifest.read(Path(self.run)).settings)
+        if None not in (own, scored) and own != scored:
             _tell(state, f"beta={own} trains, and values of {self.run} are of beta {scored} (score --beta)")
 
     def _check_resumed(self, args: TrainingArguments, state: TrainerState, told: Mapping[str, Any]) -> None:
