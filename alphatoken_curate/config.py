@@ -124,7 +124,7 @@ class ScoreConfig(MaskConfig):
     target: str | None = _option(None, "Rows of the task to learn. Default: rows held out of DATA.", _ROWS, kind="rows")
     target_rows: int = _option(
         32,
-        "Most rows to hold out as target without --target; a tenth of DATA at most.",
+        "Most rows to hold out as target without --target; at most a tenth of DATA, or 1.",
         _ROWS,
         kind="count",
     )

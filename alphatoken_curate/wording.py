@@ -56,9 +56,16 @@ def chosen_by(settings: Mapping[str, object]) -> str:
     if any(_VALUE.search(one) for one in (by, stays)):
         names += ["stability_weight", *(["stability_scale"] if settings.get("stability_scale") != "none" else [])]
     told = {name: settings.get(name) for name in [*names, *(["seed"] if by == "random" else [])]}
-    given = {name: value for name, value in (told | {"always_keep": stays}).items() if value is not None}
+    if not _keeps_all(settings):
+        told["always_keep"] = stays
+    given = {name: value for name, value in told.items() if value is not None}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
     return f"{by}; {', '.join([*flags, *(['--allow-empty-rows'] if settings.get('allow_empty_rows') else [])])}"
+
+
+def _keeps_all(settings: Mapping[str, object]) -> bool:
+    """Whether no token is left out, so that none needs to be always kept."""
+    return str(settings["keep"]) in ("1", "1.0") and not str(settings.get("weights")).startswith(("relu", "tilt"))
 
 
 def end_of_turn(tokens: int | None, kept: int | None) -> str | None:

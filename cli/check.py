@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 def command(ctx: click.Context, /, data: tuple[str, ...], estimated: bool, workers: int | None, **_: Any) -> None:
     """Read and tokenise DATA as `score` would, and say what is in it. Writes nothing, and takes the flags of `score`.
 
-    Loads no model but with --estimate. Exit 3 where a row is bad, with every bad row's file, line and reason; with
-    --bad-rows quarantine they are counted.
+    Loads no model but with --estimate or --workers. Exit 3 where a row is bad, with every bad row's file, line and
+    reason; with --bad-rows quarantine they are counted.
     """
     config = read_config(ctx, ScoreConfig, data)
 

@@ -64,7 +64,7 @@ class _Trainer(click.Choice[str]):
     "--max-length",
     type=click.IntRange(min=2),
     metavar="N",
-    help="Cut rows at the end to N tokens, weights too; rows left with nothing to train are dropped and named.",
+    help="Cut longer rows at the end, weights too (jsonl-weights drops them).",
 )
 @click.option("--strict", is_flag=True, help="Of hf: input_ids, attention_mask and labels alone (Axolotl, Together).")
 @click.option("--binarize", is_flag=True, help="Make every weight above 0 a 1, for trainers that destroy other ones.")

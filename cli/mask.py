@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def command(ctx: click.Context, /, run: Path, **_: Any) -> None:
         made = mask(run, config, listener)
     verb = "Wrote" if made.created else "Already there:"
     click.echo(legible(f"{verb} mask {made.mask} in {made.path}/"))
-    click.echo(f"  by      {visible(chosen_by(asdict(config)), 300)}")
+    click.echo(f"  by      {visible(chosen_by(made.settings), 300)}")
     for line in summary(made):
         click.echo(line)
     if made.end_of_turn_tokens is None and config.always_keep == "end-of-turn":

@@ -43,9 +43,12 @@ def command(run: Path, generation: int | None, as_json: bool, svg: Path | None, 
 
 
 def _draw(found: Stats, run: Path, svg: Path | None, png: Path | None) -> None:
-    from alphatoken_curate.runs.atomic import atomic_file
+    from alphatoken_curate.runs.atomic import atomic_file, check_replaces
     from alphatoken_curate.views import stats_picture
 
+    for path, ending in ((svg, ".svg"), (png, ".png")):
+        if path is not None:
+            check_replaces(path, ending)
     name = run.resolve().name
     # Drawn before anything is written: matplotlib may be missing.
     made = [(path, draw(found, name)) for path, draw in ((svg, stats_picture.svg), (png, stats_picture.png)) if path]

@@ -72,7 +72,7 @@ def part_option(function: F) -> F:
 def told_of_part(done: PartSummary) -> Iterator[str]:
     """What a part did, and what comes next."""
     what = "prepared" if done.part == "prepare" else f"part {done.part}: scored {count(done.scored, 'shard')}"
-    yield f"{done.run}: {what}; {done.shards - done.missing} of {count(done.shards, 'shard')} are there."
+    yield f"{done.run}: {what}; there: {done.shards - done.missing} of {count(done.shards, 'shard')}."
     if done.finished:
         yield f"The run is finished. Next: alphatoken-curate stats {pasted(done.run)}"
     elif done.missing:

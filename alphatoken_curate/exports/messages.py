@@ -31,7 +31,7 @@ from alphatoken_curate.exports.form import (
     unlike,
 )
 from alphatoken_curate.exports.originals import Original, originals
-from alphatoken_curate.masks.always import special_ids
+from alphatoken_curate.masks.always import BY_KIND, special_ids
 from alphatoken_curate.reading.trainset import TrainSet
 from alphatoken_curate.rows.shapes import Messages, Tokens
 from alphatoken_curate.runs.atomic import atomic_file
@@ -68,7 +68,7 @@ def with_text(items: Items, opened: TrainSet) -> Items:
             weight = branch.loss_weight
             # An answer of which only its end is left, or what is special, since that is always kept, says nothing that
             # is to be learnt.
-            silent = np.isin(branch.input_ids, special) | (original.end_of_turn & (always != "none"))
+            silent = np.isin(branch.input_ids, special) | (original.end_of_turn & (always in BY_KIND))
             says = np.where(silent, np.float32(0), weight)
             text = _records(original, chat, turns, runs, weight, says)
             trained = sum(message.get("weight", 0) for message in text[0]["messages"])

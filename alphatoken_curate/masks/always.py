@@ -26,7 +26,10 @@ from alphatoken_curate.wording import nearest
 END_OF_TURN = "end_of_turn"
 """The column of values/ that says which tokens end an answer."""
 
-_WORDS = ("end-of-turn", "special", "none")
+BY_KIND = ("end-of-turn", "special")
+"""What keeps a token for what it is, and says nothing of what it teaches."""
+
+_WORDS = (*BY_KIND, "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,6 +57,11 @@ def check(name: str, components: Components, layout: Layout = SFT) -> None:
     """Raise `UsageError` for what `--always-keep` cannot be in such a run."""
     if name not in _WORDS:
         _columns(name, components, layout)
+
+
+def columns_named(name: str) -> frozenset[str]:
+    """Columns that `--always-keep` names, where it is an expression."""
+    return frozenset() if name in _WORDS else criteria.columns_named(criteria.as_number(name, PREFERENCE))
 
 
 def depends_on_value(name: str) -> bool:

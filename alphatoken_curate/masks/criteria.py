@@ -163,9 +163,16 @@ def _read(by: str, layout: Layout = PREFERENCE) -> Expression:
     return expression.read(by, known_columns(layout), EXPRESSIONS)
 
 
+def columns_named(by: str, layout: Layout = PREFERENCE) -> frozenset[str]:
+    """Columns that `by` names, each of them known. Raises `UsageError` as `selection` does."""
+    if by == "random":
+        return frozenset()
+    return frozenset((by,)) if by in known_columns(layout) else _read(by, layout).columns
+
+
 def _named(by: str, layout: Layout, components: Components) -> frozenset[str]:
-    """Columns that `by` names, each of them known and, as far as the estimator decides it, computed."""
-    named = frozenset((by,)) if by in known_columns(layout) else _read(by, layout).columns
+    """As `columns_named`, each of them computed as far as the estimator decides it."""
+    named = columns_named(by, layout)
     for name in sorted(named & (set(SIGNALS) - set(components.signals))):
         raise UsageError(f"by: {name} was not computed: {NOT_COMPUTED[name]}")
     return named
@@ -212,5 +219,6 @@ def _check_result(by: str, result: NDArray[np.float32]) -> None:
     if bad:
         raise UsageError(
             f"by: {by!r} gives no finite float32 at {bad} of {count(len(result), 'response token')};"
-            " guard divisions and logarithms; LAG, LEAD, NULLIF and a CASE without ELSE may give none"
+            " guard divisions and logarithms; LAG, LEAD, NULLIF, a CASE without ELSE, and STDDEV or VARIANCE of one"
+            " token may give none"
         )

@@ -58,7 +58,7 @@ class MaskSummary:
     `chosen` and `rejected`. `rows_left_out`: scored in only some of the `generations` that the mask averages.
     `end_of_turn_tokens`: those that end an answer, and of them kept; None where the run does not say which they are.
     `over_share`: by how many the tokens that are always kept exceed the share by themselves. `of_turns`: each answer is
-    a sequence of its own (`--turns each`), and the counts of rows are of these.
+    a sequence of its own (`--turns each`), and the counts of rows are of these. `settings`: as the mask keeps them.
     """
 
     mask: int
@@ -75,7 +75,8 @@ class MaskSummary:
     end_of_turn_tokens: int | None
     end_of_turn_kept: int | None
     over_share: int
-    of_turns: bool = False
+    of_turns: bool
+    settings: Mapping[str, Json]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,6 +363,7 @@ def _summary(run: Path, mask: Mask, stored: Manifest, *, created: bool, left_out
         end_of_turn_kept=mask.end_of_turn_kept,
         over_share=mask.over_share or 0,
         of_turns=stored.settings.get("turns") == "each",
+        settings=mask.settings,
     )
 
 

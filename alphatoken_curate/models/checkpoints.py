@@ -29,7 +29,7 @@ from alphatoken_curate.models.folders import (
     refuse_pickles,
 )
 from alphatoken_curate.models.formats import unfinished
-from alphatoken_curate.models.load import ModelSource, digest_files, find_model
+from alphatoken_curate.models.load import NO_PICKLES, ModelSource, digest_files, find_model
 from alphatoken_curate.models.tensors import header_problems
 from alphatoken_curate.urls import FILE_ADVICE, check_local, expanded
 from alphatoken_curate.wording import count
@@ -60,10 +60,14 @@ def find_checkpoints(path: str | Path, *, base: ModelSource | None) -> list[Chec
     """
     check_local(path, FILE_ADVICE)
     folder = expanded(path)
+    if folder.is_file() and folder.suffix != ".gguf":
+        raise ModelError(
+            f"{path}: it is a file. A checkpoint is a folder that a training saved, or a .gguf file; {NO_PICKLES}"
+        )
     if folder.is_file():
         return [Checkpoint(name=folder.stem, step=None, source=find_model(str(folder)))]
     if not folder.is_dir():
-        raise ModelError(f"{path}: no such folder. A checkpoint is a folder that a training saved.")
+        raise ModelError(f"{path}: nothing is there. A checkpoint is a folder that a training saved, or a .gguf file.")
     steps = _steps(folder)
     own = bool(model_weights(folder)) or (folder / ADAPTER_WEIGHTS).is_file()
     if not own and not steps:

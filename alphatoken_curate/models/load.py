@@ -83,6 +83,9 @@ class ModelSource:
         return self.weight_files() if self.gguf else weights_read(self.folder)
 
 
+NO_PICKLES = "weights that are pickled (.pt, .ckpt, .bin, .nemo) are never read."
+
+
 def find_model(name: str, *, base: ModelSource | None = None, local: bool = False) -> ModelSource:
     """Resolve `--model`: a folder, an adapter's folder, a GGUF file, `smollm2-135m`, or a Hub id.
 
@@ -107,11 +110,10 @@ def _find(
         return _in_folder(name, path, base)
     if path.is_file():
         raise ModelError(
-            f"{name}: it is a file. --model takes the folder of a model in safetensors, a .gguf file or a Hub id;"
-            " weights that are pickled (.pt, .ckpt, .bin, .nemo) are never read."
+            f"{name}: it is a file. A model is a folder with safetensors, a .gguf file or a Hub id; {NO_PICKLES}"
         )
     if names_a_path(name):
-        raise ModelError(f"{name}: no model here. --model takes a folder with safetensors, a .gguf file or a Hub id.")
+        raise ModelError(f"{name}: no model here. A model is a folder with safetensors, a .gguf file or a Hub id.")
     return _in_folder(name, download(name, revision, local), base)
 
 

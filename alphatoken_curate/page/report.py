@@ -19,7 +19,7 @@ from alphatoken_curate.page.relations import over_time, what_agrees, what_goes_w
 from alphatoken_curate.page.rows import MOST_ROWS, MOST_TOKENS, PackedRows, pack_rows
 from alphatoken_curate.page.tokens import RunTokens, read_tokens
 from alphatoken_curate.reading.stats import Stats, stats
-from alphatoken_curate.runs.atomic import atomic_file
+from alphatoken_curate.runs.atomic import atomic_file, check_replaces
 from alphatoken_curate.runs.schema import STATUSES
 from alphatoken_curate.urls import OUT_ADVICE, check_local
 from alphatoken_curate.views import heat
@@ -36,8 +36,9 @@ _DARK = {-1: ((30, 84, 145), (150, 200, 245)), 1: ((150, 80, 20), (252, 190, 110
 def report(run: str | Path, path: str | Path | None = None) -> Path:
     """Write the page of a finished run's newest generation and mask; returns where it is.
 
-    `path`: default `report.html` in the run folder; what lies there is replaced. The same run gives the same page.
-    Raises `UsageError` where `path` is a folder, `StoredDataError` where the run has no manifest or is damaged.
+    `path`: default `report.html` in the run folder; a page there is replaced. The same run gives the same page.
+    Raises `UsageError` where `path` is a folder, or a file that is there and does not end in .html; `StoredDataError`
+    where the run has no manifest or is damaged.
     """
     folder = Path(run)
     place = folder / NAME if path is None else Path(path)
@@ -45,6 +46,7 @@ def report(run: str | Path, path: str | Path | None = None) -> Path:
         check_local(path, OUT_ADVICE)
     if place.is_dir():
         raise UsageError(f"{place}: is a folder; name a file, such as {place / NAME}")
+    check_replaces(place, ".html")
     page = render(folder)
     with atomic_file(place) as sink:
         sink.write(page.encode())

@@ -56,7 +56,8 @@ def verify(run: str | Path) -> list[Problem]:
         stored = manifest.read(folder)
         layout, components = manifest.layout(stored), manifest.components(stored)
     except StoredDataError as error:
-        problems.append(Problem(file=manifest.NAME, found=str(error), do="run the same command again to make it anew"))
+        found, _, do = str(error).removeprefix(f"{folder / manifest.NAME}: ").rpartition("; ")
+        problems.append(Problem(file=manifest.NAME, found=found, do=do))
         try:
             stored = manifest.rebuild(folder)
             layout, components = manifest.layout(stored), manifest.components(stored)
@@ -125,7 +126,7 @@ def _against_footers(run: Path, stored: Manifest) -> Iterator[Problem]:
 
 def _each_alone(run: Path, reason: StoredDataError) -> Iterator[Problem]:
     """No manifest and none to be made: each shard by its own footer and checksums."""
-    yield Problem(file=".", found=str(reason), do="run the same command again to make what is missing")
+    yield Problem(file=".", found=str(reason), do="run the `score` command of the run again to make what is missing")
     for folder in ("values/generation=*", "train/mask=*"):
         for path in sorted(run.glob(f"{folder}/part-*.parquet")):
             try:
@@ -152,7 +153,7 @@ def _strangers(run: Path, stored: Manifest | None) -> Iterator[Problem]:
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run)
         if TEMPORARY.fullmatch(path.name):
-            do = "delete it, or run the same command again, which does"
+            do = "delete it, or run the command that was stopped again, which does"
             yield Problem(file=name.as_posix(), found="left behind by a writer that was stopped", do=do)
         elif stored is not None and name.parts[0] in _FOLDERS and not path.is_dir() and name.as_posix() not in named:
             first = "" if _is_passed(stored, name) else "finish it by the command that began it, or "

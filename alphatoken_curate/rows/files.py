@@ -97,6 +97,16 @@ def find_files(data: Sequence[str], subset: str | None = None, split: str | None
     return _told_apart(files)
 
 
+def is_of_hub(item: str) -> bool:
+    """Whether an item of DATA names a dataset of the Hub: nothing of that name is here."""
+    return not (names_url(item) or _is_there(_at_home(item)) or glob.has_magic(item))
+
+
+def has_splits(item: str) -> bool:
+    """Whether `--split` is read of an item of DATA: a dataset of the Hub, or a folder that has several."""
+    return is_of_hub(item) or os.path.isfile(os.path.join(_at_home(item), _SPLITS))
+
+
 def _told_apart(files: list[DataFile]) -> list[DataFile]:
     """Files of one name get as much of their folders' names as it takes to tell them apart."""
     named, depth = files, 1
@@ -241,7 +251,7 @@ def _check_not_ours(path: str) -> None:
             f" config.yaml names the rows it was made of; score --config {visible(pasted(run / 'config.yaml'))}"
             " -o OTHER scores them anew, refresh at a checkpoint."
         )
-    if os.path.basename(path) in _FROM_EXPORT or not (os.path.isdir(path) or ".json" in os.path.basename(path)):
+    if not os.path.isdir(path) and _reads_alone(path):
         return
     if (export := export_with(Path(path))) and (export == Path(path) or os.path.isfile(path)):
         raise InputError(
@@ -252,8 +262,27 @@ def _check_not_ours(path: str) -> None:
 
 def _readable_of(export: Path) -> str:
     """The files of an export that are read by themselves, in words."""
-    there = sorted(name for name in os.listdir(export) if name in _FROM_EXPORT or name.endswith((".parquet", ARROW)))
+    there = sorted(path.name for path in export.iterdir() if path.is_file() and _reads_alone(str(path)))
     return f", or of this folder {visible(' or '.join(there[:3]))} by itself" if there else ""
+
+
+def _reads_alone(path: str) -> bool:
+    """Whether a file, were it of an export, says what trains in words that rows have.
+
+    Beside tokens these are labels: weights and a mask may be of positions, which are one before.
+    """
+    if os.path.basename(path) in _FROM_EXPORT or path.endswith(ARROW):
+        return True
+    if not path.endswith(".parquet"):
+        return False
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowInvalid):
+        return True  # its reader meets it too, and says so
+    return any(name.endswith("labels") for name in names) or not any(name.endswith("input_ids") for name in names)
 
 
 def _in_glob(pattern: str) -> list[DataFile]:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from alphatoken_curate.errors import BusyError, CurateError, StoredDataError, is_of_a_name, refused
+from alphatoken_curate.errors import BusyError, CurateError, StoredDataError, UsageError, is_of_a_name, refused
 
 _NOT_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
@@ -47,6 +47,12 @@ def kill_point(name: str, path: Path | None = None) -> None:
         _passed[wanted] += 1
         if _passed[wanted] == int(count or 1):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_replaces(path: Path, ending: str) -> None:
+    """Raise `UsageError` for a file that is there, and by its name not of the kind that would take its place."""
+    if path.is_file() and path.suffix.lower() != ending:
+        raise UsageError(f"{path}: it is there, and its name does not end in {ending}. Name another one.")
 
 
 class Sink(io.RawIOBase):

@@ -234,7 +234,7 @@ def _of_setting(stored: Manifest, name: str, known: Mapping[str, T]) -> T:
     if isinstance(found, str) and found in known:
         return known[found]
     odd = f"its settings have {name} {str(found)[:80]!r}, not {' or '.join(known)}"
-    raise StoredDataError(f"{NAME}: damaged ({odd}); delete it and run the same command again")
+    raise StoredDataError(f"{NAME}: damaged ({odd}); delete it and run the `score` command of the run again")
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:

@@ -65,9 +65,6 @@ NOT_COMPUTED: Mapping[str, str] = {
 }
 """Why a signal is null everywhere in runs that did not compute it, and what to do."""
 
-OPTIONAL = tuple(NOT_COMPUTED)
-"""Signals that some runs do not compute. Which, their estimator says (`components`), and their inputs."""
-
 ERRORS = ("adapt_error", "stab_error", "value_error")
 """Standard errors, by groups of the rows that a direction is made of; no estimator gives or lacks them."""
 

@@ -65,6 +65,7 @@ class CheckSummary:
 def check(config: ScoreConfig, *, estimated: bool = False, progress: Progress | None = None) -> CheckSummary:
     """Read, check and tokenise DATA as `score` does. Raises InputError that names every bad row at once.
 
+    ModelError says that a reference is not there, or does not go with the model.
     `estimated`: load the models as well, try each stage on a few batches, and tell what the scoring would take.
     """
     listener = progress or Silent()
@@ -117,12 +118,15 @@ def _tried(
 
     from alphatoken_curate.models.devices import resolve_device
     from alphatoken_curate.scoring.estimate import StageEstimate, estimate
+    from alphatoken_curate.scoring.spec import reference_of
 
     device = str(resolve_device("auto")) if config.device == "auto" else config.device  # it need not be here
     progress.note(told_of_models(config, device))
     progress.stage("reading rows", 0)
     if not estimated:
-        return prepare(config, place), None
+        prepared = prepare(config, place)
+        reference_of(prepared)
+        return prepared, None
     started = StageEstimate(name="starting", seconds=time.perf_counter() - began)
     prepared, found = estimate(config, progress, place)
     return prepared, replace(found, stages=(started, *found.stages))

@@ -9,6 +9,7 @@ from functools import partial
 from alphatoken_curate.config import FISHER_MODES, OF_OPTIMISER, OF_REHEARSAL, ScoreConfig
 from alphatoken_curate.masks import always
 from alphatoken_curate.masks.criteria import depends_on_value
+from alphatoken_curate.rows.files import has_splits, is_of_hub
 from alphatoken_curate.together import REHEARSED_ONLY
 
 
@@ -22,6 +23,9 @@ def _steps_by(optimiser: str, config: ScoreConfig, _: str) -> bool:
 
 _READ: dict[str, tuple[str, Callable[[ScoreConfig, str], bool]]] = {
     "trunk_device": ("beside another --device", lambda config, _: config.trunk_device != config.device),
+    "subset": ("for datasets of the Hub", lambda config, _: any(map(is_of_hub, config.data))),
+    "split": ("where DATA has splits", lambda config, _: any(map(has_splits, config.data))),
+    "target_groups": ("from 2 on", lambda config, _: config.target_groups != 1),
     "target_rows": ("without --target", lambda config, _: config.target is None),
     "window": ("with --estimator published", lambda config, _: config.estimator == "published"),
     "fisher": ("without --retention, or with --drift", lambda config, _: _has_drift(config)),

@@ -6,6 +6,7 @@ import json
 
 from alphatoken_curate.config import FISHER_MODES, ScoreConfig
 from alphatoken_curate.errors import UsageError
+from alphatoken_curate.masks import always, criteria
 from alphatoken_curate.masks.remask import check_settings
 from alphatoken_curate.models.devices import kind_of, resolve_dtype
 from alphatoken_curate.models.folders import names_a_path
@@ -15,7 +16,7 @@ from alphatoken_curate.models.whole import blocks_that_score, depth_of
 from alphatoken_curate.rows.columns import named_columns
 from alphatoken_curate.rows.fields import TEMPLATE_RESERVED
 from alphatoken_curate.rows.files import find_files
-from alphatoken_curate.runs.schema import LAYOUTS, components
+from alphatoken_curate.runs.schema import ERRORS, LAYOUTS, NOT_COMPUTED, components
 from alphatoken_curate.scoring.folder import artifacts_of
 from alphatoken_curate.urls import expanded
 
@@ -54,6 +55,18 @@ def _check_mask(config: ScoreConfig) -> None:
             problems.append(error)
     if len(problems) == len(LAYOUTS):
         raise problems[0]
+    named = {"by": criteria.columns_named(config.by), "always_keep": always.columns_named(config.always_keep)}
+    for setting, columns in named.items():
+        for name in sorted(columns & _not_computed(config)):
+            raise UsageError(f"{setting}: {name} will not be computed: {NOT_COMPUTED[name]}")
+
+
+def _not_computed(config: ScoreConfig) -> set[str]:
+    """Signals that this scoring lacks for want of a setting, whatever its estimator."""
+    lacking = {"reference_nll"} if config.reference in (None, config.model) else set()
+    if not config.rehearses and config.target_groups in (None, 1):
+        lacking |= set(ERRORS)
+    return lacking if config.retention is not None else lacking | {"stab_error"}
 
 
 def check_shared(device: str) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from alphatoken_curate.directions.rehearsal import Values
 from alphatoken_curate.engine.precision import narrow_kind
 from alphatoken_curate.errors import InputError
+from alphatoken_curate.models.likeness import settings_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import REHEARSAL, Store
 from alphatoken_curate.runs.atomic import sweep
@@ -89,6 +90,7 @@ class _Led:
     def columns(self) -> dict[str, NDArray[np.float32]]:
         """(N,) of each column; NaN, but for the loss, in rows whose loss is not finite, and which do not train."""
         self._tell()
+        self._tell_of_model()
         while True:
             plan = self.stages.budget.plan(NAME)
             if (losses := self._losses(plan)) is None:
@@ -230,6 +232,21 @@ class _Led:
                 f" Values are off by much at --rehearse-root {config.root:g}: give --dtype float32."
             )
 
+    def _tell_of_model(self) -> None:
+        found = settings_of(self.spec.model, trust_remote_code=self.config.trust_remote_code)
+        if (coefficient := found.get("router_aux_loss_coef") or 0) > 0:
+            self.stages.progress.warn(
+                f"The model's router_aux_loss_coef is {coefficient:g}: trainers add the loss that balances its experts"
+                " to each step, TRL's by default, and a rehearsal does not. Train with router_aux_loss_coef=0.0, or"
+                " these values are of another training."
+            )
+        drops = [f"{name} {share:g}" for name, share in sorted(found.items()) if _drops(name, share)]
+        if drops and self.stages.job.layout.kind == "sft":  # of pairs TRL trains without
+            self.stages.progress.warn(
+                f"The model drops out as it trains ({', '.join(drops)}), and a rehearsal does not. Train with 0 there,"
+                " or these values are of another training."
+            )
+
     def _tell_of_warmup(self, training: Training) -> None:
         each = math.ceil(len(training.rows) / self.config.rehearse_rows_per_step)
         if 0 < (steps := each * self.config.rehearse_epochs) <= self.config.rehearse_warmup:
@@ -245,6 +262,13 @@ class _Led:
                 f"--rehearse-root {self.config.root:g} changes the steps by {share:.0%} of their length: values are of"
                 " a smoother training than the one to come. A smaller one is nearer to it, and lets more rounding in."
             )
+
+
+def _drops(name: str, share: object) -> bool:
+    """Whether a setting of a model's config is a dropout that a language model trains with."""
+    if "drop" not in name or name.startswith(("classifier", "summary")):
+        return False
+    return isinstance(share, float) and share > 0
 
 
 class ColumnScorer(ShardScorer):

@@ -171,6 +171,15 @@ def loading(what: str) -> Iterator[None]:
         ) from error
 
 
+def reference_of(prepared: Prepared) -> ModelSource:
+    """The reference of a run of these rows. Raises ModelError where it is not there, or does not go with the model."""
+    config = prepared.config
+    reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
+    check_alike(prepared.source, reference)
+    check_known(reference, prepared.source, prepared.every_row)
+    return reference
+
+
 def spec_of(
     prepared: Prepared, folder: Path, device: str, reuse: Path | None = None, watched: Watched | None = None
 ) -> ScorerSpec:
@@ -182,9 +191,7 @@ def spec_of(
     """
     config = prepared.config
     dtype = resolve_dtype(config.dtype, kind_of(device), in_full=config.in_full)
-    reference = prepared.source if config.reference in (None, config.model) else find_model(str(config.reference))
-    check_alike(prepared.source, reference)
-    check_known(reference, prepared.source, prepared.every_row)
+    reference = reference_of(prepared)
     for source in (prepared.source, reference):
         check_placed(source, placement_of(device, config.trunk_device))
     fields = fingerprint_fields(prepared, reference, dtype)

@@ -60,12 +60,6 @@ class Cut:
     tokens: int
 
 
-def cut_of(rows: Iterable[AnyRow]) -> Cut:
-    """What was cut off these rows."""
-    cut = [row for row in rows if row.truncated]
-    return Cut(rows=len({row.row_id for row in cut}), tokens=sum(row.truncated for row in cut))
-
-
 def shard_ranges(rows_read: int, rows_per_shard: int) -> list[tuple[int, int]]:
     """[first, last) row ids of each output shard."""
     return [(first, min(first + rows_per_shard, rows_read)) for first in range(0, rows_read, rows_per_shard)]

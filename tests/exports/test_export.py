@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -38,6 +38,7 @@ from alphatoken_curate.exports.form import (
 from alphatoken_curate.exports.guide import checked_against
 from alphatoken_curate.reading.trainset import TrainBranch, TrainRow
 from alphatoken_curate.rows.read import read_rows
+from alphatoken_curate.rows.shapes import Tokens
 from alphatoken_curate.runs.documents import sealed, unsealed
 from alphatoken_curate.runs.schema import LAYOUTS
 
@@ -566,3 +567,22 @@ def test_an_export_named_as_data_says_what_of_it_is_read(runs: dict[tuple[str, s
     (tmp_path / "out" / "train.parquet").unlink()
     with pytest.raises(InputError, match=r"Name the rows the run was made of\."):
         read_rows([str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("trainer", sorted(TOKEN_FORMS))
+def test_a_file_of_an_export_is_read_by_its_labels_or_not_at_all(
+    runs: dict[tuple[str, str], Path], tmp_path: Path, trainer: str
+) -> None:
+    # What lies there without labels may be of positions: mapped to a mask of tokens, it would be off by one in silence.
+    folder = tmp_path / "out"
+    export(runs["sft", "binary"], trainer=trainer, output=folder)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".arrow", ".jsonl"))
+    assert files
+    for path in files:
+        if trainer in ("hf", "llamafactory"):
+            labels = [cast(Tokens, row.record).labels for row in read_rows([str(path)]).rows]
+            trained = [{(i, label) for i, label in enumerate(row) if label != -100} for row in labels]
+            assert trained == [set(branch) for (branch,) in truth(runs["sft", "binary"])]
+        else:
+            with pytest.raises(InputError, match=r"whose weights are not read from here\. Name the rows"):
+                read_rows([str(path)])

@@ -93,11 +93,14 @@ def test_a_message_has_weight_0_where_none_of_its_tokens_is_left(tmp_path: Path)
 
 
 def test_a_message_of_which_special_tokens_alone_are_left_has_weight_0(tmp_path: Path) -> None:
-    """They are always kept, as what ends an answer is: weight 1 would train all of the answer that was dropped."""
+    """They are always kept, as what ends an answer is: weight 1 would train all of the answer that was dropped.
+
+    What an expression keeps says something, its end too.
+    """
     run = chat_run(tmp_path, [{"messages": TWO}], [[(2, 5), (8, 12)]], "position >= 0")
     special = set(scan_tokens(run).collect().filter(position=3)["token_id"])
     write_pieces(run, [Piece(content=f"<{i}>".encode(), special=i in special) for i in range(VOCABULARY)])
-    for always, wanted in (("special", 0), ("position = 3", 1)):
+    for always, wanted in (("special", 0), ("position = 3", 1), ("position = 4", 1), ("end-of-turn", 0)):
         by = KEEP.format("position >= 8")
         made = make_mask(run, published(keep="positive", by=by, always_keep=always))
         by_message, _ = exported(run, tmp_path / f"out{made.mask}")

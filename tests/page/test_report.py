@@ -65,6 +65,16 @@ def test_errors(tmp_path: Path) -> None:
         alphatoken_curate.report(small_run(tmp_path / "run"), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "README.md", "values/generation=0/part-00000.parquet"])
+def test_only_a_page_is_replaced(tmp_path: Path, name: str) -> None:
+    run = small_run(tmp_path / "run")
+    before = contents(run)
+    for arguments in (("report", run, "-o"), ("stats", run, "--svg"), ("stats", run, "--png")):
+        refused = command(*arguments, run / name)
+        assert refused.code == 2 and "it is there, and its name does not end in ." in refused.err
+    assert contents(run) == before
+
+
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_sections_come_in_order_and_ids_are_unique(tmp_path: Path, kind: str) -> None:
     page = render(small_run(tmp_path / "run", kind=kind, generations=(0, 1)))

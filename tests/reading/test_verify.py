@@ -274,6 +274,17 @@ def test_a_mask_that_names_a_missing_generation(tmp_path: Path) -> None:
     assert found(run, TRAIN_1) == "not named by the manifest"
 
 
+@pytest.mark.parametrize("damaged", [None, b"{}"])
+def test_what_to_do_about_a_manifest_is_told_once(tmp_path: Path, damaged: bytes | None) -> None:
+    run = small_run(tmp_path / "run")
+    (run / "manifest.json").unlink()
+    if damaged is not None:
+        (run / "manifest.json").write_bytes(damaged)
+    (problem,) = verify(run)
+    assert str(run) not in problem.found and "run" not in problem.found.replace("finished run", "")
+    assert problem.do.startswith("run the `score`")
+
+
 def test_a_shard_of_another_run_is_found(run: Path) -> None:
     path = run / VALUES_1
     footer = shards.read_footer(path)

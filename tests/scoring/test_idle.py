@@ -30,6 +30,9 @@ ADAMW: tuple[dict[str, Any], ...] = ({"rehearse_betas": "0.8,0.9"}, {"rehearse_e
 _BY = "read only with --direction rehearsal and --rehearse-optimizer"
 
 CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"subset": "main"}, {"data": ("s3://bucket/rows.jsonl",)}, "read only for datasets of the Hub"),
+    ({"split": "test"}, {"data": ("*.jsonl",)}, "read only where DATA has splits"),
+    ({"target_groups": 1}, {}, "read only from 2 on"),
     ({"target_rows": 3}, {"target": "t.jsonl"}, "read only without --target"),
     ({"trunk_device": "cpu"}, {"device": "cpu"}, "read only beside another --device"),
     ({"window": 3}, {"estimator": "exact"}, "read only with --estimator published"),
@@ -56,6 +59,9 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 """A setting, others beside which it plays no part, and when it would."""
 
 PLAYS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"subset": "main"}, {"data": ("*.jsonl", "owner/name")}, "sft"),
+    ({"split": "test"}, {"data": ("owner/name",)}, "sft"),
+    ({"target_groups": 2}, {}, "sft"),
     ({"target_rows": 3}, {}, "sft"),
     ({"trunk_device": "cpu"}, {}, "sft"),
     ({"trunk_device": "disk"}, {"device": "cpu"}, "sft"),
@@ -89,13 +95,16 @@ def flag(setting: dict[str, Any]) -> str:
 def test_a_setting_that_plays_no_part_is_named_with_what_it_takes(
     setting: dict[str, Any], beside: dict[str, Any], when: str
 ) -> None:
-    assert idle(ScoreConfig(data="d", **beside | setting), "sft") == f"Without effect here: {flag(setting)} ({when})."
-    assert idle(ScoreConfig(data="d", **beside), "sft") is None
+    assert (
+        idle(ScoreConfig(**{"data": "d"} | beside | setting), "sft")
+        == f"Without effect here: {flag(setting)} ({when})."
+    )
+    assert idle(ScoreConfig(**{"data": "d"} | beside), "sft") is None
 
 
 @pytest.mark.parametrize(("setting", "beside", "kind"), PLAYS)
 def test_one_that_plays_a_part_is_not(setting: dict[str, Any], beside: dict[str, Any], kind: str) -> None:
-    assert idle(ScoreConfig(data="d", **beside | setting), kind) is None
+    assert idle(ScoreConfig(**{"data": "d"} | beside | setting), kind) is None
 
 
 def test_every_setting_of_the_table_is_known_and_tried_both_ways() -> None:

@@ -22,6 +22,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"reuse": "absent"}, "--reuse absent: no run folder"),
     ({"by": "nul"}, "nul"),
     ({"by": "nll +"}, "nll +"),
+    ({"by": "reference_ratio"}, "by: reference_nll will not be computed: model and reference are the same"),
+    ({"by": "0.5 + nll - reference_nll"}, "by: reference_nll will not be computed"),
+    ({"always_keep": "reference_nll < 1"}, "always_keep: reference_nll will not be computed"),
+    ({"by": "-value_error"}, "by: value_error will not be computed"),
+    ({"by": "adapt_error", "target_groups": 1}, "by: adapt_error will not be computed"),
+    ({"by": "stab_error", "target_groups": 4}, "by: stab_error will not be computed"),
 ]
 
 
@@ -41,6 +47,12 @@ def test_what_is_there_passes(data: str, models: dict[str, str]) -> None:
     check_named(ScoreConfig(data=data, model=models["base"], reference=models["tuned"], target=data))
     # A number of pairs is right for pairs, and which rows these are is not known yet; what the Hub has is not asked.
     check_named(ScoreConfig(data=data, model="owner/name", by="margin"))
+    check_named(ScoreConfig(data=data, model=models["base"], reference=models["tuned"], by="reference_ratio"))
+    check_named(ScoreConfig(data=data, model=models["base"], target_groups=4, by="-value_error"))
+    check_named(ScoreConfig(data=data, model=models["base"], target_groups=4, retention=data, by="stab_error"))
+    check_named(
+        ScoreConfig(data=data, model=models["base"], by="-adapt_error", direction="rehearsal", rehearse_lr=1e-4)
+    )
 
 
 @pytest.mark.parametrize("command", ["check", "score"])

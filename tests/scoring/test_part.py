@@ -174,12 +174,12 @@ def test_what_the_command_says_of_parts(settings: dict[str, Any], tmp_path: Path
         return ended.out.splitlines()
 
     assert told("--part", "prepare") == [
-        f"{run}: prepared; 0 of 5 shards are there.",
+        f"{run}: prepared; there: 0 of 5 shards.",
         "Next: the same command with --part 0/N to N-1/N, each where it may run; then without --part, to end it.",
     ]
-    assert told("--part", "0/2", "--workers", "1")[0] == f"{run}: part 0/2: scored 3 shards; 3 of 5 shards are there."
+    assert told("--part", "0/2", "--workers", "1")[0] == f"{run}: part 0/2: scored 3 shards; there: 3 of 5 shards."
     assert told("--part", "1/2") == [
-        f"{run}: part 1/2: scored 2 shards; 5 of 5 shards are there.",
+        f"{run}: part 1/2: scored 2 shards; there: 5 of 5 shards.",
         "Next: the same command without --part, which writes manifest and mask.",
     ]
     assert told()[0] == f"Wrote {run}"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from alphatoken_curate import ScoreConfig, refresh, scan, score, verify, watch
 from alphatoken_curate.runs import manifest
-from alphatoken_curate.runs.schema import LAYOUTS, OPTIONAL, PAIR_COLUMNS, SIGNALS
+from alphatoken_curate.runs.schema import LAYOUTS, NOT_COMPUTED, PAIR_COLUMNS, SIGNALS
 
 pytest.importorskip("peft")
 
@@ -104,7 +104,7 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def assert_same_signals(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     """Each within 1e-5 of its own largest, so a small stability is compared by its own size."""
     assert found.keys() == wanted.keys()
-    needed = set(SIGNALS) - (set(OPTIONAL) - {"reference_nll"})
+    needed = set(SIGNALS) - (set(NOT_COMPUTED) - {"reference_nll"})
     assert needed <= {name.removeprefix("chosen_").removeprefix("rejected_") for name in wanted}
     far = {name: apart(found[name], wanted[name]) for name in wanted}
     assert all(distance <= 1e-5 for distance in far.values()), far

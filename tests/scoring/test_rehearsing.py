@@ -14,7 +14,7 @@ import torch
 from daily import daily
 from killed import kill
 from safetensors.torch import load_file
-from tiny import tiny_pairs, tiny_rows
+from tiny import tiny_model, tiny_pairs, tiny_rows
 from tiny_files import Notes, contents, pair_records, token_records, write_jsonl
 
 from alphatoken_curate import Local, ScoreConfig, refresh, score
@@ -328,3 +328,26 @@ def test_workers_share_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("alphatoken_curate.scoring.processes.cards_of", lambda _, cards=cards: cards)
         engine._beginning, engine._workers = type("", (), {"spec": type("", (), {"device": "x"})}), 5
         assert engine.sharing() == sharing
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("gpt2", "drops out as it trains (attn_pdrop 0.1, embd_pdrop 0.1, resid_pdrop 0.1)"),
+        ("olmoe", "router_aux_loss_coef is 0.01"),
+        ("llama", None),
+    ],
+)
+def test_what_a_training_adds_to_the_rehearsed_one_is_told(tmp_path: Path, family: str, told: str | None) -> None:
+    changes = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1} if family == "gpt2" else {}
+    tiny_model(family, dtype=torch.float32, **changes).save_pretrained(tmp_path / "model")
+    for kind, records in (("rows", token_records(8)), ("pairs", pair_records(8))):
+        data = write_jsonl(tmp_path / f"{kind}.jsonl", records)
+        notes = Notes()
+        config = ScoreConfig(
+            data=data, model=str(tmp_path / "model"), direction="rehearsal", rehearse_lr=1e-3, layers=1
+        )
+        score(config, tmp_path / kind, progress=notes)
+        found = [one for one in notes.warnings if "these values are of another training" in one]
+        assert len(found) == (told is not None and (kind == "rows" or family != "gpt2"))
+        assert all(told and told in one for one in found)

@@ -7,7 +7,7 @@ import pytest
 
 from alphatoken_curate.tokens.dealt import Rows, Shards, columns_in, pick_in, tokens_in
 from alphatoken_curate.tokens.packed import columns_of_rows
-from alphatoken_curate.tokens.plan import Cut, by_shard, cut_of
+from alphatoken_curate.tokens.plan import Cut, by_shard
 from alphatoken_curate.tokens.tokenise import AnyRow, TokenRow
 
 
@@ -67,7 +67,7 @@ def test_the_shards_of_rows_are_read_when_asked_for_and_not_twice_in_a_row(rows:
 
 def test_what_is_held_of_rows_needs_no_reading(rows: Rows, loads: Counter[int]) -> None:
     assert [len(one) for one in columns_in(rows.shards)] == [3, 1, 3, 1] and tokens_in(rows.shards) == 31
-    assert tokens_in(Shards(rows, [2])) == 15 and rows.cut() == cut_of(LISTED) == Cut(rows=2, tokens=5)
+    assert tokens_in(Shards(rows, [2])) == 15 and rows.cut() == Cut(rows=2, tokens=5)
     assert [rows.cut(shard).rows for shard in range(4)] == [1, 0, 1, 0]
     assert not loads
     assert tokens_in([LISTED[:2], LISTED[2:]]) == 31  # of lists
