@@ -51,11 +51,16 @@ def _unlike(model: ModelSource, reference: ModelSource, mine: str, theirs: str) 
 
 
 def settings_of(source: ModelSource, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What the config of a model says of its language model, with transformers' defaults for what it leaves out."""
+    """What the config of a model says of its language model, with transformers' defaults for what it leaves out.
+
+    Nothing of a GGUF file, of which transformers reads all to tell.
+    """
     from transformers import AutoConfig
 
+    if source.gguf:
+        return {}
     check_remote_code(source, trust_remote_code)
-    with Readable(f"{source.name}: transformers cannot read it", source.gguf), quiet_loading():
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **source.load_options)
+    with Readable(f"{source.name}: transformers cannot read it", None), quiet_loading():
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     found: dict[str, Any] = config.get_text_config().to_dict()
     return found

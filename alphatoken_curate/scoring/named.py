@@ -16,7 +16,7 @@ from alphatoken_curate.models.whole import blocks_that_score, depth_of
 from alphatoken_curate.rows.columns import named_columns
 from alphatoken_curate.rows.fields import TEMPLATE_RESERVED
 from alphatoken_curate.rows.files import find_files
-from alphatoken_curate.runs.schema import ERRORS, LAYOUTS, NOT_COMPUTED, components
+from alphatoken_curate.runs.schema import ERRORS, LAYOUTS, NOT_COMPUTED, SIGNALS, components
 from alphatoken_curate.scoring.folder import artifacts_of
 from alphatoken_curate.urls import expanded
 
@@ -66,7 +66,11 @@ def _not_computed(config: ScoreConfig) -> set[str]:
     lacking = {"reference_nll"} if config.reference in (None, config.model) else set()
     if not config.rehearses and config.target_groups in (None, 1):
         lacking |= set(ERRORS)
-    return lacking if config.retention is not None else lacking | {"stab_error"}
+    if config.retention is None:
+        lacking.add("stab_error")
+    if config.retention is None or config.drift is None:
+        lacking |= {name for name in SIGNALS if name.startswith("drift_")}
+    return lacking
 
 
 def check_shared(device: str) -> None:

@@ -24,6 +24,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"by": "nll +"}, "nll +"),
     ({"by": "reference_ratio"}, "by: reference_nll will not be computed: model and reference are the same"),
     ({"by": "0.5 + nll - reference_nll"}, "by: reference_nll will not be computed"),
+    ({"by": "drift_causal"}, "by: drift_causal will not be computed"),
     ({"always_keep": "reference_nll < 1"}, "always_keep: reference_nll will not be computed"),
     ({"by": "-value_error"}, "by: value_error will not be computed"),
     ({"by": "adapt_error", "target_groups": 1}, "by: adapt_error will not be computed"),
