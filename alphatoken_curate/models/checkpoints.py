@@ -67,7 +67,7 @@ def find_checkpoints(path: str | Path, *, base: ModelSource | None) -> list[Chec
     if folder.is_file():
         return [Checkpoint(name=folder.stem, step=None, source=find_model(str(folder)))]
     if not folder.is_dir():
-        raise ModelError(f"{path}: nothing is there. A checkpoint is a folder that a training saved, or a .gguf file.")
+        raise ModelError(f"{path}: no such folder. A checkpoint is a folder that a training saved, or a .gguf file.")
     steps = _steps(folder)
     own = bool(model_weights(folder)) or (folder / ADAPTER_WEIGHTS).is_file()
     if not own and not steps:
