@@ -66,7 +66,7 @@ def columns_named(name: str) -> frozenset[str]:
 
 def depends_on_value(name: str) -> bool:
     """Whether the stability settings of a mask change what it always keeps."""
-    return name not in _WORDS and criteria.depends_on_value(criteria.as_number(name, PREFERENCE))
+    return any(map(criteria.depends_on_value, columns_named(name)))
 
 
 def always_kept(run: Path, stored: Manifest, config: MaskConfig) -> Always | None:

@@ -58,9 +58,7 @@ def columns_needed(by: str, components: Components, layout: Layout = SFT) -> tup
 
 def depends_on_value(by: str) -> bool:
     """Whether the stability settings change what `by` selects."""
-    if by == "random" or by in known_columns(PREFERENCE):  # names that need not be expressions: `position` is none
-        return by in _RECOMBINED
-    return not _read(by).columns.isdisjoint(_RECOMBINED)
+    return not columns_named(by).isdisjoint(_RECOMBINED)
 
 
 def is_readable(by: str) -> bool:
@@ -167,6 +165,7 @@ def columns_named(by: str, layout: Layout = PREFERENCE) -> frozenset[str]:
     """Columns that `by` names, each of them known. Raises `UsageError` as `selection` does."""
     if by == "random":
         return frozenset()
+    # Names need not be expressions: `position` is none.
     return frozenset((by,)) if by in known_columns(layout) else _read(by, layout).columns
 
 

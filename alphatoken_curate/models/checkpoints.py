@@ -60,11 +60,11 @@ def find_checkpoints(path: str | Path, *, base: ModelSource | None) -> list[Chec
     """
     check_local(path, FILE_ADVICE)
     folder = expanded(path)
-    if folder.is_file() and folder.suffix != ".gguf":
-        raise ModelError(
-            f"{path}: it is a file. A checkpoint is a folder that a training saved, or a .gguf file; {NO_PICKLES}"
-        )
     if folder.is_file():
+        if folder.suffix != ".gguf":
+            raise ModelError(
+                f"{path}: it is a file. A checkpoint is a folder that a training saved, or a .gguf file; {NO_PICKLES}"
+            )
         return [Checkpoint(name=folder.stem, step=None, source=find_model(str(folder)))]
     if not folder.is_dir():
         raise ModelError(f"{path}: no such folder. A checkpoint is a folder that a training saved, or a .gguf file.")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from alphatoken_curate.errors import ModelError
-from alphatoken_curate.models.load import ModelSource, check_remote_code, text_config
-from alphatoken_curate.models.whole import Readable, quiet_loading
+from alphatoken_curate.models.load import ModelSource, text_config
 
 _SHAPE = {
     "model_type": "is a {} model",
@@ -48,19 +45,3 @@ def _unlike(model: ModelSource, reference: ModelSource, mine: str, theirs: str) 
     return ModelError(
         f"{model.name} {mine}, and the reference {reference.name} {theirs}: the one was not tuned from the other."
     )
-
-
-def settings_of(source: ModelSource, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What the config of a model says of its language model, with transformers' defaults for what it leaves out.
-
-    Nothing of a GGUF file, of which transformers reads all to tell.
-    """
-    from transformers import AutoConfig
-
-    if source.gguf:
-        return {}
-    check_remote_code(source, trust_remote_code)
-    with Readable(f"{source.name}: transformers cannot read it", None), quiet_loading():
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    found: dict[str, Any] = config.get_text_config().to_dict()
-    return found

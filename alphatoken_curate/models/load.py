@@ -349,14 +349,22 @@ def load_model(
     return frozen
 
 
+def config_of(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The config of a model in safetensors, as transformers reads it."""
+    from transformers import AutoConfig
+
+    check_remote_code(source, trust_remote_code)
+    with Readable(f"{source.name}: transformers cannot read it", None), quiet_loading():
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+
+
 def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """The modules of a model in safetensors, without weights (on torch's device meta)."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    check_remote_code(source, trust_remote_code)
+    config = config_of(source, trust_remote_code=trust_remote_code)
     with Readable(f"{source.name}: transformers cannot read it", None), quiet_loading(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 

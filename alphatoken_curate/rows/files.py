@@ -251,9 +251,8 @@ def _check_not_ours(path: str) -> None:
             f" config.yaml names the rows it was made of; score --config {visible(pasted(run / 'config.yaml'))}"
             " -o OTHER scores them anew, refresh at a checkpoint."
         )
-    if not os.path.isdir(path) and _reads_alone(path):
-        return
-    if (export := export_with(Path(path))) and (export == Path(path) or os.path.isfile(path)):
+    is_file = os.path.isfile(path)
+    if (export := export_with(Path(path))) and (export == Path(path) or (is_file and not _reads_alone(path))):
         raise InputError(
             f"{visible(path)}: {export_in_words(export)}, whose weights are not read from here. Name the rows the run"
             f" was made of{_readable_of(export)}."

@@ -56,8 +56,9 @@ def _check_mask(config: ScoreConfig) -> None:
     if len(problems) == len(LAYOUTS):
         raise problems[0]
     named = {"by": criteria.columns_named(config.by), "always_keep": always.columns_named(config.always_keep)}
+    lacking = _not_computed(config)
     for setting, columns in named.items():
-        for name in sorted(columns & _not_computed(config)):
+        for name in sorted(columns & lacking):
             raise UsageError(f"{setting}: {name} will not be computed: {NOT_COMPUTED[name]}")
 
 

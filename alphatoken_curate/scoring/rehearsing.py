@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from alphatoken_curate.directions.rehearsal import Values
 from alphatoken_curate.engine.precision import narrow_kind
 from alphatoken_curate.errors import InputError
-from alphatoken_curate.models.likeness import settings_of
+from alphatoken_curate.models.load import config_of
 from alphatoken_curate.progress import Progress
 from alphatoken_curate.runs.artifacts import REHEARSAL, Store
 from alphatoken_curate.runs.atomic import sweep
@@ -233,7 +233,10 @@ class _Led:
             )
 
     def _tell_of_model(self) -> None:
-        found = settings_of(self.spec.model, trust_remote_code=self.config.trust_remote_code)
+        if self.spec.model.gguf:
+            return  # of which transformers reads all to tell
+        config = config_of(self.spec.model, trust_remote_code=self.config.trust_remote_code)
+        found = config.get_text_config().to_dict()
         if (coefficient := found.get("router_aux_loss_coef") or 0) > 0:
             self.stages.progress.warn(
                 f"The model's router_aux_loss_coef is {coefficient:g}: trainers add the loss that balances its experts"
