@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,37 @@ from typing import Any
 import pytest
 import torch
 from buckets import new_bucket, s3_server
+from daily import begin_elsewhere, mark_one_in
 from forks import Forks
 from tiny_files import save_models
 from torch import Tensor
 
 from alphatoken_curate.models.load import find_model, load_tokenizer
 
+_STARTED = pytest.StashKey[float]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite", action="store_true", help="write the files that tests compare word for word")
+    parser.addoption("--within", type=float, metavar="SECONDS", help="then begin no further test; other files each day")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_STARTED] = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_one_in(items)
+    if config.getoption("--within") is not None:
+        begin_elsewhere(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    within = item.config.getoption("--within")
+    if within is not None and time.monotonic() - item.config.stash[_STARTED] > within:
+        pytest.skip("no time was left")
 
 
 @pytest.fixture

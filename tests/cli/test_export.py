@@ -40,6 +40,7 @@ def test_flags_reach_the_export(tmp_path: Path) -> None:
     assert read("hf", tmp_path / "out") == truth(run, mask=0, binarize=True)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

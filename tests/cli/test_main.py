@@ -527,6 +527,7 @@ def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
     assert done.returncode == 1 and done.stderr == ""
 
 
+@pytest.mark.long
 def test_a_signal_before_anything_is_begun_is_an_interrupt(data: str, models: dict[str, str], tmp_path: Path) -> None:
     """A whole process, imports and all."""
     code = "from alphatoken_curate.cli.main import main; print('here', flush=True); main()"

@@ -39,6 +39,7 @@ def test_a_tilde_is_the_home_folder_in_every_setting(
     assert {path.name for path in home.iterdir()} >= {"one", "two", "x", "x.svg", "x.html"} and not list(away.iterdir())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "flag", ["--model", "--reference", "--target", "--retention", "--fisher", "--chat-template", "--reuse", "--config"]
 )

@@ -72,6 +72,7 @@ def test_show_has_both_branches_of_a_pair_one_after_the_other(pairs: Path) -> No
     assert "\n\n\n" not in out
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("more", [[], ["--tokens"]])
 @pytest.mark.parametrize("env", [{}, COLOUR])
 def test_show_one_branch(pairs: Path, more: list[str], env: dict[str, str]) -> None:
@@ -194,6 +195,7 @@ def test_show_tokens_through_a_pipe_leaves_nothing_out(run: Path) -> None:
     assert len(lines[-1].split()) == 4 + len(set(components("published").signals) - set(ERRORS)) - 2
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("more", [[], ["--tokens"]])
 def test_show_fits_its_terminal(run: Path, pairs: Path, width: int, more: list[str]) -> None:
@@ -239,6 +241,7 @@ def test_stats_json_is_what_the_library_computes(run: Path, pairs: Path) -> None
         assert list(found) == sorted(found)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_stats_fit_and_tell_everything(run: Path, width: int) -> None:
     make_mask(run, published(keep=0.2))
@@ -257,6 +260,7 @@ def test_stats_fit_and_tell_everything(run: Path, width: int) -> None:
     assert "Stability is 0" not in flowed
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_stats_of_pairs_fit_and_tell_everything(pairs: Path, width: int) -> None:
     out = invoke(stats, pairs, COLUMNS=str(width)).output
@@ -324,6 +328,7 @@ def test_hostile_text_in_a_run_commands_nothing(run: Path) -> None:
             assert "\x1b]" not in result.output
 
 
+@pytest.mark.long
 def test_stats_draws_pictures_in_place_of_text(run: Path, tmp_path: Path) -> None:
     svg, png = tmp_path / "new" / "a.svg", tmp_path / "a.png"
     result = invoke(stats, run, "--svg", svg, "--png", png)

@@ -25,6 +25,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return small_run(Path("run"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -70,6 +71,7 @@ def test_a_folder_whose_name_is_no_text_is_refused_at_once(run: Path, models: di
         assert ended.code == 2 and "o\\udcff: its name is not UTF-8" in ended.err and "damaged" not in ended.err
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.parametrize("verb", ["stats", "mask", "--help"])

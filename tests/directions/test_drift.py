@@ -38,6 +38,7 @@ def test_an_unmoved_model_has_stability_exactly_zero() -> None:
         assert not found.causal.any()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 @pytest.mark.parametrize("moved", [False, True])

@@ -40,6 +40,7 @@ def by_sequences(
     return {name: total / len(rows) for name, total in sums.items()}
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("budget", [1, 45, 1000])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])

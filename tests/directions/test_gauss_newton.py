@@ -32,6 +32,7 @@ def products(
     return product_sums(scoring, Moving(scoring, along), len(along), batches(rows, budget), bend)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize(
     ("family", "pairs"),
@@ -73,6 +74,7 @@ def test_without_a_reference_a_pair_bends_as_ekfac_squares_it() -> None:
     assert_close(pairs.bend(batch, nll), pairs.weigh(batch, nll), 1e-15)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_in_narrow_numbers_what_is_made_before_it_settles_comes_close(narrow: torch.dtype) -> None:
     rows = list(tiny_rows())

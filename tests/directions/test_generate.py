@@ -77,6 +77,7 @@ class Counting(Silent):
         self.steps.append(tokens)
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(
     "family", ["llama", "gpt2", "gpt_neox", "gemma2", "gemma3_text", "mistral", "smollm3", "granite"]
 )
@@ -117,6 +118,7 @@ def test_neither_batches_nor_order_nor_company_nor_the_own_answer_matter_but_the
     assert answers(model, [twin])[0].input_ids.tolist() != whole[0].input_ids.tolist()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("stop", [7, [7, 11]])
 def test_the_first_end_of_sequence_token_is_the_last_of_an_answer(stop: int | list[int]) -> None:
     model, prompts = tiny_model("llama", bos_token_id=None), prompts_of((5,) * 40)
@@ -268,6 +270,7 @@ def test_packed_answers_come_back_from_a_file(tmp_path: Path) -> None:
     assert unpack(pack([]), [], where=tmp_path) == []
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("change", "found"),
     [

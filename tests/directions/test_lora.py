@@ -102,6 +102,7 @@ def check(family: str, layers: Any, optimiser: Optimiser, denominator: Any, *, b
 _OFTEN = ("adamw, nearly signs", "adamw, warmed up, clipped, decay, cosine")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("denominator", ["count", "sum"])
 @pytest.mark.parametrize("name", daily(OPTIMISERS, _OFTEN))
 def test_values_are_those_of_autograd_through_the_unrolled_training_of_pefts_layers(
@@ -111,6 +112,7 @@ def test_values_are_those_of_autograd_through_the_unrolled_training_of_pefts_lay
     check("gpt2", "all", OPTIMISERS[name], denominator)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("family", "layers"),
     [("gpt2", 2), ("llama", "all"), ("phi3", 1), pytest.param("gpt_neox", 1, marks=pytest.mark.long)],
@@ -140,12 +142,13 @@ DROPS = [0, 7, 17, 26]
 """Tokens whose weight is moved in trainings of their own."""
 
 
-@pytest.mark.parametrize("denominator", ["count", pytest.param("sum", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("denominator", ["count", "sum"])
 @pytest.mark.parametrize(
     "name",
     [
         "adamw, warmed up, clipped, decay, cosine",
-        pytest.param("sgd, momentum, clipped, linear, decay", marks=pytest.mark.long),
+        "sgd, momentum, clipped, linear, decay",
     ],
 )
 def test_values_are_what_trainings_with_one_weight_moved_end_with(name: str, denominator: Any) -> None:
@@ -159,6 +162,7 @@ def test_values_are_what_trainings_with_one_weight_moved_end_with(name: str, den
     assert np.abs(found[DROPS] - wanted).max() < 1e-7 * np.abs(found).max()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_a_and_b_end_where_pefts_training_by_torch_ends(family: str, kind: Any) -> None:
@@ -215,6 +219,7 @@ def test_with_a_sum_of_weights_the_values_of_a_step_add_up_to_nothing() -> None:
 # ---------------------------------------------------------------------------------------------------- paths and drift
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("family", "layers", "began"), [("gpt2", 2, False), ("llama", 2, True)])
 def test_paths_are_along_what_a_step_induces_at_the_merged_weights(family: str, layers: int, began: bool) -> None:
     """C[s, t] of the model that peft merges, along the derivative of its weights by A and B (forward mode)."""
@@ -264,6 +269,7 @@ def test_paths_change_no_values_and_no_weights() -> None:
     assert all(torch.equal(m.bare, weight) for m, weight in zip(trainee.maps, before, strict=True))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("reference", ["start", "other"])
 @pytest.mark.parametrize("began", [False, True])
 def test_stability_is_the_drift_of_what_the_lora_makes_of_the_weights(reference: str, began: bool) -> None:
@@ -343,6 +349,7 @@ class Stopped(Exception):
     """As if the process were killed there."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("room", [0, 1 << 30])
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(room: int) -> None:
     """Whether steps were kept for the way back, or are taken again."""
@@ -438,6 +445,7 @@ def test_pairs_train_a_lora_too(family: str) -> None:
     assert_exact(found, wanted.values([mean_over(TARGET), mean_over(RETENTION)]))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("room", [0, 1 << 30])
 def test_windows_of_a_lora_are_trainings_of_their_own(room: int) -> None:
     """Whether all their steps are kept or taken again."""

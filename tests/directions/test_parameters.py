@@ -36,6 +36,7 @@ def close(found: list[Tensor], wanted: list[Tensor]) -> None:
         assert float((one - other).abs().max()) < 1e-10 * largest
 
 
+@pytest.mark.one_in(6)
 @FAMILIES
 @pytest.mark.parametrize("layers", [2, "all"])
 def test_the_gradient_of_the_mean_loss(family: str, layers: Any) -> None:
@@ -69,6 +70,7 @@ def test_weights_multiply_each_tokens_gradient() -> None:
     close(found, wanted)
 
 
+@pytest.mark.one_in(5)
 @FAMILIES
 def test_the_fisher_is_the_mean_square_of_a_rows_gradient(family: str) -> None:
     plain, rows = oracles.eager(tiny_model(family)).requires_grad_(True), tiny_rows()

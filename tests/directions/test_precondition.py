@@ -100,6 +100,7 @@ def found_direction(kind: str, family: str, pairs: bool, budget: int) -> tuple[S
     return scoring, stored, direction, precondition(kind, stored, scoring, direction, eps=1e-8, damping=DAMPING)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize(("family", "pairs"), ROWS + MIXTURES)
 def test_adam_divides_by_the_root_of_second_moments_of_unit_gradients(family: str, pairs: bool) -> None:
@@ -113,6 +114,7 @@ def test_adam_divides_by_the_root_of_second_moments_of_unit_gradients(family: st
             assert_close(scaled, g / (moment**0.5 + 1e-8))
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize(("family", "pairs"), ROWS + MIXTURES)
 def test_kfac_solves_with_the_explicit_kronecker_matrix(family: str, pairs: bool) -> None:
@@ -130,6 +132,7 @@ def test_kfac_solves_with_the_explicit_kronecker_matrix(family: str, pairs: bool
             assert_close(scaled, wanted[m.name])
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize(("family", "pairs"), ROWS + MIXTURES)
 def test_ekfac_has_the_exact_diagonal_in_the_kronecker_eigenbasis(family: str, pairs: bool) -> None:
@@ -187,6 +190,7 @@ def test_a_map_without_curvature_stays_zero_or_is_refused(kind: str) -> None:
         precondition(kind, stored, scoring, random_direction(scoring), eps=1e-8, damping=DAMPING)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("kind", ["adam", "kfac", "ekfac"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -231,6 +235,7 @@ def test_rows_without_gradient_or_with_a_broken_one_are_refused(kind: str) -> No
         estimate(kind, scoring, lambda: some, lambda _, nll: torch.nan * nll)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["adam", "kfac", "ekfac"])
 def test_lower_precision_keeps_float32_and_comes_close(kind: str, dtype: torch.dtype) -> None:

@@ -84,6 +84,7 @@ def check(
     assert_exact(rehearse(trainee, steps, optimiser, denominator), wanted, tolerance)
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("denominator", ["count", "sum"])
 @pytest.mark.parametrize("steps", [TWO, pytest.param(SEVEN, marks=pytest.mark.long)], ids=["2 steps", "7 steps"])
 @pytest.mark.parametrize("name", OPTIMISERS)
@@ -91,11 +92,13 @@ def test_values_are_those_of_autograd_through_the_unrolled_training(name: str, s
     check("gpt2", "all", "all", steps, OPTIMISERS[name], denominator)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("layers", "parameters"), [(1, "linear"), (3, "linear"), ("all", "linear"), (2, "all")])
 def test_what_trains_is_narrowed(layers: Any, parameters: Any) -> None:
     check("gpt2", layers, parameters, SEVEN, ADAM, "count")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "family",
     daily([family for family in CORE if family not in ("gpt2", "gpt_oss")], ["gemma3_text", "phi3", "gpt_neox"]),
@@ -111,11 +114,13 @@ def test_every_family(family: str) -> None:
     check(family, "all", "all", TWO, ADAM, "sum", tolerance)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_experts(family: str) -> None:
     check(family, 3, "linear", TWO, OPTIMISERS["sgd, momentum, clipped, linear, decay"], "sum")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("start", ["model", "other"])
 def test_stability_is_the_drift_at_the_end_weighed_by_the_fisher(start: str) -> None:
     """Not zero where the model is the reference: it drifts on the way. Beside adaptation, in one way back."""
@@ -167,6 +172,7 @@ def test_values_are_what_trainings_with_one_weight_moved_end_with(name: str, den
     assert np.abs(found[DROPS] - wanted).max() < 1e-7 * np.abs(found).max()
 
 
+@pytest.mark.long
 def test_the_padding_token_moves_as_it_does_in_a_training_and_counts_as_what_it_is() -> None:
     """SmolLM2 ends its turns with it: as an input torch gives it no gradient, as a head's row it moves all the same."""
 
@@ -187,6 +193,7 @@ def test_the_padding_token_moves_as_it_does_in_a_training_and_counts_as_what_it_
     assert np.abs(found - wanted).max() < 1e-7 * np.abs(found).max()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_with_a_sum_of_weights_the_values_of_a_step_add_up_to_nothing(name: str) -> None:
     """A factor on all weights of a step changes nothing, whatever the optimiser and clipping."""
@@ -202,6 +209,7 @@ def _places(row: int) -> Any:
     return np.arange(starts[row], starts[row + 1])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_with_a_count_they_add_up_to_what_a_factor_on_the_gradient_does(name: str) -> None:
     """-<a_k, g_k>: minus the derivative of J by a factor on g_k, here of the last step, from that step alone."""
@@ -248,6 +256,7 @@ def test_groups_of_target_rows_add_up_weighed_by_their_tokens() -> None:
     assert np.abs(one - other).max() > 0.1 * np.abs(both).max()
 
 
+@pytest.mark.long
 def test_batches_change_nothing_but_rounding() -> None:
     trainee = Trainee(tiny_model("gpt2"), "all", "all")
     alone, together = (rehearse(trainee, SEVEN, ADAM, batch_tokens=n).value for n in (1, 10_000))
@@ -266,7 +275,8 @@ class Stopped(Exception):
     """As if the process were killed there."""
 
 
-@pytest.mark.parametrize("denominator", daily(["count", "sum"], ["sum"]))
+@pytest.mark.long
+@pytest.mark.parametrize("denominator", ["count", "sum"])
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(denominator: Any) -> None:
     course = Course(
         rows=ROWS, steps=SEVEN, optimiser=OPTIMISERS["adamw, clipped, decay, cosine"], denominator=denominator
@@ -292,6 +302,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(denominator: Any) -> None:
         assert len(again) <= len(calls) - stop + max(np.diff(borders_of(len(course.steps), None)[0]))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "lost",
     [
@@ -329,6 +340,7 @@ def untouched(_: Trainee) -> list[torch.Tensor]:
     raise AssertionError("it was taken again")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("exact", [False, True])
 def test_outcomes_that_go_back_one_after_the_other_owe_the_same(at_once: int, exact: bool) -> None:

@@ -94,6 +94,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     "border",
     daily(
@@ -120,6 +121,7 @@ def _in_a_process(folder: Path, kill_at: str) -> int:
     return ended_by(kill_at, lambda: rehearse(folder))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "border",
     daily(["state-2", "adjoint-1-2", "values-1", "adjoint-1w1-3", "values-0w0"], ["adjoint-1-2", "values-0w0"]),
@@ -131,6 +133,7 @@ def test_what_is_left_is_told_of_parts_and_windows(border: str, tmp_path: Path) 
     rehearse(tmp_path, **how)  # type: ignore[arg-type]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", ["state-0", "digest-2", "adjoint-0-2", "adjoint-0-2-0", "values-0"])
 def test_damage_is_seen(name: str, tmp_path: Path) -> None:
     _in_a_process(tmp_path, "after-rename@rehearsal-00000-0-adjoint-0-2.safetensors")

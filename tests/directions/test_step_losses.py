@@ -185,6 +185,7 @@ def test_margins_far_off_do_not_overflow() -> None:
 _OFTEN = ("adamw, nearly signs", "adamw, clipped, decay, cosine", "sgd, momentum, clipped, linear, decay")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", daily(OPTIMISERS, _OFTEN))
 def test_values_are_those_of_autograd_through_the_unrolled_training(name: str) -> None:
     found, wanted = compared("gpt2", "all", "all", OPTIMISERS[name])
@@ -193,6 +194,7 @@ def test_values_are_those_of_autograd_through_the_unrolled_training(name: str) -
     assert np.abs(found.omega).max() > 1e-3 * np.abs(found.own).max()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("divided", ["count", "sum"])
 @pytest.mark.parametrize("name", daily(OPTIMISERS, ["adamw, clipped, decay, cosine"]))
 def test_simpos_values_are_those_of_autograd_through_the_unrolled_training(name: str, divided: str) -> None:
@@ -218,6 +220,7 @@ def test_whatever_the_batches_and_the_reference(batch_tokens: int, own: bool) ->
     assert_exact(*compared("gpt2", "all", "all", ADAM, batch_tokens=batch_tokens, own=own))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("family", "layers", "parameters"),
     [
@@ -231,9 +234,10 @@ def test_other_families_and_what_trains_narrowed(family: str, layers: Any, param
     assert_exact(*compared(family, layers, parameters, OPTIMISERS["adamw, clipped, decay, cosine"]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
-    ["adamw, clipped, decay, cosine", pytest.param("sgd, momentum, clipped, linear, decay", marks=pytest.mark.long)],
+    ["adamw, clipped, decay, cosine", "sgd, momentum, clipped, linear, decay"],
 )
 def test_values_are_what_trainings_with_one_weight_moved_end_with(name: str) -> None:
     def model() -> Any:
@@ -280,7 +284,8 @@ class Stopped(Exception):
     """As if the process were killed there."""
 
 
-@pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("exact", [False, True])
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(exact: bool) -> None:
     reference = own_losses(tiny_model("gpt2"), PAIRS)
     outcomes = [mean_loss(TARGET, 1000), mean_loss(RETENTION, 1000)]
@@ -306,6 +311,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(exact: bool) -> None:
             np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
 
 
+@pytest.mark.long
 def test_windows_of_pairs_are_trainings_of_their_own() -> None:
     """The first is a training up to its end; the last ends where the whole does, and gives what that gives."""
     steps = [(0, 1), (1,), (3, 2), (2,)]

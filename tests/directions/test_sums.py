@@ -59,6 +59,7 @@ _OFTEN = (("sft", "all"), ("preference", "ekfac"))
 _EACH = [(kind, name) for kind in ("sft", "preference") for name in CASES]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("kind", "name"), daily(_EACH, _OFTEN))
 def test_values_are_those_of_sums_over_all_rows_at_once(
     kind: str, name: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -63,6 +63,7 @@ def assert_equal(scoring: ScoringModel, found: list[Tensor], wanted: dict[str, T
         assert ((g - wanted[m.name]).abs().max() / wanted[m.name].abs().max()).item() < 1e-10
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("rows", "weigh"), [(tiny_rows(), None), (pairs(), signed)])
 def test_over_all_positions_it_is_the_gradient_of_the_weighted_mean_loss(
@@ -75,6 +76,7 @@ def test_over_all_positions_it_is_the_gradient_of_the_weighted_mean_loss(
         assert_equal(scoring, target_gradient(scoring, batches, all_positions=True, weigh=weigh), wanted)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("weigh", [None, signed])
 def test_published_sums_outer_products_over_response_positions(family: str, weigh: Weigh | None) -> None:

@@ -31,6 +31,7 @@ def test_what_trains_is_what_scores() -> None:
     assert names("all", "linear") == [name for name in every if name.endswith("proj.weight")]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("parameters", ["linear", "all"])
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "mixtral"])
 def test_numbers_of_the_weights_and_a_direction_are_the_same_in_another_order(family: str, parameters: Any) -> None:
@@ -182,6 +183,7 @@ def test_blocks_below_run_once_for_a_batch_where_nothing_under_them_trains() -> 
     assert runs(1, "linear", "gemma4_unified_text") == 4, "its last blocks take keys and values from others"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_rows_come_out_below_as_in_the_batches_they_train_in(family: str, dtype: Any) -> None:

@@ -70,6 +70,7 @@ def same(found: Values, wanted: Values) -> None:
 # ------------------------------------------------------------------------------------------------------------- values
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "window", "denominator"),
     [
@@ -155,6 +156,7 @@ def whole_run(window: int | None) -> Values:
     return made(InMemory(), window).run(OUTCOMES)
 
 
+@pytest.mark.long
 def test_a_window_of_all_steps_or_more_is_none() -> None:
     for window in (7, 1000):
         same(made(InMemory(), window).run(OUTCOMES), whole_run(None))
@@ -237,6 +239,7 @@ def stopped(states: InMemory, after: int, window: int = 3, at_once: int | None =
     return calls
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("at_once", "stop"),
     [
@@ -256,6 +259,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits_and_does_no_window_twice(a
     assert len(again) <= (14 if at_once == 2 else 21) - stop + 2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "lost",
     [
@@ -336,6 +340,7 @@ _LATER = (
 )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("border", [*_NOW, *(pytest.param(name, marks=pytest.mark.long) for name in _LATER)])
 @pytest.mark.parametrize("point", ["mid-write", pytest.param("after-rename", marks=pytest.mark.long)])
 def test_killed_anywhere_it_ends_with_the_same_bytes(

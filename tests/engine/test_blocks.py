@@ -73,6 +73,7 @@ def test_names_of_experts_and_routers() -> None:
     assert with_names["model.layers.3.mlp.router.weight"].name == "model.layers.3.mlp.router"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize(
     ("family", "settings"),

@@ -9,6 +9,7 @@ from alphatoken_curate.errors import ModelError
 from alphatoken_curate.models.releases import before
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_captured_model_gives_the_same_logits_and_is_given_back_unchanged(family: str) -> None:
     model = tiny_model(family)

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("case", CASES)
 def test_exact_equals_one_backward_per_token_with_and_without_a_prefix(case: str) -> None:

@@ -56,6 +56,7 @@ def loaded(name: str, placement: Placement, layers: Any = 2, dtype: torch.dtype 
 # ------------------------------------------------------------------------------------------------------- the same bits
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mixtral", "gemma3_text"])
 def test_a_model_says_the_same_wherever_its_blocks_lie(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -239,6 +240,7 @@ def test_no_step_of_the_paths_meets_tensors_of_two_devices(monkeypatch: pytest.M
         assert losses_of(scoring, batch).nll.device == CPU
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("parameters", ["linear", "all"])
 def test_no_step_of_the_influence_meets_tensors_of_two_devices(
     parameters: Any, monkeypatch: pytest.MonkeyPatch

@@ -59,6 +59,7 @@ def by_backwards(model: Any) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("estimator", ["published", "exact", "influence", "exact+influence"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_before_they_settle_signals_are_those_of_float64(family: str, estimator: str) -> None:
@@ -67,6 +68,7 @@ def test_before_they_settle_signals_are_those_of_float64(family: str, estimator:
     assert error(*(scored(one, "all", estimator, settle=False) for one in (model, exact))) < 0.05
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_settled_they_err_as_the_model_s_own_backward_does(family: str) -> None:
     model = model_of(family)

@@ -51,6 +51,7 @@ def inputs(length: int = LENGTH) -> list[tuple[Tensor, list[Tensor]]]:
     return [(x, list(t)) for x, *t in made]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("moving", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 0, 0)])
 @pytest.mark.parametrize("kind", ["causal", "window", "bool", "float"])
 @pytest.mark.parametrize(("softcap", "sunk"), [(None, False), (2.0, False), (None, True)])

@@ -65,6 +65,7 @@ def test_the_command_knows_every_exporter() -> None:
 # ------------------------------------------------------------------------------------------- what trainers read
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("kind", "trainer"), KINDS)
 def test_binary_masks_arrive(runs: dict[tuple[str, str], Path], tmp_path: Path, kind: str, trainer: str) -> None:
     run = runs[kind, "binary"]
@@ -94,6 +95,7 @@ def test_soft_weights_arrive_or_are_refused(
     assert read(trainer, tmp_path / "binary") == truth(run, binarize=True) and not done.soft
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("kind", "trainer"), KINDS)
 @pytest.mark.parametrize("most", [3, 4])
 def test_rows_are_cut_with_their_weights(
@@ -110,6 +112,7 @@ def test_rows_are_cut_with_their_weights(
     assert {row["row_id"] for row in lost} < ids
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("kind", "trainer"), KINDS)
 def test_rows_that_a_mask_leaves_nothing_of_are_dropped_by_name(tmp_path: Path, kind: str, trainer: str) -> None:
     config = published(keep=0.1, allow_empty_rows=True)
@@ -164,6 +167,7 @@ def predictions(rows: list[Kept]) -> list[Row]:
     ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("kind", "trainer"), KINDS)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
@@ -303,6 +307,7 @@ def test_what_reads_back_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("trainer", TOKEN_FORMS)
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path, trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small_run(tmp_path / "run")
@@ -510,6 +515,7 @@ def test_a_folder_that_was_exported_anew_is_read_anew(runs: dict[tuple[str, str]
 # ------------------------------------------------------------------------------------------------------ a real run
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_a_scored_run_is_exported(models: dict[str, str], tmp_path: Path, kind: str) -> None:
     records: list[dict[str, Any]] = token_records(12)

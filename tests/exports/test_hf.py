@@ -99,6 +99,7 @@ def loaded(place: Path) -> Any:
     return known["rows"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ['a "quoted" [n]ame', "json", "one two \U0001f600", "g[1]/mine.trl"])
 def test_the_code_of_the_readme_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the folder that the name would be a pattern of."""

@@ -282,6 +282,7 @@ def model(smollm2_tokenizer: Any, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.long
 def test_what_a_user_marked_off_stays_off_and_reads_back_as_it_was_written(model: Path, tmp_path: Path) -> None:
     off, on = {**ANSWER, "weight": 0}, {"role": "assistant", "content": "So it is.", "train": True}
     records = [
@@ -323,6 +324,7 @@ def test_what_a_user_marked_off_stays_off_and_reads_back_as_it_was_written(model
     )
 
 
+@pytest.mark.long
 def test_the_rows_of_columns_of_ones_own(model: Path, tmp_path: Path) -> None:
     """The source is read again by the names and of the split that the run was read by."""
     datasets = pytest.importorskip("datasets")

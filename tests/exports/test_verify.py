@@ -128,6 +128,7 @@ def test_no_file_outside_of_the_folder_is_opened(place: Path, name: str, monkeyp
 FILE = {"path": "a", "bytes": 1, "sha256": "0"}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "content",
     [

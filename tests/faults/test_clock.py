@@ -39,7 +39,8 @@ def test_a_clock_that_goes_back_all_the_time_changes_nothing(kind: str, bench: B
     assert contents(run) == whole
 
 
-@pytest.mark.parametrize("kind", daily(["score", "refresh", "mask"], ["score"]))
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["score", "refresh", "mask"])
 @pytest.mark.parametrize("year", EITHER)
 def test_a_clock_set_back_between_two_runs_changes_nothing(kind: str, year: str, bench: Bench, tmp_path: Path) -> None:
     whole, run = contents(bench.whole(kind)), bench.begun(kind, tmp_path / "run")
@@ -52,6 +53,7 @@ def test_a_clock_set_back_between_two_runs_changes_nothing(kind: str, year: str,
     assert bench.run(kind, run, clock_back=True).code == 0  # nothing is left to do
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("year", EITHER)
 def test_what_is_read_does_not_depend_on_dates(year: str, bench: Bench, tmp_path: Path) -> None:
     run = Path(shutil.copytree(bench.whole("mask"), tmp_path / "run"))
@@ -70,6 +72,7 @@ def test_what_is_read_does_not_depend_on_dates(year: str, bench: Bench, tmp_path
     assert contents(run) == contents(bench.whole("mask"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("year", EITHER)
 def test_a_watch_scores_checkpoints_of_any_year(year: str, bench: Bench, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -45,6 +45,7 @@ def check_ended(ended: Ended, one: Expected) -> None:
     assert told == legible(told) and "Traceback" not in told
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", named("rows"))
 def test_rows(name: str, model: str, tmp_path: Path) -> None:
     one = EXPECTED[name]
@@ -81,6 +82,7 @@ CHATS = (
 )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", named("templates"))
 def test_templates(name: str, model: str, tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text(CHATS * 2)
@@ -88,6 +90,7 @@ def test_templates(name: str, model: str, tmp_path: Path) -> None:
     check_ended(command("check", *about, "--chat-template", EXPECTED[name].path), EXPECTED[name])
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", [*named("by"), *named("configs")])
 def test_expressions_and_configs(name: str, tmp_path: Path) -> None:
     one, run = EXPECTED[name], small_run(tmp_path / "run")

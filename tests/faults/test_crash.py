@@ -69,6 +69,7 @@ def _killed_then_whole(forks: Forks, point: str, command: tuple[object, ...], ru
     assert all(contents(run)[name] == content for name, content in before.items())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("point", daily(_points(every=7), _points(every=28)))
 def test_score_killed_at_a_point_ends_the_same(
     point: str, forks: Forks, score_command: tuple[object, ...], whole: Path, tmp_path: Path
@@ -86,6 +87,7 @@ def test_score_killed_at_every_point_ends_the_same(
     _killed_then_whole(forks, point, (*score_command, run), run, whole)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     "point",
     [
@@ -102,6 +104,7 @@ def test_mask_killed_at_a_point_ends_the_same(
     _killed_then_whole(forks, point, ("mask", run, *MASK), run, remasked)
 
 
+@pytest.mark.long
 def test_an_unbroken_run_commits_as_many_files_as_these_tests_take(
     forks: Forks, score_command: tuple[object, ...], tmp_path: Path
 ) -> None:
@@ -145,6 +148,7 @@ def test_many_kills_at_random_moments(
     _killed_at_random(forks, random.Random(seed), (*score_command, run), whole, run, 1 + seed % 3)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("number", daily([signal.SIGINT, signal.SIGTERM], [signal.SIGINT]))
 @pytest.mark.parametrize(
     "once", ["artifacts/run.json", "artifacts/fisher.safetensors", "values/generation=0/part-00001.parquet"]
@@ -178,6 +182,7 @@ def test_an_interrupt_at_any_moment(
     assert contents(run) == contents(whole)
 
 
+@pytest.mark.long
 def test_a_killed_writer_leaves_no_hold_behind(forks: Forks, score_command: tuple[object, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert forks.run(*score_command, run, kill_at="mid-write:3").code == -signal.SIGKILL

@@ -40,6 +40,7 @@ def real(forks: Forks, folder: Path, models: dict[str, str]) -> Bench:
     return bench_of(forks, folder / "real", models, fake=False)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", COMMANDS)
 @pytest.mark.parametrize("point", daily(POINTS, POINTS[1:2]))
 def test_killed_at_a_named_point(point: str, kind: str, bench: Bench, tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_five_kills_in_a_row_ten_times(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", COMMANDS)
-@pytest.mark.parametrize("number", daily([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing_unfinished(number: int, kind: str, bench: Bench, tmp_path: Path) -> None:
     bench.whole(kind)
     run = bench.begun(kind, tmp_path / "run")
@@ -180,7 +181,7 @@ def test_a_second_process_is_refused_while_the_first_writes(bench: Bench, tmp_pa
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", COMMANDS)
-@pytest.mark.parametrize("copied", daily([False, True], [False]))
+@pytest.mark.parametrize("copied", [False, True])
 def test_shards_that_were_swapped_or_copied_before_the_end_are_refused(
     kind: str, copied: bool, bench: Bench, tmp_path: Path
 ) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from crashes import POINTS, assert_readable, temporaries
-from daily import daily
 from forks import Forks, within
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
@@ -164,6 +163,7 @@ def test_watch_killed_at_each_of_its_files_ends_the_same(
     assert killed_then_whole(forks, kills, ("refresh", run, "--watch", out, *EVERY), run, whole["sft"]) == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("place", [pytest.param(n, marks=() if n == 2 else pytest.mark.stress) for n in range(1, 7)])
 @pytest.mark.parametrize("kind", ["before-manifest", "after-manifest"])
 def test_watch_killed_at_each_manifest_ends_the_same(
@@ -173,7 +173,8 @@ def test_watch_killed_at_each_manifest_ends_the_same(
     assert killed_then_whole(forks, kills, ("refresh", run, "--watch", out, *EVERY), run, whole["sft"]) == 1
 
 
-@pytest.mark.parametrize("point", daily(["before-manifest:1", "mid-write:1"], ["mid-write:1"]))
+@pytest.mark.long
+@pytest.mark.parametrize("point", ["before-manifest:1", "mid-write:1"])
 def test_refresh_killed_thrice_at_the_same_step_ends_the_same(
     point: str, forks: Forks, run: Path, whole: dict[str, Path], out: Path
 ) -> None:

@@ -132,6 +132,7 @@ def found_by_verify(run: Path, seed: int, count: int) -> int:
     return found
 
 
+@pytest.mark.long
 def test_verify_finds_every_flipped_bit(run: Path) -> None:
     assert {name.split("/")[0] for name, _ in flips(run, 0, 9)} == {
         "artifacts", "config.yaml", "manifest.json", "rejects.jsonl", "train", "values"
@@ -157,6 +158,7 @@ def read_in_silence(run: Path, truth: dict[str, str], seed: int, count: int) -> 
     return refused
 
 
+@pytest.mark.long
 def test_no_reader_is_wrong_in_silence(run: Path, truth: dict[str, str]) -> None:
     refused = read_in_silence(run, truth, 2, 18)
     assert min(count for reader, count in refused.items() if reader != "tensors") >= 2, refused
@@ -168,6 +170,7 @@ def test_no_reader_is_wrong_in_silence_300_times(run: Path, truth: dict[str, str
     assert min(refused.values()) >= 5, refused
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [f"{VALUES}/part-00001.parquet", f"{TRAIN}/part-00001.parquet"])
 def test_a_file_cut_at_50_lengths(run: Path, truth: dict[str, str], name: str) -> None:
     content = (run / name).read_bytes()
@@ -216,6 +219,7 @@ def of_another_folder(run: Path, folder: str) -> None:
 DAMAGES = (swapped, duplicated, missing, empty, of_another_run, of_another_folder)
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("where", [VALUES, TRAIN])
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_shards_that_are_not_the_ones_written(
@@ -275,6 +279,7 @@ def test_a_manifest_of_other_shards(change: Callable[[Any], None], seal: bool, r
         assert {told(run, reader) for reader in READERS if reader != "tensors"} == {"refused"}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[" * 10_000_000, b"\xff" * 99], ids=range(5))
 def test_what_is_no_manifest_ends_every_reader(content: bytes, run: Path) -> None:
     (run / "manifest.json").write_bytes(content)

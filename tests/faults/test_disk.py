@@ -95,16 +95,11 @@ def test_a_disk_that_is_really_full(bench: Bench, small_disk: Path) -> None:
     [
         ("mask", "RUN", "--keep", "0.2"),
         ("report", "RUN"),
-        *(
-            pytest.param(arguments, marks=pytest.mark.long)
-            for arguments in (
-                ("refresh", "RUN", "--checkpoint", "base"),
-                ("report", "RUN", "-o", "DISK/page.html"),
-                ("stats", "RUN", "--svg", "DISK/x.svg"),
-                ("export", "RUN", "--for", "trl", "-o", "DISK/export"),
-                ("export", "RUN", "--for", "llamafactory", "-o", "DISK/export"),
-            )
-        ),
+        ("refresh", "RUN", "--checkpoint", "base"),
+        ("report", "RUN", "-o", "DISK/page.html"),
+        ("stats", "RUN", "--svg", "DISK/x.svg"),
+        ("export", "RUN", "--for", "trl", "-o", "DISK/export"),
+        ("export", "RUN", "--for", "llamafactory", "-o", "DISK/export"),
     ],
     ids="-".join,
 )
@@ -130,6 +125,7 @@ def test_nothing_is_lost_on_a_full_disk_and_all_is_well_when_there_is_room(
     assert bench.forks.run("verify", run).code == 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_a_disk_that_really_is_read_only(bench: Bench, small_disk: Path) -> None:
     run = small_disk / "run"

@@ -38,6 +38,7 @@ def campaign(*arguments: object, timeout: float) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_some_whole_runs() -> None:
     found = campaign("--seed", 0, "--rounds", 8, timeout=300)
     assert found["rounds"] == 8 and found["codes"]["verify 0"] > 5 and found["codes"]["score 0"] > 1
@@ -104,6 +105,7 @@ FAULTS: dict[str, tuple[Callable[[Stored], None], str]] = {
 }
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_oracle_sees(name: str, run: Stored) -> None:
     (run.run / "rejects.jsonl").write_text('{"row_id": 3}\n')

@@ -59,6 +59,7 @@ def refused(lora: Path) -> None:
     assert str(lora) in str(found.value) and "\n" not in str(found.value)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "changes",
     [

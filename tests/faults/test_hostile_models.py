@@ -69,6 +69,7 @@ def test_a_gguf_that_was_cut_is_refused(part: float, gguf: bytes, tmp_path: Path
     assert "fetch it again" in told(path)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("key", "number"),
     [

@@ -106,6 +106,7 @@ def outcome(path: Path) -> str:
     return f"{len(result.rows)}{told}"
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("case", FAULTS)
 def test_each_of_the_fourteen_faults_costs_its_own_row_alone(tmp_path: Path, case: str, suffix: str) -> None:
@@ -373,6 +374,7 @@ def _fuzzed(most: int, seconds: float) -> None:
     assert found["peak"] < 300
 
 
+@pytest.mark.long
 def test_damaged_and_random_files_are_read_or_refused() -> None:
     _fuzzed(3_000, 15)
 
@@ -405,6 +407,7 @@ def _repeated(path: Path, piece: bytes, times: int, around: tuple[bytes, bytes] 
 ENDS = good(1) + b'\n{"id": 2, "completion": "b", "prompt": "', b'"}\n' + good(3) + b"\n"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("suffix", PACK)
 def test_a_line_of_200_megabytes_is_refused_alone_in_little_memory(tmp_path: Path, suffix: str) -> None:
     found = child("read_rows.py", _repeated(tmp_path / f"rows{suffix}", b"x" * 10**6, 200, ENDS))
@@ -418,6 +421,7 @@ def test_a_line_of_60_megabytes_is_read(tmp_path: Path) -> None:
     assert found["peak"] - found["before"] < 60 * 8
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("piece", [b" " * 10**6, b"\n" * 10**6], ids=["one line", "empty lines"])
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_a_bomb_of_gigabytes_is_refused_in_little_memory(tmp_path: Path, suffix: str, piece: bytes) -> None:
@@ -436,6 +440,7 @@ def test_ten_megabytes_that_hold_ten_thousand(tmp_path: Path, suffix: str) -> No
     assert found["peak"] - found["before"] < 250
 
 
+@pytest.mark.long
 def test_a_value_that_many_rows_of_parquet_repeat_is_a_bomb(tmp_path: Path) -> None:
     value = pa.array(["x" * 8_000_000])
     places = pa.array(np.zeros(10_000, np.int32))

@@ -33,6 +33,7 @@ def records(*texts: str) -> list[dict[str, Any]]:
     return [{"messages": [user(text), answer("yes")]} for text in texts]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["nested loops", "text times a number", "sum", "tree as JSON"])
 def test_a_row_at_which_a_template_runs_away_is_a_bad_row(name: str) -> None:
     tokenizer = tokenizer_of("x")
@@ -42,6 +43,7 @@ def test_a_row_at_which_a_template_runs_away_is_a_bad_row(name: str) -> None:
     assert all("runs away" in row.message and "--chat-template" in row.message for row in bad)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", BREAKING)
 def test_a_row_at_which_a_template_breaks_is_a_bad_row(name: str) -> None:
     tokenizer = tokenizer_of("x")
@@ -64,6 +66,7 @@ def test_a_template_that_runs_away_at_all_rows_ends_the_run() -> None:
     assert time.thread_time() - began < 20
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("verb", ["check", "score"])
 @pytest.mark.parametrize("given", ["folder", "flag"])
 def test_it_is_told_by_either_command_wherever_the_template_is_from(

@@ -38,6 +38,7 @@ def weights_of(run: Path) -> list[list[float]]:
     return [branch.loss_weight.tolist() for row in open_train(run).rows() for branch in row.branches]
 
 
+@pytest.mark.one_in(6)
 @both_kinds
 @pytest.mark.parametrize("scope", ["global", "row", "batch:3"])
 def test_every_token_that_ends_an_answer_trains_and_counts_in_the_share(tmp_path: Path, kind: str, scope: str) -> None:
@@ -87,6 +88,7 @@ def test_special_tokens_are_those_of_the_vocabulary(tmp_path: Path) -> None:
     assert met > 5
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("expression", "holds"),
     [
@@ -109,6 +111,7 @@ def test_an_expression_keeps_where_it_is_true_or_above_0(tmp_path: Path, express
     assert made.over_share == max(0, kept - -(-made.response_tokens // 10)) > 0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -200,6 +200,7 @@ def flags(found: list[Token], always: set[Token]) -> np.ndarray:
     return np.array([token in always for token in found], np.bool_)
 
 
+@pytest.mark.long
 @given(with_always(), KEEP, SCOPE, st.booleans(), BLOCK)
 @settings(max_examples=400, deadline=None)
 def test_kept_with_what_is_always_kept_is_what_sorting_says(
@@ -220,6 +221,7 @@ def test_kept_with_what_is_always_kept_is_what_sorting_says(
     assert given.tolist() == flags(*drawn).tolist(), "what was given is left alone"
 
 
+@pytest.mark.long
 @given(with_always(), KEEP, SCOPE, WEIGHTS, st.booleans(), BLOCK)
 @example(([(-1.0, 0, 1), (-0.5, 0, 2)], {(-1.0, 0, 1), (-0.5, 0, 2)}), 1.0, "global", "tilt:2", True, 1)
 @settings(max_examples=400, deadline=None)

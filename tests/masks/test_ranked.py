@@ -30,6 +30,7 @@ from alphatoken_curate.signals import composite
 KINDS = pytest.mark.parametrize("kind", sorted(LAYOUTS))
 
 
+@pytest.mark.one_in(9)
 @KINDS
 @pytest.mark.parametrize("generation", ["0", "all"])
 @pytest.mark.parametrize("by", ["value", "nll", "random", "row_id", "value - avg(nll)", "-surprise"])
@@ -130,6 +131,7 @@ def test_verify_and_the_manifest_hold_one_shard(runs: list[Path]) -> None:
     assert grows(manifest.rebuild, runs) <= 4 + MORE
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("settings", "bound"),
     [

@@ -254,6 +254,7 @@ def several(run: Path, kind: str) -> list[list[ValueRow]]:
     return made
 
 
+@pytest.mark.one_in(2)
 @KINDS
 @pytest.mark.parametrize(("generation", "numbers"), [("all", (0, 1, 3)), ("0,3", (0, 3))])
 def test_the_mask_of_several_is_made_from_averaged_components(
@@ -348,6 +349,7 @@ def test_the_same_settings_are_a_no_op(run: Path) -> None:
     assert (old.mask, old.created, old.newest) == (0, False, False)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "config",
     [
@@ -382,6 +384,7 @@ def test_score_settings_serve_as_mask_settings(run: Path) -> None:
     assert make_mask(run, ScoreConfig(data=("rows.jsonl",), keep=0.5, by="value", always_keep="none")).created is False
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(
     "point", ["after-temp-open", "mid-write:9", "after-close:2", "after-rename", "after-rename:2", "before-manifest",
               "after-fsync:4", "after-rename:4"],
@@ -390,6 +393,7 @@ def test_a_killed_mask_is_finished_with_the_same_bytes(run: Path, tmp_path: Path
     killed_and_finished(run, tmp_path / "whole", point)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("point", ["mid-write:20", "after-rename:2", "before-manifest"])
 def test_a_killed_mean_of_pairs_is_finished_with_the_same_bytes(tmp_path: Path, point: str) -> None:
     run = small_run(tmp_path / "a", kind="preference", generations=(0, 1))
@@ -462,6 +466,7 @@ def test_values_that_are_not_the_manifests_are_refused(run: Path) -> None:
         make_mask(run, RANK)
 
 
+@pytest.mark.one_in(2)
 @KINDS
 @pytest.mark.parametrize("generation", ["latest", "all"])
 def test_what_stability_changed(tmp_path: Path, kind: str, generation: str) -> None:
@@ -596,6 +601,7 @@ def test_generations_of_an_influence_run_are_averaged(tmp_path: Path, kind: str)
         assert {(row_id, at): v for row_id, row in stored for at, v in enumerate(row) if v is not None} == values
 
 
+@pytest.mark.one_in(5)
 @KINDS
 @pytest.mark.parametrize(
     ("config", "units"),

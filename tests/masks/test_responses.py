@@ -84,6 +84,7 @@ def branch(row: ValueRow, number: int) -> np.ndarray:
     return row.branches[number].response
 
 
+@pytest.mark.one_in(2)
 @KINDS
 @pytest.mark.parametrize("wanted", ["all", "0,5", "2,5"])
 def test_several_generations_are_averaged_once(tmp_path: Path, kind: str, wanted: str) -> None:
@@ -150,6 +151,7 @@ def test_shards_one_by_one_hold_what_all_hold_together(tmp_path: Path, kind: str
         np.testing.assert_array_equal(tokens.row, np.concatenate(shifted))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("generation", "aggregate", "want"),
     [

@@ -58,6 +58,7 @@ def settings(path: Path, **changes: Any) -> None:
 # --- merging
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -227,6 +228,7 @@ def resized(base: Path, folder: Path, tokens: int, **settings: Any) -> Any:
     return adapted
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", RESIZED)
 @pytest.mark.parametrize("tokens", [VOCABULARY - 3, VOCABULARY + 9])
 def test_an_adapter_of_a_resized_base_is_told_before_any_row(

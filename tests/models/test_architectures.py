@@ -94,6 +94,7 @@ def signals_of(signals: Signals, batch: Batch, i: int) -> Tensor:
     return torch.cat([x for x in found if x is not None])[:, torch.from_numpy(batch.row == i)]
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("family", daily(FAMILIES, CORE))
 def test_every_family_is_exact_or_refused(family: str, estimator: str) -> None:
@@ -115,6 +116,7 @@ def test_every_family_is_exact_or_refused(family: str, estimator: str) -> None:
                 assert error.item() < ROUNDING.get(family, {}).get(estimator, EXACT)
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("family", daily(FAMILIES, CORE))
 def test_every_parameter_is_exact_with_blocks_below_that_only_pass_tangents_on(family: str) -> None:
     scoring, plain = ScoringModel(tiny_model(family), LAYERS, "all"), tiny_model(family)
@@ -126,6 +128,7 @@ def test_every_parameter_is_exact_with_blocks_below_that_only_pass_tangents_on(f
         assert_close(influence, wanted, ROUNDING.get(family, {}).get("influence", EXACT))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("family", daily(FAMILIES, CORE))
 def test_the_oracle_sums_to_the_gradient_on_the_weights_and_agrees_with_eps(family: str) -> None:
     """Experts are a textbook's in the oracle, and transformers' own under the gradient."""

@@ -306,6 +306,7 @@ def _needed(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir() if p.suffix == ".safetensors" or p.name in kept)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("kind", ["whole", "sharded", "adapter"])
 @pytest.mark.parametrize("keep_times", [False, True])
 def test_copied_in_any_order_it_is_never_given_half(

@@ -22,6 +22,7 @@ def left(folder: Path, modules: list[str], others: list[str], dtype: torch.dtype
     return load_model(find_model(str(folder)), dtype=dtype, device=CPU, disk=disk), disk
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_what_is_read_is_what_would_have_been_loaded(family: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import pytest
 import torch
 from packaging.version import Version
 from tiny import FAMILIES, SINCE, tiny_model
@@ -42,6 +43,7 @@ def test_a_model_that_caps_scores_is_loaded_with_its_caps(tmp_path: Path) -> Non
     assert found.config._attn_implementation == "eager"
 
 
+@pytest.mark.long
 def test_a_gguf_says_which_tokens_are_special(smollm2_tokenizer: Any) -> None:
     source = find_model("smollm2-135m")
     tokenizer: Any = load_tokenizer(source)

@@ -65,6 +65,7 @@ def test_errors(tmp_path: Path) -> None:
         alphatoken_curate.report(small_run(tmp_path / "run"), tmp_path)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["manifest.json", "README.md", "values/generation=0/part-00000.parquet"])
 def test_only_a_page_is_replaced(tmp_path: Path, name: str) -> None:
     run = small_run(tmp_path / "run")
@@ -75,6 +76,7 @@ def test_only_a_page_is_replaced(tmp_path: Path, name: str) -> None:
     assert contents(run) == before
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_sections_come_in_order_and_ids_are_unique(tmp_path: Path, kind: str) -> None:
     page = render(small_run(tmp_path / "run", kind=kind, generations=(0, 1)))

@@ -70,6 +70,7 @@ def check(found: Comparison, one: dict[Key, float], other: dict[Key, float]) -> 
         assert changed.ranks == pytest.approx((ranks[0][key], ranks[1][key]), abs=1e-12)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_two_generations_of_a_run_against_loops(tmp_path: Path, kind: str) -> None:
     rows = value_rows(30, kind=kind)
@@ -92,7 +93,8 @@ def test_two_generations_of_a_run_against_loops(tmp_path: Path, kind: str) -> No
     check(compare(run, generations=(2, 0)), tokens_of(again[2]), tokens_of(rows))
 
 
-@pytest.mark.parametrize("kind", ["sft", pytest.param("preference", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_masks_are_those_that_the_newest_settings_make_of_each(tmp_path: Path, kind: str) -> None:
     run = small_run(tmp_path / "run", value_rows(30, kind=kind), kind=kind, generations=(0, 2))
     settings = {"keep": 0.3, "scope": "batch:4", "weights": "rank"}
@@ -163,6 +165,7 @@ def failed(row: ValueRow) -> ValueRow:
     return replace(row, status="failed", branches=tuple(replace(one, signals={}) for one in row.branches))
 
 
+@pytest.mark.long
 def test_tokens_that_changed_are_told_with_their_text(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", value_rows(30), generations=(0, 2))
     for one in compare(run).changed:
@@ -227,6 +230,7 @@ def test_json_has_every_number(tmp_path: Path) -> None:
     assert set(found["masks"]) >= {"both", "jaccard", "by_chance"}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("by", ["read_csv('pipe')", "nll +", "length('x')"])
 def test_sql_of_other_releases_is_not_evaluated(tmp_path: Path, by: str) -> None:
     run = with_by(small_run(tmp_path / "run", generations=(0, 2)), by)

@@ -20,6 +20,7 @@ def by_hand(run: Path, factor: float, generation: int | None = None) -> list[boo
     return [v + factor * e < 0 for v, e in zip(tokens["value"], tokens["value_error"], strict=True)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_values_beyond_their_error_are_what_a_loop_counts(tmp_path: Path, kind: str) -> None:
     run = run_with_errors(tmp_path / "run", kind=kind)
@@ -29,6 +30,7 @@ def test_values_beyond_their_error_are_what_a_loop_counts(tmp_path: Path, kind: 
     assert found.by_chance == pytest.approx(0.05 * len(wanted)) and 0 < found.below < found.tokens
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("weight", [1.5, 0.5])
 def test_the_command_that_is_told_makes_the_mask_without_them(tmp_path: Path, weight: float) -> None:
     run = run_with_errors(tmp_path / "a run", settings={"groups": 3, "stability_weight": weight})

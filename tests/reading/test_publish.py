@@ -94,6 +94,7 @@ def test_another_run_is_refused_and_changes_nothing(run: Path, url: str, tmp_pat
     assert stored(url) == contents(run)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("data", [b"not a manifest", b"{}"])
 def test_a_manifest_that_was_changed_there_is_refused(run: Path, url: str, data: bytes) -> None:
     publish(run, url)
@@ -103,6 +104,7 @@ def test_a_manifest_that_was_changed_there_is_refused(run: Path, url: str, data:
     assert stored(url)[manifest.NAME] == data
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("longer", [b"", b" "])
 def test_an_object_of_other_bytes_is_refused_by_name(run: Path, url: str, longer: bytes) -> None:
     name = "values/generation=0/part-00001.parquet"
@@ -161,6 +163,7 @@ def race(*calls: Any) -> list[Any]:
     return found
 
 
+@pytest.mark.long
 def test_of_two_publishers_of_the_same_run_both_end_well(run: Path, bucket: str, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other"))
     for number in range(3):
@@ -170,6 +173,7 @@ def test_of_two_publishers_of_the_same_run_both_end_well(run: Path, bucket: str,
         assert stored(url) == contents(run)
 
 
+@pytest.mark.long
 def test_of_two_publishers_of_two_runs_one_wins_whole(run: Path, bucket: str, tmp_path: Path) -> None:
     other = small_run(tmp_path / "other", value_rows(seed=5))
     for number in range(4):
@@ -219,6 +223,7 @@ def test_a_damaged_run_is_not_published(run: Path, url: str) -> None:
     assert not stored(url)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ignored", ["IfNoneMatch", "IfMatch"])
 def test_a_store_that_takes_no_heed_of_conditions_is_refused(run: Path, url: str, ignored: str) -> None:
     """Tried by objects that are small, and that stay as they are, the first time and later."""

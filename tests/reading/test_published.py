@@ -26,6 +26,7 @@ def url(bucket: str) -> str:
     return f"s3://{bucket}/runs/é 1"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_frames_are_those_of_the_run(tmp_path: Path, url: str, kind: str) -> None:
     run = small_run(tmp_path / "run", kind=kind)

@@ -221,6 +221,7 @@ def test_damage_is_found_in_what_is_read(tmp_path: Path) -> None:
 BY = ("7 - surprise", "surprise", "-nll", "value * 2", "random", "position + token_id")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("kind", "by"), [*(("sft", by) for by in BY), *(("preference", by) for by in (*BY, "omega", "value * margin"))]
 )

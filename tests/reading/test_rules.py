@@ -154,6 +154,7 @@ def test_what_is_written_keeps_the_rules(layout: Layout) -> None:
     assert list(rules.other_rows(values_table(layout, 1), values_table(layout), layout)) == []
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

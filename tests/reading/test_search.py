@@ -39,6 +39,7 @@ def texts_of(run: Path) -> dict[int, list[str]]:
     }
 
 
+@pytest.mark.one_in(2)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([*WORDS, "€", "é", "b", "A", "."]), min_size=1, max_size=3).map("".join))
 def test_the_rows_found_are_those_that_have_the_text(run: Path, text: str) -> None:

@@ -59,6 +59,7 @@ def by_numpy(values: np.ndarray, edges: tuple[float, ...]) -> list[int]:
     return np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1).tolist()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_all_numbers_against_numpy(tmp_path: Path, kind: str) -> None:
     rows = value_rows(40, kind=kind)
@@ -97,6 +98,7 @@ def check_group(found: GroupStats, value: np.ndarray, kept: np.ndarray, edges: t
     assert list(found.values.kept) == by_numpy(value[kept], edges)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_every_signal_and_source_against_numpy(tmp_path: Path, kind: str) -> None:
     rows = [replace(row, source=f"{'ba'[row.row_id % 2]}.jsonl") for row in value_rows(40, kind=kind)]
@@ -285,6 +287,7 @@ def chain(run: Path, kind: str, config: MaskConfig | None = None) -> dict[int, l
     return made
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_spreads_of_each_generation_against_numpy(tmp_path: Path, kind: str) -> None:
     run = tmp_path / "run"
@@ -306,6 +309,7 @@ def test_spreads_of_each_generation_against_numpy(tmp_path: Path, kind: str) -> 
     assert found.rows == {"read": 20, "scored": 16, "target": 1, "failed": 2, "rejected": 1}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_one_generation_of_several(tmp_path: Path, kind: str) -> None:
     run = tmp_path / "run"
@@ -355,6 +359,7 @@ def test_decisions_are_those_of_the_generations_of_the_mask(tmp_path: Path) -> N
     assert (after.decisions_changed, after.decided_generations) == (before.decisions_changed, (4,))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_counts_do_not_depend_on_shards(tmp_path: Path, kind: str) -> None:
     rows = value_rows(20, kind=kind)
@@ -453,6 +458,7 @@ def with_drift(row: ValueRow, names: tuple[str, ...]) -> ValueRow:
     return replace(row, branches=tuple(branches))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("drift", [False, True])
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 @pytest.mark.parametrize("estimator", ["influence", "exact+influence"])

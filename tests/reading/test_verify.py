@@ -35,6 +35,7 @@ def files(run: Path) -> set[str]:
     return {problem.file for problem in verify(run)}
 
 
+@pytest.mark.one_in(2)
 @both_kinds
 def test_a_whole_run_has_no_problem(tmp_path: Path, kind: str) -> None:
     run = small_run(tmp_path, kind=kind)
@@ -56,6 +57,7 @@ def test_a_run_without_reference_or_mask_is_whole(tmp_path: Path, kind: str) -> 
     assert verify(tmp_path) == []
 
 
+@pytest.mark.one_in(4)
 @both_kinds
 @pytest.mark.parametrize("name", [VALUES_1, TRAIN_1])
 def test_every_flipped_bit_is_found(tmp_path: Path, kind: str, name: str) -> None:
@@ -91,6 +93,7 @@ def test_missing_truncated_swapped_and_empty_shards(run: Path) -> None:
     assert VALUES_1 in files(run)
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("kind", ["sft", "preference", "each"])
 @pytest.mark.parametrize("generation", [0, 2])
 def test_shards_behind_a_damaged_or_missing_one_are_sound(tmp_path: Path, kind: str, generation: int) -> None:
@@ -240,6 +243,7 @@ def test_generations_of_another_kind(tmp_path: Path) -> None:
     assert "its columns are not those that the run's kind" in found(tmp_path, "values/generation=0/part-00000.parquet")
 
 
+@pytest.mark.one_in(2)
 @both_kinds
 def test_train_rows_are_those_scored_in_every_generation_of_the_mask(tmp_path: Path, kind: str) -> None:
     rows = value_rows(kind=kind)
@@ -296,6 +300,7 @@ def test_a_shard_of_another_run_is_found(run: Path) -> None:
     assert "fingerprint" in found(run, VALUES_1)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("place", "value"),
     [
@@ -322,6 +327,7 @@ def test_a_changed_manifest_is_found(run: Path, place: tuple[Any, ...], value: A
         assert "manifest.json" in files(run)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 1_000_000, b"null"], ids=range(4))
 @both_kinds
 def test_with_a_damaged_manifest_the_shards_are_checked_by_themselves(
@@ -360,6 +366,7 @@ def test_problems_say_what_to_do(run: Path) -> None:
     assert problems and all(problem.file and problem.found and problem.do for problem in problems)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("estimator", ["influence", "exact+influence"])
 @both_kinds
 def test_the_estimator_says_which_columns_are_damage(tmp_path: Path, kind: str, estimator: str) -> None:

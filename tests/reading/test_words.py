@@ -117,6 +117,7 @@ def test_a_vocabulary_is_read_whole_in_part_or_not_at_all(tmp_path: Path) -> Non
     assert read_vocabulary(run).pieces == {} and scan_vocabulary(run) is None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("read", [read_vocabulary, scan_vocabulary])
 def test_a_damaged_vocabulary_is_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
     run = small_run(tmp_path / "run")

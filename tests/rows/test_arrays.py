@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import zstandard
-from daily import daily
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -132,7 +131,8 @@ def test_an_element_that_is_too_long_is_a_bad_row(tmp_path: Path, monkeypatch: p
     assert [(bad.line, bad.reason) for bad in result.bad] == [(3, "line_too_long")] and len(result.rows) == 7
 
 
-@pytest.mark.parametrize("filler", daily(["rows", "spaces", "one string"], ["spaces"]))
+@pytest.mark.long
+@pytest.mark.parametrize("filler", ["rows", "spaces", "one string"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, filler: str) -> None:
     """A file of 100 MB, or its like, in the memory of some rows."""
     row = json.dumps({"prompt": "p" * 5000, "completion": "c", "tail": [1] * 500})

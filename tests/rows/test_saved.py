@@ -111,6 +111,7 @@ def test_a_row_that_is_too_large_is_a_bad_one(tmp_path: Path, monkeypatch: pytes
     assert [(bad.line, bad.reason) for bad in result.bad] == [(4, "line_too_long")] and len(result.rows) == 6
 
 
+@pytest.mark.long
 def test_memory_is_that_of_some_batches(tmp_path: Path) -> None:
     made = datasets.Dataset.from_dict({"prompt": ["p" * 20_000] * 6000, "completion": ["c"] * 6000})
     made.save_to_disk(tmp_path / "saved")

@@ -84,6 +84,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bool], None]:
 UNABLE = [errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("number", UNABLE)
 def test_where_a_folder_has_no_lock_a_file_has(
     refusing: Callable[[int, bool], None], tmp_path: Path, number: int
@@ -141,6 +142,7 @@ def test_a_folder_that_may_not_be_written_is_held_without_a_file(
     assert not notes.warnings and not (run / LOCK).exists()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("number", UNABLE)
 def test_where_nothing_has_a_lock_that_is_said_in_one_line(
     refusing: Callable[[int, bool], None], tmp_path: Path, number: int

@@ -139,6 +139,7 @@ def test_a_card_is_current_until_a_newer_mask(run: Path) -> None:
     assert card.is_current(run, manifest.read(run))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("estimator", [name for name in BY_ESTIMATOR if name != "exact"])
 @pytest.mark.parametrize("kind", list(LAYOUTS))
 def test_it_has_counts_columns_with_units_and_settings(tmp_path: Path, kind: str, estimator: str) -> None:

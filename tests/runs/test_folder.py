@@ -98,6 +98,7 @@ def sources() -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("path", "says"),
     [
@@ -174,6 +175,7 @@ def test_an_empty_folder_is_a_run_that_was_not_begun(place: Path) -> None:
         manifest.read(Path("empty"))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", list(READERS))
 def test_every_function_that_reads_a_run_says_it(place: Path, name: str) -> None:
     before = contents(place)
@@ -194,6 +196,7 @@ def test_the_functions_are_all_that_read_a_run() -> None:
     assert takes - READERS.keys() == {"score", "score_part"}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_that_reads_a_run_says_it(place: Path, name: str) -> None:
     before = contents(place)
@@ -215,6 +218,7 @@ def test_refresh_says_it_before_torch_is_imported(place: Path) -> None:
     assert done.stdout.split() == ["2", "False", "False"] and "a file of rows" in done.stderr
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_all_names_of_files_of_rows_are_known(place: Path, suffix: str) -> None:
     Path(f"rows{suffix}").write_text("{}")

@@ -184,6 +184,7 @@ def test_a_missing_one_says_what_to_run(tmp_path: Path) -> None:
         manifest.read(tmp_path)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("place", "value"),
     [
@@ -299,6 +300,7 @@ def test_fingerprints_see_meaning_and_nothing_else() -> None:
     assert differing({"a": 1, "b": 2, "c": None}, {"a": 1, "b": 3}) == ("b", "c")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("point", ["before-manifest", "mid-write", "after-rename", "after-manifest"])
 def test_a_killed_writer_leaves_the_old_or_the_new(run: Path, point: str) -> None:
     code = (

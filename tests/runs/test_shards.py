@@ -106,6 +106,7 @@ def plain(row: ValueRow) -> tuple[object, ...]:
     return row.row_id, row.source, row.line, row.id, row.status, branches, row.omega, row.margin
 
 
+@pytest.mark.one_in(2)
 @both_kinds
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
@@ -223,6 +224,7 @@ def test_foreign_files_are_named(path: Path) -> None:
         shards.read(path.with_name("part-00007.parquet"), SFT.values)
 
 
+@pytest.mark.one_in(2)
 @both_kinds
 def test_no_flipped_bit_is_read_in_silence(path: Path, layout: Layout) -> None:
     write(path, value_rows(4, kind=layout.kind))
@@ -320,6 +322,7 @@ def test_a_writer_that_is_interrupted_leaves_no_temp_file(tmp_path: Path) -> Non
     assert not stale.exists()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_writer_leaves_all_or_nothing(path: Path, point: str) -> None:
     code = (

@@ -53,6 +53,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[str]:
     fsspec.filesystem("memory").store.clear()
 
 
+@pytest.mark.one_in(2)
 def test_rows_and_digests_are_those_of_the_same_file_on_disk(place: str, tmp_path: Path) -> None:
     for name, data in kinds(tmp_path).items():
         (tmp_path / name).write_bytes(data)
@@ -174,7 +175,8 @@ def test_a_read_that_breaks_off_is_refused(bucket: str) -> None:
     stored.close()
 
 
-@pytest.mark.parametrize("kind", ["jsonl", pytest.param("parquet", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_large_object_is_not_held_in_memory(bucket: str, tmp_path: Path, kind: str) -> None:
     """Of 96 MiB, some blocks are."""
     texts = [os.urandom(8 * 2**10).hex() for _ in range(6 * 2**10)]

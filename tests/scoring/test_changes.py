@@ -64,6 +64,7 @@ EDITS: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("edit", EDITS)
 def test_what_changed_in_a_file_is_told(edit: str, run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     change, says = EDITS[edit]
@@ -73,6 +74,7 @@ def test_what_changed_in_a_file_is_told(edit: str, run: Path, settings: dict[str
     assert contents(run) == before
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("edit", EDITS)
 def test_the_shards_alone_tell_it_too(edit: str, run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     (run / "artifacts" / "run.json").unlink()

@@ -168,6 +168,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", CASES)
 def test_every_stage_of_a_scoring_is_tried(
     name: str, settings: dict[str, Any], models: dict[str, str], tmp_path: Path
@@ -192,6 +193,7 @@ def test_every_stage_of_a_scoring_is_tried(
     assert all(notes.done[stage] == tokens for stage, tokens in notes.stages)
 
 
+@pytest.mark.long
 def test_a_rehearsal_is_tried_on_two_of_its_steps(settings: dict[str, Any]) -> None:
     settings |= {"direction": "rehearsal", "rehearse_lr": 1e-4, "layers": 1, "rehearse_rows_per_step": 16}
     notes = Notes()
@@ -215,6 +217,7 @@ def test_a_rehearsal_is_tried_on_two_of_its_steps(settings: dict[str, Any]) -> N
     )  # each takes half of the orders
 
 
+@pytest.mark.long
 def test_every_window_takes_the_gradient_of_its_outcomes(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ _EACH = [(kind, name) for kind in ("sft", "preference") for name in SETTINGS]
 _OFTEN = (("sft", "scaled"), ("sft", "published"), ("preference", "exact"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("kind", "name"), daily(_EACH, _OFTEN))
 def test_errors_are_those_of_the_groups_values(name: str, kind: str, models: dict[str, str], tmp_path: Path) -> None:
     records = token_records(6, seed=2) if kind == "sft" else pair_records(4)

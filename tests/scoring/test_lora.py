@@ -149,6 +149,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _OFTEN = ("kept, orders", "adapter, its base")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", daily(SETTINGS, _OFTEN))
 def test_a_run_holds_what_autograd_finds_through_the_training_of_pefts_layers(
     name: str, files: dict[str, str], tmp_path: Path
@@ -163,6 +164,7 @@ def test_a_run_holds_what_autograd_finds_through_the_training_of_pefts_layers(
     assert_stored(tmp_path / "run", by_hand(files, made, base, 2, moved=moved))
 
 
+@pytest.mark.long
 def test_paths_are_stored_along_each_step(files: dict[str, str], tmp_path: Path) -> None:
     score(config(files, layers=2), tmp_path / "whole")
     score(config(files, layers=2, estimator="exact+influence"), tmp_path / "parted")
@@ -199,6 +201,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     assert left == ["rehearsal-00000-columns.safetensors"], "states are gone"
 
 
+@pytest.mark.long
 def test_an_adapter_is_rehearsed_on_from_where_it_is(files: dict[str, str], tmp_path: Path) -> None:
     settings = {"reference": files["base"], "layers": "all", "target_groups": 1}
     score(config(files, **settings), tmp_path / "run")
@@ -226,6 +229,7 @@ def test_a_whole_checkpoint_gets_a_new_lora(files: dict[str, str], tmp_path: Pat
     np.testing.assert_array_equal(found["value"], wanted["value"])
 
 
+@pytest.mark.long
 def test_of_a_narrow_model_nothing_is_widened(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +337,7 @@ def test_by_default_alpha_is_twice_the_rank(files: dict[str, str]) -> None:
     assert lora_of(config(files), find_model(files["adapter"])).scale == 1.5
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["base", "adapter"])
 def test_what_it_takes_is_estimated(name: str, files: dict[str, str]) -> None:
     notes = Notes()

@@ -83,6 +83,7 @@ def test_without_a_reference_stability_is_zero(base: Any, tuned: Any) -> None:
     np.testing.assert_allclose(flat(other, "value"), value, rtol=1e-4, atol=1e-6 * np.nanmax(np.abs(value)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("estimator", ["published", "exact"])
 def test_batches_and_order_do_not_matter(estimator: Any, base: Any, tuned: Any) -> None:
     records = token_records(9)
@@ -129,6 +130,7 @@ def test_rows_that_are_not_finite_fail(base: Any) -> None:
     assert [found["value"][i].to_list() for i in (0, 1, 3)] == [whole["value"][i].to_list() for i in (0, 1, 3)]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("parameters", ["linear", "all"])
 @pytest.mark.parametrize("layers", [2, "all"])
 def test_a_model_whose_training_asked_embeddings_for_a_gradient(layers: Any, parameters: Any) -> None:

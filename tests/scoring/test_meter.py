@@ -28,6 +28,7 @@ assert meter.used() - before < 30 * MIB and meter.peak() - before > 60 * MIB
 """
 
 
+@pytest.mark.long
 def test_memory_of_a_process() -> None:
     """In a process of its own: one that ran other tests may hold free memory, and takes no more for a while."""
     done = subprocess.run([sys.executable, "-P", "-c", FRESH], capture_output=True, text=True, check=False)

@@ -72,6 +72,7 @@ def test_rows_that_failed_are_told_of_by_their_sequences(tmp_path: Path) -> None
     assert each is not None and each.startswith("2 of 11 answers failed in generation 0: these are in no mask")
 
 
+@pytest.mark.long
 def test_a_checkpoint_at_which_nothing_is_scored_leaves_nothing_behind(
     settings: dict[str, Any], models: dict[str, str], tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def settings(models: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_parts_make_the_run_that_one_command_makes(settings: dict[str, Any], tmp_path: Path) -> None:
     config, run = ScoreConfig(**settings), tmp_path / "run"
     score(config, tmp_path / "whole")

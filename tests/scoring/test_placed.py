@@ -56,6 +56,7 @@ def same(one: Path, other: Path) -> None:
     assert {name for name in told[0] if told[0][name] != told[1][name]} <= {"trunk_device", "device"}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("data", "more"),
     [
@@ -96,6 +97,7 @@ def test_a_rehearsal_of_the_last_blocks_has_a_trunk(rank: int | None, files: dic
     same(*runs)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_the_trunk_elsewhere_and_is_scored_again_so(files: dict[str, str], tmp_path: Path) -> None:
     whole = score(ScoreConfig(**settings(files)), tmp_path / "whole").run
     run = score(ScoreConfig(**settings(files), trunk_device="disk"), tmp_path / "run").run
@@ -109,6 +111,7 @@ def test_a_run_goes_on_with_the_trunk_elsewhere_and_is_scored_again_so(files: di
     assert scan(run, generation=1).collect().equals(scan(once.run, generation=1).collect())
 
 
+@pytest.mark.long
 def test_an_adapter_is_scored_where_the_run_is_told_of_no_trunk(files: dict[str, str], tmp_path: Path) -> None:
     run = score(ScoreConfig(**settings(files), trunk_device="cpu", device="cpu"), tmp_path / "run").run
     plain = score(ScoreConfig(**settings(files)), tmp_path / "plain").run

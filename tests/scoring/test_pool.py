@@ -119,6 +119,7 @@ def test_a_shard_that_always_kills_is_named_and_the_others_are_kept(
     assert contents(run) == contents(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_what_a_worker_refuses_is_refused_here(settings: dict[str, Any], tmp_path: Path) -> None:
     save_file({"another": torch.zeros(2, 2)}, tmp_path / "fisher.safetensors")
     settings |= {"fisher": str(tmp_path / "fisher.safetensors")}
@@ -327,6 +328,7 @@ def test_a_worker_takes_the_card_that_fewest_have(monkeypatch: pytest.MonkeyPatc
     assert seen == ["4", "7", "7"]
 
 
+@pytest.mark.long
 def test_a_rehearsal_leaves_threads_as_they_were(settings: dict[str, Any], tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -403,7 +405,8 @@ def test_refresh_keeps_its_workers_from_one_checkpoint_to_the_next(
     assert contents(tmp_path / "two") == contents(tmp_path / "one") and len(seen) == 2 and not engine._members
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_checkpoint_takes_the_place_of_the_one_before(
     workers: int, settings: dict[str, Any], tmp_path: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +449,7 @@ def test_a_number_of_workers_is_checked(workers: int) -> None:
         Local(workers)
 
 
+@pytest.mark.long
 def test_this_process_loads_no_model_where_workers_do(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

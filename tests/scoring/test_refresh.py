@@ -311,6 +311,7 @@ def test_a_generation_takes_its_own_threads_behind_one_that_was_begun_with_other
     assert taken == [3, 1, 1]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["base", "broken"])
 def test_a_failed_row_is_scored_again(name: str, models: dict[str, str], tmp_path: Path) -> None:
     """It fails again where the reference is what fails on it."""
@@ -405,6 +406,7 @@ def test_a_lost_generation_is_not_forgotten(run: Path, models: dict[str, str]) -
         refresh(run, models["base"])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("lost", [(1,), (0, 1, 2, 3)])
 def test_what_is_lost_of_a_generation_is_scored_again(run: Path, models: dict[str, str], lost: tuple[int, ...]) -> None:
     refresh(run, models["tuned"])

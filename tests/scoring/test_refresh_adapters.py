@@ -110,6 +110,7 @@ def assert_same_signals(found: dict[str, torch.Tensor], wanted: dict[str, torch.
     assert all(distance <= 1e-5 for distance in far.values()), far
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 @pytest.mark.parametrize("which", ["lora", "dora"])
 def test_an_adapter_is_scored_as_its_merged_model(
@@ -156,6 +157,7 @@ def test_an_adapter_that_learned_nothing_changes_nothing(run: Path, adapters: di
 # --- a training's output folder
 
 
+@pytest.mark.long
 def test_the_adapters_of_a_training_are_scored_in_step_order(
     run: Path, trained: Path, base: str, tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def test_the_adapters_of_a_training_are_scored_in_step_order(
     assert [one.shards_scored for one in refresh(run, trained)] == [0, 0]
 
 
+@pytest.mark.long
 def test_the_adapters_of_a_training_are_watched(run: Path, trained: Path, tmp_path: Path) -> None:
     wanted = Path(shutil.copytree(run, tmp_path / "wanted"))
     refresh(wanted, trained)

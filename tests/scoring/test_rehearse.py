@@ -137,6 +137,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 _OFTEN = ("default", "kept", "orders")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", daily(SETTINGS, _OFTEN))
 def test_a_run_holds_what_autograd_finds_through_the_unrolled_training(
     name: str, files: dict[str, str], tmp_path: Path
@@ -194,6 +195,7 @@ def _expected(
     return found
 
 
+@pytest.mark.long
 def test_paths_are_stored_along_each_step(files: dict[str, str], tmp_path: Path) -> None:
     score(config(files, estimator="influence", parameters="linear"), tmp_path / "whole")
     score(config(files, estimator="exact+influence"), tmp_path / "parted")
@@ -208,6 +210,7 @@ def test_paths_are_stored_along_each_step(files: dict[str, str], tmp_path: Path)
         assert np.abs(parted[f"{one}_causal"]).max() > 1e-3 * np.abs(wanted).max()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("stability", ["retention", "drift"])
 def test_a_row_without_a_finite_loss_is_left_out_of_the_training(
     stability: str, files: dict[str, str], models: dict[str, str], tmp_path: Path
@@ -225,6 +228,7 @@ def test_a_row_without_a_finite_loss_is_left_out_of_the_training(
     assert frame["status"][4] == "failed" and np.isfinite(stored(tmp_path / "run", "value")["value"]).all()
 
 
+@pytest.mark.long
 def test_a_warmup_that_never_ends_is_told(files: dict[str, str], tmp_path: Path) -> None:
     for warmup, told in ((40, ["40: the training has 3 steps, so its rate ends at 5% of --rehearse-lr."]), (2, [])):
         notes = Notes()
@@ -232,6 +236,7 @@ def test_a_warmup_that_never_ends_is_told(files: dict[str, str], tmp_path: Path)
         assert [text.partition("--rehearse-warmup ")[2] for text in notes.warnings if "warmup" in text] == told
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ["target", "retention"])
 def test_a_row_that_makes_an_outcome_infinite_is_named(
     kind: str, files: dict[str, str], models: dict[str, str], tmp_path: Path
@@ -259,6 +264,7 @@ def test_in_bfloat16_products_alone_are_rounded(files: dict[str, str], tmp_path:
         assert 1e-4 < off < 0.05, (name, off)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "at",
     [
@@ -284,9 +290,10 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     assert left == ["rehearsal-00000-columns.safetensors"], "states are gone"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("at", "outcomes"),
-    [("adjoint-0-1", [2, 2, 2]), pytest.param("values-0", [6], marks=pytest.mark.long)],
+    [("adjoint-0-1", [2, 2, 2]), ("values-0", [6])],
 )
 def test_where_a_killed_one_finds_less_memory_fewer_outcomes_go_back_together(
     at: str, outcomes: list[int], files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -360,6 +367,7 @@ def test_a_window_of_all_steps_gives_the_values_of_none(files: dict[str, str], t
     assert ["its window" in (tmp_path / name / "README.md").read_text() for name in "32"] == [False, True]
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_rehearsed_from_where_it_is(files: dict[str, str], tmp_path: Path) -> None:
     settings = {"reference": files["base"], "layers": 1}
     score(config(files, **settings), tmp_path / "run")
@@ -372,6 +380,7 @@ def test_a_checkpoint_is_rehearsed_from_where_it_is(files: dict[str, str], tmp_p
     assert not verify(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_finished_rehearsal_is_left_alone_and_another_one_refused(files: dict[str, str], tmp_path: Path) -> None:
     run, made = tmp_path / "run", config(files, layers=1)
     score(made, run)
@@ -409,6 +418,7 @@ class Tallied(InMemory):
         self.most = max(self.most, sum(t.nbytes for t in every))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("window", "at_once"), [(None, 2), (5, 1), (5, 2), (1, 2)])
 def test_what_is_said_to_lie_on_disk_does(window: int | None, at_once: int) -> None:
     rows = tiny_rows()
@@ -436,6 +446,7 @@ def test_a_training_that_diverges_is_refused(files: dict[str, str], tmp_path: Pa
     assert not list((tmp_path / "run").glob("values/*/*.parquet"))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("estimator", "use"),
     [("exact", "--by '7 - surprise' --keep positive"), ("exact+influence", "--by 'adapt_direct + adapt_upstream'")],

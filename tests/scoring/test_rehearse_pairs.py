@@ -112,6 +112,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", daily(SETTINGS, ["default", "simpo"]))
 def test_a_run_holds_what_autograd_finds_through_the_unrolled_training(
     name: str, files: dict[str, str], tmp_path: Path
@@ -211,7 +212,8 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("reference", [pytest.param("base", marks=pytest.mark.long), None])
+@pytest.mark.long
+@pytest.mark.parametrize("reference", ["base", None])
 def test_a_checkpoint_is_rehearsed_from_where_it_is(
     reference: str | None, files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -292,6 +294,7 @@ def test_a_loss_of_pairs_is_too_large_by_where_it_began(files: dict[str, str], t
         score(config(files, **how, beta=30.0, rehearse_lr=3.0), tmp_path / "far")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_a_beta_of_dpo_is_warned_of_with_simpo(beta: float, files: dict[str, str], tmp_path: Path) -> None:
     given = {"layers": 1, "parameters": "linear", "limit": 2, "rehearse_simpo": 0.5, "dtype": "float32"}

@@ -170,9 +170,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "pairs": {"kind": "preference"},
     "pairs of one": {"kind": "preference", "reference": None, "drift": None, "rehearse_window": 2},
 }
+_SELDOM = ["exact", "lora", "narrow", "pairs of one", "windows"]
 
 
-@pytest.mark.parametrize("name", daily(KINDS, ["whole"], ["exact", "lora", "narrow", "pairs of one", "windows"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", daily(KINDS, lambda name: name not in _SELDOM, _SELDOM))
 def test_the_portions_of_a_rehearsal_change_no_byte(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= KINDS[name]
     if settings.pop("kind", "sft") == "preference":
@@ -330,6 +332,7 @@ def test_workers_share_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) 
         assert engine.sharing() == sharing
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("family", "kind", "told"),
     [

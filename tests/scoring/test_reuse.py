@@ -58,6 +58,7 @@ def test_the_same_rows_under_another_name_are_not_computed_again(rows: Rows) -> 
     assert values(rows.place / "two") == values(rows.place / "alone")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("reference", [True, False])
 def test_rows_that_are_held_out_of_the_end_are_others(rows: Rows, reference: bool) -> None:
     """Their tokens lie behind all others in either run."""
@@ -69,6 +70,7 @@ def test_rows_that_are_held_out_of_the_end_are_others(rows: Rows, reference: boo
     assert values(rows.place / "reusing") == values(rows.place / "alone")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("per_shard", [4, 1024])
 def test_rows_that_a_bad_one_gave_other_numbers_are_others(rows: Rows, per_shard: int) -> None:
     """Draws and shards go by them."""

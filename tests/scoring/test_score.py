@@ -219,6 +219,7 @@ def test_the_run_folder_is_laid_out_as_promised(settings: dict[str, Any], tmp_pa
     assert str(tmp_path) not in text  # no absolute path
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("estimator", ["published", "exact"])
 def test_values_are_those_of_score_tokens_in_memory(
     estimator: Any, settings: dict[str, Any], target: str, tmp_path: Path
@@ -271,6 +272,7 @@ def test_every_row_read_is_accounted_for(settings: dict[str, Any], tmp_path: Pat
     assert verify(tmp_path / "run") == []
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("rows", "most", "held"), [(2, 32, 1), (19, 32, 1), (40, 32, 4), (40, 3, 3)])
 def test_held_out_rows(rows: int, most: int, held: int, settings: dict[str, Any], tmp_path: Path) -> None:
     notes = Notes()
@@ -497,6 +499,7 @@ def test_a_finished_run_is_left_alone(settings: dict[str, Any], run: Path) -> No
     assert contents(run) == files and moments(run) == times
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "lost",
     [
@@ -670,6 +673,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, str], Path], dict[s
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_what_decides_values_is_refused_by_name(
     change: str, settings: dict[str, Any], target: str, models: dict[str, str], folder: Path, tmp_path: Path
@@ -897,6 +901,7 @@ def test_retention_rows_take_the_place_of_the_drift_or_stand_beside_it(
     assert_close(signals_of(both, "drift"), signals_of(plain, "stab"))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("stored", ["safetensors", "adapter"])
 def test_a_drift_below_the_rounding_of_bfloat16_is_seen(
     stored: str, settings: dict[str, Any], target: str, tmp_path: Path
@@ -940,6 +945,7 @@ def test_lookahead_gives_stability_before_any_tuning(settings: dict[str, Any], t
     assert_close(ahead[1] - drift, 3 * (ahead[0] - drift), 1e-3)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["adam", "kfac", "ekfac"])
 def test_preconditioning_changes_adaptation_and_stability_where_asked(
     kind: str, settings: dict[str, Any], target: str, tmp_path: Path

@@ -85,6 +85,7 @@ def close(found: list[Tensor], wanted: list[Tensor]) -> None:
         assert one.shape == other.shape and float((one - other).abs().max()) < 4e-5 * largest
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("parameters", ["linear", "all"])
 def test_a_run_holds_the_product_of_each_tokens_gradient_with_the_directions(
     both: dict[str, str], parameters: Any, tmp_path: Path
@@ -109,6 +110,7 @@ def test_a_run_holds_the_product_of_each_tokens_gradient_with_the_directions(
     assert not verify(tmp_path / "run")
 
 
+@pytest.mark.one_in(2)
 def test_upstream_is_stored_beside_the_paths_and_adds_up_to_influence(both: dict[str, str], tmp_path: Path) -> None:
     data, target = (write_jsonl(tmp_path / n, r) for n, r in (("d.jsonl", token_records(5)), ("t.jsonl", TARGET)))
     for estimator in ("influence", "exact", "exact+influence"):
@@ -121,6 +123,7 @@ def test_upstream_is_stored_beside_the_paths_and_adds_up_to_influence(both: dict
     close(stored(together, "value"), stored(tmp_path / "exact", "value"))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("parameters", ["linear", "all"])
 def test_in_memory_it_is_what_the_run_holds(both: dict[str, str], parameters: Any, tmp_path: Path) -> None:
     records = token_records(5)
@@ -135,6 +138,7 @@ def test_in_memory_it_is_what_the_run_holds(both: dict[str, str], parameters: An
         close(mine, stored(tmp_path / "run", name))
 
 
+@pytest.mark.one_in(2)
 def test_pairs_count_with_the_sign_and_weight_of_their_branch(both: dict[str, str], tmp_path: Path) -> None:
     branches = token_records(4, seed=3), token_records(4, seed=4)
     pairs = [

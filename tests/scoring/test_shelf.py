@@ -97,6 +97,7 @@ def several(models: dict[str, str], folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("kind", "resumed"),
     [
@@ -179,6 +180,7 @@ def test_rows_of_other_data_or_settings_are_made_anew(
 LESS = [pytest.param(name, marks=pytest.mark.long) for name in ("gone", "columns")]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("damage", ["record", "cut", *LESS])
 @pytest.mark.usefixtures("spilled")
 def test_rows_that_are_not_whole_are_made_anew(

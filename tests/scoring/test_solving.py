@@ -167,6 +167,7 @@ def test_stability_is_solved_where_it_is_to_be_scaled(files: dict[str, str], tmp
     assert not one["chosen_drift_direct"].equals(two["chosen_drift_direct"])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "at",
     [

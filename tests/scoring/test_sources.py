@@ -89,6 +89,7 @@ FILES = {
 }
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("change", daily([in_place, cut, replaced], [in_place], [cut]))
 @pytest.mark.parametrize("name", FILES)
 def test_a_scoring_ends_where_a_file_is_written_again(
@@ -120,6 +121,7 @@ def test_the_rows_of_a_split_are_those_that_are_watched(settings: dict[str, Any]
     assert "test/data-00000" in str(refused.value) and refused.value.fields == ("rows",)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("stage", ["reference losses", "target gradient", "scoring"])
 def test_nothing_is_kept_of_weights_that_changed_before(stage: str, settings: dict[str, Any], tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -148,6 +150,7 @@ def test_a_file_that_changes_behind_the_last_shard(
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("change", [os.utime, os.unlink])
 def test_what_is_no_change_ends_nothing(
     change: Callable[[Path], object], settings: dict[str, Any], tmp_path: Path
@@ -201,6 +204,7 @@ def begun(models: dict[str, str], tmp_path: Path) -> Path:
     return score(config, tmp_path / "run").run
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["out/checkpoint-1", "base"])
 def test_a_refresh_ends_too(name: str, begun: Path, tmp_path: Path) -> None:
     path = tmp_path / name / WEIGHTS

@@ -237,6 +237,7 @@ def recorded(run: Path) -> dict[str, Any]:
     return dict(orjson.loads((run / "artifacts" / "run.json").read_bytes()))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.usefixtures("short")
 def test_a_run_finds_its_budget_before_it_computes(

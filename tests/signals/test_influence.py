@@ -23,6 +23,7 @@ from alphatoken_curate.tokens.tokenise import TokenRow
 EXACT = 1e-10
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("layers", [2, "all"])
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def test_every_parameter(family: str, layers: Any) -> None:
         )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("parameters", ["linear", "all"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
@@ -93,6 +95,7 @@ class _Losses(torch.nn.Module):
         return oracles.losses(self.model, ids_of(self.row), places(self.row))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_it_is_direct_plus_upstream_and_sums_over_slices_of_layers(family: str) -> None:
@@ -117,6 +120,7 @@ def test_it_is_direct_plus_upstream_and_sums_over_slices_of_layers(family: str) 
     assert_close(sliced, InfluenceScorer(top, kept).score(batch).influence, EXACT)  # type: ignore[arg-type]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_batches_padding_and_order_do_not_matter(family: str) -> None:
     scoring = ScoringModel(tiny_model(family, dtype=torch.float32), "all")
@@ -128,6 +132,7 @@ def test_batches_padding_and_order_do_not_matter(family: str) -> None:
         assert_close(torch.cat(other, 1), torch.cat(alone, 1), 1e-5)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"])
 def test_bfloat16_weights_do_not_drown_the_tangent(family: str) -> None:
     """Against float64 of the same weights: what rounds is embeddings, head and the operands of products."""

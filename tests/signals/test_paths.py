@@ -39,6 +39,7 @@ def score_rows(scorer: PathScorer, rows: list[TokenRow], budget: int) -> dict[st
     return found
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("layers", daily([1, 3, 4], [3]))
@@ -60,6 +61,7 @@ def test_exact_equals_one_backward_per_token(family: str, layers: int) -> None:
                 assert_close(torch.stack([found["direct"][i][n], found["causal"][i][n]]), torch.stack([own, later]))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("family", CORE)
 def test_published_equals_the_paper_by_loops(family: str) -> None:
@@ -109,6 +111,7 @@ def test_the_parts_of_a_row_sum_to_its_gradient(family: str) -> None:
     assert_close((found["direct"][0] + found["causal"][0]).sum(), at_predictions)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("estimator", ["published", "exact"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox", "mixtral", "gpt_oss", "bloom"])
 def test_batches_order_and_padding_do_not_change_values(family: str, estimator: Any) -> None:

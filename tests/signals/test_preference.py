@@ -83,6 +83,7 @@ def by_eps(model: Any, reference: Any, row: PairRow, direction: dict[str, Tensor
     return list(torch.autograd.grad(loss, eps)), float(margin.detach()), float(omega.detach())
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("all_float64")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text", "mistral"])
 def test_signals_are_those_of_the_loss_of_the_pair(family: str) -> None:
@@ -107,6 +108,7 @@ def test_signals_are_those_of_the_loss_of_the_pair(family: str) -> None:
                 np.testing.assert_allclose(mine[f"{objective}_direct"][one.response], own, atol=3e-6 * scale, rtol=0)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("estimator", ["published", "exact"])
 @pytest.mark.parametrize("shared", [11, 2])
 def test_sharing_the_prompt_and_batching_change_nothing(estimator: Any, shared: int) -> None:

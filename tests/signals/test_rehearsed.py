@@ -40,6 +40,7 @@ def rehearsed(family: str, layers: Any, denominator: Any = "count") -> tuple[Tra
     return trainee, Rehearsal(trainee, course, InMemory(), paths=exact_paths(trainee)).run(outcomes)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "layers"), [("gpt2", 4), ("llama", 2), ("mixtral", 2)])
 def test_paths_are_those_of_every_step_along_its_own_direction(family: str, layers: int) -> None:
     """From C[s, t] at the weights before each step of the unrolled training, one backward per token."""

@@ -196,6 +196,7 @@ def output(command: Any, *arguments: object) -> str:
     return done.output
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 @pytest.mark.parametrize("estimator", ["influence", "exact+influence"])
 def test_a_run_from_its_values_to_its_masks_and_views(tmp_path: Path, estimator: str, kind: str) -> None:

@@ -39,6 +39,7 @@ def test_the_distribution_is_the_integral_of_its_density(freedom: int) -> None:
         assert cumulative(t, freedom) == pytest.approx(0.5 + simpson, abs=1e-9)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("freedom", [1, 2, 3, 7, 20, 255, 1000])
 def test_a_quantile_is_where_its_share_is_reached(freedom: int) -> None:
     for share in (1e-6, 0.01, 0.3, 0.5, 0.7, 0.95, 0.999, 1 - 1e-9):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -19,3 +21,24 @@ def daily(
         return pytest.param(*values, marks=pytest.mark.stress if case in seldom else pytest.mark.long)
 
     return [case if is_often(case) else marked(case) for case in cases]
+
+
+def mark_one_in(items: Iterable[pytest.Item]) -> None:
+    """Of each test marked `one_in(n)`: its first case and every nth behind it stay, the others are marked `long`."""
+    seen = Counter[str]()
+    for item in items:
+        asked = item.get_closest_marker("one_in")
+        if asked is None or any(item.get_closest_marker(name) for name in ("long", "slow", "stress")):
+            continue
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % asked.args[0]:
+            item.add_marker(pytest.mark.long)
+        seen[test] += 1
+
+
+def begin_elsewhere(items: list[pytest.Item]) -> None:
+    """Another file first each day, so that a time that is too short for all leaves out others."""
+    files = list(dict.fromkeys(item.path for item in items))
+    first = datetime.datetime.now(tz=datetime.UTC).toordinal() * (len(files) // 3 + 1) % max(len(files), 1)
+    at = {path: i for i, path in enumerate(files[first:] + files[:first])}
+    items.sort(key=lambda item: at[item.path])

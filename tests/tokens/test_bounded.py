@@ -44,6 +44,7 @@ def outcome(tokenizer: Any, chat: Any, **options: Any) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.long
 def test_every_template_writes_the_same_within_bounds() -> None:
     compared = 0
     for name, template in templates().items():
@@ -94,6 +95,7 @@ def test_whatever_a_template_may_use_is_the_same_within_bounds(template: str) ->
         assert outcome(tokenizer, CHATS[0]) == plain
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long if name in SLOWER else ()) for name in RUNAWAYS]
 )

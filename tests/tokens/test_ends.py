@@ -62,6 +62,7 @@ def test_what_ends_an_answer_by_hand(name: str) -> None:
     assert {kind: ends_in(tokenizer, kind) for kind in ENDS[name]} == ENDS[name]
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", daily(RENDERING, RENDERING[::2]))
 def test_marks_and_places_tell_the_same_ends_of_answers(name: str) -> None:
     template, compared = templates()[name], 0

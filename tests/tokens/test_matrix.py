@@ -101,6 +101,7 @@ def swallowed(tokenizer: Any, text: str) -> set[int]:
     return {i for one in found for i in range(*one.span(1))}
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("turns", [TURNS[0], *(pytest.param(one, marks=pytest.mark.long) for one in TURNS[1:])])
 @pytest.mark.parametrize("name", SOME)
 def test_a_cell_is_right_or_refused_for_what_its_template_does(name: str, turns: str) -> None:
@@ -119,6 +120,7 @@ OTHERS = re.compile(r"^<\|turn>model\n|<\|tool_response>$|(?<=<\|end\|>)\n<\|end
 Phi-3's training forms mark behind the last answer."""
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SOME)
 def test_each_answer_is_what_the_model_is_asked_and_what_it_wrote(name: str) -> None:
     """Beside the template alone: the messages before an answer with the generation prompt, the answer, its stop."""
@@ -152,6 +154,7 @@ def test_a_cell_of_axolotls_templates(name: str, turns: str) -> None:
         check_cell(name, kind, turns)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_families_by_hand(name: str) -> None:
     compared = 0
@@ -168,6 +171,7 @@ def test_families_by_hand(name: str) -> None:
 # --- training forms
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", TRAINING)
 def test_where_transformers_has_a_mask_it_is_ours(name: str) -> None:
     tokenizer = family_tokenizer(name)
@@ -201,6 +205,7 @@ OTHER_RENDERING = {"phi3_training", "phi3_5_training"}
 """They mark an end of text behind the whole chat, too, which no answer needs."""
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", TRAINING)
 def test_without_its_marks_a_training_template_gives_the_answers_it_marks(name: str) -> None:
     compared = 0
@@ -225,6 +230,7 @@ def test_without_its_marks_a_training_template_gives_the_answers_it_marks(name: 
 # --- pairs
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", SOME)
 def test_each_branch_of_a_pair_is_what_it_is_alone(name: str) -> None:
     tokenizer = family_tokenizer(name)
@@ -318,6 +324,7 @@ def follow(name: str, record: Messages, told: str) -> RenderedText | RowFault:
     return rendered(tokenizer, Messages(messages=edited, tools=record.tools), "all")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", SOME)
 def test_a_refusal_shows_what_differs_and_its_advice_takes_the_row(name: str) -> None:
     for kind in KINDS:

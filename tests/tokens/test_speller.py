@@ -66,6 +66,7 @@ def check(tokenizer: Any, found: RenderedText, tokens: list[int], mask: list[boo
     assert read(tokenizer, tokens) == bare(found.text)
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_rows_read_as_their_text_whatever_the_tokenizer(kind: str, template: str) -> None:
@@ -93,6 +94,7 @@ EDGE = st.text(alphabet=" a\n.[é", max_size=4)
 WORDS = st.tuples(EDGE, st.sampled_from(["It is this.", "First", "assistant:", "x"]), EDGE).map("".join)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", MAKERS)
 @settings(max_examples=60, deadline=None)
 @given(prompt=WORDS, completion=WORDS)
@@ -159,6 +161,7 @@ def test_raw_text_begins_as_the_tokenizer_begins_it(front: list[str], bos: str |
             assert row.input_ids.tolist() == expected + ([] if end else [made.eos_token_id])
 
 
+@pytest.mark.long
 def test_a_prompt_that_ends_with_a_space_is_told_where_it_cuts_a_word(smollm2_tokenizer: Any) -> None:
     told = Counter[str]()
     border = [("A: ", "The"), ("A:", " The"), ("A:\n", "The"), ("A: ", "5"), ("A ", " The"), ("", "The")]

@@ -212,6 +212,7 @@ def test_another_mask_comes_with_the_next_epoch(tmp_path: Path) -> None:
     assert later.mask == 1
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_mask_made_behind_an_epoch_trains_the_next_one(tmp_path: Path, workers: int) -> None:
     """The loop of sample_data/README.md. Without workers the next epoch has begun by then, and given nothing out."""
@@ -264,6 +265,7 @@ def test_a_state_of_workers_goes_on_with_as_many_alone(run: Path) -> None:
         assert not set(seen(later)) & set(first)
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", ["v[1]", "a*b", "q?x", "lr=[1e-4]", "[!a]", "x{1,2}"])
 def test_a_folder_whose_name_is_a_pattern_is_read_itself(tmp_path: Path, name: str) -> None:
     for other in ("v1", "ab", "aab", "qax", "lr=1", "b", "x1"):

@@ -57,6 +57,7 @@ def trainer(out: Path, rows: Any, *, accumulation: int = 1, model: Any = None, *
     )
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("precomputed", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_step_is_that_computed_by_hand(run: Path, tmp_path: Path, accumulation: int, precomputed: bool) -> None:
@@ -68,6 +69,7 @@ def test_a_step_is_that_computed_by_hand(run: Path, tmp_path: Path, accumulation
     assert_close(step(made), loss, gradients(model, loss))
 
 
+@pytest.mark.one_in(2)
 def test_the_reference_is_masked_as_the_policy_is(run: Path, tmp_path: Path) -> None:
     """Without masks the reference's sums are others, so that the test above can fail."""
     rows = stored(run, 0)
@@ -93,6 +95,7 @@ def test_an_adapters_reference_is_the_model_without_it(run: Path, tmp_path: Path
     assert abs(step(made).loss - wanted) < 1e-6
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_a_masked_last_token_changes_nothing(run: Path, tmp_path: Path, precomputed: bool) -> None:
     """It is no context of any other: exactly the same loss and gradients."""
@@ -158,6 +161,7 @@ def test_the_loss_of_evaluation_is_that_computed_by_hand(run: Path, tmp_path: Pa
     assert abs(made.evaluate(rows)["eval_loss"] - dpo_loss(policy(), tiny(), stored(run, 0), BETA).item()) < 1e-6
 
 
+@pytest.mark.one_in(2)
 def test_what_would_leave_weights_aside_is_refused(run: Path, tmp_path: Path) -> None:
     rows = as_dataset(run)
     with pytest.raises(UsageError, match="8 of 8 rows are longer than max_length=7"):
@@ -185,6 +189,7 @@ TRAININGS = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("whose", [WeightedDPOTrainer, DPOTrainer])
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_rehearsal_takes_the_steps_of_a_training(name: str, whose: Any, tmp_path: Path) -> None:

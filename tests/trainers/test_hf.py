@@ -33,6 +33,7 @@ def trainer(out: Path, rows: Any, *, accumulation: int = 1, model: Any = None, *
     return WeightedTrainer(model=model or tiny(), args=arguments, train_dataset=rows, **own)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("denominator", ["count", "sum"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_step_is_that_computed_by_hand(run: Path, tmp_path: Path, accumulation: int, denominator: str) -> None:

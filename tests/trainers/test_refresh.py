@@ -118,6 +118,7 @@ def expected(run: Path, number: int) -> list[tuple[tuple[int, ...], tuple[float,
     return sorted((tuple(row[b + "input_ids"]), tuple(row[b + "loss_weight"])) for row in rows for b in branches)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", daily(["trainer", "workers", "sft", "packed", "dpo"], ["trainer", "dpo"]))
 def test_each_epoch_trains_on_the_mask_of_the_last_checkpoint(
     kind: str,

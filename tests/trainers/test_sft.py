@@ -43,6 +43,7 @@ def trainer(out: Path, rows: Any, *, accumulation: int = 1, model: Any = None, *
     )
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("denominator", ["count", "sum"])
 @pytest.mark.parametrize("accumulation", daily([1, 4], [4]))
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -64,6 +65,7 @@ def test_weights_that_sum_to_less_than_one_divide_too(tmp_path: Path, layout: st
     assert abs(found.loss - sft_loss(tiny(), stored(run, 0), "sum").item()) < 1e-6
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_masked_last_token_changes_nothing(run: Path, tmp_path: Path, layout: str) -> None:
     """It is no context of any other: exactly the same loss and gradients."""
@@ -106,6 +108,7 @@ def test_metrics_of_trl_are_as_without_weights(run: Path, tmp_path: Path) -> Non
         assert logged[0][name] == pytest.approx(logged[1][name], rel=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_evaluation_goes_by_weights_and_text_goes_trls_way(run: Path, tmp_path: Path, layout: str) -> None:
     rows = as_dataset(run)

@@ -26,6 +26,7 @@ def loaded(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.long
 def test_importing_costs_nothing_and_trl_is_not_needed_for_the_rest() -> None:
     assert loaded("import alphatoken_curate.trainers") == set()
     assert loaded("from alphatoken_curate.trainers import weighted_loss, WeightedCollator") == {"torch"}

@@ -35,6 +35,7 @@ def shown(found: Comparison, width: int = 120) -> str:
     return captured.get()
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_everything_is_told_and_fits(run: Path, width: int) -> None:
     found = compare(run)
@@ -59,6 +60,7 @@ def test_everything_is_told_and_fits(run: Path, width: int) -> None:
         assert (one.before[-18:] + one.text + one.after in line) == (width >= 100)
 
 
+@pytest.mark.one_in(2)
 def test_rows_that_are_apart_and_settings_that_differ_are_told(run: Path) -> None:
     found = compare(run)
     other = replace(found.second, mask_settings={**found.second.mask_settings, "keep": 0.25})
@@ -67,6 +69,7 @@ def test_rows_that_are_apart_and_settings_that_differ_are_told(run: Path) -> Non
     assert "first by value; --keep 0.5, --scope" in flowed and "; second by value; --keep 0.25, --scope" in flowed
 
 
+@pytest.mark.one_in(2)
 def test_what_is_not_there_is_not_told(run: Path) -> None:
     found = compare(run)
     nothing = replace(found.masks, jaccard=None, by_chance=None)
@@ -75,6 +78,7 @@ def test_what_is_not_there_is_not_told(run: Path) -> None:
     assert "nll     constant" in text
 
 
+@pytest.mark.one_in(2)
 def test_text_of_others_commands_nothing(run: Path) -> None:
     found = compare(run)
     side = replace(found.first, run=EVIL, checkpoint=EVIL)
@@ -91,6 +95,7 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(command, list(map(str, arguments)), env={"COLUMNS": "120", "NO_COLOR": "1"})
 
 
+@pytest.mark.one_in(2)
 def test_the_command_prints_what_the_library_computes(run: Path) -> None:
     assert invoke(run).output == shown(compare(run))
     assert invoke(run, "--generations", "2,5", "--changed", 3).output == shown(

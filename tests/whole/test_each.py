@@ -87,6 +87,7 @@ def run(folder: Path, settings: dict[str, Any]) -> Path:
     return score(ScoreConfig(**settings), folder / "run").run
 
 
+@pytest.mark.long
 def test_a_sequence_is_what_a_row_of_that_answer_alone_is(folder: Path, settings: dict[str, Any], run: Path) -> None:
     """Beside a data set that holds the chat up to each answer as a row: the same tokens, and signals but for draws."""
     alone = [record(turn, "x") for chat in CHATS for turn in turns_of(chat)]

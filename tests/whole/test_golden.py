@@ -78,6 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_printed_is_what_was_looked_at(runs: Path, name: str, same_text: Callable[[Path, str], None]) -> None:
     same_text(GOLDEN / f"{name}.txt", printed(runs, *CASES[name]))

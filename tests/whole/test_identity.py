@@ -271,6 +271,7 @@ def test_every_field_of_a_fingerprint_is_tried(files: Settings) -> None:
     assert set(FIELDS) | {"kind"} == set(told(plain(files))) | newer
 
 
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_field_changed_alone_is_refused_by_its_name(
     field: str, files: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -365,6 +366,7 @@ def test_the_name_of_a_gguf_file_does_not_matter(files: Settings, tmp_path: Path
     assert told(plain(files, model=other, reference=None)) == was
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("workers", "kind"), [(1, "rows"), (2, "pairs"), (3, "pairs"), (7, "rows")])
 def test_any_number_of_workers_in_any_order_makes_the_same_shards(
     workers: int, kind: str, files: Settings, tmp_path: Path
@@ -388,6 +390,7 @@ def test_any_number_of_workers_in_any_order_makes_the_same_shards(
         assert made == stored.shards[index]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("batch_tokens", [1, 40, 320])
 def test_batches_give_the_same_rows_and_values(batch_tokens: int, files: Settings, tmp_path: Path) -> None:
     settings = plain(files, layers=2)
@@ -419,6 +422,7 @@ REPLAYED: dict[str, Callable[[Settings], Settings]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", daily(REPLAYED, ["held out, a bad row", "pairs, rms", "chats"]))
 def test_the_config_replays_the_run_from_anywhere(
     name: str, files: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,7 @@ def test_values_are_what_was_written_and_null_where_there_was_no_column(run: Pat
                 assert (row["omega"], row["margin"]) == (wanted["omega"], wanted["margin"])
 
 
+@pytest.mark.one_in(5)
 @every_run
 @both_kinds
 def test_tokens_rows_masks_and_numbers_are_read(run: Path, version: int, kind: str) -> None:
@@ -101,6 +102,7 @@ def test_tokens_rows_masks_and_numbers_are_read(run: Path, version: int, kind: s
     assert compare(run, other).correlations["value"] == pytest.approx(1)
 
 
+@pytest.mark.one_in(3)
 @every_run
 @both_kinds
 def test_such_a_run_is_whole_and_can_be_masked_again(run: Path, version: int, kind: str) -> None:
@@ -122,6 +124,7 @@ def test_such_a_run_is_whole_and_can_be_masked_again(run: Path, version: int, ki
     assert sum(int(one.sum()) for one in kept) == made.kept_tokens
 
 
+@pytest.mark.one_in(3)
 @both_kinds
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_run_that_does_not_say_what_ends_an_answer_is_masked_as_before(run: Path, version: int, kind: str) -> None:
@@ -151,6 +154,7 @@ def test_a_run_that_does_not_say_what_ends_an_answer_is_masked_as_before(run: Pa
     assert verify(run) == []
 
 
+@pytest.mark.one_in(4)
 @both_kinds
 @pytest.mark.parametrize("version", [version for version in VERSIONS if schema.absent(version)])
 def test_what_an_older_run_lacks_is_said(run: Path, version: int, kind: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from daily import daily
+import torch
 
 ROOT = Path(__file__).parents[3]
 
@@ -80,7 +80,8 @@ EVERY_SETTING = [
 ]
 
 
-@pytest.mark.parametrize("name", daily(EVERY_SETTING, ["A digits"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", EVERY_SETTING)
 def test_what_is_measured_on_trains_nothing(name: str, pays: Any, data: Path) -> None:
     where = pays("settings").setting(name, data)
     parts = ("train", "held", "target", "retention", "remember", "beside")
@@ -89,6 +90,7 @@ def test_what_is_measured_on_trains_nothing(name: str, pays: Any, data: Path) ->
     assert len(set(rows)) == len(rows)
 
 
+@pytest.mark.long
 def test_no_row_is_in_two_splits(pays: Any, data: Path) -> None:
     settings = pays("settings")
     dealt = settings.splits(data)
@@ -102,6 +104,7 @@ def test_no_row_is_in_two_splits(pays: Any, data: Path) -> None:
     assert not seen & {row.ids.tobytes() for part in later for row in part}
 
 
+@pytest.mark.long
 def test_noise_of_half_of_a_split_is_that_of_all_of_it(pays: Any, data: Path) -> None:
     settings = pays("settings")
     clean = settings.setting("A clean 128", data).train
@@ -153,3 +156,25 @@ def test_what_is_dropped_has_no_weight(pays: Any) -> None:
     )
     weights = counterfactual._without(where, np.array([True, False, False, True]))
     assert [w.tolist() for w in weights] == [[0, 0, 1, 0], [0, 0, 1, 0]]
+
+
+def test_products_by_float32_are_rounded_where_those_in_bfloat16_are(pays: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 96, generator=draw, requires_grad=True)
+    layer = torch.nn.Linear(96, 40, bias=False)
+    along = torch.randn(3, 5, 40, generator=draw).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), pays("training").ByFloat32():
+        found = layer(x)
+    found.backward(along)
+    ours = (found, x.grad, layer.weight.grad)
+    x.grad = layer.weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).backward(along)
+    exact = [each.detach().bfloat16().double() for each in (x, layer.weight, along)]
+    wanted = (exact[0] @ exact[1].T, exact[2] @ exact[1], exact[2].flatten(0, 1).T @ exact[0].flatten(0, 1))
+    for one, double in zip(ours, wanted, strict=True):
+        assert one is not None
+        assert (one.double() == double.bfloat16().double()).double().mean() > 0.98, "sums in float32, rounded once"
+    for one, theirs in zip(ours[1:], (x.grad, layer.weight.grad), strict=True):
+        assert one is not None and theirs is not None and one.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(one, theirs, rtol=2**-7, atol=1e-3)

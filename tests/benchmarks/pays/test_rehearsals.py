@@ -68,6 +68,7 @@ def test_values_and_weights_are_those_of_the_tool(rehearsals: Any, models: dict[
         np.testing.assert_allclose(rehearsals.flat_weights(mine, lengths, {"by": name, **mask}), weights, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_values_and_weights_of_pairs_are_those_of_the_tool(
     rehearsals: Any, models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def loads(rehearsals: Any, models: dict[str, str], monkeypatch: pytest.MonkeyPat
     return found
 
 
+@pytest.mark.long
 def test_a_second_round_is_of_what_the_first_left(
     rehearsals: Any, loads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +183,7 @@ def test_a_second_round_is_of_what_the_first_left(
     assert not list((tmp_path / "work").glob("*.states"))
 
 
+@pytest.mark.long
 def test_all_groups_are_as_good_as_one(rehearsals: Any, loads: list[int], tmp_path: Path) -> None:
     where, place = tiny_setting(), rehearsals.Place(work=tmp_path / "work", values=tmp_path / "values")
     one = rehearsals.values_of(where, place, groups=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from settings import MODEL, Row, Setting
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy, linear, logsigmoid
+from torch.overrides import TorchFunctionMode
 
 from alphatoken_curate.models.load import find_model, load_model
 
@@ -75,10 +77,42 @@ def predictions(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.from_numpy(row.ids)
         response[i, : len(row.ids)] = torch.from_numpy(row.response)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), products():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1][response[:, 1:]])
     return logits, ids[response], response.nonzero()[:, 0]
+
+
+def products() -> AbstractContextManager[object]:
+    """How linear layers multiply in autocast: as torch does, or without bfloat16 in hardware by `ByFloat32`."""
+    return nullcontext() if torch.cpu.get_capabilities().get("avx512_bf16") else ByFloat32()
+
+
+class ByFloat32(TorchFunctionMode):
+    """Products of linear layers in bfloat16, multiplied and summed in float32: 3 times faster than torch emulates them.
+
+    Inputs, products and gradients are rounded where the hardware rounds them; sums alone are made in another order.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not linear or args[2] is not None:
+            return func(*args, **(kwargs or {}))
+        return _Product.apply(args[0].bfloat16(), args[1].bfloat16())  # type: ignore[no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        with torch.autocast("cpu", enabled=False):
+            return (x.float() @ weight.float().T).bfloat16()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        wide = grad.float()
+        left = (wide @ weight.float()).bfloat16()
+        return left, (wide.flatten(0, -2).T @ x.float().flatten(0, -2)).bfloat16()
 
 
 def measure(model: Any, setting: Setting, reference: Sequence[Tensor] | None = None) -> dict[str, float]:
