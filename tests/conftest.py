@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from buckets import new_bucket, s3_server
-from daily import begin_elsewhere, mark_one_in
+from daily import mark_one_in, shuffle_files
 from forks import Forks
 from tiny_files import save_models
 from torch import Tensor
@@ -24,7 +24,7 @@ _STARTED = pytest.StashKey[float]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite", action="store_true", help="write the files that tests compare word for word")
-    parser.addoption("--within", type=float, metavar="SECONDS", help="then begin no further test; other files each day")
+    parser.addoption("--within", type=float, metavar="SECONDS", help="then begin no further test; files in any order")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -35,7 +35,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_one_in(items)
     if config.getoption("--within") is not None:
-        begin_elsewhere(items)
+        shuffle_files(items)
 
 
 @pytest.hookimpl(tryfirst=True)

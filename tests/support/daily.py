@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
+import os
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -36,9 +37,9 @@ def mark_one_in(items: Iterable[pytest.Item]) -> None:
         seen[test] += 1
 
 
-def begin_elsewhere(items: list[pytest.Item]) -> None:
-    """Another file first each day, so that a time that is too short for all leaves out others."""
+def shuffle_files(items: list[pytest.Item]) -> None:
+    """Files in another order each run, the same in all its workers: a time that is too short leaves out others."""
     files = list(dict.fromkeys(item.path for item in items))
-    first = datetime.datetime.now(tz=datetime.UTC).toordinal() * (len(files) // 3 + 1) % max(len(files), 1)
-    at = {path: i for i, path in enumerate(files[first:] + files[:first])}
+    random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).shuffle(files)
+    at = {path: i for i, path in enumerate(files)}
     items.sort(key=lambda item: at[item.path])
