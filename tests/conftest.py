@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from alphatoken_curate.models.load import find_model, load_tokenizer
 
 _STARTED = pytest.StashKey[float]()
+_LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,22 +29,49 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--within", type=float, metavar="SECONDS", help="then begin no further test; files in any order")
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.stash[_STARTED] = time.monotonic()
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_STARTED], config.stash[_LEFT_OUT] = time.monotonic(), Counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector: pytest.Collector) -> Iterator[Any]:
+    found = yield
+    # All cases of a test are here, before any is asked for by its name. What is rewritten is of all of them.
+    if isinstance(found, list) and not collector.config.getoption("--rewrite"):
+        mark_one_in(found)
+    return found
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    mark_one_in(items)
     if config.getoption("--within") is not None:
         shuffle_files(items)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     within = item.config.getoption("--within")
-    if within is not None and time.monotonic() - item.config.stash[_STARTED] > within:
-        pytest.skip("no time was left")
+    if within is None or time.monotonic() - item.config.stash[_STARTED] <= within:
+        return None
+    item.config.stash[_LEFT_OUT][item.nodeid.partition("::")[0]] += 1
+    return True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash[_LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left := config.stash[_LEFT_OUT]:
+        terminalreporter.write_line(f"no time was left for {left.total()} tests:")
+        for name, count in sorted(left.items()):
+            terminalreporter.write_line(f"  {count} of {name}")
 
 
 @pytest.fixture

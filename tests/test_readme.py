@@ -92,10 +92,12 @@ def test_no_line_is_said_twice() -> None:
 
 
 def test_every_gain_is_one_of_the_result_tables() -> None:
-    """The only figures of README.md with three decimals are those of outcomes."""
-    found = re.findall(r"\d\.\d{3}", "".join(map(section, ("Which command do I run?", "Does training on a mask pay?"))))
+    """The only figures of README.md with three decimals are those of outcomes, and have their signs."""
+    told = "".join(map(section, ("Which command do I run?", "Does training on a mask pay?")))
+    cells = re.findall(r"\| \+?(-?\d\.\d{3})(?= )", TEXTS[RESULTS.relative_to(ROOT).as_posix()])
+    found = re.findall(r"-?\d\.\d{3}", told)
     assert len(found) >= 8
-    assert not [figure for figure in found if figure not in TEXTS[RESULTS.relative_to(ROOT).as_posix()]]
+    assert not {*found} - {*cells}
 
 
 # --------------------------------------------------------------------------------------------------------------- links

@@ -57,7 +57,7 @@ def trainer(out: Path, rows: Any, *, accumulation: int = 1, model: Any = None, *
     )
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("precomputed", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_step_is_that_computed_by_hand(run: Path, tmp_path: Path, accumulation: int, precomputed: bool) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 ROOT = Path(__file__).parents[3]
 
@@ -165,6 +168,7 @@ def test_products_by_float32_are_rounded_where_those_in_bfloat16_are(pays: Any) 
     along = torch.randn(3, 5, 40, generator=draw).bfloat16()
     with torch.autocast("cpu", torch.bfloat16), pays("training").ByFloat32():
         found = layer(x)
+    assert type(found.grad_fn).__name__ == "_ProductBackward"
     found.backward(along)
     ours = (found, x.grad, layer.weight.grad)
     x.grad = layer.weight.grad = None
@@ -178,3 +182,47 @@ def test_products_by_float32_are_rounded_where_those_in_bfloat16_are(pays: Any) 
     for one, theirs in zip(ours[1:], (x.grad, layer.weight.grad), strict=True):
         assert one is not None and theirs is not None and one.dtype == theirs.dtype == torch.float32
         torch.testing.assert_close(one, theirs, rtol=2**-7, atol=1e-3)
+
+
+def test_what_is_no_such_product_is_torchs_own(pays: Any) -> None:
+    training = pays("training")
+    x, weight, bias = torch.randn(2, 6), torch.randn(3, 6, requires_grad=True), torch.randn(3)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: linear(x, weight, bias),
+        lambda: linear(x, weight, bias=bias),
+        lambda: linear(input=x, weight=weight),
+        lambda: linear(x.double(), weight.double(), None),
+    ]
+    for call in calls:
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = call()
+            with training.ByFloat32():
+                found = call()
+        assert torch.equal(found, wanted) and found.dtype == wanted.dtype
+    with training.ByFloat32():
+        assert torch.equal(linear(x, weight, None), linear(x, weight)), "out of autocast"
+        with torch.autocast("cpu", torch.bfloat16):
+            linear(x[0], weight, None).sum().backward()
+    assert weight.grad is not None and weight.grad.shape == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("has", "told"),
+    [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"bf16": True}, "bfloat16"),
+        ({"avx512_f": True}, "float32"),
+        (None, "float32"),
+    ],
+    ids=["x86", "ARM", "without", "older torch"],
+)
+def test_products_are_by_float32_where_bfloat16_is_not_in_hardware(
+    pays: Any, monkeypatch: pytest.MonkeyPatch, has: dict[str, bool] | None, told: str
+) -> None:
+    if has is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert pays("lines")._versions()["products"] == told
+    assert isinstance(pays("training").products(), pays("training").ByFloat32) == (told == "float32")

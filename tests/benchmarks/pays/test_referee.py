@@ -14,6 +14,8 @@ from tiny import tiny_model
 from tiny_files import rows_of, token_records
 from torch.nn.functional import cross_entropy
 
+from alphatoken_curate.signals.student import quantile
+
 
 @pytest.fixture
 def pays(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -67,24 +69,36 @@ def test_the_likeliest_is_what_argmax_says_and_losses_need_no_company(
         assert torch.equal(training.nll_of(logits, targets, 2.0), each)
 
 
-def test_gains_by_hand_and_their_intervals_cover(pays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gains_and_intervals_by_hand(pays: Any) -> None:
     verdict = pays("verdict")
     plain, sizes = np.array([[4.0, 6.0], [5.0, 7.0]]), np.array([2.0, 3.0])
-    one = verdict.gains(np.stack([plain - 1, plain + np.eye(2)[::-1] * [[1], [0]]]), plain, sizes)
-    assert one.gain == pytest.approx([4 / 10, -1 / 10])
-    assert verdict.gains(plain[None, :1] - 1, plain[:1], sizes).half is None
-    monkeypatch.setattr(verdict, "DRAWS", 400)
-    draws, covered, widths = np.random.default_rng(0), 0, []
-    for trial in range(200):
-        own = draws.normal(size=(5, 60))
-        # Arms differ by what is theirs in each seed, in each held row, and in each row of each seed.
-        of_seeds, of_rows = draws.normal(size=(4, 5, 1)), draws.normal(size=(4, 1, 60))
-        arms = own - 0.3 - 0.2 * of_seeds - of_rows - draws.normal(size=(4, 5, 60))
-        found = verdict.gains(arms, own, np.ones(60), seed=trial)
+    arms = np.stack([plain - sizes, plain + np.eye(2)[::-1] * [[1], [0]]])
+    one = verdict.gains(arms, plain, sizes, together=1)
+    assert one.gain == pytest.approx([1, -1 / 10])
+    # Of the second its seeds gain -1/5 and 0, and its rows 0 and -1/2 where they should 2 and 3 times -1/10.
+    seeds, rows = 12.7062 * (1 / 5 / 2), 1.95996 * np.sqrt(2 * (0.2**2 + 0.2**2)) / 5
+    assert one.half == pytest.approx([0, np.hypot(seeds, rows)], rel=1e-5, abs=1e-12)
+    (_, wider) = verdict.gains(arms, plain, sizes, together=2).half
+    assert wider == pytest.approx(np.hypot(25.4517 * seeds / 12.7062, 2.24140 * rows / 1.95996), rel=1e-5)
+    assert verdict.gains(plain[None, :1] - 1, plain[:1], sizes, together=1).half is None
+
+
+@pytest.mark.parametrize(
+    ("seeds", "of_seeds", "of_rows"),
+    [(2, 1.0, 0.3), (3, 1.0, 0.3), (5, 1.0, 0.3), (3, 0.2, 1.0), (5, 0.2, 1.0)],
+    ids=["2 seeds", "3 seeds", "5 seeds", "rows, 3 seeds", "rows, 5 seeds"],
+)
+def test_intervals_hold_for_all_arms_together(pays: Any, seeds: int, of_seeds: float, of_rows: float) -> None:
+    """Whether seeds or held rows are what differs most; arms differ in each row of each seed as well."""
+    verdict, draws, covered, widths = pays("verdict"), np.random.default_rng(0), 0, []
+    for _ in range(500):
+        arms = -0.3 - of_seeds * draws.normal(size=(5, seeds, 1)) - of_rows * draws.normal(size=(5, 1, 60))
+        found = verdict.gains(arms - draws.normal(size=(5, seeds, 60)), np.zeros((seeds, 60)), np.ones(60), together=5)
         covered += bool((np.abs(found.gain - 0.3) <= found.half).all())
         widths.append(found.half.mean())
-    assert 0.93 <= covered / 200 <= 1
-    assert np.mean(widths) < 1.2, "wide enough to be of no use"
+    assert covered / 500 >= 0.95 - 2 * (0.05 * 0.95 / 500) ** 0.5
+    least = quantile(1 - 0.05 / 10, seeds - 1) * of_seeds / seeds**0.5 + 2.576 * of_rows / 60**0.5
+    assert np.mean(widths) < 1.6 * least, "wider than what differs asks for"
 
 
 def test_arms_that_are_told_what_is_bad_leave_it_out(pays: Any) -> None:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
+import lines
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -85,17 +86,19 @@ def predictions(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor
 
 def products() -> AbstractContextManager[object]:
     """How linear layers multiply in autocast: as torch does, or without bfloat16 in hardware by `ByFloat32`."""
-    return nullcontext() if torch.cpu.get_capabilities().get("avx512_bf16") else ByFloat32()
+    return nullcontext() if lines.multiplied_in() == "bfloat16" else ByFloat32()
 
 
 class ByFloat32(TorchFunctionMode):
-    """Products of linear layers in bfloat16, multiplied and summed in float32: 2.5 times faster than emulated.
+    """In autocast, products of linear layers without bias in bfloat16, multiplied and summed in float32.
 
-    Inputs, products and gradients are rounded where the hardware rounds them; sums alone are made in another order.
+    Faster than torch emulates them. Inputs, products and their gradients are rounded where the hardware rounds them.
+    Sums are made in another order, and gradients of a weight that is used twice are summed in float32.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not linear or args[2] is not None:
+        plain = func is linear and len(args) == 3 and args[2] is None and not kwargs
+        if not plain or args[0].dtype is torch.float64 or not torch.is_autocast_enabled("cpu"):
             return func(*args, **(kwargs or {}))
         return _Product.apply(args[0].bfloat16(), args[1].bfloat16())  # type: ignore[no-untyped-call]
 
@@ -110,9 +113,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        wide = grad.float()
+        wide, last = grad.float(), x.shape[-1]
         left = (wide @ weight.float()).bfloat16()
-        return left, (wide.flatten(0, -2).T @ x.float().flatten(0, -2)).bfloat16()
+        return left, (wide.reshape(-1, grad.shape[-1]).T @ x.float().reshape(-1, last)).bfloat16()
 
 
 def measure(model: Any, setting: Setting, reference: Sequence[Tensor] | None = None) -> dict[str, float]:

@@ -3,12 +3,11 @@
     python tests/benchmarks/pays/verdict.py
 
 A gain is the mean over seeds of what an arm's loss is less than that of all tokens, per held token: of those at the
-rate of least loss on V for that noise, over the seeds that have each of the rates. Its interval is of
-a paired bootstrap: seeds and held rows are drawn anew, the same draws for every arm, and the 95% are of the largest
-deviation of any arm in its own standard error, so that they hold for all arms of a noise together. Few seeds spread
-less when drawn anew than they should, and their spread is known badly: their part is widened by sqrt(S / (S - 1)) and
-by Student's t over the normal quantile.
-Shapes: K arms, S seeds, R held rows, B draws.
+rate of least loss on V for that noise, over the seeds that have each of the rates. Of its interval one part is of the
+seeds, by Student's t, and one of the held rows, by the normal distribution; they add as squares. Levels are those of
+Bonferroni for all arms of a noise that have an interval, which so hold together. A bootstrap over seeds would not: few
+seeds have few draws, the same ones for all arms (PROTOCOL.md, amended).
+Shapes: K arms, S seeds, R held rows.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ import lines
 import numpy as np
 from numpy.typing import NDArray
 from referee import CHOOSE, PLAIN, RATES, STAGES, TEST
-from writing import T95, markdown
+from writing import markdown
+
+from alphatoken_curate.signals.student import quantile
 
 Floats = NDArray[np.float64]
 
-DRAWS = 4000
 SURE = 0.95
 
 MEASURES = {
@@ -41,30 +41,29 @@ MEASURES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Gains:
-    """(K,) each: by how much arms are less than all tokens, and half the width of intervals that hold for all."""
+    """(K,) each: by how much arms are less than all tokens, and half the width of their intervals."""
 
     gain: Floats
     half: Floats | None
 
 
-def gains(arms: Floats, plain: Floats, sizes: Floats, seed: int = 0) -> Gains:
+def gains(arms: Floats, plain: Floats, sizes: Floats, together: int) -> Gains:
     """Of sums by arm, seed and held row (K, S, R), those of all tokens (S, R), and what rows count (R,).
 
-    Without intervals for less than two seeds.
+    Intervals hold for `together` arms at once, of which these are some; less than two seeds have none.
     """
     less = plain - arms
     seeds, rows = plain.shape
-    gain = less.sum(axis=(1, 2)) / (seeds * sizes.sum())
+    each = less.sum(axis=2) / sizes.sum()
+    gain = each.mean(axis=1)
     if seeds < 2:
         return Gains(gain=gain, half=None)
-    draws = np.random.default_rng(seed)
-    widened = math.sqrt(seeds / (seeds - 1)) * T95[seeds] / NormalDist().inv_cdf((1 + SURE) / 2)
-    of_seeds = 1 + widened * (draws.multinomial(seeds, [1 / seeds] * seeds, DRAWS) - 1)
-    of_rows = draws.multinomial(rows, [1 / rows] * rows, DRAWS)
-    drawn = np.stack([((of_seeds @ one) * of_rows).sum(axis=1) for one in less]) / (seeds * (of_rows @ sizes))
-    error = drawn.std(axis=1)
-    off = np.abs(drawn - gain[:, None]) / np.where(error > 0, error, 1)[:, None]
-    return Gains(gain=gain, half=float(np.quantile(off.max(axis=0), SURE)) * error)
+    level = 1 - (1 - SURE) / (2 * together)
+    of_seeds = each.std(axis=1, ddof=1) / math.sqrt(seeds)
+    off = less.mean(axis=1) - gain[:, None] * sizes  # of a ratio of sums over rows
+    of_rows = np.sqrt((off**2).sum(axis=1) * rows / (rows - 1)) / sizes.sum()
+    half = np.hypot(quantile(level, seeds - 1) * of_seeds, NormalDist().inv_cdf(level) * of_rows)
+    return Gains(gain=gain, half=half)
 
 
 At = tuple[str, float]
@@ -115,7 +114,8 @@ def of_noise(found: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> str:
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, by_seed in arms.items():
         groups[tuple(sorted(plain.keys() & by_seed.keys()))].append(name)
-    cells = [cell for seeds, names in groups.items() if seeds for cell in _cells(arms, names, plain, seeds)]
+    together = sum(len(names) for seeds, names in groups.items() if len(seeds) > 1)
+    cells = [cell for seeds, names in groups.items() if seeds for cell in _cells(arms, names, plain, seeds, together)]
     rows = sorted(cells, key=lambda row: -row[0])
     gained = [f"gain: {name}" for name in MEASURES]
     head = ["arm", "seeds", "kept", "bad kept", "loss", *gained, "loss on V, on the way", "retention loss"]
@@ -128,6 +128,7 @@ def _cells(
     names: Sequence[str],
     plain: Mapping[int, Mapping[str, Any]],
     seeds: Sequence[int],
+    together: int,
 ) -> list[tuple[float, list[str]]]:
     """Of each arm its gain, by which it is sorted, and its row."""
     columns, first = [], np.zeros(len(names))
@@ -135,7 +136,7 @@ def _cells(
         sums = np.array([[arms[name][s]["held"][over] for s in seeds] for name in names], float)
         own = np.array([plain[s]["held"][over] for s in seeds], float)
         sign = -1 if over == "digits_right" else 1
-        found = gains(sign * sums, sign * own, np.array(plain[seeds[0]]["held"][by], float))
+        found = gains(sign * sums, sign * own, np.array(plain[seeds[0]]["held"][by], float), together)
         columns.append(_with_half(found))
         first = found.gain if n == 0 else first
     told = [_about(name, [arms[name][s] for s in seeds]) for name in names]
