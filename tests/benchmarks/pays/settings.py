@@ -23,6 +23,7 @@ split A with wrong digits, `A digits 128` all of the split, `A digits few` a han
     words             3 of 10 words of the answers replaced by a word of other answers
     swapped           of every 64 rows 19 have the answer of the next of them; good: the other rows
     model-wrong       of every 64 rows 19 (of A 26) are other questions, answered wrongly by a model; good: the others
+    mixture           every second row is a passage of fiction to be continued; good: the others
 
 One epoch of 8 rows a step, 244 target rows, rows of at most 180 tokens (A and V: 140). No row is in two of A, B, C, D,
 V, T and target, and none of B, C, D, T and target trained or measured one of the settings above (some of them, as
@@ -145,8 +146,8 @@ def setting(name: str, data: Path) -> Setting:
     if name in WRONG:
         return replace(base, train=corrupt(base.train, WRONG[name]))
     if name == "mixture":
-        other = [replace(row, good=np.zeros_like(row.good)) for row in passages[96:160]]
-        return replace(base, train=[row for both in zip(base.train[:64], other, strict=True) for row in both])
+        both = zip(base.train[:64], _of_fiction(passages), strict=True)
+        return replace(base, train=[row for rows in both for row in rows])
     if name == "narrow":
         return replace(base, learning_rate=2e-4)
     if base.pairs:
@@ -239,6 +240,8 @@ def _of_split(name: str, data: Path, passages: list[Row]) -> Setting:
         rows = swap(rows, seed)
     elif noise == "model-wrong":
         rows = replaced(rows, dealt.wrong[split], MOST_WRONG if split == "A" else MODEL_WRONG, seed)
+    elif noise == "mixture":
+        rows = [row for both in zip(rows[::2], _of_fiction(passages), strict=True) for row in both]
     few = FEW if size == ["few"] else None
     if size == ["second"]:
         rows = rows[HALF:]
@@ -254,6 +257,11 @@ def _of_split(name: str, data: Path, passages: list[Row]) -> Setting:
         epochs=1,
         batch=8,
     )
+
+
+def _of_fiction(passages: Sequence[Row]) -> list[Row]:
+    """As many as are mixed with rows of a task, of which nothing is good."""
+    return [replace(row, good=np.zeros_like(row.good)) for row in passages[96:160]]
 
 
 def swap(rows: Sequence[Row], seed: int) -> list[Row]:

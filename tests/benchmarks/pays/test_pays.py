@@ -80,6 +80,7 @@ EVERY_SETTING = [
     *SPLIT_SETTINGS,
     "D swapped 128",
     "B words second",
+    "B mixture 128",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Container
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_every_run_of_the_test_is_of_rows_that_chose_nothing(pays: Any) -> None:
         assert run.arm == referee.PLAIN or run.rate in (referee.CHOSEN[run.arm], *second)
     for stage in {run.stage for run in others}:
         plain = [run for run in others if run.stage == stage and run.arm == referee.PLAIN]
-        assert {run.rate for run in plain} in ({*referee.RATES}, {referee.FORGETTING_RATE, 3e-5}, set())
+        assert {run.rate for run in plain} in ({*referee.RATES}, {referee.FORGETTING_RATE, 3e-5}, {1e-4, 3e-5}, set())
 
 
 def test_each_arm_has_the_rate_of_least_loss_where_rates_were_chosen(pays: Any) -> None:
@@ -205,6 +206,38 @@ def test_a_long_training_goes_by_values_of_one_epoch(pays: Any, monkeypatch: pyt
     monkeypatch.setattr(referee, "rehearsed_weights", lambda chosen, setting, place: rehearsed.append(setting.epochs))
     referee.arm_weights(referee.ARMS["rehearsed, lowest 5%"], where, None, 0)
     assert rehearsed == [1]
+
+
+def test_half_of_the_tokens_train_by_whole_rows(pays: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    referee, rehearsals, settings = pays("referee"), pays("rehearsals"), pays("settings")
+    rows = [replace(row, good=row.good & (i % 3 > 0)) for i, row in enumerate(made(pays, 12))]
+    parts = {"train": rows, "target": rows, "held": [], "retention": [], "remember": [], "beside": []}
+    where = settings.Setting(name="tiny", **parts, learning_rate=1e-2, epochs=1, batch=2)
+    lengths = np.array([int(row.response.sum()) for row in rows])
+    values = rehearsals.GroupValues(
+        own=np.random.default_rng(0).normal(size=(1, lengths.sum())),
+        denominator=np.zeros((1, lengths.sum())),
+        tokens=np.array([9]),
+        root_share=0.0,
+    )
+    monkeypatch.setattr(rehearsals, "_ends", lambda groups: (244,))
+    monkeypatch.setattr(rehearsals, "values_of", lambda *of: values)
+    means = [part.mean() for part in np.split(values.own[0], np.cumsum(lengths)[:-1])]
+    orders = {
+        "rows at random": np.random.default_rng(5).permutation(12),
+        "rows of the task": np.random.default_rng(5).permutation([i for i in range(12) if i % 3]),
+        "rehearsed, rows": np.argsort(means)[::-1],
+    }
+    for name, order in orders.items():
+        weights = referee.arm_weights(referee.ARMS[name], where, None, 5)
+        counts = [int((weight > 0).sum()) for weight in weights]
+        assert sum(counts) == -(-lengths.sum() // 2)
+        taken = [i for i in order if counts[i]]
+        assert taken == order[: len(taken)].tolist(), "no row before one that is ahead of it"
+        assert all(counts[i] == lengths[i] for i in taken[:-1]), "whole rows but for the last"
+        first = np.flatnonzero(rows[taken[-1]].response)[: counts[taken[-1]]]
+        assert np.flatnonzero(weights[taken[-1]]).tolist() == first.tolist()
+        assert {float(w) for weight in weights for w in weight if w} == {1.0}
 
 
 def test_selectors_of_the_literature_are_those_of_the_page(pays: Any) -> None:
