@@ -143,7 +143,7 @@ CHOSEN: Mapping[str, float] = {
 }
 """The rate of each arm, as chosen on A: frozen by PROTOCOL.md. All tokens train at each of the three."""
 
-SECOND: Mapping[str, float] = {"clean": 1e-4, "swapped": 1e-4, "model-wrong": 1e-4}
+SECOND: Mapping[str, float] = {"clean": 1e-4, "swapped": 1e-4, "model-wrong": 1e-4, "digits-10": 1e-4}
 """Noises of which all tokens end lowest on V at another rate than that of `AT_SECOND`, which train at it as well."""
 
 AT_SECOND = ("rehearsed, lowest 5%", "rehearsed, tilt 0.25", "token oracle")
